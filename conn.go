@@ -1,0 +1,830 @@
+package lbproxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// A Conn is a client's connection and what goes with it.
+type Conn struct {
+	// Client is the connection: a *net.TCPConn, a *tls.Conn, or any other. It is required. A conn that has a
+	// method CloseWrite() error can be told that the upstream's stream has ended while its own goes on; one that
+	// has NetConn() net.Conn is taken for a layer over that conn, as TLS is.
+	Client net.Conn
+
+	// ClientID says who this is, in events, results and logs. It may be empty.
+	ClientID string
+
+	// RateLimit is told what the connection does and may refuse, cut or slow it. nil means no limit.
+	RateLimit RateLimitManager
+}
+
+// A Result is what became of one connection.
+type Result struct {
+	App, ClientID    string
+	Client, Upstream string // addresses: the client's remote one, the upstream's Addr (empty if none was reached)
+	Attempts         int    // dials tried
+	Start            time.Time
+	Duration         time.Duration
+	Sent, Received   int64 // bytes client to upstream, upstream to client
+	End              EndReason
+	Err              error // what ended it, nil for a clean end; a context's cause where one ended it
+}
+
+func (r *Result) attrs() []slog.Attr {
+	attrs := []slog.Attr{
+		slog.String("app", r.App), slog.String("client_id", r.ClientID), slog.String("client", r.Client),
+		slog.String("upstream", r.Upstream), slog.Int("attempts", r.Attempts), slog.Duration("duration", r.Duration),
+		slog.Int64("sent", r.Sent), slog.Int64("received", r.Received), slog.String("end", string(r.End)),
+	}
+	if r.Err != nil {
+		attrs = append(attrs, slog.Any("err", r.Err))
+	}
+	return attrs
+}
+
+// An EndReason says in a word why a connection ended.
+type EndReason string
+
+const (
+	EndDone          EndReason = "done"           // both sides ended their streams
+	EndRateLimited   EndReason = "rate-limited"   // refused or cut by its RateLimitManager
+	EndNoUpstream    EndReason = "no-upstream"    // every upstream is at its MaxConns
+	EndDialFailed    EndReason = "dial-failed"    // no upstream that might have served it could be reached
+	EndClientError   EndReason = "client-error"   // the client's side failed
+	EndUpstreamError EndReason = "upstream-error" // the upstream's side failed
+	EndIdleTimeout   EndReason = "idle-timeout"   // no bytes either way for Options.IdleTimeout
+	EndCanceled      EndReason = "canceled"       // its context ended, or a hook panicked
+	EndClosed        EndReason = "closed"         // the app was closed
+)
+
+// ServeConn serves one client: it asks c.RateLimit, chooses an upstream, dials it, going on to the next one while
+// that fails, and copies bytes both ways until both sides have ended. It blocks until everything about the
+// connection is over, and always closes c.Client. The error is Result.Err.
+//
+// When one side ends its stream the other is told (CloseWrite) and may go on with its own. When a side fails, what
+// was read from it is still delivered, within a second, and then the other side is reset rather than closed, so
+// that nobody takes a cut stream for a whole one. Sessions ended early, and clients for which there is no upstream
+// or that are over their rate, are reset at once.
+//
+// When ctx ends the connection is broken and Result.Err is ctx's cause. A panic in a hook is passed on to the
+// caller, when the connection is closed and out of all counts.
+func (a *LBProxyApp) ServeConn(ctx context.Context, c Conn) (Result, error) {
+	if c.Client == nil {
+		err := fmt.Errorf("lbproxy: app %q: ServeConn: Conn.Client is nil", a.id)
+		return Result{App: a.id, ClientID: c.ClientID, Start: time.Now(), End: EndClientError, Err: err}, err
+	}
+	s := newSession(a, c.Client)
+	if !a.enter() {
+		s.conn = c
+		s.abort(EndClosed, ErrAppClosed)
+		s.closeConns()
+		return s.report()
+	}
+	defer a.leave()
+	return s.serve(ctx, c)
+}
+
+// lingerTime bounds how long a session goes on after a side has failed, for what was read from it to be delivered.
+const lingerTime = time.Second
+
+var (
+	errPanicked  = errors.New("lbproxy: a hook panicked")
+	errReset     = errors.New("lbproxy: connection reset by peer")
+	errGone      = errors.New("lbproxy: client closed before an upstream was reached")
+	errBadCount  = errors.New("lbproxy: conn returned an impossible count")
+	errNilDialed = errors.New("Options.DialContext returned neither a conn nor an error")
+)
+
+// A session is one client's connection, from when it is counted in until its Result is known. The goroutine that
+// calls serve owns it and runs the download; it waits for the other goroutines, which are the upload and, when a
+// side has failed, bury.
+type session struct {
+	app     *LBProxyApp
+	start   time.Time
+	unwatch func() bool // of the app's context
+
+	ctx       context.Context // for hooks, dials and waits: ends when the session has a reason to end
+	upstream  *upstream       // what the connection is counted on, if anything
+	addr      string          // of it
+	attempts  int
+	up, down  pump
+	wg        sync.WaitGroup
+	connected chan struct{} // closed when server is set
+
+	last    atomic.Int64 // when bytes last moved, since start
+	waiting atomic.Int32 // directions that a RateLimitManager holds
+
+	mu       sync.Mutex
+	conn     Conn
+	server   net.Conn // the upstream's; nil until dialled
+	cancel   context.CancelCauseFunc
+	end      EndReason // the first reason to end; "" while there is none
+	err      error     // goes with end
+	aborted  bool
+	panicked any         // a hook's panic in the upload goroutine
+	idle     *time.Timer // runs checkIdle
+	changed  sync.Cond   // on mu: a pump has ended, or aborted is set
+}
+
+func newSession(a *LBProxyApp, client net.Conn) *session {
+	s := &session{app: a, start: time.Now(), conn: Conn{Client: client}, connected: make(chan struct{})}
+	s.changed.L = &s.mu
+	s.up = pump{session: s, direction: Upload}
+	s.down = pump{session: s, direction: Download}
+	s.unwatch = context.AfterFunc(a.ctx, func() { s.abort(EndClosed, ErrAppClosed) })
+	return s
+}
+
+// serve does what ServeConn says for a session that is counted in. What it does is undone by defer, each thing by
+// its own, so that no return and no panic in a hook can miss one.
+func (s *session) serve(ctx context.Context, c Conn) (r Result, err error) {
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	s.mu.Lock()
+	s.conn = c
+	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	aborted := s.aborted
+	s.mu.Unlock()
+	completed, opened := false, false
+	defer func() { r, err = s.finish() }()
+	defer func() {
+		if opened && c.RateLimit != nil {
+			c.RateLimit.Report(context.WithoutCancel(ctx), s.event(EventClose))
+		}
+	}()
+	defer func() {
+		if s.upstream != nil {
+			s.app.balancer.release(s.upstream)
+		}
+	}()
+	defer s.closeConns()
+	defer s.wg.Wait()
+	defer func() {
+		if !completed {
+			s.abort(EndCanceled, errPanicked) // which ends the upload, too
+		}
+	}()
+	if ctx != s.app.ctx { // that is watched already
+		defer context.AfterFunc(ctx, func() { s.abort(EndCanceled, context.Cause(ctx)) })()
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		s.abort(EndCanceled, cause)
+		aborted = true
+	}
+	if !aborted {
+		var wait time.Duration
+		if opened, wait = s.open(); opened {
+			s.forward(wait)
+		}
+	}
+	completed = true
+	return
+}
+
+// open asks the RateLimitManager.
+func (s *session) open() (allowed bool, wait time.Duration) {
+	if s.conn.RateLimit == nil {
+		return true, 0
+	}
+	d := s.conn.RateLimit.Report(s.ctx, s.event(EventOpen))
+	if d.Exceeded {
+		s.abort(EndRateLimited, ErrRateLimited)
+	}
+	s.up.grain, s.down.grain = firstGrain, firstGrain
+	return !d.Exceeded, d.Wait
+}
+
+// forward connects and copies. The upload starts before there is an upstream: nobody needs to be dialled for a
+// client that is gone.
+func (s *session) forward(wait time.Duration) {
+	s.up.src = s.conn.Client
+	s.wg.Go(s.upload)
+	s.pause(wait)
+	if s.connect() {
+		s.startIdleTimer()
+		s.down.src, s.down.dst = s.server, s.conn.Client
+		s.down.run()
+	}
+}
+
+// upload runs the pump from client to upstream. A hook's panic ends the session and is kept for its owner.
+func (s *session) upload() {
+	ok := false
+	defer func() {
+		if p := recover(); p != nil || !ok {
+			s.mu.Lock()
+			s.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
+			s.mu.Unlock()
+			s.abort(EndCanceled, errPanicked)
+		}
+	}()
+	s.up.run()
+	ok = true
+}
+
+// connect finds an upstream that answers and reports whether it did; if not, it has ended the session.
+func (s *session) connect() bool {
+	b := &s.app.balancer
+	var tried map[*upstream]bool
+	var errs []error
+	for s.ctx.Err() == nil {
+		u, conf := b.acquire(tried, time.Now())
+		if u == nil {
+			break
+		}
+		s.upstream, s.addr = u, conf.Addr
+		s.attempts++
+		server, err := s.try(u, conf)
+		if err == nil {
+			return s.connectedTo(server)
+		}
+		s.upstream = nil
+		b.release(u)
+		errs = append(errs, &DialError{App: s.app.id, Addr: conf.Addr, Err: err})
+		if tried == nil {
+			tried = map[*upstream]bool{}
+		}
+		tried[u] = true
+	}
+	if errs == nil {
+		s.abort(EndNoUpstream, ErrNoUpstream)
+	} else {
+		s.abort(EndDialFailed, errors.Join(errs...))
+	}
+	return false
+}
+
+// try dials u once and lets the balancer know how that went, even if the dialer panics.
+func (s *session) try(u *upstream, conf *Upstream) (c net.Conn, err error) {
+	v := unknown
+	defer func() {
+		if !s.app.balancer.settle(u, v, time.Now()) {
+			return
+		}
+		if log := s.app.log(); v == works {
+			log.Info("lbproxy: upstream works again", "app", s.app.id, "upstream", conf.Addr)
+		} else {
+			log.Warn("lbproxy: upstream failed and is passed over", "app", s.app.id, "upstream", conf.Addr,
+				"for", s.app.balancer.failTimeout, "err", err)
+		}
+	}()
+	c, err = s.dial(conf)
+	if err == nil {
+		v = works
+	} else if !ourFault(err) && s.ctx.Err() == nil {
+		v = fails
+	}
+	return c, err
+}
+
+// ourFault reports whether a dial's error says nothing about the upstream.
+func ourFault(err error) bool {
+	for _, e := range []error{context.Canceled, syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *session) dial(conf *Upstream) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
+	defer cancel()
+	c, err := s.app.opts.DialContext(ctx, "tcp", conf.Addr)
+	if err == nil && c == nil {
+		err = errNilDialed
+	}
+	if err != nil || conf.TLS == nil {
+		return c, err
+	}
+	raw := &endNoter{Conn: c}
+	t := &tlsConn{Conn: tls.Client(raw, conf.TLS), raw: raw}
+	if err := t.HandshakeContext(ctx); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("TLS: %w", err)
+	}
+	return t, nil
+}
+
+// connectedTo makes server the other side, unless the session is over: then it breaks server and returns false.
+func (s *session) connectedTo(server net.Conn) bool {
+	s.mu.Lock()
+	if s.end == "" {
+		s.server = server
+	}
+	over := s.end != ""
+	s.mu.Unlock()
+	if over {
+		reset(server)
+		return false
+	}
+	s.touch()
+	close(s.connected)
+	return true
+}
+
+// touch notes that bytes moved. Reading the clock takes 25 ns of a round trip's 20 µs, and buys an idle timeout
+// that is exact without a timer being reset.
+func (s *session) touch() { s.last.Store(int64(time.Since(s.start))) }
+
+func (s *session) startIdleTimer() {
+	if d := s.app.opts.IdleTimeout; d > 0 {
+		s.mu.Lock()
+		s.idle = time.AfterFunc(d, s.checkIdle)
+		s.mu.Unlock()
+	}
+}
+
+// checkIdle ends the session if it has been idle for long enough, else looks again when it may be.
+func (s *session) checkIdle() {
+	timeout := s.app.opts.IdleTimeout
+	left := timeout
+	if s.waiting.Load() == 0 { // what is held is not idle
+		left -= time.Since(s.start) - time.Duration(s.last.Load())
+	}
+	if left <= 0 {
+		s.abort(EndIdleTimeout, ErrIdleTimeout)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.aborted {
+		s.idle.Reset(left)
+	}
+}
+
+// pause waits for d, or until the session has a reason to end.
+func (s *session) pause(d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	s.waiting.Add(1)
+	defer s.waiting.Add(-1)
+	defer s.touch()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-s.ctx.Done():
+	}
+}
+
+// stop records why the session ends and reports whether that is the first reason, which is the one that counts.
+// The caller holds mu.
+func (s *session) stop(end EndReason, err error) bool {
+	if s.end != "" {
+		return false
+	}
+	s.end, s.err = end, err
+	if s.cancel != nil {
+		s.cancel(err)
+	}
+	return true
+}
+
+// abort ends the session now.
+func (s *session) abort(end EndReason, err error) {
+	s.mu.Lock()
+	s.stop(end, err)
+	s.mu.Unlock()
+	s.hangUp()
+}
+
+// hangUp resets both sides, without waiting for either, which ends whatever is going on on them.
+func (s *session) hangUp() {
+	s.mu.Lock()
+	client, server, done := s.conn.Client, s.server, s.aborted
+	s.aborted = true
+	s.changed.Broadcast()
+	s.mu.Unlock()
+	if !done {
+		reset(client)
+		reset(server)
+	}
+}
+
+// broke is called when the side that from reads from has failed. From then on the session is only there to deliver
+// what can still be read from that side.
+func (s *session) broke(from *pump, err error) {
+	s.mu.Lock()
+	first := s.stop(from.sourceError(), err)
+	client, server := s.conn.Client, s.server
+	s.mu.Unlock()
+	if !first {
+		return
+	}
+	deadline := time.Now().Add(lingerTime)
+	client.SetDeadline(deadline)
+	if server != nil {
+		server.SetDeadline(deadline)
+	}
+	s.wg.Go(func() { s.bury(from, deadline) })
+}
+
+// bury ends a session that broke, when what was read from the failed side has been delivered or deadline is there.
+// Meanwhile the other pump, finding nobody to write to, throws away what it reads: a peer that is busy sending might
+// not come to read otherwise.
+func (s *session) bury(from *pump, deadline time.Time) {
+	s.mu.Lock()
+	for !from.ended && !s.aborted {
+		s.changed.Wait()
+	}
+	aborted := s.aborted
+	s.mu.Unlock()
+	for wait := time.Millisecond; !aborted && from.dst != nil && unsent(from.dst) && time.Now().Before(deadline); wait = min(2*wait, 16*time.Millisecond) {
+		time.Sleep(wait)
+		s.mu.Lock()
+		aborted = s.aborted
+		s.mu.Unlock()
+	}
+	s.hangUp()
+}
+
+// closeConns closes both sides: politely, unless they have been reset.
+func (s *session) closeConns() {
+	if s.server != nil {
+		s.server.Close()
+	}
+	s.conn.Client.Close()
+}
+
+// finish takes the session out of the counts, reports it, and passes on a hook's panic in the upload.
+func (s *session) finish() (Result, error) {
+	s.mu.Lock()
+	s.stop(EndDone, nil)
+	s.aborted = true // nothing is left to be
+	if s.idle != nil {
+		s.idle.Stop()
+	}
+	s.mu.Unlock()
+	s.app.exit(s.end == EndRateLimited && s.attempts == 0, s.end == EndNoUpstream || s.end == EndDialFailed)
+	r, err := s.report()
+	if s.panicked != nil {
+		panic(s.panicked)
+	}
+	return r, err
+}
+
+// report makes the Result known.
+func (s *session) report() (Result, error) {
+	s.unwatch()
+	r := Result{
+		App: s.app.id, ClientID: s.conn.ClientID, Client: remoteAddr(s.conn.Client), Attempts: s.attempts,
+		Start: s.start, Duration: time.Since(s.start), Sent: s.up.moved, Received: s.down.moved, End: s.end, Err: s.err,
+	}
+	if s.server != nil {
+		r.Upstream = s.addr
+	}
+	if done := s.app.opts.OnDone; done != nil {
+		done(r)
+	}
+	return r, r.Err
+}
+
+func (s *session) event(kind EventKind) Event {
+	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
+}
+
+// A pump carries the bytes of one direction. Its fields are its goroutine's own until ended is set.
+type pump struct {
+	session   *session
+	direction Direction
+	src, dst  net.Conn // dst is nil in an upload that has had nothing to write yet
+	moved     int64    // bytes written to dst
+	grain     int      // most bytes to move at once, where a RateLimitManager makes it wait; 0: no limit
+	buf       *buffer  // what read uses
+	lastRead  int      // bytes the last read returned
+	platform           // how conns are moved here; see move
+
+	writing atomic.Bool // it is in a write to dst
+	ended   bool        // belongs to session.mu
+}
+
+// run moves bytes until src has ended or something is broken.
+func (p *pump) run() {
+	s := p.session
+	defer func() {
+		p.buf.free()
+		s.mu.Lock()
+		p.ended = true
+		s.changed.Broadcast()
+		s.mu.Unlock()
+	}()
+	for {
+		n, readErr, writeErr := p.move()
+		if n > 0 {
+			p.account(n)
+		}
+		switch {
+		case writeErr != nil:
+			s.broke(p.other(), writeErr)
+			p.writing.Store(false)
+			p.discard()
+			return
+		case readErr == io.EOF:
+			p.finish()
+			return
+		case readErr != nil:
+			s.broke(p, readErr)
+			return
+		}
+	}
+}
+
+func (p *pump) other() *pump {
+	if p.direction == Upload {
+		return &p.session.down
+	}
+	return &p.session.up
+}
+
+// sourceError is what it is called when the side that p reads from fails.
+func (p *pump) sourceError() EndReason {
+	if p.direction == Upload {
+		return EndClientError
+	}
+	return EndUpstreamError
+}
+
+// account counts n bytes that were moved and does what the RateLimitManager says.
+func (p *pump) account(n int) {
+	s := p.session
+	p.moved += int64(n)
+	s.touch()
+	total := &s.upstream.sent
+	if p.direction == Download {
+		total = &s.upstream.received
+	}
+	total.Add(uint64(n))
+	if s.conn.RateLimit == nil {
+		return
+	}
+	e := s.event(EventData)
+	e.Direction, e.Bytes = p.direction, int64(n)
+	d := s.conn.RateLimit.Report(s.ctx, e)
+	if d.Exceeded {
+		s.abort(EndRateLimited, ErrRateLimited)
+		return
+	}
+	p.pace(n, d.Wait)
+	s.pause(d.Wait)
+}
+
+// pace chooses the grain such that waits are short: a stream held to a rate is to flow, not to come in lumps.
+func (p *pump) pace(n int, wait time.Duration) {
+	const short = 20 * time.Millisecond
+	switch {
+	case wait > short:
+		p.grain = max(int(int64(n)*int64(short)/int64(wait)), 512)
+	case p.grain > 0 && wait < short/2:
+		if p.grain *= 2; p.grain > maxGrain {
+			p.grain = 0
+		}
+	}
+}
+
+const (
+	firstGrain = 4 << 10 // until a RateLimitManager has been heard
+	maxGrain   = 1 << 20 // the most that one EventData is about
+)
+
+// limit is the part of b that may be filled at once.
+func (p *pump) limit(b []byte) []byte {
+	if p.grain > 0 && p.grain < len(b) {
+		return b[:p.grain]
+	}
+	return b
+}
+
+// finish passes the clean end of src on to dst.
+func (p *pump) finish() {
+	s, q := p.session, p.other()
+	if q.writing.Load() && wasReset(p.src, &q.writing) {
+		s.broke(p, errReset) // q's write took the error, and left us what looks like an end
+		return
+	}
+	s.mu.Lock()
+	over, last := s.end != "", q.ended
+	s.mu.Unlock()
+	if over || last {
+		return // both are closed soon: nothing is left to be said
+	}
+	if p.dst == nil {
+		if _, ok := p.src.(closeWriter); !ok && !s.isConnected() {
+			s.broke(p, errGone) // having no half-close, this client has closed
+			return
+		}
+		if !p.awaitServer() {
+			return
+		}
+	}
+	if c, ok := p.dst.(closeWriter); ok {
+		if err := c.CloseWrite(); err != nil {
+			s.broke(q, err)
+		}
+		return
+	}
+	s.mu.Lock()
+	s.stop(q.sourceError(), fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other side has ended its stream, and go on", p.dst))
+	s.mu.Unlock()
+	p.dst.Close() // politely: this stream is whole, it is the other one that is cut
+	s.hangUp()
+}
+
+type closeWriter interface{ CloseWrite() error }
+
+// awaitServer sets an upload's dst when there is one, or returns false if there will be none.
+func (p *pump) awaitServer() bool {
+	select {
+	case <-p.session.connected:
+		p.dst = p.session.server
+		return true
+	case <-p.session.ctx.Done():
+		return false
+	}
+}
+
+func (s *session) isConnected() bool {
+	select {
+	case <-s.connected:
+		return true
+	default:
+		return false
+	}
+}
+
+// discard reads src until it ends or is closed.
+func (p *pump) discard() {
+	for {
+		if _, err := p.read(); err != nil {
+			return
+		}
+	}
+}
+
+// copyChunk moves one chunk by Read and Write, which any conn has.
+func (p *pump) copyChunk() (n int, readErr, writeErr error) {
+	b, readErr := p.read()
+	if len(b) > 0 {
+		n, writeErr = p.write(b)
+	}
+	return n, readErr, writeErr
+}
+
+// read reads into a buffer that is large only while reads fill a small one. What it returns is valid until it is
+// called again.
+func (p *pump) read() ([]byte, error) {
+	for range 100 {
+		if size := bufferSize(p.lastRead); p.buf == nil || len(*p.buf) != size {
+			p.buf.free()
+			p.buf = newBuffer(size)
+		}
+		b := p.limit(*p.buf)
+		n, err := p.src.Read(b)
+		if n < 0 || n > len(b) {
+			return nil, errBadCount
+		}
+		p.lastRead = n
+		if n > 0 || err != nil {
+			return b[:n], err
+		}
+	}
+	return nil, io.ErrNoProgress
+}
+
+// write writes all of b to dst, which an upload may have to wait for.
+func (p *pump) write(b []byte) (int, error) {
+	if p.dst == nil && !p.awaitServer() {
+		return 0, context.Cause(p.session.ctx)
+	}
+	p.writing.Store(true)
+	n, err := p.dst.Write(b)
+	switch {
+	case n < 0 || n > len(b):
+		return 0, errBadCount
+	case n < len(b) && err == nil:
+		err = io.ErrShortWrite
+	}
+	if err == nil {
+		p.writing.Store(false) // else run does that, when the error is known
+	}
+	return n, err
+}
+
+// A buffer is what bytes pass through. It is pooled, small or large.
+type buffer []byte
+
+const (
+	smallBuffer = 4 << 10
+	largeBuffer = 64 << 10
+)
+
+var smallBuffers, largeBuffers = bufferPool(smallBuffer), bufferPool(largeBuffer)
+
+func bufferPool(size int) *sync.Pool {
+	return &sync.Pool{New: func() any { b := make(buffer, size); return &b }}
+}
+
+// bufferSize is the size for the next read when the last one returned n bytes.
+func bufferSize(n int) int {
+	if n >= smallBuffer {
+		return largeBuffer
+	}
+	return smallBuffer
+}
+
+func newBuffer(size int) *buffer {
+	if size == largeBuffer {
+		return largeBuffers.Get().(*buffer)
+	}
+	return smallBuffers.Get().(*buffer)
+}
+
+func (b *buffer) free() {
+	switch {
+	case b == nil:
+	case len(*b) == largeBuffer:
+		largeBuffers.Put(b)
+	default:
+		smallBuffers.Put(b)
+	}
+}
+
+// A tlsConn is a TLS connection to an upstream. crypto/tls takes the end of the conn below for the end of the
+// stream; here the peer has to say so (close_notify, RFC 8446 section 6.1), else the stream is cut.
+type tlsConn struct {
+	*tls.Conn
+	raw *endNoter
+}
+
+func (c *tlsConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == io.EOF && c.raw.ended {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// An endNoter remembers that the conn has ended.
+type endNoter struct {
+	net.Conn
+	ended bool // belongs to the reader
+}
+
+func (c *endNoter) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == io.EOF {
+		c.ended = true
+	}
+	return n, err
+}
+
+func (c *endNoter) NetConn() net.Conn { return c.Conn }
+
+// bottom returns the conn below all layers of c.
+func bottom(c net.Conn) net.Conn {
+	for {
+		layer, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			return c
+		}
+		below := layer.NetConn()
+		if below == nil {
+			return c
+		}
+		c = below
+	}
+}
+
+// reset closes c at once: by a reset where it is TCP, and below any layer that would want to say goodbye first
+// (tls.Conn.Close may wait for its peer).
+func reset(c net.Conn) {
+	if c == nil {
+		return
+	}
+	c = bottom(c)
+	if l, ok := c.(interface{ SetLinger(sec int) error }); ok {
+		l.SetLinger(0)
+	}
+	c.Close()
+}
+
+// remoteAddr is the text of c's remote address, if it has one.
+func remoteAddr(c net.Conn) string {
+	if a := c.RemoteAddr(); a != nil {
+		return a.String()
+	}
+	return ""
+}

@@ -1,0 +1,325 @@
+package lbproxy
+
+import (
+	"encoding/binary"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+// platform is what a pump needs to move bytes from a TCP socket without holding a buffer or a pipe while it waits for
+// them. A stream that fills buffers, from TCP to TCP, goes through a pipe by splice(2) instead of through us.
+type platform struct {
+	started  bool
+	from, to syscall.RawConn // src, and once they are needed dst and whether it is TCP at all; nil if not TCP
+	noSplice bool
+
+	// What is called with the descriptors. They are made once, for each allocates. One returns false to be called
+	// again when its descriptor is ready.
+	readReady, fillReady, drainReady func(fd uintptr) bool
+
+	n     int   // what the last one moved
+	errno error // or met
+	pipe  *pipe
+	held  int // bytes in pipe
+	full  int // reads in a row that filled a large buffer: at two of them splicing begins
+	small int // splices in a row of less than a quarter of one: at two of them it ends
+}
+
+// move waits for bytes from src and writes them to dst.
+func (p *pump) move() (n int, readErr, writeErr error) {
+	if !p.started {
+		p.started = true
+		p.from = rawTCP(p.src)
+		p.readReady, p.fillReady, p.drainReady = p.readNow, p.fillNow, p.drainNow
+	}
+	switch {
+	case p.from == nil:
+		return p.copyChunk()
+	case p.full >= 2 && p.canSplice():
+		return p.splice()
+	}
+	if err := p.from.Read(p.readReady); err != nil {
+		return 0, err, nil
+	}
+	defer p.dropBuffer()
+	if p.errno != nil || p.n == 0 {
+		return 0, p.readError("read"), nil
+	}
+	if p.full++; p.n < largeBuffer {
+		p.full = 0
+	}
+	n, writeErr = p.write((*p.buf)[:p.n])
+	return n, nil, writeErr
+}
+
+func rawTCP(c net.Conn) syscall.RawConn {
+	if tcp, ok := c.(*net.TCPConn); ok {
+		if raw, err := tcp.SyscallConn(); err == nil {
+			return raw
+		}
+	}
+	return nil
+}
+
+func (p *pump) readNow(fd uintptr) bool {
+	p.buf = newBuffer(largeBuffer)
+	for {
+		p.n, p.errno = syscall.Read(int(fd), p.limit(*p.buf))
+		switch p.errno {
+		case syscall.EINTR:
+			continue
+		case syscall.EAGAIN:
+			p.dropBuffer()
+			return false
+		}
+		return true
+	}
+}
+
+func (p *pump) dropBuffer() {
+	p.buf.free()
+	p.buf = nil
+}
+
+// readError is what n and errno say after reading came to nothing.
+func (p *pump) readError(call string) error {
+	if p.errno == nil {
+		return io.EOF
+	}
+	return p.opError("read", call)
+}
+
+func (p *pump) opError(op, call string) error {
+	c := p.src
+	if op == "write" {
+		c = p.dst
+	}
+	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: os.NewSyscallError(call, p.errno)}
+}
+
+func (p *pump) canSplice() bool {
+	if p.to == nil && !p.noSplice {
+		p.to = rawTCP(p.dst)
+		p.noSplice = p.to == nil
+	}
+	return !p.noSplice
+}
+
+// splice moves one chunk through a pipe, which it holds only while there is something in it.
+func (p *pump) splice() (n int, readErr, writeErr error) {
+	if err := p.from.Read(p.fillReady); err != nil {
+		return 0, err, nil
+	}
+	if p.pipe == nil { // there is none to be had
+		p.full = 0
+		return 0, nil, nil
+	}
+	pipes := &p.session.app.pipes
+	switch {
+	case p.errno == syscall.EINVAL || p.errno == syscall.ENOSYS: // not with this kind of socket, or kernel
+		pipes.put(p.pipe)
+		p.noSplice, p.full = true, 0
+		return 0, nil, nil
+	case p.errno != nil || p.n == 0:
+		pipes.put(p.pipe)
+		return 0, p.readError("splice"), nil
+	}
+	if p.small++; p.n >= largeBuffer/4 {
+		p.small = 0
+	}
+	if p.small >= 2 {
+		p.small, p.full = 0, 0
+	}
+	n, p.held = p.n, p.n
+	p.writing.Store(true)
+	for p.held > 0 && writeErr == nil {
+		if writeErr = p.to.Write(p.drainReady); writeErr == nil && p.errno != nil {
+			writeErr = p.opError("write", "splice")
+		}
+	}
+	if writeErr != nil { // run says when it is no longer writing
+		p.pipe.close()
+		return n - p.held, nil, writeErr
+	}
+	p.writing.Store(false)
+	pipes.put(p.pipe)
+	return n, nil, nil
+}
+
+const (
+	spliceMove     = 1 // SPLICE_F_MOVE
+	spliceNonblock = 2 // SPLICE_F_NONBLOCK
+)
+
+func (p *pump) fillNow(fd uintptr) bool {
+	if p.pipe = p.session.app.pipes.get(); p.pipe == nil {
+		return true
+	}
+	most := maxGrain
+	if p.grain > 0 {
+		most = p.grain
+	}
+	p.spliceFD(int(fd), p.pipe.w, most)
+	if p.errno == syscall.EAGAIN {
+		p.session.app.pipes.put(p.pipe)
+		return false
+	}
+	return true
+}
+
+func (p *pump) drainNow(fd uintptr) bool {
+	for p.held > 0 {
+		p.spliceFD(p.pipe.r, int(fd), p.held)
+		if p.errno != nil {
+			return p.errno != syscall.EAGAIN
+		}
+		p.held -= p.n
+		p.session.touch()
+	}
+	return true
+}
+
+func (p *pump) spliceFD(from, to, most int) {
+	for {
+		n, err := syscall.Splice(from, nil, to, nil, most, spliceMove|spliceNonblock)
+		if p.n, p.errno = int(n), err; err != syscall.EINTR {
+			return
+		}
+	}
+}
+
+// A pipe is where spliced bytes pass through.
+type pipe struct{ r, w int }
+
+func (p *pipe) close() {
+	syscall.Close(p.r)
+	syscall.Close(p.w)
+}
+
+// A pipePool keeps empty pipes for as long as they are needed now and then: those that were not for a second are
+// closed, so that an app at rest holds none.
+type pipePool struct {
+	mu     sync.Mutex
+	free   []*pipe
+	spare  int         // the fewest there were in free since trim last ran
+	timer  *time.Timer // runs trim; nil if there is nothing to trim
+	closed bool
+}
+
+// get returns an empty pipe, or nil if the system has none to give.
+func (pp *pipePool) get() *pipe {
+	pp.mu.Lock()
+	if last := len(pp.free) - 1; last >= 0 {
+		p := pp.free[last]
+		pp.free = pp.free[:last]
+		pp.spare = min(pp.spare, last)
+		pp.mu.Unlock()
+		return p
+	}
+	pp.mu.Unlock()
+	var fds [2]int
+	if syscall.Pipe2(fds[:], syscall.O_CLOEXEC|syscall.O_NONBLOCK) != nil {
+		return nil
+	}
+	// Best effort: beyond their share of memory (pipe-user-pages-soft) users have to do with small ones.
+	const setPipeSize = 1031 // F_SETPIPE_SZ
+	syscall.Syscall(syscall.SYS_FCNTL, uintptr(fds[1]), setPipeSize, pipeSize)
+	return &pipe{r: fds[0], w: fds[1]}
+}
+
+const pipeSize = 256 << 10
+
+func (pp *pipePool) put(p *pipe) {
+	pp.mu.Lock()
+	defer pp.mu.Unlock()
+	if pp.closed {
+		p.close()
+		return
+	}
+	pp.free = append(pp.free, p)
+	if pp.timer == nil {
+		pp.timer = time.AfterFunc(time.Second, pp.trim)
+	}
+}
+
+func (pp *pipePool) trim() {
+	pp.mu.Lock()
+	defer pp.mu.Unlock()
+	for _, p := range pp.free[:pp.spare] {
+		p.close()
+	}
+	pp.free = pp.free[:copy(pp.free, pp.free[pp.spare:])]
+	if pp.spare = len(pp.free); pp.spare == 0 || pp.closed {
+		pp.timer = nil
+		return
+	}
+	pp.timer.Reset(time.Second)
+}
+
+func (pp *pipePool) close() {
+	pp.mu.Lock()
+	defer pp.mu.Unlock()
+	pp.closed = true
+	for _, p := range pp.free {
+		p.close()
+	}
+	pp.free, pp.spare = nil, 0
+	if pp.timer != nil {
+		pp.timer.Stop()
+	}
+}
+
+// unsent reports whether c has bytes to send that its peer's system has not acknowledged.
+func unsent(c net.Conn) bool {
+	var queued int32
+	err := control(c, func(fd int) error {
+		if tcpState(fd) == tcpClosed {
+			return nil // nobody is there to acknowledge them
+		}
+		// SIOCOUTQ, tcp(7); it has the number of TIOCOUTQ
+		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&queued))); errno != 0 {
+			return errno
+		}
+		return nil
+	})
+	return err == nil && queued > 0
+}
+
+// wasReset reports whether c is TCP and has been reset. After an end of stream proper it waits for being closed.
+func wasReset(c net.Conn, _ *atomic.Bool) bool {
+	state := 0
+	control(c, func(fd int) error { state = tcpState(fd); return nil })
+	return state == tcpClosed
+}
+
+const tcpClosed = 7 // TCP_CLOSE
+
+// tcpState is the first octet of struct tcp_info.
+func tcpState(fd int) int {
+	v, err := syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_INFO)
+	if err != nil {
+		return 0
+	}
+	var b [4]byte
+	binary.NativeEndian.PutUint32(b[:], uint32(v))
+	return int(b[0])
+}
+
+// control calls f with the descriptor below c, if it is TCP.
+func control(c net.Conn, f func(fd int) error) error {
+	raw := rawTCP(bottom(c))
+	if raw == nil {
+		return syscall.ENOTSOCK
+	}
+	var err error
+	if e := raw.Control(func(fd uintptr) { err = f(int(fd)) }); e != nil {
+		return e
+	}
+	return err
+}

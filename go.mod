@@ -1,0 +1,3 @@
+module github.com/danielepagano/lbproxy
+
+go 1.26

@@ -1,0 +1,512 @@
+package lbproxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// What ended a connection, or kept it from being served. They are found in [Result.Err] and in what functions
+// return with errors.Is.
+var (
+	ErrRateLimited = errors.New("lbproxy: rate limit exceeded")
+	ErrNoUpstream  = errors.New("lbproxy: no upstream available") // every one is at its MaxConns
+	ErrIdleTimeout = errors.New("lbproxy: idle timeout")
+	ErrAppClosed   = errors.New("lbproxy: app closed")
+)
+
+// A DialError is a failed attempt to reach an upstream. Where several were tried, [Result.Err] joins one for each.
+type DialError struct {
+	App, Addr string
+	Err       error
+}
+
+func (e *DialError) Error() string {
+	return fmt.Sprintf("lbproxy: app %q: upstream %s: %v", e.App, e.Addr, e.Err)
+}
+
+func (e *DialError) Unwrap() error { return e.Err }
+
+// An Upstream is a server that connections are forwarded to.
+type Upstream struct {
+	// Addr is "host:port". It is what an upstream is known by, unique within an app. A host name is resolved at
+	// each dial.
+	Addr string
+
+	// Weight is its capacity relative to the others, at most a million; 0 means 1.
+	Weight int
+
+	// MaxConns is the most connections it gets at once, dials included; a full one is passed over. 0 means no bound.
+	MaxConns int
+
+	// TLS, if set, has TLS spoken to the upstream; its Certificates prove the proxy to it. If ServerName is empty
+	// it is taken from Addr, as in tls.Dial. A stream that the upstream ends without saying so in TLS (close_notify)
+	// counts as cut. nil means plain TCP.
+	TLS *tls.Config
+}
+
+// Options change how an app works. A nil *Options and the zero Options mean the defaults.
+type Options struct {
+	// DialContext dials an upstream. It must return when ctx ends. nil means that of a zero net.Dialer.
+	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
+
+	// DialTimeout bounds each attempt to reach an upstream, TLS handshake included. 0 means 5 seconds.
+	DialTimeout time.Duration
+
+	// IdleTimeout ends a session in which no bytes moved either way for so long. It is also what bounds a session
+	// of which one side has ended and the other does not. 0 means 1 hour, negative means never.
+	IdleTimeout time.Duration
+
+	// FailTimeout is how long an upstream is passed over after a failed dial. Then one connection tries it, while
+	// the others go on passing it over until that is decided. 0 means 10 seconds, negative means not at all.
+	FailTimeout time.Duration
+
+	// MaxConns is the most connections that Serve holds at once, those not yet admitted included. At that number
+	// it accepts no more until one ends; clients wait in the listener's queue. 0 means no bound.
+	MaxConns int
+
+	// Logger gets what Serve has to say (one line for each connection, at level Debug if it ended well) and
+	// what becomes of upstreams. nil means slog.Default().
+	Logger *slog.Logger
+
+	// OnDone is called once for every connection that ServeConn was given, directly or by Serve, when everything
+	// about it is over, in the connection's goroutine. Shutdown and Close wait for it, so it must not call them.
+	OnDone func(Result)
+}
+
+// An LBProxyApp spreads the connections of one application over its upstreams. All methods are safe for
+// concurrent use.
+type LBProxyApp struct {
+	id       string
+	opts     Options // with the defaults filled in
+	balancer balancer
+	pipes    pipePool
+	slots    chan struct{}   // one element for each connection that Serve holds; nil: no bound
+	ctx      context.Context // ends with ErrAppClosed when connections are to be broken
+	cancel   context.CancelCauseFunc
+	stopping chan struct{} // closed when stopped is set
+	drained  chan struct{} // closed when stopped is set and active is 0
+
+	mu        sync.Mutex
+	stopped   bool // no Serve and no connection is counted in any more
+	active    int  // calls of Serve, and connections until OnDone has returned
+	listeners map[*closeOnce]struct{}
+
+	open                      int // connections; those of which all is over but OnDone do not count
+	accepted, refused, failed uint64
+}
+
+// New returns an app that spreads connections over upstreams. The id names it in events, results, errors and
+// logs. It fails, saying which value is wrong, if the id is empty or an upstream or option is not valid.
+// The slice and the options are copied.
+//
+// An app holds nothing that has to be closed until it is given a connection or a listener.
+func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
+	if id == "" {
+		return nil, errors.New("lbproxy: the app's id is empty: give it a name")
+	}
+	a := &LBProxyApp{
+		id:        id,
+		stopping:  make(chan struct{}),
+		drained:   make(chan struct{}),
+		listeners: map[*closeOnce]struct{}{},
+	}
+	if opts != nil {
+		a.opts = *opts
+	}
+	o := &a.opts
+	if o.DialTimeout < 0 {
+		return nil, fmt.Errorf("lbproxy: app %q: Options.DialTimeout %v is negative: use 0 for the default of 5s", id, o.DialTimeout)
+	}
+	if o.MaxConns < 0 {
+		return nil, fmt.Errorf("lbproxy: app %q: Options.MaxConns %d is negative: use 0 for no bound", id, o.MaxConns)
+	}
+	if err := a.SetUpstreams(upstreams); err != nil {
+		return nil, err
+	}
+	if o.DialContext == nil {
+		o.DialContext = new(net.Dialer).DialContext
+	}
+	o.DialTimeout = orDefault(o.DialTimeout, 5*time.Second)
+	o.IdleTimeout = orDefault(o.IdleTimeout, time.Hour)
+	a.balancer.failTimeout = orDefault(o.FailTimeout, 10*time.Second)
+	if o.MaxConns > 0 {
+		a.slots = make(chan struct{}, o.MaxConns)
+	}
+	a.ctx, a.cancel = context.WithCancelCause(context.Background())
+	return a, nil
+}
+
+func orDefault(d, def time.Duration) time.Duration {
+	if d == 0 {
+		return def
+	}
+	return d
+}
+
+// SetUpstreams replaces the upstreams. One whose Addr stays keeps its connections, counters and state; one that is
+// removed gets no new connections, and those it has go on to their end. If any upstream is not valid nothing
+// changes. The slice is copied.
+func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
+	if len(upstreams) == 0 {
+		return fmt.Errorf("lbproxy: app %q: no upstreams: give at least one", a.id)
+	}
+	confs := make([]Upstream, len(upstreams))
+	place := make(map[string]int, len(upstreams))
+	for i, u := range upstreams {
+		host, err := u.check()
+		if first, twice := place[u.Addr]; err == nil && twice {
+			err = fmt.Errorf("Addr %q is that of upstream %d already", u.Addr, first)
+		}
+		if err != nil {
+			return fmt.Errorf("lbproxy: app %q: upstream %d: %w", a.id, i, err)
+		}
+		place[u.Addr] = i
+		u.Weight = max(u.Weight, 1)
+		if u.TLS != nil {
+			u.TLS = u.TLS.Clone()
+			if u.TLS.ServerName == "" {
+				u.TLS.ServerName = host
+			}
+		}
+		confs[i] = u
+	}
+	a.balancer.set(confs)
+	return nil
+}
+
+// check returns Addr's host, or says what is wrong with u.
+func (u *Upstream) check() (host string, err error) {
+	const maxWeight = 1_000_000 // (open+1)*weight must not overflow
+	host, port, err := net.SplitHostPort(u.Addr)
+	var addrErr *net.AddrError
+	switch {
+	case errors.As(err, &addrErr):
+		return "", fmt.Errorf("Addr %q: %s: want host:port", u.Addr, addrErr.Err)
+	case host == "":
+		return "", fmt.Errorf("Addr %q: missing host: want host:port", u.Addr)
+	case u.Weight < 0 || u.Weight > maxWeight:
+		return "", fmt.Errorf("Addr %q: Weight %d: want 0 (which means 1) to %d", u.Addr, u.Weight, maxWeight)
+	case u.MaxConns < 0:
+		return "", fmt.Errorf("Addr %q: MaxConns %d is negative: use 0 for no bound", u.Addr, u.MaxConns)
+	}
+	if n, err := strconv.Atoi(port); err == nil && (n < 1 || n > 65535) {
+		return "", fmt.Errorf("Addr %q: port %d: want 1 to 65535", u.Addr, n)
+	} else if err != nil {
+		if _, err := net.LookupPort("tcp", port); err != nil || port == "" {
+			return "", fmt.Errorf("Addr %q: port %q is neither a number nor the name of a service", u.Addr, port)
+		}
+	}
+	return host, nil
+}
+
+// An AdmitFunc decides, in the connection's own goroutine, whether and how c is served: handshake, authentication,
+// authorization, limits. The Conn it returns is served; a nil Client in it means c. An error refuses c, which is
+// then closed. The context it returns governs the session and its cause becomes [Result.Err]; nil means the one it
+// was given, which ends when the app is closed, as does c.
+type AdmitFunc func(ctx context.Context, c net.Conn) (context.Context, Conn, error)
+
+// Serve accepts connections from l and serves each in a goroutine of its own, asking admit first. A nil admit
+// admits everyone, unlimited. Serve always closes l and returns a non-nil error: [ErrAppClosed] after Shutdown or
+// Close, else what closed the listener (net.ErrClosed). Any other error of l, such as having run out of
+// descriptors, is taken to pass: Serve logs it, waits 5 ms to 1 s, and accepts again. A panic in a connection's
+// goroutine is logged and ends only that connection.
+//
+// Serve may be called for several listeners. It returns while connections may still be open; Shutdown and Close
+// wait for them.
+func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
+	if l == nil {
+		return fmt.Errorf("lbproxy: app %q: Serve: the listener is nil", a.id)
+	}
+	once := &closeOnce{Listener: l}
+	defer once.Close()
+	if !a.listen(once) {
+		return ErrAppClosed
+	}
+	defer a.unlisten(once)
+	retry := acceptRetry{app: a}
+	for {
+		if a.slots != nil {
+			select {
+			case a.slots <- struct{}{}:
+			case <-a.stopping:
+				return ErrAppClosed
+			}
+		}
+		c, err := l.Accept()
+		if err == nil {
+			retry.delay = 0
+			if !a.enter() {
+				c.Close()
+				return ErrAppClosed
+			}
+			go newSession(a, c).handle(admit)
+			continue
+		}
+		if a.slots != nil {
+			<-a.slots
+		}
+		if a.isStopping() {
+			return ErrAppClosed
+		}
+		if errors.Is(err, net.ErrClosed) {
+			return fmt.Errorf("lbproxy: app %q: accept: %w", a.id, err)
+		}
+		if !retry.wait(err) {
+			return ErrAppClosed
+		}
+	}
+}
+
+// An acceptRetry is what Serve does when accepting fails.
+type acceptRetry struct {
+	app    *LBProxyApp
+	delay  time.Duration
+	logged time.Time
+	errors int // since logged
+}
+
+// wait returns when it is time to accept again, or false if the app is stopping.
+func (r *acceptRetry) wait(err error) bool {
+	r.delay = min(max(2*r.delay, 5*time.Millisecond), time.Second)
+	r.errors++
+	if now := time.Now(); r.logged.IsZero() || now.Sub(r.logged) >= time.Second {
+		r.app.log().Error("lbproxy: cannot accept connections, trying again", "app", r.app.id, "err", err, "errors", r.errors)
+		r.logged, r.errors = now, 0
+	}
+	t := time.NewTimer(r.delay)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-r.app.stopping:
+		return false
+	}
+}
+
+// handle owns a connection that Serve accepted.
+func (s *session) handle(admit AdmitFunc) {
+	a, accepted := s.app, s.conn.Client
+	if a.slots != nil {
+		defer func() { <-a.slots }()
+	}
+	defer a.leave()
+	defer func() {
+		if p := recover(); p != nil {
+			defer func() { _ = recover() }() // the logger may be what panics
+			a.log().Error("lbproxy: panic serving a connection", "app", a.id, "panic", p, "stack", string(debug.Stack()))
+		}
+	}()
+	defer accepted.Close() // admit may have wrapped it
+	ctx, conn, err := s.admit(admit)
+	if err != nil {
+		a.log().Info("lbproxy: connection not admitted", "app", a.id, "client", remoteAddr(accepted), "err", err)
+		return
+	}
+	r, _ := s.serve(ctx, conn)
+	a.logResult(ctx, &r)
+}
+
+// admit asks f, and takes the connection out of the counts again if it is not let in.
+func (s *session) admit(f AdmitFunc) (ctx context.Context, conn Conn, err error) {
+	a, admitted := s.app, false
+	defer func() {
+		if !admitted {
+			s.abort(EndCanceled, nil)
+			s.unwatch()
+			a.exit(true, false)
+		}
+	}()
+	ctx = a.ctx
+	if f != nil {
+		var own context.Context
+		if own, conn, err = f(ctx, s.conn.Client); own != nil {
+			ctx = own
+		}
+	}
+	if conn.Client == nil {
+		conn.Client = s.conn.Client
+	}
+	admitted = err == nil
+	return ctx, conn, err
+}
+
+// Stats is what an app has done and is doing.
+type Stats struct {
+	App      string
+	Open     int    // connections now, those not yet admitted included
+	Accepted uint64 // connections that Serve accepted or ServeConn was given
+	Refused  uint64 // of those: not admitted, or over a rate limit when they opened
+	Failed   uint64 // of those: let in, but no upstream could be reached
+
+	// Upstreams are the current ones in slice order, then those that are draining.
+	Upstreams []UpstreamStats
+}
+
+// UpstreamStats is what an upstream has done and is doing.
+type UpstreamStats struct {
+	Addr           string
+	Weight         int
+	Open           int    // connections now, dials included
+	Total          uint64 // connections it was chosen for
+	Failed         uint64 // of those: dials that failed for a reason that is the upstream's
+	State          string // "up", "cooling" (passed over after a failed dial), "draining" (removed, still serving)
+	Sent, Received uint64 // bytes to and from it
+}
+
+// Stats returns a consistent snapshot: the upstreams never have more connections open than the app. It is cheap
+// enough to be called every second.
+func (a *LBProxyApp) Stats() Stats {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return Stats{
+		App: a.id, Open: a.open, Accepted: a.accepted, Refused: a.refused, Failed: a.failed,
+		Upstreams: a.balancer.stats(),
+	}
+}
+
+// Shutdown stops accepting, closes the listeners, and waits until every connection has ended. If ctx ends first it
+// returns ctx's error and leaves connections open: call Close to break them.
+func (a *LBProxyApp) Shutdown(ctx context.Context) error {
+	a.stop()
+	select {
+	case <-a.drained:
+	case <-ctx.Done():
+		select {
+		case <-a.drained: // both: it is done
+		default:
+			return ctx.Err()
+		}
+	}
+	a.cancel(ErrAppClosed)
+	a.pipes.close()
+	return nil
+}
+
+// Close stops accepting, closes the listeners, breaks every connection without waiting for any peer, and returns
+// when all their goroutines have ended. It waits for hooks that are running. It returns nil.
+func (a *LBProxyApp) Close() error {
+	a.stop()
+	a.cancel(ErrAppClosed)
+	return a.Shutdown(context.Background())
+}
+
+// stop makes a take nothing more.
+func (a *LBProxyApp) stop() {
+	a.mu.Lock()
+	if !a.stopped {
+		a.stopped = true
+		close(a.stopping)
+		if a.active == 0 {
+			close(a.drained)
+		}
+	}
+	listeners := a.listeners
+	a.listeners = nil
+	a.mu.Unlock()
+	for l := range listeners {
+		l.Close()
+	}
+}
+
+func (a *LBProxyApp) isStopping() bool {
+	select {
+	case <-a.stopping:
+		return true
+	default:
+		return false
+	}
+}
+
+// listen counts a call of Serve in, or returns false if the app is stopped.
+func (a *LBProxyApp) listen(l *closeOnce) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.stopped {
+		return false
+	}
+	a.active++
+	a.listeners[l] = struct{}{}
+	return true
+}
+
+func (a *LBProxyApp) unlisten(l *closeOnce) {
+	a.mu.Lock()
+	delete(a.listeners, l)
+	a.mu.Unlock()
+	a.leave()
+}
+
+// enter counts a connection in, or returns false if the app is stopped. The caller owes one exit and one leave.
+func (a *LBProxyApp) enter() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.stopped {
+		return false
+	}
+	a.active++
+	a.open++
+	a.accepted++
+	return true
+}
+
+// exit takes a connection out of those open.
+func (a *LBProxyApp) exit(refused, failed bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.open--
+	if refused {
+		a.refused++
+	}
+	if failed {
+		a.failed++
+	}
+}
+
+// leave takes a connection or a call of Serve out of what Shutdown waits for.
+func (a *LBProxyApp) leave() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.active--; a.stopped && a.active == 0 {
+		close(a.drained)
+	}
+}
+
+func (a *LBProxyApp) log() *slog.Logger {
+	if a.opts.Logger != nil {
+		return a.opts.Logger
+	}
+	return slog.Default()
+}
+
+// logResult writes the one line that Serve has for each connection.
+func (a *LBProxyApp) logResult(ctx context.Context, r *Result) {
+	level := slog.LevelInfo
+	switch r.End {
+	case EndDone:
+		level = slog.LevelDebug
+	case EndNoUpstream, EndDialFailed, EndUpstreamError:
+		level = slog.LevelWarn
+	}
+	if log := a.log(); log.Enabled(ctx, level) {
+		log.LogAttrs(ctx, level, "lbproxy: connection ended", r.attrs()...)
+	}
+}
+
+// closeOnce lets Serve and Shutdown close a listener without minding each other.
+type closeOnce struct {
+	net.Listener
+	once sync.Once
+}
+
+func (l *closeOnce) Close() (err error) {
+	l.once.Do(func() { err = l.Listener.Close() })
+	return err
+}
