@@ -1,0 +1,228 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+// demo tells a story on out: three servers, one app in front of them, clients that come and go. It is the same
+// each time, because ties go to the upstream that comes first, and because one thing is over before the next begins.
+func demo(out io.Writer, log *slog.Logger) error {
+	var servers []*server
+	var upstreams []lbproxy.Upstream
+	for _, name := range []string{"red", "green", "blue"} {
+		server, err := startServer(name)
+		if err != nil {
+			return err
+		}
+		defer server.stop()
+		servers = append(servers, server)
+		upstreams = append(upstreams, lbproxy.Upstream{Addr: server.addr()})
+	}
+	green := servers[1]
+
+	results := make(chan lbproxy.Result, 100) // more than there are clients: OnDone never waits
+	app, err := lbproxy.New("demo", upstreams, &lbproxy.Options{
+		Logger: log,
+		OnDone: func(r lbproxy.Result) { results <- r },
+	})
+	if err != nil {
+		return err
+	}
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	defer app.Close()
+	front, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	serving.Go(func() { app.Serve(front, nil) })
+	side, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	serving.Go(func() { app.Serve(side, limits{rate: 0.001, burst: 2}.admit()) })
+
+	s := story{out: out, results: results, clients: map[string]net.Conn{}}
+	defer s.abandon()
+
+	s.say("Three servers, red, green and blue, behind one lbproxy app. Real TCP, all on loopback.")
+
+	s.say("\nSix clients come. Each gets the server with the fewest connections.")
+	s.come(front, "ann", "bob", "cat")
+	s.come(front, "dan", "eve", "fay")
+
+	s.say("\nBob and eve leave. The next two do not go by turns: they go where there is room.")
+	s.leave("bob", "eve")
+	s.come(front, "gil", "hal")
+
+	s.say("\nEveryone leaves, and green is stopped. Those who come now do not notice.")
+	s.leave("ann", "cat", "dan", "fay", "gil", "hal")
+	green.stop()
+	s.come(front, "ida", "jon", "kim")
+	r := s.leave("ida", "jon", "kim")
+	s.say("  It took jon %d dials: green did not answer, so blue was asked.", r["jon"].Attempts)
+
+	s.say("\nA second listener lets an address open two connections at once, not three.")
+	s.come(side, "lou", "mia", "ned")
+	s.leave("lou", "mia")
+
+	s.say("\nEveryone is gone. This is what the app has counted:")
+	stats := app.Stats()
+	s.table(stats.Upstreams, servers)
+	s.say("  %d connections accepted, %d refused, %d failed: green's failure cost no client anything.",
+		stats.Accepted, stats.Refused, stats.Failed)
+	return s.err
+}
+
+// A story is a demo in progress. Its first error is kept, and nothing happens after it.
+type story struct {
+	out     io.Writer
+	results <-chan lbproxy.Result
+	clients map[string]net.Conn // those that are being served, by name
+	err     error
+}
+
+// patience is more than anything here takes: the demo fails rather than hangs.
+const patience = 5 * time.Second
+
+func (s *story) say(format string, args ...any) {
+	if s.err == nil {
+		_, s.err = fmt.Fprintf(s.out, format+"\n", args...)
+	}
+}
+
+// come has clients connect, one after the other, and says who serves them.
+func (s *story) come(l net.Listener, names ...string) {
+	var served []string
+	for _, name := range names {
+		if s.err == nil {
+			served = append(served, name+" -> "+s.connect(l, name))
+		}
+	}
+	s.say("  %s", strings.Join(served, ", "))
+}
+
+// connect returns the name of the server that answers a client, or why none does.
+func (s *story) connect(l net.Listener, name string) string {
+	c, err := net.DialTimeout("tcp", l.Addr().String(), patience)
+	if err == nil {
+		var server string
+		if server, err = ask(c, name); err == nil {
+			s.clients[name] = c
+			return server
+		}
+		c.Close()
+	}
+	// Who is refused sees the connection break, sooner or later. The reason is the app's to tell.
+	return fmt.Sprintf("nobody (%s)", s.result().End)
+}
+
+func ask(c net.Conn, name string) (server string, err error) {
+	c.SetDeadline(time.Now().Add(patience))
+	if _, err := fmt.Fprintln(c, name); err != nil {
+		return "", err
+	}
+	line, err := bufio.NewReader(c).ReadString('\n')
+	return strings.TrimSpace(line), err
+}
+
+// leave has clients hang up, and returns what became of their connections.
+func (s *story) leave(names ...string) map[string]lbproxy.Result {
+	results := map[string]lbproxy.Result{}
+	for _, name := range names {
+		c := s.clients[name]
+		if c == nil && s.err == nil {
+			s.err = fmt.Errorf("%s should have been served", name)
+		}
+		if s.err == nil {
+			c.Close()
+			delete(s.clients, name)
+			results[name] = s.result()
+		}
+	}
+	return results
+}
+
+// result waits until the app has done with a connection. Without that, whether a client that has just left still
+// counts would be a matter of luck.
+func (s *story) result() lbproxy.Result {
+	select {
+	case r := <-s.results:
+		return r
+	case <-time.After(patience):
+		s.err = errors.New("a connection does not end")
+		return lbproxy.Result{}
+	}
+}
+
+// abandon lets go of whom the story has left behind where it failed.
+func (s *story) abandon() {
+	for _, c := range s.clients {
+		c.Close()
+	}
+}
+
+func (s *story) table(upstreams []lbproxy.UpstreamStats, servers []*server) {
+	var b strings.Builder
+	t := tabwriter.NewWriter(&b, 0, 0, 3, ' ', 0)
+	fmt.Fprint(t, "  UPSTREAM\tSTATE\tOPEN\tTOTAL\tFAILED\tSENT\tRECEIVED")
+	for i, u := range upstreams { // in the order they were given to New
+		fmt.Fprintf(t, "\n  %s\t%s\t%d\t%d\t%d\t%d B\t%d B",
+			servers[i].name, u.State, u.Open, u.Total, u.Failed, u.Sent, u.Received)
+	}
+	t.Flush()
+	s.say("%s", &b)
+}
+
+// A server answers each line with its name.
+type server struct {
+	name     string
+	listener net.Listener
+	running  sync.WaitGroup
+}
+
+func startServer(name string) (*server, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	s := &server{name: name, listener: l}
+	s.running.Go(s.run)
+	return s, nil
+}
+
+func (s *server) addr() string { return s.listener.Addr().String() }
+
+// stop waits for the server's clients to leave.
+func (s *server) stop() {
+	s.listener.Close()
+	s.running.Wait()
+}
+
+func (s *server) run() {
+	for {
+		c, err := s.listener.Accept()
+		if err != nil {
+			return
+		}
+		s.running.Go(func() { s.answer(c) })
+	}
+}
+
+func (s *server) answer(c net.Conn) {
+	defer c.Close()
+	for lines := bufio.NewScanner(c); lines.Scan(); {
+		fmt.Fprintln(c, s.name)
+	}
+}

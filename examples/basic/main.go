@@ -1,0 +1,192 @@
+// Basic is a TCP load balancer in one command, and a first program to copy from.
+//
+//	basic -listen 127.0.0.1:8080 -upstream 10.0.0.1:80 -upstream 10.0.0.2:80,weight=2
+//
+// It serves until it is interrupted, then lets open connections end; a second interrupt breaks them. Started
+// without flags, it tells a short story of what lbproxy does, with servers and clients of its own on loopback.
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+func main() {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
+}
+
+// run is main, with everything it touches as an argument. It returns the exit code.
+func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int {
+	if len(args) == 0 {
+		log := newLogger(stderr, slog.LevelError) // green's failure is part of the story, not news
+		return exitCode(demo(stdout, log), stderr)
+	}
+	conf, err := parse(args)
+	log := newLogger(stderr, conf.level)
+	var app *lbproxy.LBProxyApp
+	if err == nil {
+		app, err = newApp(conf, log)
+	}
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usage)
+		return 0
+	case err != nil:
+		fmt.Fprintf(stderr, "basic: %v\n\n%s", err, usage)
+		return 2
+	}
+	return exitCode(serve(app, conf, log, signals, stdout), stderr)
+}
+
+func exitCode(err error, stderr io.Writer) int {
+	if err != nil {
+		fmt.Fprintf(stderr, "basic: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+func newLogger(w io.Writer, level slog.Level) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+// A config is what the flags say.
+type config struct {
+	listen    string
+	upstreams []lbproxy.Upstream
+	limits    limits
+	idle      time.Duration
+	level     slog.Level
+}
+
+const usage = `usage: basic -listen ADDR -upstream ADDR[,weight=N] [-upstream ...] [flags]
+       basic                    (shows what lbproxy does, by itself, on loopback)
+
+  -listen ADDR                  where clients come in: 127.0.0.1:8080 or :8080; port 0 takes a free one
+  -upstream ADDR[,weight=N]     a server to send them to; weight 2 gets twice what 1, the default, gets
+  -idle DURATION                end a connection in which nothing moves for so long (default 1h; 0: never)
+  -v                            log every connection
+
+What each client address may do, without limit by default:
+
+  -rate N                       open N connections per second (0.5: one every 2 seconds) ...
+  -burst N                      ... and N at once after a rest (default: a second's worth)
+  -open N                       have N connections open at once
+  -bandwidth N                  move N bytes per second, both directions together
+`
+
+func (c *config) flags() *flag.FlagSet {
+	f := flag.NewFlagSet("basic", flag.ContinueOnError)
+	f.SetOutput(io.Discard) // run says what is wrong, all in one form
+	f.Func("listen", "", c.setListen)
+	f.Func("upstream", "", c.addUpstream)
+	f.Func("idle", "", number(&c.idle, time.ParseDuration, "want a duration such as 90s or 10m, or 0 for never"))
+	f.BoolFunc("v", "", c.setVerbose)
+	l := &c.limits
+	f.Func("rate", "", number(&l.rate, parseRate, "want openings per second, 0.001 to 1000000, or 0 for no limit"))
+	f.Func("burst", "", number(&l.burst, strconv.Atoi, "want a whole number of openings, or 0 for the default"))
+	f.Func("open", "", number(&l.open, strconv.Atoi, "want a whole number of connections, or 0 for no limit"))
+	f.Func("bandwidth", "", number(&l.bandwidth, parseBytes, "want whole bytes per second, or 0 for no limit"))
+	return f
+}
+
+func parse(args []string) (config, error) {
+	c := config{idle: time.Hour}
+	flags := c.flags()
+	if err := flags.Parse(args); err != nil {
+		return c, err
+	}
+	switch {
+	case flags.NArg() > 0:
+		return c, fmt.Errorf("unexpected argument %q: there are only flags", flags.Arg(0))
+	case c.listen == "":
+		return c, errors.New("-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080")
+	case len(c.upstreams) == 0:
+		return c, errors.New("-upstream is missing: say where to send clients, such as -upstream 10.0.0.1:80")
+	case c.limits.burst > 0 && c.limits.rate == 0:
+		return c, fmt.Errorf("-burst %d without -rate: say how fast openings are regained, such as -rate 10", c.limits.burst)
+	}
+	if c.limits.burst == 0 {
+		c.limits.burst = int(math.Ceil(c.limits.rate))
+	}
+	return c, nil
+}
+
+func (c *config) setListen(s string) error {
+	_, _, err := net.SplitHostPort(s)
+	if err == nil {
+		_, err = net.ResolveTCPAddr("tcp", s)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: want an address of this machine, such as 127.0.0.1:8080 or :8080", err)
+	}
+	c.listen = s
+	return nil
+}
+
+// addUpstream leaves it to lbproxy.New to say what is wrong with an address.
+func (c *config) addUpstream(s string) error {
+	addr, option, given := strings.Cut(s, ",")
+	u := lbproxy.Upstream{Addr: addr}
+	if given {
+		n, isWeight := strings.CutPrefix(option, "weight=")
+		weight, err := strconv.Atoi(n)
+		if !isWeight || err != nil || weight < 1 {
+			return errors.New("want host:port or host:port,weight=N, N being a whole number from 1")
+		}
+		u.Weight = weight
+	}
+	c.upstreams = append(c.upstreams, u)
+	return nil
+}
+
+func (c *config) setVerbose(s string) error {
+	on, err := strconv.ParseBool(s)
+	if err != nil {
+		return errors.New("want true or false, or nothing")
+	}
+	if on {
+		c.level = slog.LevelDebug
+	}
+	return nil
+}
+
+// number returns what sets p to the value of a flag that must not be negative.
+func number[N int | int64 | float64 | time.Duration](
+	p *N, parse func(string) (N, error), want string,
+) func(string) error {
+	return func(s string) error {
+		n, err := parse(s)
+		if err != nil || n < 0 {
+			return errors.New(want)
+		}
+		*p = n
+		return nil
+	}
+}
+
+func parseBytes(s string) (int64, error) { return strconv.ParseInt(s, 10, 64) }
+
+// parseRate keeps rates to what a time.Duration between two openings can express.
+func parseRate(s string) (float64, error) {
+	n, err := strconv.ParseFloat(s, 64)
+	if err == nil && n != 0 && !(n >= 0.001 && n <= 1e6) { // NaN is not in range, either
+		err = strconv.ErrRange
+	}
+	return n, err
+}

@@ -1,0 +1,435 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"regexp"
+	"runtime/pprof"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Example is the story that is told without flags.
+func Example() {
+	fmt.Println("exit code", run(nil, nil, os.Stdout, os.Stderr))
+
+	// Output:
+	// Three servers, red, green and blue, behind one lbproxy app. Real TCP, all on loopback.
+	//
+	// Six clients come. Each gets the server with the fewest connections.
+	//   ann -> red, bob -> green, cat -> blue
+	//   dan -> red, eve -> green, fay -> blue
+	//
+	// Bob and eve leave. The next two do not go by turns: they go where there is room.
+	//   gil -> green, hal -> green
+	//
+	// Everyone leaves, and green is stopped. Those who come now do not notice.
+	//   ida -> red, jon -> blue, kim -> red
+	//   It took jon 2 dials: green did not answer, so blue was asked.
+	//
+	// A second listener lets an address open two connections at once, not three.
+	//   lou -> red, mia -> blue, ned -> nobody (rate-limited)
+	//
+	// Everyone is gone. This is what the app has counted:
+	//   UPSTREAM   STATE     OPEN   TOTAL   FAILED   SENT   RECEIVED
+	//   red        up        0      5       0        20 B   20 B
+	//   green      cooling   0      5       1        16 B   24 B
+	//   blue       up        0      4       0        16 B   20 B
+	//   14 connections accepted, 1 refused, 0 failed: green's failure cost no client anything.
+	// exit code 0
+}
+
+// TestMain fails if the tests leave a goroutine behind.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	goroutines := pprof.Lookup("goroutine")
+	for deadline := time.Now().Add(patience); code == 0 && goroutines.Count() > 1; <-time.After(time.Millisecond) {
+		if time.Now().After(deadline) {
+			goroutines.WriteTo(os.Stderr, 1)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// A proxy is a call of run.
+type proxy struct {
+	addr    string
+	args    []string
+	signals chan os.Signal // unbuffered: a signal that is sent has been received
+	stdout  *bufio.Reader
+	ended   chan struct{} // closed when run has returned:
+	code    int
+	stderr  bytes.Buffer
+}
+
+// startProxy runs the proxy with args, which start with where it listens, unless that is to be any free port.
+func startProxy(t *testing.T, args ...string) *proxy {
+	t.Helper()
+	stdout, w := io.Pipe()
+	p := &proxy{
+		args:    append([]string{"-listen", "127.0.0.1:0"}, args...),
+		signals: make(chan os.Signal),
+		stdout:  bufio.NewReader(stdout),
+		ended:   make(chan struct{}),
+	}
+	go func() {
+		defer close(p.ended)
+		defer w.Close()
+		p.code = run(p.args, p.signals, w, &p.stderr)
+	}()
+	t.Cleanup(func() {
+		for p.interrupt() {
+		}
+	})
+	line, err := p.stdout.ReadString('\n')
+	if err != nil {
+		<-p.ended
+		t.Fatalf("exit code %d: %s", p.code, &p.stderr)
+	}
+	m := regexp.MustCompile(`^listening on (127\.0\.0\.1:\d+), upstreams .`).FindStringSubmatch(line)
+	if m == nil {
+		t.Fatalf("stdout %q", line)
+	}
+	p.addr = m[1]
+	return p
+}
+
+// interrupt reports whether there was still something to interrupt.
+func (p *proxy) interrupt() bool {
+	select {
+	case p.signals <- os.Interrupt:
+		return true
+	case <-p.ended:
+		return false
+	}
+}
+
+// wait waits for run to return, and checks the exit code.
+func (p *proxy) wait(t *testing.T) {
+	t.Helper()
+	select {
+	case <-p.ended:
+	case <-time.After(patience):
+		t.Fatal("the proxy goes on")
+	}
+	if p.code != 0 {
+		t.Errorf("exit code %d, want 0: %s", p.code, &p.stderr)
+	}
+}
+
+func (p *proxy) dial(t *testing.T) net.Conn {
+	t.Helper()
+	c, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(patience))
+	return c
+}
+
+// served returns which servers answer n clients that come one after the other and stay.
+func (p *proxy) served(t *testing.T, n int) (servers []string) {
+	t.Helper()
+	for range n {
+		server := "none"
+		if c, err := net.Dial("tcp", p.addr); err == nil { // who is refused may see it as early as here
+			t.Cleanup(func() { c.Close() })
+			if answer, err := ask(c, "hello"); err == nil {
+				server = answer
+			}
+		}
+		servers = append(servers, server)
+	}
+	return servers
+}
+
+func upstream(t *testing.T, name string) string {
+	t.Helper()
+	s, err := startServer(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
+	return s.addr()
+}
+
+// echo starts a server that sends back what it is sent, to one client after the other.
+func echo(t *testing.T) (addr string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			io.Copy(c, c)
+			c.Close()
+		}
+	}()
+	t.Cleanup(func() {
+		l.Close()
+		<-ended
+	})
+	return l.Addr().String()
+}
+
+func TestEcho(t *testing.T) {
+	up := echo(t)
+	p := startProxy(t, "-upstream", up)
+	c := p.dial(t)
+	sent := bytes.Repeat([]byte("over and over again, "), 1<<15)
+	wrote := make(chan error, 1)
+	go func() {
+		_, err := c.Write(sent)
+		c.(*net.TCPConn).CloseWrite()
+		wrote <- err
+	}()
+	received, err := io.ReadAll(c)
+	if err != nil || !bytes.Equal(received, sent) {
+		t.Errorf("received %d bytes (%v), want the %d that were sent", len(received), err, len(sent))
+	}
+	if err := <-wrote; err != nil {
+		t.Error(err)
+	}
+	p.interrupt()
+	p.wait(t)
+	if rest, _ := io.ReadAll(p.stdout); len(rest) > 0 {
+		t.Errorf("more than one line on stdout: %q", rest)
+	}
+	log := p.stderr.String()
+	if !strings.Contains(log, "msg=stopped accepted=1 refused=0 failed=0") || strings.Contains(log, up) {
+		t.Errorf("log:\n%swant what was counted, and nothing about a connection", log)
+	}
+}
+
+func TestVerbose(t *testing.T) {
+	up := echo(t)
+	p := startProxy(t, "-v", "-upstream", up)
+	c := p.dial(t)
+	c.(*net.TCPConn).CloseWrite()
+	if _, err := io.ReadAll(c); err != nil {
+		t.Error(err)
+	}
+	p.interrupt()
+	p.wait(t)
+	if log := p.stderr.String(); !strings.Contains(log, "upstream="+up) {
+		t.Errorf("log:\n%swant a line about the connection", log)
+	}
+}
+
+func TestWeight(t *testing.T) {
+	p := startProxy(t, "-upstream", upstream(t, "small"), "-upstream", upstream(t, "big")+",weight=3")
+	want := []string{"big", "big", "small", "big", "big", "big", "small", "big"}
+	if got := p.served(t, len(want)); !slices.Equal(got, want) {
+		t.Errorf("served by %v, want %v", got, want)
+	}
+}
+
+func TestLimits(t *testing.T) {
+	for _, tt := range []struct {
+		flags  string
+		served int // of 4 clients
+	}{
+		{"-rate 0", 4},
+		{"-rate 1000", 4},
+		{"-rate 0.001", 1},
+		{"-rate 0.001 -burst 3", 3},
+		{"-open 2", 2},
+		{"-rate 0.001 -burst 3 -open 2", 2},
+		{"-rate 0.001 -burst 2 -open 3", 2},
+		{"-bandwidth 1000000", 4},
+	} {
+		t.Run(tt.flags, func(t *testing.T) {
+			p := startProxy(t, append(strings.Fields(tt.flags), "-upstream", upstream(t, "server"))...)
+			want := slices.Concat(slices.Repeat([]string{"server"}, tt.served), slices.Repeat([]string{"none"}, 4-tt.served))
+			if got := p.served(t, 4); !slices.Equal(got, want) {
+				t.Errorf("served by %v, want %v", got, want)
+			}
+		})
+	}
+}
+
+func TestBandwidth(t *testing.T) {
+	p := startProxy(t, "-bandwidth", "100000", "-upstream", echo(t))
+	c := p.dial(t)
+	start := time.Now()
+	c.Write(make([]byte, 10_000))
+	if _, err := io.ReadFull(c, make([]byte, 10_000)); err != nil {
+		t.Fatal(err)
+	}
+	// 20,000 bytes take 200 ms, but for the last piece, which moves before it is paid for.
+	if d := time.Since(start); d < 100*time.Millisecond {
+		t.Errorf("20000 bytes at 100000 per second took %v", d)
+	}
+}
+
+func TestIdle(t *testing.T) {
+	p := startProxy(t, "-idle", "200ms", "-upstream", upstream(t, "server"))
+	if _, err := p.dial(t).Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
+		t.Errorf("Read: %v, want to be cut", err)
+	}
+}
+
+func TestInterruptDrains(t *testing.T) {
+	p := startProxy(t, "-upstream", upstream(t, "server"))
+	c := p.dial(t)
+	if _, err := ask(c, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	p.interrupt()
+	for deadline := time.Now().Add(patience); ; {
+		late, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			break
+		}
+		late.Close()
+		if time.Now().After(deadline) {
+			t.Fatal("still accepting")
+		}
+	}
+	if server, err := ask(c, "still there?"); err != nil || server != "server" {
+		t.Errorf("while draining: %q, %v", server, err)
+	}
+	select {
+	case <-p.ended:
+		t.Error("ended with a connection open")
+	default:
+	}
+	c.Close()
+	p.wait(t)
+}
+
+func TestSecondInterruptCloses(t *testing.T) {
+	p := startProxy(t, "-upstream", upstream(t, "server"))
+	c := p.dial(t)
+	if _, err := ask(c, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	p.interrupt()
+	p.interrupt()
+	p.wait(t)
+	if _, err := c.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
+		t.Errorf("Read: %v, want to be cut", err)
+	}
+}
+
+func TestWrongFlags(t *testing.T) {
+	const (
+		wantListen   = "want an address of this machine, such as 127.0.0.1:8080 or :8080"
+		wantUpstream = "want host:port or host:port,weight=N, N being a whole number from 1"
+		wantRate     = "want openings per second, 0.001 to 1000000, or 0 for no limit"
+		wantBurst    = "want a whole number of openings, or 0 for the default"
+		wantOpen     = "want a whole number of connections, or 0 for no limit"
+		wantBytes    = "want whole bytes per second, or 0 for no limit"
+		wantIdle     = "want a duration such as 90s or 10m, or 0 for never"
+	)
+	for _, tt := range []struct{ args, want string }{
+		{"-upstream 127.0.0.1:1", "-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080"},
+		{"-listen 127.0.0.1:0", "-upstream is missing: say where to send clients, such as -upstream 10.0.0.1:80"},
+		{"-v", "-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080"},
+		{"start", `unexpected argument "start": there are only flags`},
+		{"-fast", "flag provided but not defined: -fast"},
+		{"-rate", "flag needs an argument: -rate"},
+		{"-v=loud", `invalid boolean value "loud" for -v: want true or false, or nothing`},
+		{"-listen 8080", `invalid value "8080" for flag -listen: address 8080: missing port in address: ` + wantListen},
+		{"-listen 127.0.0.1:65536", `invalid value "127.0.0.1:65536" for flag -listen: address 65536: invalid port: ` + wantListen},
+		{"-upstream b:1,weight=heavy", `invalid value "b:1,weight=heavy" for flag -upstream: ` + wantUpstream},
+		{"-upstream b:1,weight=0", `invalid value "b:1,weight=0" for flag -upstream: ` + wantUpstream},
+		{"-upstream b:1,2", `invalid value "b:1,2" for flag -upstream: ` + wantUpstream},
+		{"-upstream b:1,", `invalid value "b:1," for flag -upstream: ` + wantUpstream},
+		{"-listen 127.0.0.1:0 -upstream b", `-upstream: lbproxy: app "basic": upstream 0: Addr "b": missing port in address: want host:port`},
+		{"-listen 127.0.0.1:0 -upstream b:1 -upstream b:1", `-upstream: lbproxy: app "basic": upstream 1: Addr "b:1" is that of upstream 0 already`},
+		{"-rate -1", `invalid value "-1" for flag -rate: ` + wantRate},
+		{"-rate NaN", `invalid value "NaN" for flag -rate: ` + wantRate},
+		{"-rate 1e-9", `invalid value "1e-9" for flag -rate: ` + wantRate},
+		{"-burst 1.5", `invalid value "1.5" for flag -burst: ` + wantBurst},
+		{"-listen 127.0.0.1:0 -upstream b:1 -burst 3", "-burst 3 without -rate: say how fast openings are regained, such as -rate 10"},
+		{"-open many", `invalid value "many" for flag -open: ` + wantOpen},
+		{"-bandwidth 1MB", `invalid value "1MB" for flag -bandwidth: ` + wantBytes},
+		{"-idle -1s", `invalid value "-1s" for flag -idle: ` + wantIdle},
+	} {
+		var stdout, stderr bytes.Buffer
+		if code := run(strings.Fields(tt.args), nil, &stdout, &stderr); code != 2 || stdout.Len() > 0 {
+			t.Errorf("basic %s: exit code %d, want 2; stdout %q, want none", tt.args, code, &stdout)
+		}
+		if got, want := stderr.String(), "basic: "+tt.want+"\n\n"+usage; got != want {
+			t.Errorf("basic %s\n got %s\nwant %s", tt.args, got, want)
+		}
+	}
+}
+
+func TestHelp(t *testing.T) {
+	var stdout, stderr bytes.Buffer
+	if code := run([]string{"-h"}, nil, &stdout, &stderr); code != 0 || stderr.Len() > 0 {
+		t.Errorf("exit code %d, want 0; stderr %q, want none", code, &stderr)
+	}
+	if stdout.String() != usage {
+		t.Errorf("stdout:\n%swant the usage", &stdout)
+	}
+	new(config).flags().VisitAll(func(f *flag.Flag) {
+		if !strings.Contains(usage, "\n  -"+f.Name+" ") {
+			t.Errorf("usage says nothing about -%s", f.Name)
+		}
+	})
+}
+
+func TestAddressInUse(t *testing.T) {
+	taken := echo(t)
+	var stdout, stderr bytes.Buffer
+	code := run([]string{"-listen", taken, "-upstream", "127.0.0.1:1"}, nil, &stdout, &stderr)
+	if code != 1 || stdout.Len() > 0 {
+		t.Errorf("exit code %d, want 1; stdout %q, want none", code, &stdout)
+	}
+	if got := stderr.String(); !strings.Contains(got, taken) || !strings.HasSuffix(got, ": choose another -listen\n") {
+		t.Errorf("stderr %q", got)
+	}
+}
+
+// A remoteConn is a connection as far as admit looks at it.
+type remoteConn struct {
+	net.Conn
+	remote net.Addr
+}
+
+func (c remoteConn) RemoteAddr() net.Addr { return c.remote }
+
+func TestClientIsAddress(t *testing.T) {
+	admit := limits{open: 1}.admit()
+	for _, tt := range []struct {
+		remote net.Addr
+		want   string
+	}{
+		{&net.TCPAddr{IP: net.IPv4(10, 0, 0, 1).To4(), Port: 1}, "10.0.0.1"},
+		{&net.TCPAddr{IP: net.IPv4(10, 0, 0, 1).To16(), Port: 2}, "10.0.0.1"},
+		{&net.TCPAddr{IP: net.ParseIP("2001:db8::1"), Port: 3}, "2001:db8::1"},
+		{&net.UnixAddr{Name: "a.sock"}, ""},
+		{nil, ""},
+	} {
+		_, c, err := admit(context.Background(), remoteConn{remote: tt.remote})
+		if c.ClientID != tt.want || (err != nil) != (tt.want == "") {
+			t.Errorf("client at %v: %q, %v, want %q", tt.remote, c.ClientID, err, tt.want)
+		}
+	}
+}
+
+func TestNoLimits(t *testing.T) {
+	if (limits{}).admit() != nil {
+		t.Error("connections are looked at, with nothing to hold them to")
+	}
+}
