@@ -43,9 +43,12 @@ type Result struct {
 
 func (r *Result) attrs() []slog.Attr {
 	attrs := []slog.Attr{
-		slog.String("app", r.App), slog.String("client_id", r.ClientID), slog.String("client", r.Client),
+		slog.String("app", r.App), slog.String("end", string(r.End)), slog.String("client", r.Client),
 		slog.String("upstream", r.Upstream), slog.Int("attempts", r.Attempts), slog.Duration("duration", r.Duration),
-		slog.Int64("sent", r.Sent), slog.Int64("received", r.Received), slog.String("end", string(r.End)),
+		slog.Int64("sent", r.Sent), slog.Int64("received", r.Received),
+	}
+	if r.ClientID != "" {
+		attrs = append(attrs, slog.String("client_id", r.ClientID))
 	}
 	if r.Err != nil {
 		attrs = append(attrs, slog.Any("err", r.Err))
@@ -58,7 +61,7 @@ type EndReason string
 
 const (
 	EndDone          EndReason = "done"           // both sides ended their streams
-	EndRateLimited   EndReason = "rate-limited"   // refused or cut by its RateLimitManager
+	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by its RateLimitManager
 	EndNoUpstream    EndReason = "no-upstream"    // every upstream is at its MaxConns
 	EndDialFailed    EndReason = "dial-failed"    // no upstream that might have served it could be reached
 	EndClientError   EndReason = "client-error"   // the client's side failed
@@ -84,9 +87,8 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c Conn) (Result, error) {
 		err := fmt.Errorf("lbproxy: app %q: ServeConn: Conn.Client is nil", a.id)
 		return Result{App: a.id, ClientID: c.ClientID, Start: time.Now(), End: EndClientError, Err: err}, err
 	}
-	s := newSession(a, c.Client)
+	s := newSession(a, c)
 	if !a.enter() {
-		s.conn = c
 		s.abort(EndClosed, ErrAppClosed)
 		s.closeConns()
 		return s.report()
@@ -137,8 +139,8 @@ type session struct {
 	changed  sync.Cond   // on mu: a pump has ended, or aborted is set
 }
 
-func newSession(a *LBProxyApp, client net.Conn) *session {
-	s := &session{app: a, start: time.Now(), conn: Conn{Client: client}, connected: make(chan struct{})}
+func newSession(a *LBProxyApp, c Conn) *session {
+	s := &session{app: a, start: time.Now(), conn: c, connected: make(chan struct{})}
 	s.changed.L = &s.mu
 	s.up = pump{session: s, direction: Upload}
 	s.down = pump{session: s, direction: Download}

@@ -72,8 +72,9 @@ type Options struct {
 	// it accepts no more until one ends; clients wait in the listener's queue. 0 means no bound.
 	MaxConns int
 
-	// Logger gets what Serve has to say (one line for each connection, at level Debug if it ended well) and
-	// what becomes of upstreams. nil means slog.Default().
+	// Logger gets a line from Serve for each connection, at level Warn if an upstream was the trouble and else at
+	// Debug, so that clients cannot flood it, and a line for each upstream that begins or ceases to be passed over.
+	// nil means slog.Default().
 	Logger *slog.Logger
 
 	// OnDone is called once for every connection that ServeConn was given, directly or by Serve, when everything
@@ -247,7 +248,7 @@ func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
 				c.Close()
 				return ErrAppClosed
 			}
-			go newSession(a, c).handle(admit)
+			go newSession(a, Conn{Client: c}).handle(admit)
 			continue
 		}
 		if a.slots != nil {
@@ -307,7 +308,7 @@ func (s *session) handle(admit AdmitFunc) {
 	defer accepted.Close() // admit may have wrapped it
 	ctx, conn, err := s.admit(admit)
 	if err != nil {
-		a.log().Info("lbproxy: connection not admitted", "app", a.id, "client", remoteAddr(accepted), "err", err)
+		a.log().Debug("lbproxy: connection not admitted", "app", a.id, "client", remoteAddr(accepted), "err", err)
 		return
 	}
 	r, _ := s.serve(ctx, conn)
@@ -488,10 +489,8 @@ func (a *LBProxyApp) log() *slog.Logger {
 
 // logResult writes the one line that Serve has for each connection.
 func (a *LBProxyApp) logResult(ctx context.Context, r *Result) {
-	level := slog.LevelInfo
+	level := slog.LevelDebug
 	switch r.End {
-	case EndDone:
-		level = slog.LevelDebug
 	case EndNoUpstream, EndDialFailed, EndUpstreamError:
 		level = slog.LevelWarn
 	}

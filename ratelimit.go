@@ -10,14 +10,16 @@ import (
 )
 
 // A RateLimitManager is told what connections do and answers whether a rate has been exceeded. Its scope is
-// whatever the caller makes it by choosing which instance goes into which [Conn]: one client, one app,
-// everything. It must be safe for concurrent use.
+// whatever the caller makes it by choosing which instance goes into which [Conn]: one client, one app, everything.
+// It must be safe for concurrent use.
 //
-// EventOpen comes before anything is dialled. An open that is let in is followed by exactly one EventClose,
-// whatever happens; one that is refused is followed by nothing and must not cost anything. EventData comes
-// after the bytes were moved, for at most 1 MiB at a time. Report runs in the connection's own goroutines and
-// may block; ctx ends with the connection. A manager that depends on something that can fail, such as a store,
-// chooses for itself whether to let things go on then. A panic ends the connection, not its accounting.
+// EventOpen comes before anything is dialled. An open that is let in is followed by exactly one EventClose, whatever
+// happens; one that is refused is followed by nothing and must not cost anything. EventData comes after the bytes
+// were moved, for at most 1 MiB at a time; waiting then is backpressure. Report runs in the connection's own
+// goroutines and may block; ctx ends with the connection, but for an EventClose it does not. A manager that depends
+// on something that can fail, such as a store, chooses for itself whether to let things go on then. A panic ends the
+// connection, not its accounting. A manager that [ClientLimits] keeps should have a method Idle() bool if it remembers
+// more than open connections.
 type RateLimitManager interface {
 	Report(ctx context.Context, e Event) Decision
 }

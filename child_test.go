@@ -1,0 +1,89 @@
+package lbproxy
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// childMain is what this test's program does when a test runs it as a child: it serves the upstream given until its
+// standard input ends.
+func childMain(upstream string) {
+	a, err := New("child", []Upstream{{Addr: upstream}}, nil)
+	if err != nil {
+		panic(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(l.Addr())
+	done := make(chan error)
+	go func() { done <- a.Serve(l, nil) }()
+	os.Stdin.Read(make([]byte, 1))
+	a.Close()
+	fmt.Println(<-done)
+	os.Exit(0)
+}
+
+func TestAProcessOutOfDescriptorsServesAgainWhenSomeAreFree(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("there is no limit of descriptors to set")
+	}
+	cmd := exec.Command("sh", "-c", `ulimit -n 40 && exec "$0"`, os.Args[0])
+	cmd.Env = append(os.Environ(), "LBPROXY_TEST_CHILD="+upstreamDoing(t, echo))
+	stdin, _ := cmd.StdinPipe()
+	stdout, _ := cmd.StdoutPipe()
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(stdout)
+	addr, err := lines.ReadString('\n')
+	if err != nil {
+		t.Fatal(err, stderr.String())
+	}
+	addr = strings.TrimSpace(addr)
+	var conns []net.Conn
+	stuck := 0
+	for range 60 { // far more than it can have; those not served wait, or are refused
+		c := dial(t, addr)
+		c.SetDeadline(time.Now().Add(100 * time.Millisecond))
+		c.Write([]byte("x"))
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			stuck++
+		}
+		conns = append(conns, c)
+		if stuck == 10 {
+			break
+		}
+	}
+	if stuck == 0 {
+		t.Fatal("the child never ran out of descriptors")
+	}
+	for _, c := range conns {
+		c.Close()
+	}
+	start := time.Now()
+	ping(t, dial(t, addr)) // behind those that were waiting
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("served again after %v, want about the second that Serve waits at most", took)
+	}
+	stdin.Close()
+	if line, _ := lines.ReadString('\n'); line != ErrAppClosed.Error()+"\n" {
+		t.Errorf("Serve returned %q", line)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if n := strings.Count(stderr.String(), "cannot accept"); n < 1 || n > 20 {
+		t.Errorf("%d log lines about it:\n%s", n, stderr.String())
+	}
+}

@@ -1,0 +1,546 @@
+package lbproxy
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A duplexConn is one end of a connection in memory that, unlike net.Pipe, can be half-closed and reset.
+type duplexConn struct {
+	in, out net.Conn
+	peer    *duplexConn
+	reset   atomic.Bool
+}
+
+func duplex() (a, b *duplexConn) {
+	a, b = new(duplexConn), new(duplexConn)
+	a.peer, b.peer = b, a
+	a.out, b.in = net.Pipe()
+	b.out, a.in = net.Pipe()
+	return a, b
+}
+
+func (c *duplexConn) Read(b []byte) (int, error) {
+	n, err := c.in.Read(b)
+	if err == io.EOF && c.peer.reset.Load() {
+		err = syscall.ECONNRESET
+	}
+	return n, err
+}
+
+func (c *duplexConn) Write(b []byte) (int, error)        { return c.out.Write(b) }
+func (c *duplexConn) CloseWrite() error                  { return c.out.Close() }
+func (c *duplexConn) SetLinger(int) error                { c.reset.Store(true); return nil }
+func (c *duplexConn) Close() error                       { c.in.Close(); return c.out.Close() }
+func (c *duplexConn) LocalAddr() net.Addr                { return nil }
+func (c *duplexConn) RemoteAddr() net.Addr               { return nil }
+func (c *duplexConn) SetDeadline(t time.Time) error      { c.in.SetDeadline(t); return c.out.SetDeadline(t) }
+func (c *duplexConn) SetReadDeadline(t time.Time) error  { return c.in.SetReadDeadline(t) }
+func (c *duplexConn) SetWriteDeadline(t time.Time) error { return c.out.SetWriteDeadline(t) }
+
+type dialFunc = func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// dialFake reaches upstreams in memory, which do handle with each connection, then close it.
+func dialFake(handle func(net.Conn)) dialFunc {
+	return func(context.Context, string, string) (net.Conn, error) {
+		ours, theirs := duplex()
+		go func() {
+			defer theirs.Close()
+			handle(theirs)
+		}()
+		return ours, nil
+	}
+}
+
+// served is a connection in memory that ServeConn is busy with.
+type served struct {
+	*duplexConn
+	result chan Result
+}
+
+func serveFake(ctx context.Context, a *LBProxyApp, c Conn) served {
+	client, ours := duplex()
+	s := served{client, make(chan Result, 1)}
+	c.Client = ours
+	go func() {
+		r, err := a.ServeConn(ctx, c)
+		if err != r.Err {
+			panic(fmt.Sprintf("ServeConn returned %v and a Result with %v", err, r.Err))
+		}
+		s.result <- r
+	}()
+	return s
+}
+
+func echoFake(c net.Conn) { io.Copy(c, c) }
+
+// The half-close table: who ends its stream first, over what.
+
+func TestHalfClose(t *testing.T) {
+	serverTLS, clientTLS := tlsConfigs(t)
+	const size = 3 << 20
+	for _, side := range []struct {
+		name             string
+		client, upstream bool // speak TLS
+	}{{"plain", false, false}, {"TLS client", true, false}, {"TLS upstream", false, true}, {"TLS both", true, true}} {
+		for _, order := range []string{"client first", "upstream first", "both"} {
+			t.Run(side.name+"/"+order, func(t *testing.T) {
+				clientEnded := make(chan struct{})
+				got := make(chan string, 1)
+				addr := upstreamDoing(t, func(tcp *net.TCPConn) {
+					var c halfCloser = tcp
+					if side.upstream {
+						tc := tls.Server(tcp, serverTLS)
+						defer tc.Close()
+						c = tc
+					}
+					switch order {
+					case "client first": // answer only when all has been read
+						got <- readAll(c)
+						sendPattern(c, size)
+					case "upstream first": // go on reading when all has been said
+						sendPattern(c, size)
+						c.CloseWrite()
+						got <- readAll(c)
+					case "both":
+						go func() { sendPattern(c, size); c.CloseWrite() }()
+						got <- readAll(c)
+						<-clientEnded
+					}
+				})
+				up := Upstream{Addr: addr}
+				if side.upstream {
+					up.TLS = clientTLS
+				}
+				a, results := newAppOver(t, Options{}, up)
+				var admit AdmitFunc
+				if side.client {
+					admit = func(ctx context.Context, c net.Conn) (context.Context, Conn, error) {
+						tc := tls.Server(c, serverTLS)
+						return nil, Conn{Client: tc}, tc.HandshakeContext(ctx)
+					}
+				}
+				tcp := dial(t, serve(t, a, admit))
+				var c halfCloser = tcp
+				if side.client {
+					c = tls.Client(tcp, clientTLS)
+				}
+				read := make(chan string, 1)
+				if order == "upstream first" {
+					if s := readAll(c); s != pattern(size) {
+						t.Errorf("client got %s, want %s", s, pattern(size))
+					}
+					sendPattern(c, size)
+					c.CloseWrite()
+				} else {
+					go func() { read <- readAll(c) }()
+					sendPattern(c, size)
+					c.CloseWrite()
+					if s := <-read; s != pattern(size) {
+						t.Errorf("client got %s, want %s", s, pattern(size))
+					}
+				}
+				close(clientEnded)
+				if s := <-got; s != pattern(size) {
+					t.Errorf("upstream got %s, want %s", s, pattern(size))
+				}
+				c.Close()
+				if r := <-results; r.End != EndDone || r.Err != nil || r.Sent != size || r.Received != size || r.Upstream != addr || r.Attempts != 1 {
+					t.Errorf("result %+v", r)
+				}
+				a.Close()
+				wantCounts(t, a, 1, 0, 0)
+			})
+		}
+	}
+}
+
+type halfCloser interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// pattern names a stream of n bytes as readAll does one that sendPattern sent.
+func pattern(n int) string {
+	var b patternWriter
+	sendPattern(&b, n)
+	return b.sum()
+}
+
+type patternWriter struct{ bytes.Buffer }
+
+func (w *patternWriter) sum() string {
+	return fmt.Sprintf("%d bytes %x", w.Len(), sha256.Sum256(w.Bytes()))
+}
+
+func sendPattern(w io.Writer, n int) {
+	io.CopyN(w, rand.NewChaCha8([32]byte{'p'}), int64(n))
+}
+
+// readAll reads c to the end of its stream and names what came, and what ended it if that was not clean.
+func readAll(c io.Reader) string {
+	var b patternWriter
+	if _, err := b.ReadFrom(c); err != nil {
+		return b.sum() + " then " + err.Error()
+	}
+	return b.sum()
+}
+
+func TestALongReplyAfterTheClientsEndArrivesWhole(t *testing.T) {
+	const size = 64 << 20
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		io.Copy(io.Discard, c)
+		sendPattern(c, size)
+	}))
+	c := dial(t, serve(t, a, nil))
+	c.Write([]byte("everything, please"))
+	c.CloseWrite()
+	sum := sha256.New()
+	n, err := io.Copy(sum, c)
+	want := sha256.New()
+	sendPattern(want, size)
+	if err != nil || n != size || !bytes.Equal(sum.Sum(nil), want.Sum(nil)) {
+		t.Errorf("%d bytes, %v; want %d, the same that were sent", n, err, size)
+	}
+	c.Close()
+	if r := <-results; r.End != EndDone || r.Received != size {
+		t.Errorf("%+v", r)
+	}
+}
+
+// A stream that keeps changing between small and bulk goes in and out of whatever is used for bulk.
+func TestSmallAndBulkAlternateWithoutLoss(t *testing.T) {
+	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
+	c := dial(t, serve(t, a, nil))
+	var sent int64
+	sum, want := sha256.New(), sha256.New()
+	r := rand.NewChaCha8([32]byte{'s'})
+	for _, size := range []int{64, 8 << 20, 64, 64, 64, 300_000, 1, 70_000, 16 << 20, 5} {
+		b := make([]byte, size)
+		r.Read(b)
+		want.Write(b)
+		go c.Write(b)
+		if _, err := io.CopyN(sum, c, int64(size)); err != nil {
+			t.Fatal(err)
+		}
+		sent += int64(size)
+	}
+	if !bytes.Equal(sum.Sum(nil), want.Sum(nil)) {
+		t.Error("what came back is not what was sent")
+	}
+	c.Close()
+	if r := <-results; r.End != EndDone || r.Sent != sent || r.Received != sent {
+		t.Errorf("%+v, want %d bytes each way", r, sent)
+	}
+	if u := a.Stats().Upstreams[0]; u.Sent != uint64(sent) || u.Received != uint64(sent) || u.Total != 1 {
+		t.Errorf("%+v, want %d bytes each way", u, sent)
+	}
+}
+
+func TestIdleConnectionsHoldNoPipes(t *testing.T) {
+	const conns, size = 40, 4 << 20
+	if runtime.GOOS != "linux" {
+		t.Skip("descriptors are counted in /proc")
+	}
+	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		io.Copy(struct{ io.Writer }{c}, c) // io.Copy from TCP to TCP would hold pipes of its own
+	}))
+	addr := serve(t, a, nil)
+	before := openPipes()
+	for range conns {
+		c := dial(t, addr)
+		go sendPattern(c, size) // bulk, for which there are pipes
+		if _, err := io.CopyN(io.Discard, c, size); err != nil {
+			t.Fatal(err)
+		}
+		ping(t, c)
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for openPipes() > before {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d idle connections hold %d descriptors of pipes", conns, openPipes()-before)
+		}
+		runtime.Gosched()
+	}
+}
+
+func openPipes() (n int) {
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		if to, _ := os.Readlink("/proc/self/fd/" + e.Name()); strings.HasPrefix(to, "pipe:") {
+			n++
+		}
+	}
+	return n
+}
+
+func TestSlowReadersCostABoundedAmountOfMemory(t *testing.T) {
+	const conns, each = 100, 2 * 64 << 10
+	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		for b := make([]byte, 64<<10); ; {
+			if _, err := c.Write(b); err != nil {
+				return
+			}
+		}
+	}))
+	addr := serve(t, a, nil)
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc + m.StackInuse
+	}
+	before := heap()
+	for range conns {
+		c := dial(t, addr)
+		io.ReadFull(c, make([]byte, 200<<10)) // enough to be taken for bulk, then nothing
+	}
+	// The upstreams here hold a buffer of that size, too.
+	if grown := heap() - before; grown > conns*(each+64<<10) {
+		t.Errorf("%d stuck connections hold %d bytes each, want at most %d", conns, grown/conns, each+64<<10)
+	}
+}
+
+// Idle time.
+
+func TestIdleTimeoutIsOverBothDirectionsAndExact(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(func(c net.Conn) {
+			b := make([]byte, 1)
+			io.ReadFull(c, b)            // at 50 s
+			time.Sleep(50 * time.Second) // 100 s
+			c.Write(b)
+			c.Read(b) // no more
+		})}, "u:1")
+		start := time.Now()
+		c := serveFake(t.Context(), a, Conn{})
+		time.Sleep(50 * time.Second)
+		c.Write([]byte("x"))
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			t.Error(err)
+		}
+		if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
+			t.Errorf("idle: the client reads %v, want a reset", err)
+		}
+		r := <-c.result
+		if r.End != EndIdleTimeout || r.Err != ErrIdleTimeout || r.Sent != 1 || r.Received != 1 {
+			t.Errorf("%+v", r)
+		}
+		if took := time.Since(start); took != 160*time.Second {
+			t.Errorf("ended after %v, want 160s", took)
+		}
+	})
+}
+
+func TestIdleTimeoutEndsWhatOneSideNeverEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) { c.(*duplexConn).CloseWrite(); io.Copy(io.Discard, c) })}, "u:1")
+		start := time.Now()
+		c := serveFake(t.Context(), a, Conn{})
+		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("the upstream's end arrives as %v", err)
+		}
+		if r := <-c.result; r.End != EndIdleTimeout || time.Since(start) != time.Hour {
+			t.Errorf("%+v after %v, want the default of an hour", r, time.Since(start))
+		}
+	})
+}
+
+func TestNegativeIdleTimeoutMeansNever(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{IdleTimeout: -1, DialContext: dialFake(echoFake)}, "u:1")
+		c := serveFake(t.Context(), a, Conn{})
+		time.Sleep(1000 * time.Hour)
+		ping(t, c)
+		c.Close()
+		if r := <-c.result; r.End != EndDone {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestStalledConnectionsAreGoneAfterTheIdleTimeout(t *testing.T) {
+	const conns = 200
+	a, results := newApp(t, Options{IdleTimeout: 300 * time.Millisecond}, upstreamDoing(t, func(c *net.TCPConn) {
+		io.Copy(io.Discard, c)
+	}))
+	addr := serve(t, a, nil)
+	for range conns {
+		dial(t, addr).Write([]byte("x"))
+	}
+	for range conns {
+		if r := <-results; r.End != EndIdleTimeout || r.Duration > 10*time.Second {
+			t.Fatalf("%+v", r)
+		}
+	}
+	a.Close()
+	wantCounts(t, a, conns, 0, 0)
+}
+
+func TestWhatALimitHoldsIsNotIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
+		c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) Decision {
+			if e.Kind == EventData && e.Direction == Upload {
+				return Decision{Wait: time.Hour}
+			}
+			return Decision{}
+		})})
+		start := time.Now()
+		ping(t, c)
+		c.Write([]byte("y"))
+		c.CloseWrite()
+		if b, err := io.ReadAll(c); string(b) != "y" || err != nil || time.Since(start) < 2*time.Hour {
+			t.Errorf("read %q, %v after %v", b, err, time.Since(start))
+		}
+		c.Close()
+		if r := <-c.result; r.End != EndDone {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+type limitFunc func(Event) Decision
+
+func (f limitFunc) Report(_ context.Context, e Event) Decision { return f(e) }
+
+// Cut streams.
+
+func TestAResetFromEitherSideResetsTheOtherAfterWhatCameBefore(t *testing.T) {
+	const rounds, before = 200, 100_000
+	for _, who := range []string{"client", "upstream"} {
+		t.Run(who, func(t *testing.T) {
+			got := make(chan string, 1)
+			allRead := make(chan struct{})
+			breakIt := func(c *net.TCPConn) { // when its bytes have been taken in by the proxy
+				sendPattern(c, before)
+				<-allRead
+				c.SetLinger(0)
+				c.Close()
+			}
+			watch := func(c *net.TCPConn) {
+				var b patternWriter
+				io.CopyN(&b, c, before)
+				allRead <- struct{}{}
+				if _, err := b.ReadFrom(c); err != nil && errors.Is(err, syscall.ECONNRESET) {
+					got <- b.sum() + " then reset"
+				} else {
+					got <- fmt.Sprint(b.sum(), " then ", err)
+				}
+			}
+			upstream, client := watch, breakIt
+			end := EndClientError
+			if who == "upstream" {
+				upstream, client, end = breakIt, watch, EndUpstreamError
+			}
+			a, results := newApp(t, Options{}, upstreamDoing(t, upstream))
+			addr := serve(t, a, nil)
+			for range rounds {
+				client(dial(t, addr))
+				if s, want := <-got, pattern(before)+" then reset"; s != want {
+					t.Fatalf("the other side got %s,\nwant %s", s, want)
+				}
+				if r := <-results; r.End != end || r.Err == nil {
+					t.Fatalf("%+v, want %s", r, end)
+				}
+			}
+			a.Close()
+			wantCounts(t, a, rounds, 0, 0)
+		})
+	}
+}
+
+// A server that has seen enough answers and closes while its client is still sending: its system then resets the
+// connection. The client is to get the answer, and not to take it for one that ended well.
+func TestAnAnswerFollowedByAResetArrives(t *testing.T) {
+	const rounds, answer = 100, 200_000
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		io.ReadFull(c, make([]byte, 1000))
+		sendPattern(c, answer)
+		c.SetLinger(0)
+	}))
+	addr := serve(t, a, nil)
+	for i := range rounds {
+		c := dial(t, addr)
+		written := make(chan error)
+		go func() {
+			b := make([]byte, 32<<10)
+			for n := 0; n < 100 || i%2 == 0; n++ { // every other one for as long as it can
+				if _, err := c.Write(b); err != nil {
+					written <- err
+					return
+				}
+			}
+			written <- nil
+		}()
+		got := readAll(c)
+		c.Close()
+		// What the upstream's own system had not sent yet is lost there, before it gets to us. One call of the client
+		// gets the error of the reset; it may be a write.
+		r, err := <-results, <-written
+		if !strings.HasPrefix(got, fmt.Sprint(r.Received, " bytes")) || !strings.Contains(got, "then") && err == nil || r.End != EndUpstreamError {
+			t.Fatalf("round %d: client got %s, wrote until %v; result %+v", i, got, err, r)
+		}
+	}
+}
+
+func TestAnAnswerThatWasSentBeforeAResetIsNotLost(t *testing.T) {
+	const rounds, answer = 50, 1_000_000
+	for _, sending := range []bool{false, true} {
+		answered := make(chan struct{})
+		a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+			io.ReadFull(c, make([]byte, 1000))
+			sendPattern(c, answer)
+			<-answered // the proxy has all of it
+			c.SetLinger(0)
+		}))
+		addr := serve(t, a, nil)
+		for range rounds {
+			c := dial(t, addr)
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				b := make([]byte, 32<<10)
+				c.Write(b)
+				for sending {
+					if _, err := c.Write(b); err != nil {
+						return
+					}
+				}
+			})
+			for a.Stats().Upstreams[0].Received != answer {
+				runtime.Gosched()
+			}
+			answered <- struct{}{}
+			var b patternWriter
+			_, err := b.ReadFrom(c)
+			if b.sum() != pattern(answer) || err == nil && !sending { // if sending, a write may have got the error
+				t.Fatalf("sending %v: client got %s, %v; want %s, then a reset", sending, b.sum(), err, pattern(answer))
+			}
+			c.Close()
+			wg.Wait()
+			if r := <-results; r.End != EndUpstreamError || r.Received != answer {
+				t.Fatalf("%+v", r)
+			}
+			for a.Stats().Upstreams[0].Open > 0 {
+				runtime.Gosched()
+			}
+			a.balancer.heap[0].received.Store(0)
+		}
+	}
+}

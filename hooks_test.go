@@ -1,0 +1,550 @@
+package lbproxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A journal is a RateLimitManager that keeps what it is told and lets it all go on.
+type journal struct {
+	mu     sync.Mutex
+	events []Event
+}
+
+func (j *journal) Report(ctx context.Context, e Event) Decision {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if e.Kind == EventClose && ctx.Err() != nil {
+		panic("EventClose came with a context that has ended: a store could not be told")
+	}
+	j.events = append(j.events, e)
+	return Decision{}
+}
+
+func (j *journal) count(kind EventKind) (n int) {
+	for _, e := range j.events {
+		if e.Kind == kind {
+			n++
+		}
+	}
+	return n
+}
+
+func TestEventsTellTheStoryOfAConnection(t *testing.T) {
+	const size = 8 << 20
+	var j journal
+	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
+	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{Client: c, ClientID: "alice", RateLimit: &j}, nil
+	}))
+	go func() { sendPattern(c, size); c.CloseWrite() }()
+	if s := readAll(c); s != pattern(size) {
+		t.Errorf("got %s, want %s", s, pattern(size))
+	}
+	c.Close()
+	r := <-results
+	bytes := map[Direction]int64{}
+	for _, e := range j.events {
+		bytes[e.Direction] += e.Bytes
+		if e.App != "test" || e.ClientID != "alice" || e.Refused {
+			t.Fatalf("%+v", e)
+		}
+		if e.Kind == EventData && (e.Bytes < 1 || e.Bytes > 1<<20) {
+			t.Fatalf("%+v, want a grain of at most 1 MiB", e)
+		}
+	}
+	if first, last := j.events[0], j.events[len(j.events)-1]; first.Kind != EventOpen || last.Kind != EventClose ||
+		j.count(EventOpen) != 1 || j.count(EventClose) != 1 {
+		t.Errorf("first %+v, last %+v", first, last)
+	}
+	if bytes[Upload] != size || bytes[Download] != size || r.Sent != size || r.Received != size {
+		t.Errorf("bytes by events %v, by %+v", bytes, r)
+	}
+}
+
+func TestARefusedOpenIsFollowedByNothing(t *testing.T) {
+	var events []Event
+	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { panic("dialled") }}, "u:1")
+	c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) Decision {
+		events = append(events, e)
+		return Decision{Exceeded: true, Wait: time.Hour}
+	})})
+	r := <-c.result
+	if r.End != EndRateLimited || r.Err != ErrRateLimited || r.Attempts != 0 || len(events) != 1 {
+		t.Errorf("%+v after events %v", r, events)
+	}
+	if _, err := c.Read(make([]byte, 1)); err == nil || err == io.EOF {
+		t.Errorf("the client reads %v, want a reset", err)
+	}
+	wantCounts(t, a, 1, 1, 0)
+}
+
+func TestExceededOnDataCutsTheConnection(t *testing.T) {
+	var total atomic.Int64
+	a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
+	var j journal
+	c := serveFake(t.Context(), a, Conn{RateLimit: All(&j, limitFunc(func(e Event) Decision {
+		if e.Direction == Upload {
+			total.Add(e.Bytes)
+		}
+		return Decision{Exceeded: total.Load() > 2}
+	}))})
+	ping(t, c)
+	ping(t, c)
+	c.Write([]byte("x"))
+	if r := <-c.result; r.End != EndRateLimited || r.Err != ErrRateLimited || r.Sent != 3 {
+		t.Errorf("%+v", r)
+	}
+	if j.count(EventClose) != 1 {
+		t.Errorf("events %v", j.events)
+	}
+	wantCounts(t, a, 1, 0, 0)
+}
+
+func TestAWaitHoldsTheConnectionOrOneDirection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
+		start := time.Now()
+		var at []string
+		note := func(what string) { at = append(at, fmt.Sprint(what, " ", time.Since(start))) }
+		c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) (d Decision) {
+			switch {
+			case e.Kind == EventOpen:
+				d.Wait = 2 * time.Second
+			case e.Direction == Upload:
+				d.Wait = time.Second
+			}
+			return d
+		})})
+		ping(t, c)
+		note("held at open:")
+		ping(t, c)
+		note("upload held:")
+		c.CloseWrite()
+		io.ReadAll(c)
+		note("done:")
+		want := "[held at open: 2s upload held: 3s done: 4s]"
+		if got := fmt.Sprint(at); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+		c.Close()
+		<-c.result
+	})
+}
+
+func TestBandwidthHoldsAStreamToItsRate(t *testing.T) {
+	for _, rate := range []int64{2_000, 100_000, 10 << 20} {
+		for _, both := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
+					if both {
+						go io.Copy(io.Discard, c)
+					}
+					for b := make([]byte, 64<<10); ; {
+						if _, err := c.Write(b); err != nil {
+							return
+						}
+					}
+				})}, "u:1")
+				c := serveFake(t.Context(), a, Conn{RateLimit: &Bandwidth{BytesPerSecond: rate}})
+				go io.Copy(io.Discard, c)
+				if both {
+					go func() {
+						for b := make([]byte, 64<<10); ; {
+							if _, err := c.Write(b); err != nil {
+								return
+							}
+						}
+					}()
+				}
+				time.Sleep(3 * time.Second)
+				a.Close()
+				r := <-c.result
+				moved, want := r.Sent+r.Received, 3*rate
+				if moved < want-want/20 || moved > want+want/20+2*firstGrain {
+					t.Errorf("%d B/s, both directions %v: %d bytes in 3 s, want %d", rate, both, moved, want)
+				}
+				if both && (r.Sent < want/4 || r.Received < want/4) {
+					t.Errorf("%d B/s: %d up, %d down: not shared", rate, r.Sent, r.Received)
+				}
+				c.Close()
+			})
+		}
+	}
+}
+
+func TestBandwidthOverRealSockets(t *testing.T) {
+	const rate, runs = 4 << 20, 2 * time.Second
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		for b := make([]byte, 256<<10); ; {
+			if _, err := c.Write(b); err != nil {
+				return
+			}
+		}
+	}))
+	limit := &Bandwidth{BytesPerSecond: rate}
+	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{RateLimit: limit}, nil
+	}))
+	start := time.Now()
+	c.SetReadDeadline(start.Add(runs))
+	n, _ := io.Copy(io.Discard, c)
+	want := int64(time.Since(start).Seconds() * rate)
+	c.Close()
+	<-results
+	if n > want+want/20 {
+		t.Errorf("%d bytes in %v, want %d at most", n, runs, want)
+	}
+	if n < want/2 { // slower is the machine's doing; see the test above for the rate being reached
+		t.Errorf("%d bytes in %v, want about %d", n, runs, want)
+	}
+}
+
+// Hooks that panic: counts and events stay paired, the panic reaches ServeConn's caller, Serve lives on.
+
+func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
+	boom := func(when bool) {
+		if when {
+			panic("boom")
+		}
+	}
+	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone", "log", "client", "upstream"}
+	for _, kind := range kinds {
+		synctest.Test(t, func(t *testing.T) {
+			var inner journal
+			dials := 0
+			opts := Options{Logger: quiet}
+			opts.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+				dials++
+				boom(kind == "dial" || kind == "dial again" && dials == 2)
+				if kind == "dial again" || kind == "log" && dials == 1 {
+					return nil, errors.New("refused")
+				}
+				c, err := dialFake(echoFake)(ctx, network, addr)
+				if kind == "upstream" {
+					c = brokenConn{Conn: c, read: func([]byte) (int, error) { panic("boom") }}
+				}
+				return c, err
+			}
+			if kind == "OnDone" {
+				opts.OnDone = func(Result) { panic("boom") }
+			}
+			if kind == "log" {
+				opts.Logger = slog.New(panicHandler{slog.DiscardHandler})
+			}
+			a, results := newApp(t, opts, "a:1", "b:1")
+			outer := limitFunc(func(e Event) Decision {
+				boom(e.Kind == EventOpen && kind == "open" || e.Kind == EventClose && kind == "close" && !e.Refused ||
+					e.Direction == Upload && kind == "upload" || e.Direction == Download && kind == "download")
+				return Decision{}
+			})
+			client, ours := duplex()
+			conn := Conn{Client: ours, RateLimit: All(&inner, outer)}
+			if kind == "client" {
+				conn.Client = brokenConn{Conn: ours, read: func([]byte) (int, error) { panic("boom") }}
+			}
+			caught := make(chan any)
+			go func() {
+				defer func() { caught <- recover() }()
+				a.ServeConn(t.Context(), conn)
+			}()
+			go func() {
+				client.Write([]byte("x"))
+				client.Read(make([]byte, 1))
+				client.Close()
+			}()
+			if p := <-caught; !strings.Contains(fmt.Sprint(p), "boom") {
+				t.Errorf("%s: the caller caught %v", kind, p)
+			}
+			r := <-results
+			if kind != "OnDone" && kind != "close" && (r.End != EndCanceled || r.Err == nil) {
+				t.Errorf("%s: %+v", kind, r)
+			}
+			wantCounts(t, a, 1, 0, 0)
+			if o, c := inner.count(EventOpen), inner.count(EventClose); o != 1 || c != 1 {
+				t.Errorf("%s: %d opens, %d closes", kind, o, c)
+			}
+			if dials > 0 { // nor is an upstream stuck in its trial
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				u, _ := a.balancer.acquire(nil, time.Now())
+				a.balancer.settle(u, works, time.Now())
+				a.balancer.release(u)
+			}
+			client.Close()
+		})
+	}
+}
+
+type panicHandler struct{ slog.Handler }
+
+func (panicHandler) Enabled(context.Context, slog.Level) bool  { return true }
+func (panicHandler) Handle(context.Context, slog.Record) error { panic("boom") }
+
+func TestServeOutlivesHooksThatPanic(t *testing.T) {
+	broken := limitFunc(func(e Event) Decision {
+		if e.Kind != EventClose {
+			panic("boom")
+		}
+		return Decision{}
+	})
+	var n atomic.Int32
+	a, results := newApp(t, Options{Logger: slog.New(panicHandler{slog.DiscardHandler})}, upstreamDoing(t, echo))
+	addr := serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		if n.Add(1) == 1 {
+			return nil, Conn{RateLimit: broken}, nil
+		}
+		return nil, Conn{}, nil
+	})
+	if n := bytesFrom(addr); n > 0 {
+		t.Error("read something from a connection whose hook panicked")
+	}
+	ping(t, dial(t, addr))
+	if r := <-results; r.End != EndCanceled {
+		t.Errorf("%+v", r)
+	}
+}
+
+// A hook may call the app: no lock is held across it.
+func TestHooksMayCallTheApp(t *testing.T) {
+	var a *LBProxyApp
+	call := func() {
+		a.Stats()
+		if err := a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1"}}); err != nil {
+			t.Error(err)
+		}
+	}
+	var results <-chan Result
+	dials := 0
+	a, results = newApp(t, Options{
+		Logger: slog.New(callingHandler{slog.DiscardHandler, call}),
+		OnDone: func(Result) { call() },
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			call()
+			if dials++; dials == 1 {
+				return nil, errors.New("refused") // so that there is something to log
+			}
+			return dialFake(echoFake)(ctx, network, addr)
+		},
+	}, "a:1", "b:1")
+	var limits *ClientLimits
+	limits = NewClientLimits(1, func(client string) RateLimitManager {
+		call()
+		limits.For(client + "'")
+		return limitFunc(func(Event) Decision { call(); return Decision{} })
+	})
+	c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(Event) Decision { call(); return Decision{} })})
+	ping(t, c)
+	c.Close()
+	if r := <-results; r.End != EndDone || r.Attempts != 2 {
+		t.Errorf("%+v", r)
+	}
+}
+
+type callingHandler struct {
+	slog.Handler
+	call func()
+}
+
+func (callingHandler) Enabled(context.Context, slog.Level) bool    { return true }
+func (h callingHandler) Handle(context.Context, slog.Record) error { h.call(); return nil }
+
+// Conns that are not as they should be.
+
+type brokenConn struct {
+	net.Conn
+	read, write func([]byte) (int, error)
+}
+
+func (c brokenConn) Read(b []byte) (int, error) {
+	if c.read != nil {
+		return c.read(b)
+	}
+	return c.Conn.Read(b)
+}
+
+func (c brokenConn) Write(b []byte) (int, error) {
+	if c.write != nil {
+		return c.write(b)
+	}
+	return c.Conn.Write(b)
+}
+
+func TestBadConnsAreErrorsNeverSilentLoss(t *testing.T) {
+	boom := errors.New("boom")
+	for _, tc := range []struct {
+		name             string
+		client, upstream brokenConn
+		end              EndReason
+		want             error
+	}{
+		{name: "short write to the upstream", upstream: brokenConn{write: func(b []byte) (int, error) { return len(b) - 1, nil }}, end: EndUpstreamError, want: io.ErrShortWrite},
+		{name: "negative write to the upstream", upstream: brokenConn{write: func(b []byte) (int, error) { return -1, nil }}, end: EndUpstreamError, want: errBadCount},
+		{name: "write of too much", upstream: brokenConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, end: EndUpstreamError, want: errBadCount},
+		{name: "short write to the client", client: brokenConn{write: func(b []byte) (int, error) { return 0, nil }}, end: EndClientError, want: io.ErrShortWrite},
+		{name: "write error", client: brokenConn{write: func(b []byte) (int, error) { return 0, boom }}, end: EndClientError, want: boom},
+		{name: "negative read", client: brokenConn{read: func(b []byte) (int, error) { return -1, nil }}, end: EndClientError, want: errBadCount},
+		{name: "read of too much", upstream: brokenConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, end: EndUpstreamError, want: errBadCount},
+		{name: "reads of nothing", upstream: brokenConn{read: func(b []byte) (int, error) { return 0, nil }}, end: EndUpstreamError, want: io.ErrNoProgress},
+		{name: "read error", upstream: brokenConn{read: func(b []byte) (int, error) { return 0, boom }}, end: EndUpstreamError, want: boom},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				tc.upstream.Conn, _ = dialFake(echoFake)(ctx, network, addr)
+				return tc.upstream, nil
+			}}, "u:1")
+			client, ours := duplex()
+			tc.client.Conn = ours
+			go client.Write([]byte("hello"))
+			go io.Copy(io.Discard, client)
+			r, err := a.ServeConn(t.Context(), Conn{Client: tc.client})
+			if r.End != tc.end || !errors.Is(err, tc.want) {
+				t.Errorf("%s: %+v, want %s, %v", tc.name, r, tc.end, tc.want)
+			}
+			wantCounts(t, a, 1, 0, 0)
+			client.Close()
+		})
+	}
+}
+
+func TestAReadThatComesWithAnErrorIsDeliveredFirst(t *testing.T) {
+	for _, err := range []error{io.EOF, errors.New("boom")} {
+		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
+		_, ours := duplex()
+		reads := 0
+		r, _ := a.ServeConn(t.Context(), Conn{Client: halfClosing{brokenConn{
+			Conn: ours,
+			read: func(b []byte) (int, error) {
+				if reads++; reads > 1 {
+					return 0, io.EOF
+				}
+				return copy(b, "last words"), err
+			},
+			write: func(b []byte) (int, error) { return len(b), nil },
+		}}})
+		if r.Sent != 10 {
+			t.Errorf("with %v: %+v", err, r)
+		}
+	}
+}
+
+type halfClosing struct{ brokenConn }
+
+func (halfClosing) CloseWrite() error { return nil }
+
+func TestAConnWithoutHalfCloseIsAnErrorWhenItWouldBeNeeded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		// The client ends its stream; its upstream cannot be told.
+		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+			ours, theirs := net.Pipe()
+			go func() { defer theirs.Close(); echoFake(theirs) }()
+			return ours, nil
+		}}, "u:1")
+		c := serveFake(t.Context(), a, Conn{})
+		ping(t, c)
+		c.CloseWrite()
+		if r := <-c.result; r.End != EndUpstreamError || !strings.Contains(fmt.Sprint(r.Err), "CloseWrite") || r.Sent != 1 || r.Received != 1 {
+			t.Errorf("%+v", r)
+		}
+		if _, err := c.Read(make([]byte, 1)); err == nil || err == io.EOF {
+			t.Errorf("the client, whose answer may be cut, reads %v, want a reset", err)
+		}
+		c.Close()
+	})
+	synctest.Test(t, func(t *testing.T) {
+		// The upstream ends its stream; the client cannot be told, but by closing. Its answer is whole.
+		upstream := make(chan error, 1)
+		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
+			c.Write([]byte("answer"))
+			c.(*duplexConn).CloseWrite()
+			_, err := c.Read(make([]byte, 1))
+			upstream <- err
+		})}, "u:1")
+		client, ours := net.Pipe()
+		result := make(chan Result)
+		go func() { r, _ := a.ServeConn(t.Context(), Conn{Client: ours}); result <- r }()
+		if b, err := io.ReadAll(client); string(b) != "answer" || err != nil {
+			t.Errorf("client got %q, %v", b, err)
+		}
+		if r := <-result; r.End != EndClientError || !strings.Contains(fmt.Sprint(r.Err), "CloseWrite") {
+			t.Errorf("%+v", r)
+		}
+		if err := <-upstream; err == nil || err == io.EOF {
+			t.Errorf("the upstream, whose input may be cut, reads %v, want a reset", err)
+		}
+		client.Close()
+	})
+	synctest.Test(t, func(t *testing.T) {
+		// It is not needed when the other direction has ended.
+		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) { io.ReadAll(c) })}, "u:1")
+		client, ours := net.Pipe()
+		result := make(chan Result)
+		go func() { r, _ := a.ServeConn(t.Context(), Conn{Client: ours}); result <- r }()
+		client.Write([]byte("x"))
+		client.Close()
+		if r := <-result; r.End != EndDone || r.Sent != 1 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestANilClientIsAnError(t *testing.T) {
+	a, _ := newApp(t, Options{}, "u:1")
+	if r, err := a.ServeConn(t.Context(), Conn{}); err == nil || r.End != EndClientError || r.Err != err {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// countingConn hides what a conn can do, as wrappers do, and says how often it was closed.
+type countingConn struct {
+	net.Conn
+	closes *atomic.Int32
+}
+
+func (c countingConn) Close() error { c.closes.Add(1); return c.Conn.Close() }
+
+func (c countingConn) NetConn() net.Conn { return c.Conn }
+
+func TestTheClientIsClosedWhateverHappens(t *testing.T) {
+	hooks := map[string]Conn{
+		"done":    {},
+		"refused": {RateLimit: new(OpenLimit)},
+	}
+	names := []string{"done", "refused", "canceled", "closed"}
+	for _, name := range names {
+		a, _ := newApp(t, Options{DialContext: dialFake(func(net.Conn) {})}, "u:1")
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		switch name {
+		case "canceled":
+			cancel()
+		case "closed":
+			a.Close()
+		}
+		client, ours := duplex()
+		client.CloseWrite()
+		conn, closes := hooks[name], new(atomic.Int32)
+		conn.Client = countingConn{ours, closes}
+		r, _ := a.ServeConn(ctx, conn)
+		if closes.Load() == 0 {
+			t.Errorf("%s: not closed; %+v", name, r)
+		}
+		if _, err := client.Write([]byte("x")); err == nil {
+			t.Errorf("%s: the client can still write", name)
+		}
+	}
+	if !slices.Contains(names, "done") {
+		t.Fatal()
+	}
+}

@@ -1,0 +1,639 @@
+package lbproxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestMain fails if a test leaves a goroutine or a descriptor behind.
+func TestMain(m *testing.M) {
+	if run := os.Getenv("LBPROXY_TEST_CHILD"); run != "" {
+		childMain(run)
+	}
+	files := openFiles()
+	code := m.Run()
+	deadline := time.Now().Add(5 * time.Second)
+	for code == 0 && (len(ourGoroutines()) > 0 || openFiles() > files) {
+		if time.Now().After(deadline) {
+			fmt.Fprintf(os.Stderr, "left behind: %d descriptors, %d goroutines\n%s\n",
+				openFiles()-files, len(ourGoroutines()), strings.Join(ourGoroutines(), "\n\n"))
+			code = 1
+		}
+		runtime.Gosched()
+	}
+	os.Exit(code)
+}
+
+// ourGoroutines are the stacks that this package is in, but for the caller's.
+func ourGoroutines() []string {
+	buf := make([]byte, 4<<20)
+	buf = buf[:runtime.Stack(buf, true)]
+	var ours []string
+	for i, stack := range strings.Split(string(buf), "\n\n") {
+		if i > 0 && strings.Contains(stack, "/lbproxy.") && !strings.Contains(stack, "lbproxy.TestMain") {
+			ours = append(ours, stack)
+		}
+	}
+	return ours
+}
+
+// openFiles is how many descriptors the process has, where that can be told.
+func openFiles() int {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return 0
+	}
+	return len(entries)
+}
+
+// quiet is for tests that break things on purpose.
+var quiet = slog.New(slog.DiscardHandler)
+
+// newApp returns an app that is closed when the test ends, and the results of its connections.
+func newApp(t testing.TB, opts Options, addrs ...string) (*LBProxyApp, <-chan Result) {
+	t.Helper()
+	ups := make([]Upstream, len(addrs))
+	for i, addr := range addrs {
+		ups[i].Addr = addr
+	}
+	return newAppOver(t, opts, ups...)
+}
+
+func newAppOver(t testing.TB, opts Options, ups ...Upstream) (*LBProxyApp, <-chan Result) {
+	t.Helper()
+	results := make(chan Result, 20_000)
+	done := opts.OnDone
+	opts.OnDone = func(r Result) {
+		results <- r
+		if done != nil {
+			done(r)
+		}
+	}
+	if opts.Logger == nil {
+		opts.Logger = quiet
+	}
+	a, err := New("test", ups, &opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close() })
+	return a, results
+}
+
+// serve has a serve on a loopback address, which it returns.
+func serve(t testing.TB, a *LBProxyApp, admit AdmitFunc) string {
+	t.Helper()
+	l := listen(t)
+	ended := make(chan error, 1)
+	go func() { ended <- a.Serve(l, admit) }()
+	t.Cleanup(func() {
+		a.Close()
+		if err := <-ended; err != ErrAppClosed {
+			t.Errorf("Serve: %v, want ErrAppClosed", err)
+		}
+	})
+	return l.Addr().String()
+}
+
+func listen(t testing.TB) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// upstreamDoing starts an upstream that does handle with each connection, then closes it.
+func upstreamDoing(t testing.TB, handle func(*net.TCPConn)) string {
+	t.Helper()
+	l := listen(t)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				handle(c.(*net.TCPConn))
+			})
+		}
+	})
+	t.Cleanup(func() { l.Close(); wg.Wait() })
+	return l.Addr().String()
+}
+
+// echo sends back what comes, to the end.
+func echo(c *net.TCPConn) { io.Copy(c, c) }
+
+func dial(t testing.TB, addr string) *net.TCPConn {
+	t.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(20 * time.Second)) // no test hangs
+	return c.(*net.TCPConn)
+}
+
+// bytesFrom is how many bytes a client of addr gets that says nothing. It may be reset while it connects.
+func bytesFrom(addr string) int64 {
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		return 0
+	}
+	defer c.Close()
+	n, _ := io.Copy(io.Discard, c)
+	return n
+}
+
+// refusingAddr is an address that nobody listens on.
+func refusingAddr(t testing.TB) string {
+	t.Helper()
+	l := listen(t)
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// wantCounts checks the app's counters but for those of its upstreams, which must have nothing open.
+func wantCounts(t *testing.T, a *LBProxyApp, accepted, refused, failed uint64) {
+	t.Helper()
+	s := a.Stats()
+	if s.Open != 0 || s.Accepted != accepted || s.Refused != refused || s.Failed != failed {
+		t.Errorf("Stats: open %d, accepted %d, refused %d, failed %d; want 0, %d, %d, %d",
+			s.Open, s.Accepted, s.Refused, s.Failed, accepted, refused, failed)
+	}
+	for _, u := range s.Upstreams {
+		if u.Open != 0 {
+			t.Errorf("Stats: upstream %s: open %d, want 0", u.Addr, u.Open)
+		}
+	}
+}
+
+func TestBadOptionsAreRefusedByNameAndValue(t *testing.T) {
+	good := []Upstream{{Addr: "127.0.0.1:1"}}
+	up := func(u Upstream) []Upstream { return append(good[:1:1], u) }
+	for _, tc := range []struct {
+		id   string
+		ups  []Upstream
+		opts *Options
+		want string
+	}{
+		{"", good, nil, "id is empty"},
+		{"db", nil, nil, `app "db": no upstreams`},
+		{"db", up(Upstream{}), nil, `upstream 1: Addr "": missing port`},
+		{"db", up(Upstream{Addr: "10.0.0.1"}), nil, `app "db": upstream 1: Addr "10.0.0.1": missing port`},
+		{"db", up(Upstream{Addr: "10.0.0.1:"}), nil, `Addr "10.0.0.1:": port ""`},
+		{"db", up(Upstream{Addr: ":80"}), nil, `Addr ":80": missing host`},
+		{"db", up(Upstream{Addr: "::1:80"}), nil, `Addr "::1:80": too many colons`},
+		{"db", up(Upstream{Addr: "h:0"}), nil, "port 0: want 1 to 65535"},
+		{"db", up(Upstream{Addr: "h:65536"}), nil, "port 65536"},
+		{"db", up(Upstream{Addr: "h:-1"}), nil, "port -1"},
+		{"db", up(Upstream{Addr: "h:99999999999999999999"}), nil, `port "99999999999999999999"`},
+		{"db", up(Upstream{Addr: "h:no-such-service"}), nil, `port "no-such-service"`},
+		{"db", up(Upstream{Addr: "127.0.0.1:1"}), nil, `upstream 1: Addr "127.0.0.1:1" is that of upstream 0 already`},
+		{"db", up(Upstream{Addr: "h:1", Weight: -1}), nil, `Addr "h:1": Weight -1`},
+		{"db", up(Upstream{Addr: "h:1", Weight: math.MaxInt32}), nil, "Weight 2147483647"},
+		{"db", up(Upstream{Addr: "h:1", MaxConns: -2}), nil, "MaxConns -2 is negative"},
+		{"db", good, &Options{DialTimeout: -time.Second}, "DialTimeout -1s is negative"},
+		{"db", good, &Options{MaxConns: -1}, "Options.MaxConns -1 is negative"},
+	} {
+		a, err := New(tc.id, tc.ups, tc.opts)
+		if a != nil || err == nil || !strings.HasPrefix(err.Error(), "lbproxy: ") || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("New(%q, %v, %v) = %v, %v; want an error with %q", tc.id, tc.ups, tc.opts, a, err, tc.want)
+		}
+	}
+	for _, addr := range []string{"localhost:http", "[::1]:80", "example.com:65535"} {
+		if _, err := New("db", []Upstream{{Addr: addr}}, nil); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestBadUpstreamsLeaveTheOldOnesInPlace(t *testing.T) {
+	a, _ := newApp(t, Options{}, "10.0.0.1:1", "10.0.0.2:1")
+	ups := []Upstream{{Addr: "10.0.0.3:1"}, {Addr: "10.0.0.4"}}
+	if err := a.SetUpstreams(ups); err == nil {
+		t.Error("SetUpstreams took an Addr without a port")
+	}
+	if s := a.Stats().Upstreams; len(s) != 2 || s[0].Addr != "10.0.0.1:1" || s[1].Addr != "10.0.0.2:1" {
+		t.Errorf("the upstreams are now %+v", s)
+	}
+}
+
+func TestOptionsAndUpstreamsAreCopied(t *testing.T) {
+	opts := &Options{IdleTimeout: time.Minute}
+	ups := []Upstream{{Addr: "10.0.0.1:1"}}
+	a, err := New("db", ups, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	opts.IdleTimeout, ups[0].Addr = -1, "nonsense"
+	if a.opts.IdleTimeout != time.Minute || a.Stats().Upstreams[0].Addr != "10.0.0.1:1" {
+		t.Error("changing what New was given changes the app")
+	}
+}
+
+// A scriptedListener returns what accept does.
+type scriptedListener struct {
+	accept func() (net.Conn, error)
+	closes atomic.Int32
+	closed chan struct{}
+}
+
+func newScriptedListener(accept func(closed <-chan struct{}) (net.Conn, error)) *scriptedListener {
+	l := &scriptedListener{closed: make(chan struct{})}
+	l.accept = func() (net.Conn, error) { return accept(l.closed) }
+	return l
+}
+
+func (l *scriptedListener) Accept() (net.Conn, error) { return l.accept() }
+func (l *scriptedListener) Addr() net.Addr            { return &net.TCPAddr{} }
+func (l *scriptedListener) Close() error {
+	if l.closes.Add(1) == 1 {
+		close(l.closed)
+	}
+	return nil
+}
+
+func TestAcceptErrorsNeitherEndTheLoopNorSpin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		a, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil)), DialContext: dialFake(func(c net.Conn) {})}, "u:1")
+		client, ours := duplex()
+		tries := 0
+		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+			switch tries++; {
+			case tries <= 10_000:
+				return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+			case tries == 10_001:
+				return ours, nil
+			}
+			<-closed
+			return nil, net.ErrClosed
+		})
+		start := time.Now()
+		ended := make(chan error)
+		go func() { ended <- a.Serve(l, nil) }()
+		client.Close()
+		if r := <-results; r.End != EndDone {
+			t.Errorf("after the errors: %+v", r)
+		}
+		took := time.Since(start)
+		if least := 9_990 * time.Second; took < least || took > 10_000*time.Second {
+			t.Errorf("10,000 errors took %v, want about a second each", took)
+		}
+		if lines := strings.Count(log.String(), "cannot accept"); lines < 9_000 || lines > 1+int(took/time.Second) {
+			t.Errorf("%d log lines in %v, want one a second", lines, took)
+		}
+		a.Close()
+		if err := <-ended; err != ErrAppClosed {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+}
+
+func TestAcceptDelayDoublesFrom5MillisecondsToASecondAndStartsAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {})}, "u:1")
+		var delays []time.Duration
+		last := time.Now()
+		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+			delays = append(delays, time.Since(last))
+			last = time.Now()
+			switch len(delays) {
+			case 11:
+				client, ours := duplex()
+				client.Close()
+				return ours, nil
+			case 14:
+				<-closed
+			}
+			return nil, errors.New("something passing")
+		})
+		done := make(chan struct{})
+		go func() { defer close(done); a.Serve(l, nil) }()
+		time.Sleep(time.Minute) // of fake time
+		a.Close()
+		<-done
+		want := "[0s 5ms 10ms 20ms 40ms 80ms 160ms 320ms 640ms 1s 1s 0s 5ms 10ms]"
+		if got := fmt.Sprint(delays); got != want {
+			t.Errorf("delays %v,\nwant   %v", got, want)
+		}
+	})
+}
+
+func TestServeReturnsWhenItsListenerIsClosed(t *testing.T) {
+	a, _ := newApp(t, Options{}, "u:1")
+	l := listen(t)
+	l.Close()
+	if err := a.Serve(l, nil); !errors.Is(err, net.ErrClosed) || errors.Is(err, ErrAppClosed) {
+		t.Errorf("closed by somebody else: %v, want net.ErrClosed", err)
+	}
+	if err := a.Serve(nil, nil); err == nil {
+		t.Error("a nil listener: no error")
+	}
+	fake := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) { <-closed; return nil, io.EOF })
+	ended := make(chan error)
+	go func() { ended <- a.Serve(fake, nil) }()
+	a.Close()
+	if err := <-ended; err != ErrAppClosed {
+		t.Errorf("closed by us: %v, want ErrAppClosed", err)
+	}
+	if n := fake.closes.Load(); n != 1 {
+		t.Errorf("the listener was closed %d times, want once", n)
+	}
+	late := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { panic("accepting after Close") })
+	if err := a.Serve(late, nil); err != ErrAppClosed || late.closes.Load() != 1 {
+		t.Errorf("after Close: %v, listener closed %d times; want ErrAppClosed, once", err, late.closes.Load())
+	}
+}
+
+func TestMaxConnsLeavesClientsWaitingInTheQueue(t *testing.T) {
+	a, _ := newApp(t, Options{MaxConns: 2}, upstreamDoing(t, echo))
+	addr := serve(t, a, nil)
+	one, two, three := dial(t, addr), dial(t, addr), dial(t, addr)
+	ping(t, one)
+	ping(t, two)
+	three.Write([]byte("x"))
+	if n := a.Stats().Open; n != 2 {
+		t.Errorf("%d connections open, want 2", n)
+	}
+	one.Close()
+	if _, err := io.ReadFull(three, make([]byte, 1)); err != nil {
+		t.Errorf("the third, after the first closed: %v", err)
+	}
+	if n := a.Stats().Open; n > 2 {
+		t.Errorf("%d connections open, want 2", n)
+	}
+}
+
+// ping sends a byte and waits for it to come back.
+func ping(t testing.TB, c net.Conn) {
+	t.Helper()
+	b := []byte{'p'}
+	if _, err := c.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, b); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
+	var log syncBuffer
+	a, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))},
+		upstreamDoing(t, echo))
+	cause := errors.New("session over")
+	var end context.CancelCauseFunc
+	n := 0
+	addr := serve(t, a, func(ctx context.Context, c net.Conn) (context.Context, Conn, error) {
+		switch n++; n {
+		case 1:
+			return nil, Conn{}, errors.New("who are you?")
+		case 2:
+			panic("admit is broken")
+		}
+		ctx, end = context.WithCancelCause(ctx)
+		return ctx, Conn{ClientID: "alice"}, nil
+	})
+	for range 2 {
+		if n := bytesFrom(addr); n > 0 {
+			t.Error("not admitted, but read something")
+		}
+	}
+	c := dial(t, addr)
+	ping(t, c)
+	end(cause)
+	r := <-results
+	if r.ClientID != "alice" || r.End != EndCanceled || r.Err != cause {
+		t.Errorf("result %+v, want alice's, canceled, by the cause of the context that admit returned", r)
+	}
+	a.Close()
+	wantCounts(t, a, 3, 2, 0)
+	for _, want := range []string{"who are you?", "admit is broken", "client_id=alice", "end=canceled"} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log lacks %q:\n%s", want, log.String())
+		}
+	}
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+func TestNotYetAdmittedCountsAsOpenAndIsBrokenByClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{}, "u:1")
+		_, ours := duplex()
+		conns := make(chan net.Conn, 1)
+		conns <- ours
+		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+			select {
+			case c := <-conns:
+				return c, nil
+			case <-closed:
+				return nil, net.ErrClosed
+			}
+		})
+		go a.Serve(l, func(ctx context.Context, c net.Conn) (context.Context, Conn, error) {
+			_, err := c.Read(make([]byte, 1)) // a handshake with a silent client
+			if context.Cause(ctx) != ErrAppClosed {
+				t.Errorf("admit's context: %v", context.Cause(ctx))
+			}
+			return nil, Conn{}, err
+		})
+		synctest.Wait()
+		if n := a.Stats().Open; n != 1 {
+			t.Errorf("open %d, want 1", n)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := a.Shutdown(ctx); err != context.DeadlineExceeded {
+			t.Errorf("Shutdown: %v, want the context's error", err)
+		}
+		before := time.Now()
+		a.Close()
+		if took := time.Since(before); took != 0 {
+			t.Errorf("Close took %v", took)
+		}
+		wantCounts(t, a, 1, 1, 0)
+	})
+}
+
+func TestShutdownWaitsForConnectionsAndTakesNoMore(t *testing.T) {
+	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
+	addr := serve(t, a, nil)
+	c := dial(t, addr)
+	ping(t, c)
+	ended := make(chan error)
+	go func() { ended <- a.Shutdown(t.Context()) }()
+	<-a.stopping
+	for { // the listener is closed right after
+		late, err := net.Dial("tcp", addr)
+		if err != nil {
+			break
+		}
+		late.Close()
+	}
+	ping(t, c) // still served
+	client, ours := net.Pipe()
+	defer client.Close()
+	if r, err := a.ServeConn(t.Context(), Conn{Client: ours, ClientID: "late"}); err != ErrAppClosed || r.End != EndClosed || r.ClientID != "late" {
+		t.Errorf("ServeConn while shutting down: %+v, %v", r, err)
+	}
+	if r := <-results; r.ClientID != "late" {
+		t.Errorf("OnDone: %+v", r)
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("Shutdown returned (%v) with a connection open", err)
+	default:
+	}
+	c.Close()
+	if err := <-ended; err != nil {
+		t.Errorf("Shutdown: %v", err)
+	}
+	if r := <-results; r.End != EndDone {
+		t.Errorf("the connection that was waited for: %+v", r)
+	}
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := a.Shutdown(canceled); err != nil {
+		t.Errorf("Shutdown again, with nothing to wait for: %v", err)
+	}
+	if err := a.Close(); err != nil {
+		t.Errorf("Close after Shutdown: %v", err)
+	}
+}
+
+func TestCloseBreaksConnectionsAndDoesNotWaitForPeers(t *testing.T) {
+	const conns = 50
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		for b := make([]byte, 64<<10); ; { // floods, and never reads
+			if _, err := c.Write(b); err != nil {
+				return
+			}
+		}
+	}))
+	addr := serve(t, a, nil)
+	for range conns {
+		c := dial(t, addr)
+		if _, err := io.ReadFull(c, make([]byte, 1000)); err != nil { // and then no more
+			t.Fatal(err)
+		}
+	}
+	a.Close()
+	wantCounts(t, a, conns, 0, 0)
+	for range conns {
+		if r := <-results; r.End != EndClosed || r.Err != ErrAppClosed {
+			t.Fatalf("%+v", r)
+		}
+	}
+}
+
+// Serve, ServeConn, Shutdown and Close start in any order. Whatever that is, nothing is left when Close has
+// returned, and each connection has had its one result.
+func TestShutdownInterleavings(t *testing.T) {
+	rounds := 2_000
+	if testing.Short() {
+		rounds = 200
+	}
+	for range rounds {
+		var given, done atomic.Int32
+		a, err := New("test", []Upstream{{Addr: "u:1"}}, &Options{
+			DialContext: dialFake(func(c net.Conn) { c.Close() }), Logger: quiet,
+			OnDone: func(Result) { done.Add(1) },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for range 3 {
+			wg.Go(func() {
+				given.Add(1)
+				client, ours := duplex()
+				defer client.Close()
+				client.CloseWrite()
+				a.ServeConn(t.Context(), Conn{Client: ours})
+			})
+		}
+		wg.Go(func() {
+			l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+				select {
+				case <-closed:
+					return nil, net.ErrClosed
+				default:
+					_, ours := duplex()
+					return ours, nil
+				}
+			})
+			a.Serve(l, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+				given.Add(1)
+				c.(*duplexConn).peer.Close()
+				return nil, Conn{}, nil
+			})
+		})
+		wg.Go(func() { a.Shutdown(t.Context()) })
+		wg.Go(func() { a.SetUpstreams([]Upstream{{Addr: "v:1"}, {Addr: "u:1"}}) })
+		wg.Go(func() { a.Close() })
+		wg.Go(func() { a.Close() })
+		wg.Wait()
+		if s := a.Stats(); s.Open != 0 || s.Upstreams[0].Open+s.Upstreams[1].Open != 0 || len(s.Upstreams) != 2 {
+			t.Fatalf("left: %+v", s)
+		}
+		if given.Load() != done.Load() {
+			t.Fatalf("%d connections, %d results", given.Load(), done.Load())
+		}
+	}
+}
+
+func TestOneLogLineForEachConnection(t *testing.T) {
+	var log syncBuffer
+	a, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))},
+		upstreamDoing(t, echo))
+	addr := serve(t, a, nil)
+	for range 3 {
+		c := dial(t, addr)
+		ping(t, c)
+		c.Close()
+		<-results
+	}
+	a.Close()
+	if n := strings.Count(log.String(), "\n"); n != 3 || strings.Count(log.String(), "level=DEBUG") != 3 {
+		t.Errorf("%d lines, want 3 at level DEBUG:\n%s", n, log.String())
+	}
+}
