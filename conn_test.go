@@ -94,7 +94,7 @@ func echoFake(c net.Conn) { io.Copy(c, c) }
 
 func TestHalfClose(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
-	const size = 3 << 20
+	const size = 1 << 20
 	for _, side := range []struct {
 		name             string
 		client, upstream bool // speak TLS
@@ -501,7 +501,7 @@ func TestAnAnswerFollowedByAResetArrives(t *testing.T) {
 }
 
 func TestAnAnswerThatWasSentBeforeAResetIsNotLost(t *testing.T) {
-	const rounds, answer = 50, 1_000_000
+	const rounds, answer = 10, 1_000_000
 	for _, sending := range []bool{false, true} {
 		answered := make(chan struct{})
 		a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {

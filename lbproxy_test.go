@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 	if run := os.Getenv("LBPROXY_TEST_CHILD"); run != "" {
 		childMain(run)
 	}
+	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
+		l.Close() // the runtime's poller has descriptors for good
+	}
 	files := openFiles()
 	code := m.Run()
 	deadline := time.Now().Add(5 * time.Second)
@@ -406,9 +409,9 @@ func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
 		upstreamDoing(t, echo))
 	cause := errors.New("session over")
 	var end context.CancelCauseFunc
-	n := 0
+	var n atomic.Int32
 	addr := serve(t, a, func(ctx context.Context, c net.Conn) (context.Context, Conn, error) {
-		switch n++; n {
+		switch n.Add(1) {
 		case 1:
 			return nil, Conn{}, errors.New("who are you?")
 		case 2:

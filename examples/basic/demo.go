@@ -73,7 +73,7 @@ func demo(out io.Writer, log *slog.Logger) error {
 	r := s.leave("ida", "jon", "kim")
 	s.say("  It took jon %d dials: green did not answer, so blue was asked.", r["jon"].Attempts)
 
-	s.say("\nA second listener lets an address open two connections at once, not three.")
+	s.say("\nA second listener allows each address a burst of two connections. Three come.")
 	s.come(side, "lou", "mia", "ned")
 	s.leave("lou", "mia")
 

@@ -35,7 +35,7 @@ func Example() {
 	//   ida -> red, jon -> blue, kim -> red
 	//   It took jon 2 dials: green did not answer, so blue was asked.
 	//
-	// A second listener lets an address open two connections at once, not three.
+	// A second listener allows each address a burst of two connections. Three come.
 	//   lou -> red, mia -> blue, ned -> nobody (rate-limited)
 	//
 	// Everyone is gone. This is what the app has counted:

@@ -1,0 +1,336 @@
+package lbproxy_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+// The examples use upstreams that answer each line with their name, and clients that send one line.
+
+// startUpstream listens on a free port of this machine. Close ends it.
+func startUpstream(name string) net.Listener {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				buf := make([]byte, 64)
+				for {
+					n, err := c.Read(buf)
+					if err != nil {
+						return
+					}
+					fmt.Fprintf(c, "%s got %s", name, buf[:n])
+				}
+			}()
+		}
+	}()
+	return l
+}
+
+// A client is a connection to a proxy.
+type client struct{ net.Conn }
+
+func connect(proxy net.Listener) client {
+	c, err := net.Dial("tcp", proxy.Addr().String())
+	if err != nil {
+		return client{} // reset at once
+	}
+	return client{c}
+}
+
+func (c client) ask(line string) string {
+	if c.Conn == nil {
+		return "refused"
+	}
+	buf := make([]byte, 64)
+	io.WriteString(c, line)
+	n, err := c.Read(buf)
+	if err != nil {
+		return "refused"
+	}
+	return string(buf[:n])
+}
+
+func listen() net.Listener {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	return l
+}
+
+// Three clients, two upstreams. The third client goes where the first two are not both.
+func Example() {
+	red, green := startUpstream("red"), startUpstream("green")
+	defer red.Close()
+	defer green.Close()
+
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{
+		{Addr: red.Addr().String()},
+		{Addr: green.Addr().String()},
+	}, nil)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	l := listen()
+	go app.Serve(l, nil)
+
+	for _, name := range []string{"ann", "bob", "cat"} {
+		c := connect(l)
+		defer c.Close()
+		fmt.Println(c.ask(name))
+	}
+	// Output:
+	// red got ann
+	// green got bob
+	// red got cat
+}
+
+func ExampleNew() {
+	_, err := lbproxy.New("db", []lbproxy.Upstream{{Addr: "10.0.0.1:5432"}, {Addr: "10.0.0.2"}}, nil)
+	fmt.Println(err)
+
+	app, err := lbproxy.New("db", []lbproxy.Upstream{
+		{Addr: "10.0.0.1:5432", Weight: 2},     // gets two connections for each one of
+		{Addr: "10.0.0.2:5432", MaxConns: 100}, // this, which never gets more than 100
+	}, &lbproxy.Options{IdleTimeout: 10 * time.Minute})
+	fmt.Println(app.Stats().Upstreams[0].State, err)
+	// Output:
+	// lbproxy: app "db": upstream 1: Addr "10.0.0.2": missing port in address: want host:port
+	// up <nil>
+}
+
+// Serve calls admit for each connection: to refuse it, to say who it is, to limit it. A TLS server would do its
+// handshake there.
+func ExampleLBProxyApp_Serve() {
+	red := startUpstream("red")
+	defer red.Close()
+	results := make(chan lbproxy.Result, 2)
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, &lbproxy.Options{
+		OnDone: func(r lbproxy.Result) { results <- r },
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	admit := func(ctx context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
+		who := make([]byte, 4) // this protocol begins with a name
+		if _, err := io.ReadFull(c, who); err != nil {
+			return nil, lbproxy.Conn{}, err
+		}
+		if string(who) == "eve:" {
+			return nil, lbproxy.Conn{}, fmt.Errorf("%s is not welcome", who[:3])
+		}
+		return nil, lbproxy.Conn{ClientID: string(who[:3])}, nil // nil: the given context, and c itself
+	}
+	l := listen()
+	ended := make(chan error)
+	go func() { ended <- app.Serve(l, admit) }()
+
+	ann, eve := connect(l), connect(l)
+	fmt.Println(ann.ask("ann:hello"))
+	fmt.Println(eve.ask("eve:"))
+	ann.Close()
+	r := <-results
+	fmt.Printf("%s: %s, %d bytes sent, %d received\n", r.ClientID, r.End, r.Sent, r.Received)
+	app.Close()
+	fmt.Println(<-ended)
+	// Output:
+	// red got hello
+	// refused
+	// ann: done, 5 bytes sent, 13 received
+	// lbproxy: app closed
+}
+
+// ServeConn serves one connection that the caller accepted, and says what became of it.
+func ExampleLBProxyApp_ServeConn() {
+	red := startUpstream("red")
+	defer red.Close()
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, nil)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	l := listen()
+	defer l.Close()
+
+	c := connect(l)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		fmt.Println(c.ask("hello"))
+		c.Close()
+	})
+	accepted, err := l.Accept()
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	r, err := app.ServeConn(context.Background(), lbproxy.Conn{Client: accepted, ClientID: "ann"})
+	wg.Wait()
+	fmt.Println(r.ClientID, r.End, r.Upstream == red.Addr().String(), r.Attempts, r.Sent, r.Received, err)
+	// Output:
+	// red got hello
+	// ann done true 1 5 13 <nil>
+}
+
+// workingHours is a RateLimitManager in a few lines: it refuses those who come when it is closed.
+type workingHours struct{ hour func() int }
+
+func (w workingHours) Report(_ context.Context, e lbproxy.Event) lbproxy.Decision {
+	closed := w.hour() < 9 || w.hour() >= 17
+	return lbproxy.Decision{Exceeded: e.Kind == lbproxy.EventOpen && closed}
+}
+
+func ExampleRateLimitManager() {
+	red := startUpstream("red")
+	defer red.Close()
+	app, err := lbproxy.New("office", []lbproxy.Upstream{{Addr: red.Addr().String()}}, nil)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	hours := make(chan int, 3)
+	limit := workingHours{hour: func() int { h := <-hours; hours <- h; return h }} // time.Now().Hour, really
+	admit := func(_ context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
+		return nil, lbproxy.Conn{Client: c, RateLimit: limit}, nil
+	}
+	l := listen()
+	go app.Serve(l, admit)
+
+	hours <- 16
+	fmt.Println(connect(l).ask("at four"))
+	<-hours
+	hours <- 17
+	fmt.Println(connect(l).ask("at five"))
+	// Output:
+	// red got at four
+	// refused
+}
+
+// open shows what a manager says to a connection that opens.
+func open(m lbproxy.RateLimitManager) string {
+	d := m.Report(context.Background(), lbproxy.Event{Kind: lbproxy.EventOpen})
+	return map[bool]string{true: "refused", false: "let in"}[d.Exceeded]
+}
+
+func close1(m lbproxy.RateLimitManager) {
+	m.Report(context.Background(), lbproxy.Event{Kind: lbproxy.EventClose})
+}
+
+func ExampleTokenBucket() {
+	limit := &lbproxy.TokenBucket{Burst: 2, Every: time.Hour} // two at once, then one an hour
+	fmt.Println(open(limit), open(limit), open(limit))
+	// Output: let in let in refused
+}
+
+// At most ten connections an hour, and at most two at once. What the second manager refuses costs the first nothing.
+func ExampleAll() {
+	limit := lbproxy.All(
+		&lbproxy.TokenBucket{Burst: 10, Every: time.Hour / 10},
+		&lbproxy.OpenLimit{Max: 2},
+	)
+	fmt.Println(open(limit), open(limit), open(limit))
+	close1(limit) // one leaves
+	fmt.Println(open(limit))
+	// Output:
+	// let in let in refused
+	// let in
+}
+
+// One limit for each client, however many connections and apps it uses.
+func ExampleClientLimits() {
+	limits := lbproxy.NewClientLimits(10_000, func(client string) lbproxy.RateLimitManager {
+		if strings.HasPrefix(client, "10.") {
+			return nil // our own: no limit
+		}
+		return &lbproxy.OpenLimit{Max: 1}
+	})
+	fmt.Println(limits.For("10.0.0.7") == nil)
+	fmt.Println(open(limits.For("192.0.2.1")), open(limits.For("192.0.2.1")))
+	fmt.Println(open(limits.For("192.0.2.2")))
+	// Output:
+	// true
+	// let in refused
+	// let in
+}
+
+// Upstreams change while connections are open: what is removed finishes what it has.
+func ExampleLBProxyApp_SetUpstreams() {
+	red, green := startUpstream("red"), startUpstream("green")
+	defer red.Close()
+	defer green.Close()
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, nil)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	l := listen()
+	go app.Serve(l, nil)
+
+	ann := connect(l)
+	defer ann.Close()
+	fmt.Println(ann.ask("ann"))
+	if err := app.SetUpstreams([]lbproxy.Upstream{{Addr: green.Addr().String()}}); err != nil {
+		fmt.Println(err)
+	}
+	bob := connect(l)
+	defer bob.Close()
+	fmt.Println(bob.ask("bob"))
+	fmt.Println(ann.ask("ann again"))
+	for _, u := range app.Stats().Upstreams {
+		fmt.Println(u.State, u.Open)
+	}
+	// Output:
+	// red got ann
+	// green got bob
+	// red got ann again
+	// up 1
+	// draining 1
+}
+
+// Shutdown lets connections come to their end; those that take too long are broken by Close.
+func ExampleLBProxyApp_Shutdown() {
+	red := startUpstream("red")
+	defer red.Close()
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, nil)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	l := listen()
+	go app.Serve(l, nil)
+	ann := connect(l)
+	fmt.Println(ann.ask("ann"))
+
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	fmt.Println(app.Shutdown(ctx))
+	fmt.Println(app.Stats().Open, ann.ask("still here?"))
+	app.Close()
+	fmt.Println(app.Stats().Open, ann.ask("and now?"))
+	// Output:
+	// red got ann
+	// context deadline exceeded
+	// 1 red got still here?
+	// 0 refused
+}
