@@ -422,36 +422,32 @@ func (s *session) hangUp() {
 func (s *session) broke(from *pump, err error) {
 	s.mu.Lock()
 	first := s.stop(from.sourceError(), err)
-	client, server := s.conn.Client, s.server
 	s.mu.Unlock()
-	if !first {
-		return
+	if first {
+		s.wg.Go(func() { s.bury(from) })
 	}
-	deadline := time.Now().Add(lingerTime)
-	client.SetDeadline(deadline)
-	if server != nil {
-		server.SetDeadline(deadline)
-	}
-	s.wg.Go(func() { s.bury(from, deadline) })
 }
 
-// bury ends a session that broke, when what was read from the failed side has been delivered or deadline is there.
+// bury ends a session that broke, when what was read from the failed side has been delivered or lingerTime is over.
 // Meanwhile the other pump, finding nobody to write to, throws away what it reads: a peer that is busy sending might
 // not come to read otherwise.
-func (s *session) bury(from *pump, deadline time.Time) {
+func (s *session) bury(from *pump) {
+	defer time.AfterFunc(lingerTime, s.hangUp).Stop()
 	s.mu.Lock()
 	for !from.ended && !s.aborted {
 		s.changed.Wait()
 	}
-	aborted := s.aborted
 	s.mu.Unlock()
-	for wait := time.Millisecond; !aborted && from.dst != nil && unsent(from.dst) && time.Now().Before(deadline); wait = min(2*wait, 16*time.Millisecond) {
+	for wait := time.Millisecond; !s.isAborted() && from.dst != nil && unsent(from.dst); wait = min(2*wait, 16*time.Millisecond) {
 		time.Sleep(wait)
-		s.mu.Lock()
-		aborted = s.aborted
-		s.mu.Unlock()
 	}
 	s.hangUp()
+}
+
+func (s *session) isAborted() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.aborted
 }
 
 // closeConns closes both sides: politely, unless they have been reset.
@@ -797,17 +793,12 @@ func (c *endNoter) NetConn() net.Conn { return c.Conn }
 
 // bottom returns the conn below all layers of c.
 func bottom(c net.Conn) net.Conn {
-	for {
-		layer, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			return c
+	if layer, ok := c.(interface{ NetConn() net.Conn }); ok {
+		if below := layer.NetConn(); below != nil {
+			return bottom(below)
 		}
-		below := layer.NetConn()
-		if below == nil {
-			return c
-		}
-		c = below
 	}
+	return c
 }
 
 // reset closes c at once: by a reset where it is TCP, and below any layer that would want to say goodbye first

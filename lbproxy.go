@@ -77,8 +77,9 @@ type Options struct {
 	// nil means slog.Default().
 	Logger *slog.Logger
 
-	// OnDone is called once for every connection that ServeConn was given, directly or by Serve, when everything
-	// about it is over, in the connection's goroutine. Shutdown and Close wait for it, so it must not call them.
+	// OnDone is called once for every connection that ServeConn was given, directly or by Serve, in the connection's
+	// goroutine, when everything about it is over and out of all counts, which is a little after the client sees
+	// its end. Shutdown and Close wait for it, so it must not call them.
 	OnDone func(Result)
 }
 
