@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"runtime/debug"
-	"strconv"
 	"sync"
 	"time"
 )
@@ -163,12 +162,12 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	confs := make([]Upstream, len(upstreams))
 	place := make(map[string]int, len(upstreams))
 	for i, u := range upstreams {
-		host, err := u.check()
-		if first, twice := place[u.Addr]; err == nil && twice {
-			err = fmt.Errorf("Addr %q is that of upstream %d already", u.Addr, first)
+		host, wrong := u.check()
+		if first, twice := place[u.Addr]; wrong == "" && twice {
+			wrong = fmt.Sprintf("upstream %d has it already", first)
 		}
-		if err != nil {
-			return fmt.Errorf("lbproxy: app %q: upstream %d: %w", a.id, i, err)
+		if wrong != "" {
+			return fmt.Errorf("lbproxy: app %q: upstream %d: Addr %q: %s", a.id, i, u.Addr, wrong)
 		}
 		place[u.Addr] = i
 		u.Weight = max(u.Weight, 1)
@@ -184,29 +183,25 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	return nil
 }
 
-// check returns Addr's host, or says what is wrong with u.
-func (u *Upstream) check() (host string, err error) {
+// check returns Addr's host, or what is wrong with u.
+func (u *Upstream) check() (host, wrong string) {
 	const maxWeight = 1_000_000 // (open+1)*weight must not overflow
 	host, port, err := net.SplitHostPort(u.Addr)
 	var addrErr *net.AddrError
 	switch {
 	case errors.As(err, &addrErr):
-		return "", fmt.Errorf("Addr %q: %s: want host:port", u.Addr, addrErr.Err)
+		return "", addrErr.Err + ": want host:port"
 	case host == "":
-		return "", fmt.Errorf("Addr %q: missing host: want host:port", u.Addr)
+		return "", "missing host: want host:port"
 	case u.Weight < 0 || u.Weight > maxWeight:
-		return "", fmt.Errorf("Addr %q: Weight %d: want 0 (which means 1) to %d", u.Addr, u.Weight, maxWeight)
+		return "", fmt.Sprintf("Weight %d: want 0 (which means 1) to %d", u.Weight, maxWeight)
 	case u.MaxConns < 0:
-		return "", fmt.Errorf("Addr %q: MaxConns %d is negative: use 0 for no bound", u.Addr, u.MaxConns)
+		return "", fmt.Sprintf("MaxConns %d is negative: use 0 for no bound", u.MaxConns)
 	}
-	if n, err := strconv.Atoi(port); err == nil && (n < 1 || n > 65535) {
-		return "", fmt.Errorf("Addr %q: port %d: want 1 to 65535", u.Addr, n)
-	} else if err != nil {
-		if _, err := net.LookupPort("tcp", port); err != nil || port == "" {
-			return "", fmt.Errorf("Addr %q: port %q is neither a number nor the name of a service", u.Addr, port)
-		}
+	if n, err := net.LookupPort("tcp", port); err != nil || n == 0 {
+		return "", fmt.Sprintf("port %q: want 1 to 65535 or the name of a service", port)
 	}
-	return host, nil
+	return host, ""
 }
 
 // An AdmitFunc decides, in the connection's own goroutine, whether and how c is served: handshake, authentication,
