@@ -31,13 +31,15 @@ type upstream struct {
 	place int       // in the configured slice: decides ties
 	at    int       // in the heap; -1 when removed from the set
 
-	open   int // connections counted on it, dials included
-	state  upstreamState
-	until  time.Time     // cooling: when the next trial is due
-	queued *list.Element // cooling: its place in balancer.cooling
+	open     int // connections counted on it, dials included
+	dialling int // of those: not settled
+	state    upstreamState
+	until    time.Time     // cooling: when the next trial is due
+	queued   *list.Element // cooling: its place in balancer.cooling
 
-	// catchingUp is set when a trial finds it working again, until another upstream is as little loaded:
-	// meanwhile it gets at most every second connection, so that recovery is not a stampede.
+	// catchingUp is set when a trial finds it working again, until another upstream is as little loaded that is
+	// not itself catching up or due for a trial: meanwhile it gets at most every second connection, so that
+	// recovery is not a stampede.
 	catchingUp bool
 
 	total, failed  uint64
@@ -50,7 +52,7 @@ const (
 	up      upstreamState = iota
 	cooling               // a dial failed: passed over until its time is up
 	ready                 // its time is up: the next connection to choose it is the trial
-	onTrial               // that connection is dialling: passed over until it is known how that went
+	onTrial               // that connection is dialling: passed over until a dial tells how it is
 )
 
 // rank sorts upstreams by whether they may be chosen: at best now, only as a last resort, or not at all.
@@ -91,7 +93,7 @@ func (u *upstream) before(v *upstream) bool {
 }
 
 // set makes confs, which are valid and complete, the current set. An upstream is known by its Addr: one that
-// was there, or is still draining, keeps its connections, counters and state.
+// was there keeps its connections, counters and state, one that is still draining its connections and counters.
 func (b *balancer) set(confs []Upstream) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -100,7 +102,6 @@ func (b *balancer) set(confs []Upstream) {
 		known[u.conf.Addr] = u
 	}
 	b.draining = map[string]*upstream{}
-	b.paced = nil
 	b.heap = make(upstreamHeap, len(confs))
 	for i := range confs {
 		u := known[confs[i].Addr]
@@ -146,13 +147,14 @@ func (b *balancer) acquire(tried map[*upstream]bool, now time.Time) (*upstream, 
 		u.state = onTrial
 	}
 	u.open++
+	u.dialling++
 	u.total++
 	heap.Fix(&b.heap, u.at)
 	b.paced = nil
 	if u.catchingUp {
-		if b.heap[0] == u {
+		if first := b.heap[0]; first == u {
 			b.paced = u
-		} else {
+		} else if first.state == up && !first.catchingUp {
 			u.catchingUp = false
 		}
 	}
@@ -191,6 +193,7 @@ func (b *balancer) settle(u *upstream, v verdict, now time.Time) (changed bool) 
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	was := u.state
+	u.dialling--
 	if v == fails {
 		u.failed++
 	}
@@ -206,8 +209,8 @@ func (b *balancer) settle(u *upstream, v verdict, now time.Time) (changed bool) 
 		u.state, u.until, u.catchingUp = cooling, now.Add(b.failTimeout), false
 		u.queued = b.cooling.PushBack(u)
 		changed = was == up
-	case v == unknown && was == onTrial:
-		u.state = ready // the trial told nothing: the next connection is one
+	case v == unknown && was == onTrial && u.dialling == 0:
+		u.state = ready // no dial is left that could tell: the next connection is a trial
 	default:
 		return false
 	}

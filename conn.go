@@ -255,6 +255,9 @@ func (s *session) connect() bool {
 		s.upstream = nil
 		b.release(u)
 		errs = append(errs, &DialError{App: s.app.id, Addr: conf.Addr, Err: err})
+		if exhausted(err) {
+			break
+		}
 		if tried == nil {
 			tried = map[*upstream]bool{}
 		}
@@ -293,12 +296,12 @@ func (s *session) try(u *upstream, conf *Upstream) (c net.Conn, err error) {
 
 // ourFault reports whether a dial's error says nothing about the upstream.
 func ourFault(err error) bool {
-	for _, e := range []error{context.Canceled, syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
+	return exhausted(err) || errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, context.Canceled)
+}
+
+// exhausted reports whether a dial failed because this machine has run out of something. The next one would, too.
+func exhausted(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
 }
 
 func (s *session) dial(conf *Upstream) (net.Conn, error) {

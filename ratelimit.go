@@ -212,8 +212,8 @@ func nanoseconds(n, rate int64) (whole time.Duration, remainder uint64) {
 		return math.MaxInt64, 0
 	}
 	quo, rem := bits.Div64(hi, lo, uint64(rate))
-	if quo > math.MaxInt64-1 {
-		return math.MaxInt64 - 1, 0
+	if quo >= math.MaxInt64 {
+		return math.MaxInt64, 0
 	}
 	return time.Duration(quo), rem
 }
@@ -234,19 +234,25 @@ func All(managers ...RateLimitManager) RateLimitManager {
 type all []RateLimitManager
 
 func (a all) Report(ctx context.Context, e Event) (d Decision) {
-	if e.Kind != EventOpen {
-		for _, m := range a {
-			one := m.Report(ctx, e)
-			d.Exceeded, d.Wait = d.Exceeded || one.Exceeded, max(d.Wait, one.Wait)
-		}
-		return d
+	switch e.Kind {
+	case EventOpen:
+		return a.open(ctx, e)
+	case EventClose:
+		a.close(ctx, e)
+		return Decision{}
 	}
+	for _, m := range a {
+		one := m.Report(ctx, e)
+		d.Exceeded, d.Wait = d.Exceeded || one.Exceeded, max(d.Wait, one.Wait)
+	}
+	return d
+}
+
+func (a all) open(ctx context.Context, e Event) (d Decision) {
 	asked, agreed := 0, false
 	defer func() { // also when one of them panics
 		if !agreed {
-			for _, m := range a[:asked] {
-				m.Report(ctx, Event{Kind: EventClose, App: e.App, ClientID: e.ClientID, Refused: true})
-			}
+			a[:asked].close(context.WithoutCancel(ctx), Event{Kind: EventClose, App: e.App, ClientID: e.ClientID, Refused: true})
 		}
 	}()
 	for _, m := range a {
@@ -259,6 +265,14 @@ func (a all) Report(ctx context.Context, e Event) (d Decision) {
 	}
 	agreed = true
 	return d
+}
+
+// close tells all of them in order, also those after one that panics.
+func (a all) close(ctx context.Context, e Event) {
+	if len(a) > 0 {
+		defer a[1:].close(ctx, e)
+		a[0].Report(ctx, e)
+	}
 }
 
 // Idle reports whether all of them are idle.
@@ -288,8 +302,9 @@ type ClientLimits struct {
 }
 
 // NewClientLimits returns a ClientLimits that has newLimit make a manager for each client and remembers at most
-// max clients (0 or less: none). newLimit must be safe for concurrent use; nil from it means no limit for that
-// client.
+// max clients (0 or less: none). For calls newLimit for each client that is not remembered, so perhaps more than
+// once for a client, of whose managers then one is used. newLimit must be safe for concurrent use; nil from it
+// means no limit for that client.
 //
 // When max is reached, an idle client is forgotten to make room: one that has no connection open and whose
 // manager, if it has a method Idle() bool, returns true. [TokenBucket], [Bandwidth] and [All] have that method, so
@@ -379,6 +394,9 @@ func (l *ClientLimits) enter(c *clientLimit) *clientLimit {
 func (l *ClientLimits) leave(known *clientLimit) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if known == nil || known.open == 0 {
+		panic("lbproxy: ClientLimits: EventClose without EventOpen")
+	}
 	if known.open--; known.open == 0 {
 		known.quiet = l.quiet.PushBack(known)
 	}

@@ -1,0 +1,1065 @@
+package lbproxy
+
+import (
+	"container/list"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+var balancerSeed = flag.Uint64("balancer.seed", 0, "seed of the balancer's random test; 0 means a new one each time")
+
+// A balFarm is a balancer, the clock it is given, and what a dial says about each upstream: works unless
+// told otherwise.
+type balFarm struct {
+	balancer
+	now  time.Time
+	says map[string]verdict
+}
+
+const balFail = 10 * time.Second
+
+func newBalFarm(upstreams ...Upstream) *balFarm {
+	f := &balFarm{now: time.Unix(1_000_000_000, 0), says: map[string]verdict{}}
+	f.failTimeout = balFail
+	f.setUpstreams(upstreams...)
+	return f
+}
+
+// balNamed returns upstreams "a:1", "b:1" and so on.
+func balNamed(n int) []Upstream {
+	us := make([]Upstream, n)
+	for i := range us {
+		us[i].Addr = string(rune('a'+i)) + ":1"
+	}
+	return us
+}
+
+func (f *balFarm) setUpstreams(upstreams ...Upstream) {
+	confs := slices.Clone(upstreams)
+	for i := range confs {
+		confs[i].Weight = max(confs[i].Weight, 1)
+	}
+	f.set(confs)
+}
+
+// find returns the upstream of the current set with that Addr.
+func (f *balFarm) find(addr string) *upstream {
+	i := slices.IndexFunc(f.heap, func(u *upstream) bool { return u.conf.Addr == addr })
+	return f.heap[i]
+}
+
+// take picks an upstream that works, for a connection that stays open.
+func (f *balFarm) take() string {
+	u, conf := f.acquire(nil, f.now)
+	if u == nil {
+		return "none"
+	}
+	f.settle(u, works, f.now)
+	return conf.Addr
+}
+
+func (f *balFarm) takes(n int) (addrs []string) {
+	for range n {
+		addrs = append(addrs, f.take())
+	}
+	return addrs
+}
+
+// begin counts a connection on that upstream, whatever the others have.
+func (f *balFarm) begin(addr string) *upstream {
+	others := map[*upstream]bool{}
+	for _, u := range f.heap {
+		others[u] = u.conf.Addr != addr
+	}
+	u, _ := f.acquire(others, f.now)
+	if u == nil {
+		panic(addr + " is full")
+	}
+	return u
+}
+
+// fill opens n connections on an upstream and tells nothing about it.
+func (f *balFarm) fill(addr string, n int) {
+	for range n {
+		f.settle(f.begin(addr), unknown, f.now)
+	}
+}
+
+// fail has a dial to an upstream fail.
+func (f *balFarm) fail(addr string) {
+	u := f.begin(addr)
+	f.settle(u, fails, f.now)
+	f.release(u)
+}
+
+// dial does what a session does until it is connected or has nothing left to try, and returns what it tried.
+// u is where it is connected, if it is.
+func (f *balFarm) dial() (u *upstream, tried []string) {
+	seen := map[*upstream]bool{}
+	for {
+		u, conf := f.acquire(seen, f.now)
+		if u == nil {
+			return nil, tried
+		}
+		tried = append(tried, conf.Addr)
+		v, told := f.says[conf.Addr]
+		if !told {
+			v = works
+		}
+		f.settle(u, v, f.now)
+		if v == works {
+			return u, tried
+		}
+		f.release(u)
+		seen[u] = true
+	}
+}
+
+// connect is dial for a connection that is over at once.
+func (f *balFarm) connect() string {
+	u, tried := f.dial()
+	if u != nil {
+		f.release(u)
+	}
+	return strings.Join(tried, " ")
+}
+
+func (f *balFarm) state(addr string) string {
+	for _, s := range f.stats() {
+		if s.Addr == addr {
+			return s.State
+		}
+	}
+	return "gone"
+}
+
+func wantBal[T any](t *testing.T, what string, got, want T) {
+	t.Helper()
+	if !reflect.DeepEqual(got, want) {
+		t.Fatalf("%s: got %v, want %v", what, got, want)
+	}
+}
+
+func TestLeastLoadedForItsWeightIsChosenAndTiesGoToTheEarlier(t *testing.T) {
+	for _, tt := range []struct {
+		name      string
+		upstreams []Upstream
+		open      []int
+		want      string
+	}{
+		{"equal ones take turns in slice order",
+			[]Upstream{{Addr: "a"}, {Addr: "b"}, {Addr: "c"}}, []int{0, 0, 0}, "a b c a b c"},
+		{"the slice decides, not the name",
+			[]Upstream{{Addr: "c"}, {Addr: "a"}, {Addr: "b"}}, []int{0, 0, 0}, "c a b c a b"},
+		{"the emptiest until it is level",
+			[]Upstream{{Addr: "a"}, {Addr: "b"}, {Addr: "c"}}, []int{3, 1, 2}, "b b c a b c"},
+		{"weight 2 gets twice as many, and at a tie the earlier is first", // 1/1 1/2; 2/2 is 1/1
+			[]Upstream{{Addr: "a"}, {Addr: "b", Weight: 2}}, []int{0, 0}, "b a b b a b"},
+		{"the load is what it would be, not what it is", // 2/10 before 1/1, though 0 < 1/10
+			[]Upstream{{Addr: "a"}, {Addr: "b", Weight: 10}}, []int{0, 1}, "b b b b b b b b a b"},
+		{"weights are compared exactly", // 3/3 is 1/1, 1000/999 is more
+			[]Upstream{{Addr: "a", Weight: 999}, {Addr: "b", Weight: 3}, {Addr: "c"}}, []int{999, 2, 0}, "b c a a a a"},
+		{"a full one is passed over",
+			[]Upstream{{Addr: "a", MaxConns: 2}, {Addr: "b", MaxConns: 3}, {Addr: "c"}}, []int{0, 0, 5}, "a b a b b c c"},
+		{"when all are full there is none",
+			[]Upstream{{Addr: "a", MaxConns: 1}, {Addr: "b", Weight: 9, MaxConns: 2}}, []int{0, 0}, "b b a none none"},
+		{"a single one gets everything",
+			[]Upstream{{Addr: "a", MaxConns: 2}}, []int{0}, "a a none"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newBalFarm(tt.upstreams...)
+			for i, n := range tt.open {
+				f.fill(tt.upstreams[i].Addr, n)
+			}
+			want := strings.Fields(tt.want)
+			wantBal(t, "chosen", f.takes(len(want)), want)
+		})
+	}
+}
+
+func TestFullUpstreamIsChosenAgainWhenOneOfItsConnectionsEnds(t *testing.T) {
+	f := newBalFarm(Upstream{Addr: "a", MaxConns: 1}, Upstream{Addr: "b", MaxConns: 1})
+	wantBal(t, "chosen", f.takes(3), []string{"a", "b", "none"})
+	f.release(f.find("b"))
+	wantBal(t, "chosen", f.takes(2), []string{"b", "none"})
+}
+
+func TestConcurrentPicksLeaveNoTwoUpstreamsMoreThanOneApart(t *testing.T) {
+	const pickers, each, rounds = 64, 4, 400 // 102,400 picks; often, as later picks make up for earlier ones
+	for n := range rounds {
+		f := newBalFarm(balNamed(2 + n%9)...)
+		held := make([][]*upstream, pickers)
+		var wg sync.WaitGroup
+		for i := range held {
+			wg.Go(func() {
+				for range each {
+					u, _ := f.acquire(nil, f.now)
+					held[i] = append(held[i], u)
+					f.settle(u, works, f.now)
+				}
+			})
+		}
+		wg.Wait()
+		least, most, sum := 1<<30, 0, 0
+		for _, s := range f.stats() {
+			least, most, sum = min(least, s.Open), max(most, s.Open), sum+s.Open
+		}
+		if most-least > 1 || sum != pickers*each {
+			t.Fatalf("after %d equal connections to %d upstreams: %d to %d on each, %d in all",
+				pickers*each, len(f.heap), least, most, sum)
+		}
+		for _, us := range held {
+			wg.Go(func() {
+				for _, u := range us {
+					f.release(u)
+				}
+			})
+		}
+		wg.Wait()
+		for _, s := range f.stats() {
+			wantBal(t, "open when all are over", s.Open, 0)
+		}
+	}
+}
+
+func TestFailedUpstreamCoolsUntilOneTrialDecides(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	f.says["a:1"] = fails
+	wantBal(t, "first connection", f.connect(), "a:1 b:1")
+	wantBal(t, "state", f.state("a:1"), "cooling")
+
+	f.now = f.now.Add(balFail - 1)
+	wantBal(t, "just before its time", f.takes(5), []string{"b:1", "b:1", "b:1", "b:1", "b:1"})
+
+	f.now = f.now.Add(1)
+	trial, _ := f.acquire(nil, f.now)
+	wantBal(t, "trial", trial.conf.Addr, "a:1")
+	wantBal(t, "while that is dialling", f.takes(3), []string{"b:1", "b:1", "b:1"})
+	f.now = f.now.Add(time.Minute)
+	wantBal(t, "however long it takes", f.takes(3), []string{"b:1", "b:1", "b:1"})
+	wantBal(t, "state on trial", f.state("a:1"), "cooling")
+
+	wantBal(t, "a failed trial changes its standing", f.settle(trial, fails, f.now), false)
+	f.release(trial)
+	f.now = f.now.Add(balFail - 1)
+	wantBal(t, "cooling again", f.take(), "b:1")
+
+	f.now = f.now.Add(1)
+	f.says["a:1"] = works
+	wantBal(t, "second trial", f.connect(), "a:1")
+	wantBal(t, "state when it succeeded", f.state("a:1"), "up")
+	wantBal(t, "at once", f.connect(), "a:1")
+	wantBal(t, "dials failed", f.find("a:1").failed, 2)
+}
+
+func TestStandingChangesAreReportedOnce(t *testing.T) {
+	f := newBalFarm(balNamed(1)...)
+	u := f.find("a:1")
+	for i, step := range []struct {
+		v    verdict
+		want bool
+	}{
+		{works, false}, {fails, true}, {fails, false}, {unknown, false}, {works, true}, {works, false}, {unknown, false}, {fails, true},
+	} {
+		f.acquire(nil, f.now)
+		wantBal(t, fmt.Sprintf("step %d changed", i), f.settle(u, step.v, f.now), step.want)
+	}
+}
+
+func TestTrialThatToldNothingIsFollowedByAnother(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	f.says["a:1"] = fails
+	f.connect()
+	f.now = f.now.Add(balFail)
+	for range 3 {
+		trial, _ := f.acquire(nil, f.now)
+		wantBal(t, "trial", trial.conf.Addr, "a:1")
+		wantBal(t, "meanwhile", f.take(), "b:1")
+		f.settle(trial, unknown, f.now)
+		f.release(trial)
+	}
+	f.says["a:1"] = works
+	wantBal(t, "the one that tells", f.connect(), "a:1")
+	wantBal(t, "state", f.state("a:1"), "up")
+}
+
+func TestOneTrialAtATimeThoughAnOlderDialTellsNothing(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	f.fill("b:1", 5)
+	slow := f.begin("a:1") // dials for longer than the cooling takes
+	f.fail("a:1")
+	f.now = f.now.Add(balFail)
+	trial, _ := f.acquire(nil, f.now)
+	wantBal(t, "trial", trial.conf.Addr, "a:1")
+	f.settle(slow, unknown, f.now) // its client is gone
+	f.release(slow)
+	wantBal(t, "while the trial is dialling", f.takes(3), []string{"b:1", "b:1", "b:1"})
+	f.settle(trial, unknown, f.now)
+	f.release(trial)
+	wantBal(t, "the next trial", f.take(), "a:1")
+}
+
+func TestWhenAllAreCoolingTheLongestFailedIsTriedFirstAndEachOnce(t *testing.T) {
+	f := newBalFarm(balNamed(4)...)
+	for _, u := range f.heap {
+		f.says[u.conf.Addr] = fails
+	}
+	f.fill("c:1", 2) // the most loaded, which does not matter among the failed
+	wantBal(t, "the first", f.connect(), "a:1 b:1 d:1 c:1")
+	f.now = f.now.Add(time.Second)
+	f.fail("b:1")
+	f.now = f.now.Add(time.Second)
+	f.fail("d:1")
+	f.now = f.now.Add(time.Second)
+	wantBal(t, "the next", f.connect(), "a:1 c:1 b:1 d:1") // a before c: failed at once, but less loaded
+	f.now = f.now.Add(time.Second)
+	f.says["b:1"] = works
+	wantBal(t, "one is back", f.connect(), "a:1 b:1") // all had failed at once again
+	wantBal(t, "and is used", f.connect(), "b:1")
+}
+
+func TestCoolingUpstreamThatIsFullIsNoLastResort(t *testing.T) {
+	f := newBalFarm(Upstream{Addr: "a:1", MaxConns: 1}, Upstream{Addr: "b:1"})
+	f.settle(f.begin("a:1"), fails, f.now) // and has not been released yet
+	f.says["b:1"] = fails
+	wantBal(t, "tried", f.connect(), "b:1")
+}
+
+func TestNegativeFailTimeoutPassesNoneOver(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	f.failTimeout = -1
+	f.says["a:1"] = fails
+	for range 10 {
+		wantBal(t, "tried", f.connect(), "a:1 b:1")
+	}
+	wantBal(t, "state", f.state("a:1"), "up")
+	wantBal(t, "dials failed", f.find("a:1").failed, 10)
+}
+
+func TestUpstreamThatRefusesAtOnceIsTriedOnlyOncePerFailTimeout(t *testing.T) {
+	const picks, step = 100_000, time.Millisecond
+	f := newBalFarm(balNamed(3)...)
+	f.says["b:1"] = fails
+	var live []*upstream
+	start, attempts := f.now, 0
+	for i := range picks {
+		u, tried := f.dial()
+		if u == nil {
+			t.Fatalf("connection %d was not served: %v", i, tried)
+		}
+		slices.Sort(tried)
+		if len(slices.Compact(slices.Clone(tried))) != len(tried) {
+			t.Fatalf("connection %d tried one upstream twice: %v", i, tried)
+		}
+		if slices.Contains(tried, "b:1") {
+			attempts++
+		}
+		if live = append(live, u); len(live) > 50 {
+			f.release(live[0])
+			live = live[1:]
+		}
+		f.now = f.now.Add(step)
+	}
+	most := int(f.now.Sub(start)/balFail) + 1
+	if attempts > most || attempts < most-2 {
+		t.Errorf("%d attempts at it in %v, want about %d and no more", attempts, f.now.Sub(start), most)
+	}
+	wantBal(t, "dials failed", f.find("b:1").failed, uint64(attempts))
+}
+
+// The share of a recovered upstream is bounded: 50 of the first 100 connections after its trial, and every second
+// one from then on, until another upstream is as little loaded. It must not be starved either.
+func TestRecoveredUpstreamGetsAtMostEverySecondConnectionUntilItIsLevel(t *testing.T) {
+	const most, first = 50, 100
+	for _, weight := range []int{1, 1000} {
+		f := newBalFarm(Upstream{Addr: "a:1", Weight: weight}, Upstream{Addr: "b:1"}, Upstream{Addr: "c:1"})
+		f.fill("b:1", 200)
+		f.fill("c:1", 200)
+		f.says["a:1"] = fails
+		f.connect()
+		f.now = f.now.Add(balFail)
+		f.says["a:1"] = works
+		wantBal(t, "trial", f.connect(), "a:1")
+
+		got := f.takes(first)
+		share := 0
+		for i, addr := range got {
+			if addr == "a:1" {
+				share++
+				if i > 0 && got[i-1] == addr {
+					t.Fatalf("it got connections %d and %d", i-1, i)
+				}
+			}
+		}
+		wantBal(t, fmt.Sprintf("its share of the first %d", first), share, most)
+	}
+}
+
+func TestRecoveredUpstreamThatIsLevelIsOneLikeAnyOther(t *testing.T) {
+	f := newBalFarm(balNamed(3)...)
+	f.fill("b:1", 4)
+	f.fill("c:1", 4)
+	f.says["a:1"] = fails
+	f.connect()
+	f.now = f.now.Add(balFail)
+	f.says["a:1"] = works
+	wantBal(t, "trial and picks", f.takes(1+8),
+		[]string{"a:1", "a:1", "b:1", "a:1", "c:1", "a:1", "b:1", "a:1", "c:1"}) // now 5 6 6
+	wantBal(t, "picks", f.takes(4), []string{"a:1", "b:1", "a:1", "c:1"}) // 6 6 6, where a is still first; then 7 7 7
+	for range 5 {
+		f.release(f.find("a:1"))
+	}
+	wantBal(t, "plain least connections", f.takes(5), []string{"a:1", "a:1", "a:1", "a:1", "a:1"})
+}
+
+func TestRecoveredUpstreamIsHeldBackThoughOthersRecoverToo(t *testing.T) {
+	for _, second := range []verdict{fails, works} {
+		f := newBalFarm(balNamed(3)...)
+		f.fill("c:1", 200)
+		f.says["a:1"], f.says["b:1"] = fails, fails
+		wantBal(t, "a and b are gone", f.connect(), "a:1 b:1 c:1")
+		f.now = f.now.Add(balFail)
+		f.says["a:1"], f.says["b:1"] = works, second
+		wantBal(t, "a's trial", f.connect(), "a:1")
+		wantBal(t, "first", f.take(), "a:1") // b's trial is due, too, and b as little loaded
+		f.connect()
+		wantBal(t, "b works", f.state("b:1") == "up", second == works)
+		f.takes(4)
+		f.fail("b:1") // for good
+		share := 0
+		for _, addr := range f.takes(100) {
+			if addr == "a:1" {
+				share++
+			}
+		}
+		wantBal(t, "a's share of 100", share, 50)
+	}
+}
+
+func TestNewSetOfTheSameUpstreamsDoesNotLetARecoveredOneGoFaster(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	f.fill("b:1", 100)
+	f.says["a:1"] = fails
+	f.connect()
+	f.now = f.now.Add(balFail)
+	f.says["a:1"] = works
+	wantBal(t, "trial", f.connect(), "a:1")
+	for i := range 20 {
+		wantBal(t, "chosen", f.take(), []string{"a:1", "b:1"}[i%2])
+		f.setUpstreams(balNamed(2)...)
+	}
+}
+
+func TestRecoveredUpstreamIsBetterThanNoneAndThanOneThatIsPassedOver(t *testing.T) {
+	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 1}, Upstream{Addr: "c:1"})
+	f.says["a:1"] = fails
+	f.says["c:1"] = fails
+	wantBal(t, "first", f.connect(), "a:1 b:1") // a tie: b before c
+	f.fill("b:1", 1)
+	f.now = f.now.Add(balFail)
+	f.fail("c:1")
+	f.says["a:1"] = works
+	f.fill("c:1", 3)
+	wantBal(t, "trial and picks", f.takes(4), []string{"a:1", "a:1", "a:1", "a:1"})
+}
+
+func TestOurOwnErrorNeverCountsAgainstAnUpstream(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	f.says["a:1"] = unknown
+	for range 100 {
+		wantBal(t, "tried", f.connect(), "a:1 b:1")
+	}
+	wantBal(t, "state", f.state("a:1"), "up")
+	wantBal(t, "dials failed", f.find("a:1").failed, 0)
+	wantBal(t, "chosen", f.find("a:1").total, 100)
+}
+
+func TestUnknownVerdictDoesNotEndTheCooling(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	u, _ := f.acquire(nil, f.now) // dials a for long
+	f.says["a:1"] = fails
+	f.fill("b:1", 5)
+	wantBal(t, "tried", f.connect(), "a:1 b:1")
+	f.settle(u, unknown, f.now)
+	wantBal(t, "state", f.state("a:1"), "cooling")
+	wantBal(t, "chosen", f.take(), "b:1")
+}
+
+func TestKeptUpstreamsKeepConnectionsStateAndCounters(t *testing.T) {
+	f := newBalFarm(balNamed(3)...)
+	f.fill("a:1", 3)
+	f.fill("b:1", 2)
+	f.says["c:1"] = fails
+	f.connect()
+	f.find("a:1").sent.Add(7)
+	f.find("b:1").received.Add(9)
+	before := f.stats()
+	f.setUpstreams(balNamed(4)...)
+	after := f.stats()
+	wantBal(t, "the kept ones", after[:3], before)
+	wantBal(t, "the new one", after[3], UpstreamStats{Addr: "d:1", Weight: 1, State: "up"})
+	wantBal(t, "chosen: c still cools", f.takes(3), []string{"d:1", "d:1", "b:1"})
+
+	f.now = f.now.Add(balFail)
+	f.says["c:1"] = works
+	wantBal(t, "its trial is due when it was", f.connect(), "c:1")
+}
+
+func TestRemovedUpstreamDrainsAndOldConnectionsReleaseTheOldOne(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	var old []*upstream
+	for range 3 {
+		old = append(old, f.begin("a:1"))
+	}
+	f.setUpstreams(Upstream{Addr: "b:1"}, Upstream{Addr: "c:1"})
+	wantBal(t, "chosen", f.takes(2), []string{"b:1", "c:1"})
+	for n := 3; n > 0; n-- {
+		wantBal(t, "stats", f.stats()[2:], []UpstreamStats{{Addr: "a:1", Weight: 1, Open: n, Total: 3, State: "draining"}})
+		f.release(old[n-1])
+	}
+	wantBal(t, "drained", f.state("a:1"), "gone")
+	wantBal(t, "what is left", len(f.draining), 0)
+	wantBal(t, "open on the others", []int{f.stats()[0].Open, f.stats()[1].Open}, []int{1, 1})
+
+	f.setUpstreams(Upstream{Addr: "a:1"})
+	wantBal(t, "as new", f.stats()[0], UpstreamStats{Addr: "a:1", Weight: 1, State: "up"})
+}
+
+func TestUpstreamRemovedWhileIdleIsGoneAtOnce(t *testing.T) {
+	f := newBalFarm(balNamed(3)...)
+	f.says["b:1"] = fails
+	f.fill("a:1", 1)
+	f.connect() // b cools
+	f.setUpstreams(balNamed(1)...)
+	wantBal(t, "b", f.state("b:1"), "gone")
+	wantBal(t, "waiting to recover", f.cooling.Len(), 0)
+	f.now = f.now.Add(balFail)
+	wantBal(t, "chosen", f.takes(2), []string{"a:1", "a:1"})
+}
+
+func TestUpstreamAddedAgainWhileDrainingIsTheSame(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	u, _ := f.acquire(nil, f.now)
+	f.acquire(nil, f.now)
+	f.setUpstreams(Upstream{Addr: "b:1"})
+	f.setUpstreams(Upstream{Addr: "b:1"}, Upstream{Addr: "c:1"}) // again, while a drains
+	wantBal(t, "state", f.state("a:1"), "draining")
+	f.setUpstreams(balNamed(2)...)
+	if f.find("a:1") != u {
+		t.Fatal("it is another one")
+	}
+	wantBal(t, "open", f.stats()[0].Open, 1)
+	wantBal(t, "draining", f.state("c:1"), "gone")
+	wantBal(t, "chosen", f.takes(2), []string{"a:1", "b:1"})
+	f.release(u)
+	f.release(u)
+	wantBal(t, "open", f.stats()[0].Open, 0)
+}
+
+func TestDialOfARemovedUpstreamChangesNothing(t *testing.T) {
+	for _, v := range []verdict{works, fails, unknown} {
+		f := newBalFarm(balNamed(2)...)
+		f.says["a:1"] = fails
+		f.connect()
+		f.now = f.now.Add(balFail)
+		trial, _ := f.acquire(nil, f.now)
+		f.setUpstreams(Upstream{Addr: "b:1"})
+		wantBal(t, "changed", f.settle(trial, v, f.now), false)
+		wantBal(t, "state", f.state("a:1"), "draining")
+		wantBal(t, "waiting to recover", f.cooling.Len(), 0)
+		f.release(trial)
+		wantBal(t, "chosen", f.takes(2), []string{"b:1", "b:1"})
+	}
+}
+
+func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
+	a, b := Upstream{Addr: "a"}, Upstream{Addr: "b"}
+	f := newBalFarm(a, b)
+	wantBal(t, "equal", f.takes(2), []string{"a", "b"})
+
+	b.Weight = 4
+	f.setUpstreams(a, b)
+	wantBal(t, "b has four times the weight", f.takes(7), []string{"b", "b", "b", "b", "b", "b", "a"}) // 2/1 8/4: a tie at last
+
+	b.MaxConns = 3
+	f.setUpstreams(a, b)
+	wantBal(t, "b has more than it may", f.takes(2), []string{"a", "a"})
+	for range 4 {
+		f.release(f.find("b"))
+	}
+	wantBal(t, "it is still full", f.take(), "a")
+	f.release(f.find("b"))
+	wantBal(t, "now there is room for one", f.takes(2), []string{"b", "a"})
+
+	for f.find("a").open > 3 {
+		f.release(f.find("a"))
+	}
+	f.setUpstreams(Upstream{Addr: "b"}, a)
+	wantBal(t, "a tie, and b is first now", f.takes(3), []string{"b", "a", "b"})
+	wantBal(t, "stats in slice order", []string{f.stats()[0].Addr, f.stats()[1].Addr}, []string{"b", "a"})
+}
+
+func TestStatsListDrainingUpstreamsLastByAddr(t *testing.T) {
+	f := newBalFarm(Upstream{Addr: "z"}, Upstream{Addr: "m"}, Upstream{Addr: "k"}, Upstream{Addr: "b"})
+	f.takes(4)
+	f.setUpstreams(Upstream{Addr: "x"}, Upstream{Addr: "b"})
+	var addrs []string
+	for _, s := range f.stats() {
+		addrs = append(addrs, s.Addr)
+	}
+	wantBal(t, "order", addrs, []string{"x", "b", "k", "m", "z"})
+}
+
+func TestReleaseTooManyPanics(t *testing.T) {
+	f := newBalFarm(balNamed(1)...)
+	f.take()
+	u := f.find("a:1")
+	f.release(u)
+	defer func() {
+		if p := fmt.Sprint(recover()); !strings.Contains(p, "a:1") {
+			t.Errorf("panic: %v, want one that names the upstream", p)
+		}
+		wantBal(t, "the lock is free and the count unharmed", f.take(), "a:1")
+	}()
+	f.release(u)
+}
+
+func TestHugeCountsAndWeightsDoNotOverflow(t *testing.T) {
+	f := newBalFarm(Upstream{Addr: "a", Weight: 1_000_000}, Upstream{Addr: "b", Weight: 1_000_000})
+	f.find("a").open = 1<<31 - 3
+	f.find("b").open = 1<<31 - 4
+	f.set([]Upstream{*f.find("a").conf, *f.find("b").conf})
+	wantBal(t, "chosen", f.takes(2), []string{"b", "a"})
+}
+
+// A balModel is the balancer's rules as plainly as they can be put: every choice looks at every upstream.
+type balModel struct {
+	failTimeout time.Duration
+	set         []*balModelUpstream // in slice order
+	draining    []*balModelUpstream
+	resting     *balModelUpstream // it is catching up and has just been chosen
+}
+
+type balModelUpstream struct {
+	Upstream
+	open       int
+	state      string // "up", "cooling", "due", "on trial"
+	until      time.Time
+	catchingUp bool
+	dialling   int
+	total      uint64
+	failed     uint64
+}
+
+func (u *balModelUpstream) load() float64    { return float64(u.open+1) / float64(u.Weight) } // exact enough for small numbers
+func (u *balModelUpstream) full() bool       { return u.MaxConns != 0 && u.open >= u.MaxConns }
+func (u *balModelUpstream) passedOver() bool { return u.state == "cooling" || u.state == "on trial" }
+
+// min returns the least of those upstreams that are among, the earlier one of equals.
+func (m *balModel) min(among func(*balModelUpstream) bool, less func(u, v *balModelUpstream) bool) (least *balModelUpstream) {
+	for _, u := range m.set {
+		if among(u) && (least == nil || less(u, least)) {
+			least = u
+		}
+	}
+	return least
+}
+
+func (m *balModel) choose(not map[*balModelUpstream]bool) *balModelUpstream {
+	lessLoaded := func(u, v *balModelUpstream) bool { return u.load() < v.load() }
+	if u := m.min(func(u *balModelUpstream) bool { return !not[u] && !u.full() && !u.passedOver() }, lessLoaded); u != nil {
+		return u
+	}
+	return m.min(func(u *balModelUpstream) bool { return !not[u] && !u.full() }, func(u, v *balModelUpstream) bool {
+		return u.until.Before(v.until) || u.until.Equal(v.until) && lessLoaded(u, v)
+	})
+}
+
+func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *balModelUpstream {
+	for _, u := range m.set {
+		if u.state == "cooling" && !now.Before(u.until) {
+			u.state = "due"
+		}
+	}
+	not := map[*balModelUpstream]bool{m.resting: true}
+	for u := range tried {
+		not[u] = true
+	}
+	u := m.choose(not)
+	if u == nil || u.passedOver() {
+		u = m.choose(tried)
+	}
+	if u == nil {
+		return nil
+	}
+	if u.state == "due" {
+		u.state = "on trial"
+	}
+	u.open++
+	u.dialling++
+	u.total++
+	m.resting = nil
+	if u.catchingUp {
+		if first := m.first(); first == u {
+			m.resting = u
+		} else if first.state == "up" && !first.catchingUp {
+			u.catchingUp = false
+		}
+	}
+	return u
+}
+
+// first returns the upstream that a new connection would get, or if all are full the least loaded.
+func (m *balModel) first() *balModelUpstream {
+	if u := m.choose(nil); u != nil {
+		return u
+	}
+	return m.min(func(*balModelUpstream) bool { return true }, func(u, v *balModelUpstream) bool { return u.load() < v.load() })
+}
+
+func (m *balModel) settle(u *balModelUpstream, v verdict, now time.Time) (changed bool) {
+	was := u.state
+	u.dialling--
+	if v == fails {
+		u.failed++
+	}
+	if !slices.Contains(m.set, u) {
+		return false
+	}
+	switch v {
+	case works:
+		u.state = "up"
+		u.catchingUp = u.catchingUp || was != "up"
+	case fails:
+		if m.failTimeout > 0 {
+			u.state, u.until, u.catchingUp = "cooling", now.Add(m.failTimeout), false
+		}
+	case unknown:
+		if was == "on trial" && u.dialling == 0 {
+			u.state = "due"
+		}
+	}
+	return (was == "up") != (u.state == "up")
+}
+
+func (m *balModel) release(u *balModelUpstream) {
+	u.open--
+	m.draining = slices.DeleteFunc(m.draining, func(u *balModelUpstream) bool { return u.open == 0 })
+}
+
+func (m *balModel) replace(confs []Upstream) {
+	old := append(m.set, m.draining...)
+	m.set, m.draining = nil, nil
+	for _, c := range confs {
+		u := &balModelUpstream{state: "up"}
+		if i := slices.IndexFunc(old, func(u *balModelUpstream) bool { return u.Addr == c.Addr }); i >= 0 {
+			u = old[i]
+		}
+		u.Upstream = c
+		m.set = append(m.set, u)
+	}
+	for _, u := range old {
+		if !slices.Contains(m.set, u) {
+			u.state = "up"
+			if u.open > 0 {
+				m.draining = append(m.draining, u)
+			}
+		}
+	}
+	slices.SortFunc(m.draining, func(u, v *balModelUpstream) int { return strings.Compare(u.Addr, v.Addr) })
+}
+
+func (m *balModel) stats() (all []UpstreamStats) {
+	for _, u := range append(m.set[:len(m.set):len(m.set)], m.draining...) {
+		s := UpstreamStats{Addr: u.Addr, Weight: u.Weight, Open: u.open, Total: u.total, Failed: u.failed, State: "up"}
+		switch {
+		case slices.Contains(m.draining, u):
+			s.State = "draining"
+		case u.state != "up":
+			s.State = "cooling"
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
+// A balTwin does everything to a balancer and to a model of it, and compares what they say.
+type balTwin struct {
+	t     *testing.T
+	b     balancer
+	m     balModel
+	now   time.Time
+	conns [2][]*balTwinConn // the live ones: those that are connected, those that are dialling
+}
+
+type balTwinConn struct {
+	u        *upstream
+	m        *balModelUpstream
+	tried    map[*upstream]bool
+	triedToo map[*balModelUpstream]bool
+}
+
+const balConnected, balDialling = 0, 1
+
+// run does operations until the choices end: choose(n) returns one of 0 to n-1, or -1 when there are no more.
+func (w *balTwin) run(choose func(n int) int, checkEach int) {
+	w.now = time.Unix(1_000_000_000, 0)
+	w.b.failTimeout = []time.Duration{5, 5, 5, -1}[max(choose(4), 0)] * time.Second
+	w.m.failTimeout = w.b.failTimeout
+	w.set(choose)
+	for n := 1; ; n++ {
+		switch op := choose(32); {
+		case op < 0:
+			w.check()
+			return
+		case op < 12:
+			if w.live() < 60 {
+				w.acquire(&balTwinConn{})
+			}
+		case op < 24:
+			if c := w.remove(balDialling, choose); c != nil {
+				w.settle(c, []verdict{works, works, fails, unknown}[max(choose(4), 0)], op < 22)
+			}
+		case op < 30:
+			if c := w.remove(balConnected, choose); c != nil {
+				w.release(c)
+			}
+		case op < 31:
+			w.now = w.now.Add(time.Duration(max(choose(8), 0)) * time.Second)
+		default:
+			if choose(8) == 0 { // sets change less often than connections come
+				w.set(choose)
+			}
+		}
+		if n%checkEach == 0 {
+			w.check()
+		}
+	}
+}
+
+func (w *balTwin) live() int { return len(w.conns[balConnected]) + len(w.conns[balDialling]) }
+
+// remove takes out one of the connections that are dialling, or that are connected; it returns nil if there is none.
+func (w *balTwin) remove(which int, choose func(n int) int) *balTwinConn {
+	conns := w.conns[which]
+	if len(conns) == 0 {
+		return nil
+	}
+	i, last := max(choose(len(conns)), 0), len(conns)-1
+	c := conns[i]
+	conns[i] = conns[last]
+	w.conns[which] = conns[:last]
+	return c
+}
+
+func (w *balTwin) acquire(c *balTwinConn) {
+	u, conf := w.b.acquire(c.tried, w.now)
+	m := w.m.acquire(c.triedToo, w.now)
+	switch {
+	case u == nil && m == nil:
+		return
+	case u == nil || m == nil || u.conf.Addr != m.Addr || conf != u.conf || c.tried[u]:
+		w.t.Fatalf("chose %+v, want %+v", u, m)
+	}
+	c.u, c.m = u, m
+	w.conns[balDialling] = append(w.conns[balDialling], c)
+}
+
+func (w *balTwin) settle(c *balTwinConn, v verdict, again bool) {
+	if got, want := w.b.settle(c.u, v, w.now), w.m.settle(c.m, v, w.now); got != want {
+		w.t.Fatalf("settle %d of %s: changed is %v, want %v", v, c.m.Addr, got, want)
+	}
+	if v == works {
+		w.conns[balConnected] = append(w.conns[balConnected], c)
+		return
+	}
+	w.release(c)
+	if c.tried == nil {
+		c.tried, c.triedToo = map[*upstream]bool{}, map[*balModelUpstream]bool{}
+	}
+	c.tried[c.u], c.triedToo[c.m] = true, true
+	if again {
+		w.acquire(c)
+	}
+}
+
+func (w *balTwin) release(c *balTwinConn) {
+	w.b.release(c.u)
+	w.m.release(c.m)
+}
+
+func (w *balTwin) set(choose func(n int) int) {
+	var confs []Upstream
+	for n, i := 1+max(choose(8), 0), max(choose(8), 0); len(confs) < n; i++ {
+		addr := string(rune('a' + i*5%8)) // any n neighbours differ
+		confs = append(confs, Upstream{Addr: addr, Weight: 1 + max(choose(3), 0), MaxConns: []int{0, 0, 2, 5}[max(choose(4), 0)]})
+	}
+	w.m.replace(confs)
+	w.b.set(confs)
+}
+
+func (w *balTwin) check() {
+	b := &w.b
+	if got, want := b.stats(), w.m.stats(); !slices.Equal(got, want) {
+		w.t.Fatalf("stats:\n got %+v\nwant %+v", got, want)
+	}
+	sum := 0
+	waiting := map[*list.Element]bool{}
+	for i, u := range b.heap {
+		sum += u.open
+		if u.at != i {
+			w.t.Fatalf("heap[%d].at is %d", i, u.at)
+		}
+		if parent := b.heap[max(i-1, 0)/2]; u.before(parent) {
+			w.t.Fatalf("heap[%d] %+v comes before its parent %+v", i, u, parent)
+		}
+		if (u.queued != nil) != (u.state == cooling) {
+			w.t.Fatalf("%s: state %d, queued %v", u.conf.Addr, u.state, u.queued)
+		}
+		if u.queued != nil {
+			waiting[u.queued] = true
+		}
+		if u.open < 0 {
+			w.t.Fatalf("%s: %d connections", u.conf.Addr, u.open)
+		}
+	}
+	for addr, u := range b.draining {
+		sum += u.open
+		if u.conf.Addr != addr || u.at != -1 || u.open <= 0 {
+			w.t.Fatalf("draining %s: %+v", addr, u)
+		}
+	}
+	if sum != w.live() {
+		w.t.Fatalf("%d connections counted, %d live", sum, w.live())
+	}
+	for e := b.cooling.Front(); e != nil; e = e.Next() {
+		if next := e.Next(); !waiting[e] || next != nil && next.Value.(*upstream).until.Before(e.Value.(*upstream).until) {
+			w.t.Fatalf("cooling is out of order or holds one that does not cool: %+v", e.Value)
+		}
+		delete(waiting, e)
+	}
+	if len(waiting) > 0 {
+		w.t.Fatalf("%d upstreams cool that will not recover", len(waiting))
+	}
+}
+
+func TestMillionRandomOperationsAgreeWithTheModel(t *testing.T) {
+	const operations, lives = 1_000_000, 100
+	seed := *balancerSeed
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("-balancer.seed=%d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	for range lives {
+		w, n := &balTwin{t: t}, 0
+		w.run(func(most int) int {
+			if most == 32 { // an operation begins
+				if n++; n > operations/lives {
+					return -1
+				}
+			}
+			return random.IntN(most)
+		}, 20)
+	}
+}
+
+func FuzzBalancer(f *testing.F) {
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 8 {
+		seed := make([]byte, 400)
+		for i := range seed {
+			seed[i] = byte(random.Uint32())
+		}
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, choices []byte) {
+		(&balTwin{t: t}).run(func(n int) int {
+			if len(choices) == 0 {
+				return -1
+			}
+			c := int(choices[0]) % n
+			choices = choices[1:]
+			return c
+		}, 1)
+	})
+}
+
+// balUnderLoad returns a balancer in the middle of its work, and its connections: they are spread as they are when
+// each ends at a time of its own.
+func balUnderLoad(upstreams int) (*balancer, []*upstream) {
+	confs := make([]Upstream, upstreams)
+	for i := range confs {
+		confs[i] = Upstream{Addr: fmt.Sprintf("10.0.%d.%d:1", i/256, i%256), Weight: 1 + i%3}
+	}
+	b := &balancer{failTimeout: balFail}
+	b.set(confs)
+	random := rand.New(rand.NewPCG(1, 2))
+	live := make([]*upstream, max(1024, 8*upstreams))
+	for i := range live {
+		live[i], _ = b.acquire(nil, time.Time{})
+	}
+	for range 4 * len(live) {
+		i := random.IntN(len(live))
+		b.release(live[i])
+		live[i], _ = b.acquire(nil, time.Time{})
+	}
+	random.Shuffle(len(live), func(i, j int) { live[i], live[j] = live[j], live[i] })
+	return b, live
+}
+
+// One operation is a connection's choice and its end: one begins and a random other one ends.
+func BenchmarkAcquire(b *testing.B) {
+	for _, n := range []int{4, 100, 10_000} {
+		b.Run(fmt.Sprintf("upstreams=%d", n), func(b *testing.B) {
+			bal, live := balUnderLoad(n)
+			now := time.Now()
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				end := &live[i%len(live)]
+				bal.release(*end)
+				*end, _ = bal.acquire(nil, now)
+			}
+		})
+		b.Run(fmt.Sprintf("upstreams=%d/settle", n), func(b *testing.B) {
+			bal, live := balUnderLoad(n)
+			now := time.Now()
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				end := &live[i%len(live)]
+				bal.release(*end)
+				*end, _ = bal.acquire(nil, now)
+				bal.settle(*end, works, now)
+			}
+		})
+	}
+}
+
+func BenchmarkAcquireParallel(b *testing.B) {
+	for _, n := range []int{4, 100, 10_000} {
+		b.Run(fmt.Sprintf("upstreams=%d", n), func(b *testing.B) {
+			bal, live := balUnderLoad(n)
+			now := time.Now()
+			var workers atomic.Int64
+			b.ReportAllocs()
+			b.SetParallelism(8)
+			b.RunParallel(func(pb *testing.PB) {
+				w := int(workers.Add(1)-1) % 64
+				own := live[len(live)/64*w : len(live)/64*(w+1)]
+				for i := 0; pb.Next(); i++ {
+					end := &own[i%len(own)]
+					bal.release(*end)
+					*end, _ = bal.acquire(nil, now)
+				}
+			})
+		})
+	}
+}
