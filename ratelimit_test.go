@@ -213,8 +213,8 @@ func TestTokenBucketIsGivenBackWhatARefusedOpenTook(t *testing.T) {
 	for range 9 {
 		undo()
 	}
-	if !b.take(now) || !b.take(now) || b.take(now) {
-		t.Fatal("want it full, and no more than full")
+	if got := []bool{b.take(now), b.take(now), b.take(now)}; !slices.Equal(got, []bool{true, true, false}) {
+		t.Fatalf("took %v: want it full, and no more than full", got)
 	}
 	b = &TokenBucket{Burst: 1}
 	if undo(); !b.take(now) || b.take(now) {
@@ -881,8 +881,8 @@ func TestOnlyIdleClientsAreForgotten(t *testing.T) {
 		}
 		closes(l.For("eve"))
 		rateLater(time.Minute)
-		if !open("ann") || !open("ann") || open("ann") {
-			t.Fatal("ann had a full bucket when she was forgotten: want two tokens")
+		if got := []bool{open("ann"), open("ann"), open("ann")}; !slices.Equal(got, []bool{true, true, false}) {
+			t.Fatalf("ann got in %v: her bucket was full when she was forgotten: want two tokens", got)
 		}
 		rateCheck(t, l, 3) // bob's one and ann's two
 	})
