@@ -17,9 +17,11 @@ import (
 
 // A Conn is a client's connection and what goes with it.
 type Conn struct {
-	// Client is the connection: a *net.TCPConn, a *tls.Conn, or any other. It is required. A conn that has a
-	// method CloseWrite() error can be told that the upstream's stream has ended while its own goes on; one that
-	// has NetConn() net.Conn is taken for a layer over that conn, as TLS is.
+	// Client is the connection: a *net.TCPConn, a *tls.Conn, or any other. It is required. What it can do is found
+	// out from its methods: CloseWrite() error, to be told that the upstream's stream has ended while its own goes on;
+	// NetConn() net.Conn, if it is a layer over another conn, as TLS is; SetLinger(int) error, at the bottom, to be
+	// reset. A wrapper should have the first two. crypto/tls takes a client's FIN without close_notify for the end of
+	// its stream; a Client whose Read returns io.ErrUnexpectedEOF then has it taken for cut.
 	Client net.Conn
 
 	// ClientID says who this is, in events, results and logs. It may be empty.
@@ -67,7 +69,7 @@ const (
 	EndClientError   EndReason = "client-error"   // the client's side failed
 	EndUpstreamError EndReason = "upstream-error" // the upstream's side failed
 	EndIdleTimeout   EndReason = "idle-timeout"   // no bytes either way for Options.IdleTimeout
-	EndCanceled      EndReason = "canceled"       // its context ended, or a hook panicked
+	EndCanceled      EndReason = "canceled"       // its context ended, or a hook panicked while it was served
 	EndClosed        EndReason = "closed"         // the app was closed
 )
 
@@ -78,7 +80,7 @@ const (
 // When one side ends its stream the other is told (CloseWrite) and may go on with its own. When a side fails, what
 // was read from it is still delivered, within a second, and then the other side is reset rather than closed, so
 // that nobody takes a cut stream for a whole one. Sessions ended early, and clients for which there is no upstream
-// or that are over their rate, are reset at once.
+// or that are over their rate, are reset at once. (Where there are no resets, as with Unix sockets, they are closed.)
 //
 // When ctx ends the connection is broken and Result.Err is ctx's cause. A panic in a hook is passed on to the
 // caller, when the connection is closed and out of all counts.
@@ -88,7 +90,7 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c Conn) (Result, error) {
 		return Result{App: a.id, ClientID: c.ClientID, Start: time.Now(), End: EndClientError, Err: err}, err
 	}
 	s := newSession(a, c)
-	if !a.enter() {
+	if !a.enter() { // nor does Close wait for this one
 		s.abort(EndClosed, ErrAppClosed)
 		s.closeConns()
 		return s.report()
@@ -110,11 +112,12 @@ var (
 
 // A session is one client's connection, from when it is counted in until its Result is known. The goroutine that
 // calls serve owns it and runs the download; it waits for the other goroutines, which are the upload and, when a
-// side has failed, bury.
+// side has failed, deliverThenReset.
 type session struct {
-	app     *LBProxyApp
-	start   time.Time
-	unwatch func() bool // of the app's context
+	app      *LBProxyApp
+	start    time.Time
+	unwatch  func() // of the app's context
+	watching sync.WaitGroup
 
 	ctx       context.Context // for hooks, dials and waits: ends when the session has a reason to end
 	upstream  *upstream       // what the connection is counted on, if anything
@@ -126,6 +129,7 @@ type session struct {
 
 	last    atomic.Int64 // when bytes last moved, since start
 	waiting atomic.Int32 // directions that a RateLimitManager holds
+	queued  int          // what checkIdle saw last
 
 	mu       sync.Mutex
 	conn     Conn
@@ -133,10 +137,10 @@ type session struct {
 	cancel   context.CancelCauseFunc
 	end      EndReason // the first reason to end; "" while there is none
 	err      error     // goes with end
-	aborted  bool
+	hungUp   bool
 	panicked any         // a hook's panic in the upload goroutine
 	idle     *time.Timer // runs checkIdle
-	changed  sync.Cond   // on mu: a pump has ended, or aborted is set
+	changed  sync.Cond   // on mu: a pump has ended, or hungUp is set
 }
 
 func newSession(a *LBProxyApp, c Conn) *session {
@@ -144,8 +148,31 @@ func newSession(a *LBProxyApp, c Conn) *session {
 	s.changed.L = &s.mu
 	s.up = pump{session: s, direction: Upload}
 	s.down = pump{session: s, direction: Download}
-	s.unwatch = context.AfterFunc(a.ctx, func() { s.abort(EndClosed, ErrAppClosed) })
+	s.unwatch = s.watch(a.ctx)
 	return s
+}
+
+// watch breaks the session when ctx ends. What it returns stops that; watching is done when it can no longer happen.
+func (s *session) watch(ctx context.Context) (unwatch func()) {
+	s.watching.Add(1)
+	stop := context.AfterFunc(ctx, func() {
+		defer s.watching.Done()
+		s.cut(ctx)
+	})
+	return func() {
+		if stop() {
+			s.watching.Done()
+		}
+	}
+}
+
+// cut breaks the session because ctx has ended, or the app was closed, which may be why.
+func (s *session) cut(ctx context.Context) {
+	if s.app.ctx.Err() != nil {
+		s.abort(EndClosed, ErrAppClosed)
+	} else {
+		s.abort(EndCanceled, context.Cause(ctx))
+	}
 }
 
 // serve does what ServeConn says for a session that is counted in. What it does is undone by defer, each thing by
@@ -157,7 +184,7 @@ func (s *session) serve(ctx context.Context, c Conn) (r Result, err error) {
 	s.mu.Lock()
 	s.conn = c
 	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
-	aborted := s.aborted
+	over := s.end != ""
 	s.mu.Unlock()
 	completed, opened := false, false
 	defer func() { r, err = s.finish() }()
@@ -179,14 +206,15 @@ func (s *session) serve(ctx context.Context, c Conn) (r Result, err error) {
 		}
 	}()
 	if ctx != s.app.ctx { // that is watched already
-		defer context.AfterFunc(ctx, func() { s.abort(EndCanceled, context.Cause(ctx)) })()
+		defer s.watch(ctx)()
 	}
-	if cause := context.Cause(ctx); cause != nil {
-		s.abort(EndCanceled, cause)
-		aborted = true
-	}
-	if !aborted {
-		var wait time.Duration
+	var wait time.Duration
+	switch {
+	case over: // before c.Client was known
+		reset(c.Client)
+	case ctx.Err() != nil:
+		s.cut(ctx)
+	default:
 		if opened, wait = s.open(); opened {
 			s.forward(wait)
 		}
@@ -225,12 +253,21 @@ func (s *session) forward(wait time.Duration) {
 func (s *session) upload() {
 	ok := false
 	defer func() {
-		if p := recover(); p != nil || !ok {
-			s.mu.Lock()
-			s.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
-			s.mu.Unlock()
-			s.abort(EndCanceled, errPanicked)
+		p := recover()
+		if ok {
+			return
 		}
+		s.mu.Lock()
+		switch p := p.(type) {
+		case nil:
+			s.panicked = "lbproxy: a hook called runtime.Goexit"
+		case error:
+			s.panicked = fmt.Errorf("%w\n\n%s", p, debug.Stack())
+		default:
+			s.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
+		}
+		s.mu.Unlock()
+		s.abort(EndCanceled, errPanicked)
 	}()
 	s.up.run()
 	ok = true
@@ -248,12 +285,20 @@ func (s *session) connect() bool {
 		}
 		s.upstream, s.addr = u, conf.Addr
 		s.attempts++
-		server, err := s.try(u, conf)
+		server, changed, err := s.try(u, conf)
 		if err == nil {
-			return s.connectedTo(server)
+			ok := s.connectedTo(server)
+			if changed {
+				s.app.log().Info("lbproxy: upstream works again", "app", s.app.id, "upstream", conf.Addr)
+			}
+			return ok
 		}
 		s.upstream = nil
 		b.release(u)
+		if changed {
+			s.app.log().Warn("lbproxy: upstream failed and is passed over", "app", s.app.id, "upstream", conf.Addr,
+				"for", b.failTimeout, "err", err)
+		}
 		errs = append(errs, &DialError{App: s.app.id, Addr: conf.Addr, Err: err})
 		if exhausted(err) {
 			break
@@ -272,26 +317,16 @@ func (s *session) connect() bool {
 }
 
 // try dials u once and lets the balancer know how that went, even if the dialer panics.
-func (s *session) try(u *upstream, conf *Upstream) (c net.Conn, err error) {
+func (s *session) try(u *upstream, conf *Upstream) (c net.Conn, changed bool, err error) {
 	v := unknown
-	defer func() {
-		if !s.app.balancer.settle(u, v, time.Now()) {
-			return
-		}
-		if log := s.app.log(); v == works {
-			log.Info("lbproxy: upstream works again", "app", s.app.id, "upstream", conf.Addr)
-		} else {
-			log.Warn("lbproxy: upstream failed and is passed over", "app", s.app.id, "upstream", conf.Addr,
-				"for", s.app.balancer.failTimeout, "err", err)
-		}
-	}()
+	defer func() { changed = s.app.balancer.settle(u, v, time.Now()) }()
 	c, err = s.dial(conf)
 	if err == nil {
 		v = works
 	} else if !ourFault(err) && s.ctx.Err() == nil {
 		v = fails
 	}
-	return c, err
+	return c, false, err
 }
 
 // ourFault reports whether a dial's error says nothing about the upstream.
@@ -304,20 +339,26 @@ func exhausted(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
 }
 
-func (s *session) dial(conf *Upstream) (net.Conn, error) {
+func (s *session) dial(conf *Upstream) (c net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
 	defer cancel()
-	c, err := s.app.opts.DialContext(ctx, "tcp", conf.Addr)
-	if err == nil && c == nil {
-		err = errNilDialed
+	raw, err := s.app.opts.DialContext(ctx, "tcp", conf.Addr)
+	switch {
+	case err != nil:
+		return nil, err // raw may be a nil *tls.Conn
+	case raw == nil:
+		return nil, errNilDialed
+	case conf.TLS == nil:
+		return raw, nil
 	}
-	if err != nil || conf.TLS == nil {
-		return c, err
-	}
-	raw := &endNoter{Conn: c}
-	t := &tlsConn{Conn: tls.Client(raw, conf.TLS), raw: raw}
+	defer func() { // also when a hook in conf.TLS panics
+		if c == nil {
+			discard(raw)
+		}
+	}()
+	noter := &endNoter{Conn: raw}
+	t := &tlsConn{Conn: tls.Client(noter, conf.TLS), raw: noter}
 	if err := t.HandshakeContext(ctx); err != nil {
-		c.Close()
 		return nil, fmt.Errorf("TLS: %w", err)
 	}
 	return t, nil
@@ -332,7 +373,7 @@ func (s *session) connectedTo(server net.Conn) bool {
 	over := s.end != ""
 	s.mu.Unlock()
 	if over {
-		reset(server)
+		discard(server)
 		return false
 	}
 	s.touch()
@@ -347,13 +388,19 @@ func (s *session) touch() { s.last.Store(int64(time.Since(s.start))) }
 func (s *session) startIdleTimer() {
 	if d := s.app.opts.IdleTimeout; d > 0 {
 		s.mu.Lock()
-		s.idle = time.AfterFunc(d, s.checkIdle)
+		s.idle = time.AfterFunc(d/4, s.checkIdle)
 		s.mu.Unlock()
 	}
 }
 
-// checkIdle ends the session if it has been idle for long enough, else looks again when it may be.
+// checkIdle ends the session if it has been idle for long enough, else looks again when it may be. It looks more often
+// than that, for what a slow reader takes out of its socket's queue is bytes that move, too.
 func (s *session) checkIdle() {
+	queued := unsent(s.conn.Client) + unsent(s.server)
+	if queued < s.queued {
+		s.touch()
+	}
+	s.queued = queued
 	timeout := s.app.opts.IdleTimeout
 	left := timeout
 	if s.waiting.Load() == 0 { // what is held is not idle
@@ -365,8 +412,8 @@ func (s *session) checkIdle() {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.aborted {
-		s.idle.Reset(left)
+	if !s.hungUp {
+		s.idle.Reset(min(left, timeout/4+1))
 	}
 }
 
@@ -386,9 +433,9 @@ func (s *session) pause(d time.Duration) {
 	}
 }
 
-// stop records why the session ends and reports whether that is the first reason, which is the one that counts.
+// endWith records why the session ends and reports whether that is the first reason, which is the one that counts.
 // The caller holds mu.
-func (s *session) stop(end EndReason, err error) bool {
+func (s *session) endWith(end EndReason, err error) bool {
 	if s.end != "" {
 		return false
 	}
@@ -402,7 +449,7 @@ func (s *session) stop(end EndReason, err error) bool {
 // abort ends the session now.
 func (s *session) abort(end EndReason, err error) {
 	s.mu.Lock()
-	s.stop(end, err)
+	s.endWith(end, err)
 	s.mu.Unlock()
 	s.hangUp()
 }
@@ -410,8 +457,8 @@ func (s *session) abort(end EndReason, err error) {
 // hangUp resets both sides, without waiting for either, which ends whatever is going on on them.
 func (s *session) hangUp() {
 	s.mu.Lock()
-	client, server, done := s.conn.Client, s.server, s.aborted
-	s.aborted = true
+	client, server, done := s.conn.Client, s.server, s.hungUp
+	s.hungUp = true
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	if !done {
@@ -424,33 +471,36 @@ func (s *session) hangUp() {
 // what can still be read from that side.
 func (s *session) broke(from *pump, err error) {
 	s.mu.Lock()
-	first := s.stop(from.sourceError(), err)
+	first := s.endWith(from.sourceError(), err)
 	s.mu.Unlock()
 	if first {
-		s.wg.Go(func() { s.bury(from) })
+		s.wg.Go(func() { s.deliverThenReset(from, false) })
 	}
 }
 
-// bury ends a session that broke, when what was read from the failed side has been delivered or lingerTime is over.
-// Meanwhile the other pump, finding nobody to write to, throws away what it reads: a peer that is busy sending might
-// not come to read otherwise.
-func (s *session) bury(from *pump) {
+// deliverThenReset ends a session when what was read from the source of from, which has failed, has been delivered or
+// lingerTime is over. Meanwhile the other pump, finding nobody to write to, throws away what it reads: a peer that is
+// busy sending might not come to read otherwise. If politely is set the destination is closed, not reset.
+func (s *session) deliverThenReset(from *pump, politely bool) {
 	defer time.AfterFunc(lingerTime, s.hangUp).Stop()
 	s.mu.Lock()
-	for !from.ended && !s.aborted {
+	for !from.ended && !s.hungUp {
 		s.changed.Wait()
 	}
 	s.mu.Unlock()
-	for wait := time.Millisecond; !s.isAborted() && from.dst != nil && unsent(from.dst); wait = min(2*wait, 16*time.Millisecond) {
+	for wait := time.Millisecond; !s.isHungUp() && (from.unsure || unsent(from.dst) > 0); wait = min(2*wait, 16*time.Millisecond) {
 		time.Sleep(wait)
+	}
+	if politely && !s.isHungUp() {
+		from.dst.Close()
 	}
 	s.hangUp()
 }
 
-func (s *session) isAborted() bool {
+func (s *session) isHungUp() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.aborted
+	return s.hungUp
 }
 
 // closeConns closes both sides: politely, unless they have been reset.
@@ -464,8 +514,8 @@ func (s *session) closeConns() {
 // finish takes the session out of the counts, reports it, and passes on a hook's panic in the upload.
 func (s *session) finish() (Result, error) {
 	s.mu.Lock()
-	s.stop(EndDone, nil)
-	s.aborted = true // nothing is left to be
+	s.endWith(EndDone, nil)
+	s.hungUp = true // nothing is left to be
 	if s.idle != nil {
 		s.idle.Stop()
 	}
@@ -481,6 +531,7 @@ func (s *session) finish() (Result, error) {
 // report makes the Result known.
 func (s *session) report() (Result, error) {
 	s.unwatch()
+	s.watching.Wait()
 	r := Result{
 		App: s.app.id, ClientID: s.conn.ClientID, Client: remoteAddr(s.conn.Client), Attempts: s.attempts,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.up.moved, Received: s.down.moved, End: s.end, Err: s.err,
@@ -509,6 +560,7 @@ type pump struct {
 	lastRead  int      // bytes the last read returned
 	platform           // how conns are moved here; see move
 
+	unsure  bool        // dst may have unread bytes, so that closing it would cost what it has not yet been sent
 	writing atomic.Bool // it is in a write to dst
 	ended   bool        // belongs to session.mu
 }
@@ -612,48 +664,77 @@ func (p *pump) limit(b []byte) []byte {
 // finish passes the clean end of src on to dst.
 func (p *pump) finish() {
 	s, q := p.session, p.other()
-	if q.writing.Load() && wasReset(p.src, &q.writing) {
-		s.broke(p, errReset) // q's write took the error, and left us what looks like an end
-		return
+	busy := q.writing.Load()
+	if busy {
+		reset, known := wasReset(p.src)
+		if reset {
+			s.broke(p, errReset) // q's write took the error, and left us what looks like an end
+			return
+		}
+		for n := 0; n < 10 && !known && q.writing.Load(); n++ {
+			time.Sleep(time.Millisecond) // for the write to come back with the error, if there is one
+		}
 	}
 	s.mu.Lock()
 	over, last := s.end != "", q.ended
 	s.mu.Unlock()
-	if over || last {
-		return // both are closed soon: nothing is left to be said
-	}
-	if p.dst == nil {
+	if p.dst == nil && !over {
 		if _, ok := p.src.(closeWriter); !ok && !s.isConnected() {
 			s.broke(p, errGone) // having no half-close, this client has closed
 			return
 		}
-		if !p.awaitServer() {
-			return
-		}
+		over = !p.awaitServer()
+	}
+	_, isLayer := p.dst.(layer)
+	if over || last && !isLayer {
+		return // closing comes next, and says the same
 	}
 	if c, ok := p.dst.(closeWriter); ok {
+		if isLayer {
+			// crypto/tls gives its goodbye 5 s, CloseWrite as well as Close, and breaks the stream if a slow reader's
+			// buffers are full for so long. This takes that deadline away again.
+			defer time.AfterFunc(time.Second, func() { bottom(p.dst).SetWriteDeadline(time.Time{}) }).Stop()
+		}
 		if err := c.CloseWrite(); err != nil {
 			s.broke(q, err)
 		}
 		return
 	}
+	if last {
+		return
+	}
 	s.mu.Lock()
-	s.stop(q.sourceError(), fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other side has ended its stream, and go on", p.dst))
+	s.endWith(q.sourceError(), fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other side has ended its stream, and go on", p.dst))
 	s.mu.Unlock()
-	p.dst.Close() // politely: this stream is whole, it is the other one that is cut
-	s.hangUp()
+	if _, known := wasReset(p.dst); busy && !known {
+		p.unsure = true
+	}
+	reset(p.src) // what it was sent is cut; what it sent is whole
+	s.wg.Go(func() { s.deliverThenReset(p, true) })
 }
 
 type closeWriter interface{ CloseWrite() error }
 
-// awaitServer sets an upload's dst when there is one, or returns false if there will be none.
+type layer interface{ NetConn() net.Conn }
+
+// awaitServer sets an upload's dst when there is one, or returns false if there will be none. Meanwhile it looks after
+// the client now and then: it has spoken, so that its going would be noticed only behind what else it has sent.
 func (p *pump) awaitServer() bool {
-	select {
-	case <-p.session.connected:
-		p.dst = p.session.server
-		return true
-	case <-p.session.ctx.Done():
-		return false
+	s := p.session
+	look := time.NewTicker(200 * time.Millisecond)
+	defer look.Stop()
+	for {
+		select {
+		case <-s.connected:
+			p.dst = s.server
+			return true
+		case <-s.ctx.Done():
+			return false
+		case <-look.C:
+			if reset, _ := wasReset(p.src); reset {
+				s.broke(p, errReset)
+			}
+		}
 	}
 }
 
@@ -786,7 +867,7 @@ type endNoter struct {
 
 func (c *endNoter) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	if err == io.EOF {
+	if n == 0 && err == io.EOF {
 		c.ended = true
 	}
 	return n, err
@@ -796,8 +877,8 @@ func (c *endNoter) NetConn() net.Conn { return c.Conn }
 
 // bottom returns the conn below all layers of c.
 func bottom(c net.Conn) net.Conn {
-	if layer, ok := c.(interface{ NetConn() net.Conn }); ok {
-		if below := layer.NetConn(); below != nil {
+	if l, ok := c.(layer); ok {
+		if below := l.NetConn(); below != nil {
 			return bottom(below)
 		}
 	}
@@ -814,6 +895,12 @@ func reset(c net.Conn) {
 	if l, ok := c.(interface{ SetLinger(sec int) error }); ok {
 		l.SetLinger(0)
 	}
+	c.Close()
+}
+
+// discard closes a conn that nothing is going on on: it resets it, then closes the layers above.
+func discard(c net.Conn) {
+	reset(c)
 	c.Close()
 }
 

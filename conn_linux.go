@@ -6,7 +6,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -87,19 +86,15 @@ func (p *pump) dropBuffer() {
 	p.buf = nil
 }
 
-// readError is what n and errno say after reading came to nothing.
+// readError is what n and errno say when reading, or the call instead of it, came to nothing.
 func (p *pump) readError(call string) error {
 	if p.errno == nil {
 		return io.EOF
 	}
-	return p.opError("read", call)
+	return p.opError("read", call, p.src)
 }
 
-func (p *pump) opError(op, call string) error {
-	c := p.src
-	if op == "write" {
-		c = p.dst
-	}
+func (p *pump) opError(op, call string, c net.Conn) error {
 	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: os.NewSyscallError(call, p.errno)}
 }
 
@@ -140,11 +135,11 @@ func (p *pump) splice() (n int, readErr, writeErr error) {
 	p.writing.Store(true)
 	for p.held > 0 && writeErr == nil {
 		if writeErr = p.to.Write(p.drainReady); writeErr == nil && p.errno != nil {
-			writeErr = p.opError("write", "splice")
+			writeErr = p.opError("write", "splice", p.dst)
 		}
 	}
 	if writeErr != nil { // run says when it is no longer writing
-		p.pipe.close()
+		pipes.drop(p.pipe)
 		return n - p.held, nil, writeErr
 	}
 	p.writing.Store(false)
@@ -207,33 +202,45 @@ func (p *pipe) close() {
 type pipePool struct {
 	mu     sync.Mutex
 	free   []*pipe
+	all    int         // those in free and those in use
 	spare  int         // the fewest there were in free since trim last ran
 	timer  *time.Timer // runs trim; nil if there is nothing to trim
 	closed bool
 }
 
-// get returns an empty pipe, or nil if the system has none to give.
+const (
+	pipeSize = 256 << 10
+	maxPipes = 256 // in use at once: with this size, as much as the system lets an unprivileged user have
+)
+
+// get returns an empty pipe, or nil if there is none to be had.
 func (pp *pipePool) get() *pipe {
 	pp.mu.Lock()
+	defer pp.mu.Unlock()
 	if last := len(pp.free) - 1; last >= 0 {
 		p := pp.free[last]
 		pp.free = pp.free[:last]
 		pp.spare = min(pp.spare, last)
-		pp.mu.Unlock()
 		return p
 	}
-	pp.mu.Unlock()
 	var fds [2]int
-	if syscall.Pipe2(fds[:], syscall.O_CLOEXEC|syscall.O_NONBLOCK) != nil {
+	if pp.all >= maxPipes || syscall.Pipe2(fds[:], syscall.O_CLOEXEC|syscall.O_NONBLOCK) != nil {
 		return nil
 	}
+	pp.all++
 	// Best effort: beyond their share of memory (pipe-user-pages-soft) users have to do with small ones.
 	const setPipeSize = 1031 // F_SETPIPE_SZ
 	syscall.Syscall(syscall.SYS_FCNTL, uintptr(fds[1]), setPipeSize, pipeSize)
 	return &pipe{r: fds[0], w: fds[1]}
 }
 
-const pipeSize = 256 << 10
+// drop is put for a pipe that is not empty.
+func (pp *pipePool) drop(p *pipe) {
+	p.close()
+	pp.mu.Lock()
+	defer pp.mu.Unlock()
+	pp.all--
+}
 
 func (pp *pipePool) put(p *pipe) {
 	pp.mu.Lock()
@@ -254,6 +261,7 @@ func (pp *pipePool) trim() {
 	for _, p := range pp.free[:pp.spare] {
 		p.close()
 	}
+	pp.all -= pp.spare
 	pp.free = pp.free[:copy(pp.free, pp.free[pp.spare:])]
 	if pp.spare = len(pp.free); pp.spare == 0 || pp.closed {
 		pp.timer = nil
@@ -275,27 +283,22 @@ func (pp *pipePool) close() {
 	}
 }
 
-// unsent reports whether c has bytes to send that its peer's system has not acknowledged.
-func unsent(c net.Conn) bool {
+// unsent is how many bytes c has to send that its peer's system has not acknowledged, as far as that is known.
+func unsent(c net.Conn) int {
 	var queued int32
-	err := control(c, func(fd int) error {
-		if tcpState(fd) == tcpClosed {
-			return nil // nobody is there to acknowledge them
+	control(c, func(fd int) {
+		if tcpState(fd) != tcpClosed { // else nobody is there to acknowledge them
+			// SIOCOUTQ, tcp(7); it has the number of TIOCOUTQ
+			syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&queued)))
 		}
-		// SIOCOUTQ, tcp(7); it has the number of TIOCOUTQ
-		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&queued))); errno != 0 {
-			return errno
-		}
-		return nil
 	})
-	return err == nil && queued > 0
+	return int(queued)
 }
 
-// wasReset reports whether c is TCP and has been reset. After an end of stream proper it waits for being closed.
-func wasReset(c net.Conn, _ *atomic.Bool) bool {
-	state := 0
-	control(c, func(fd int) error { state = tcpState(fd); return nil })
-	return state == tcpClosed
+// wasReset reports whether c has been reset, if it is TCP. After an end of stream proper it waits for being closed.
+func wasReset(c net.Conn) (reset, known bool) {
+	known = control(c, func(fd int) { reset = tcpState(fd) == tcpClosed })
+	return reset, known
 }
 
 const tcpClosed = 7 // TCP_CLOSE
@@ -311,15 +314,8 @@ func tcpState(fd int) int {
 	return int(b[0])
 }
 
-// control calls f with the descriptor below c, if it is TCP.
-func control(c net.Conn, f func(fd int) error) error {
+// control calls f with the descriptor below c, if it is TCP and open.
+func control(c net.Conn, f func(fd int)) bool {
 	raw := rawTCP(bottom(c))
-	if raw == nil {
-		return syscall.ENOTSOCK
-	}
-	var err error
-	if e := raw.Control(func(fd uintptr) { err = f(int(fd)) }); e != nil {
-		return e
-	}
-	return err
+	return raw != nil && raw.Control(func(fd uintptr) { f(int(fd)) }) == nil
 }

@@ -2,11 +2,7 @@
 
 package lbproxy
 
-import (
-	"net"
-	"sync/atomic"
-	"time"
-)
+import "net"
 
 // platform is what a pump needs to move bytes here: nothing.
 type platform struct{}
@@ -18,20 +14,13 @@ type pipePool struct{}
 
 func (*pipePool) close() {}
 
-// unsent reports whether c still has bytes to send. There is no portable way to ask, so they are given as long as
-// there is.
-func unsent(c net.Conn) bool {
-	_, ok := bottom(c).(*net.TCPConn)
-	return ok
+// unsent is how many bytes c has to send that have not arrived. There is no portable way to ask; one stands for any.
+func unsent(c net.Conn) int {
+	if _, ok := bottom(c).(*net.TCPConn); ok {
+		return 1
+	}
+	return 0
 }
 
-// wasReset gives a write to c that may have taken the error of a reset time to come back with it.
-func wasReset(_ net.Conn, writing *atomic.Bool) bool {
-	for range 10 {
-		if !writing.Load() {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
-	return false
-}
+// wasReset cannot be known.
+func wasReset(net.Conn) (reset, known bool) { return false, false }

@@ -393,6 +393,39 @@ func TestStalledConnectionsAreGoneAfterTheIdleTimeout(t *testing.T) {
 	wantCounts(t, a, conns, 0, 0)
 }
 
+// What a slow reader takes out of its socket's queue is bytes that flow, though nothing wakes us meanwhile.
+func TestASlowReaderIsNotIdle(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("there is no portable way to ask for the queue")
+	}
+	const size = 1 << 20
+	a, results := newApp(t, Options{IdleTimeout: 400 * time.Millisecond}, upstreamDoing(t, func(c *net.TCPConn) {
+		sendPattern(c, size)
+		c.CloseWrite()
+		io.Copy(io.Discard, c)
+	}))
+	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{}, c.(*net.TCPConn).SetWriteBuffer(2 * size)
+	}))
+	c.SetReadBuffer(16 << 10)
+	var b patternWriter
+	for { // slowly, with a pause in which the system can be seen to do something
+		<-time.After(20 * time.Millisecond)
+		if _, err := io.CopyN(&b, c, 16<<10); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatalf("after %d of %d bytes: %v", b.Len(), size, err)
+		}
+	}
+	if b.sum() != pattern(size) {
+		t.Errorf("got %s, want %s", b.sum(), pattern(size))
+	}
+	c.Close()
+	if r := <-results; r.End != EndDone || r.Duration < 800*time.Millisecond {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestWhatALimitHoldsIsNotIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")

@@ -2,15 +2,18 @@ package lbproxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -497,6 +500,90 @@ func TestAConnWithoutHalfCloseIsAnErrorWhenItWouldBeNeeded(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 	})
+}
+
+// The client goes on sending, so that it has unread bytes in our socket when its answer is on its way: closing would
+// cost it the answer.
+func TestAWholeAnswerArrivesThoughTheClientCannotHalfClose(t *testing.T) {
+	const size = 2 << 20
+	for _, known := range []bool{true, false} {
+		a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+			sendPattern(c, size)
+			c.CloseWrite()
+			<-t.Context().Done() // and does not read
+		}))
+		c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+			if known {
+				return nil, Conn{Client: countingConn{c, new(atomic.Int32)}}, nil
+			}
+			return nil, Conn{Client: struct{ net.Conn }{c}}, nil
+		}))
+		wrote := make(chan bool)
+		go func() {
+			defer close(wrote)
+			for b := make([]byte, 64<<10); ; {
+				if _, err := c.Write(b); err != nil {
+					return
+				}
+			}
+		}()
+		for last := uint64(0); ; runtime.Gosched() { // until the upload is stuck
+			if now := a.Stats().Upstreams[0].Sent; now == last && now > 1<<20 {
+				break
+			} else {
+				last = now
+			}
+			<-time.After(50 * time.Millisecond)
+		}
+		var b patternWriter
+		b.ReadFrom(c)
+		if b.sum() != pattern(size) {
+			t.Errorf("known to be TCP %v: got %s, want %s", known, b.sum(), pattern(size))
+		}
+		c.Close()
+		<-wrote
+		if r := <-results; r.End != EndClientError {
+			t.Errorf("%+v", r)
+		}
+	}
+}
+
+func TestNoConnIsLeftOpenWhenAHookPanicsAfterTheDial(t *testing.T) {
+	for _, what := range []string{"TLS", "log"} {
+		t.Run(what, func(t *testing.T) {
+			dialled := make(chan *duplexConn, 1)
+			a, _ := newAppOver(t, Options{FailTimeout: time.Nanosecond, Logger: slog.New(panicHandler{slog.DiscardHandler}),
+				DialContext: func(context.Context, string, string) (net.Conn, error) {
+					ours, theirs := duplex()
+					dialled <- theirs
+					return ours, nil
+				},
+			}, Upstream{Addr: "u:1", TLS: map[string]*tls.Config{"TLS": {
+				InsecureSkipVerify: true,
+				VerifyConnection:   func(tls.ConnectionState) error { panic("boom") },
+			}}[what]})
+			u, _ := a.balancer.acquire(nil, time.Now()) // so that there is something to log: it works again
+			a.balancer.settle(u, fails, time.Now())
+			a.balancer.release(u)
+			_, ours := duplex()
+			caught := make(chan any)
+			go func() {
+				defer func() { caught <- recover() }()
+				a.ServeConn(t.Context(), Conn{Client: ours})
+			}()
+			theirs := <-dialled
+			if what == "TLS" {
+				serverTLS, _ := tlsConfigs(t)
+				tls.Server(theirs, serverTLS).Handshake()
+			}
+			if p := <-caught; p != "boom" {
+				t.Errorf("caught %v", p)
+			}
+			if _, err := io.Copy(io.Discard, theirs); err != syscall.ECONNRESET {
+				t.Errorf("the upstream reads %v, want a reset", err)
+			}
+		})
+	}
 }
 
 func TestANilClientIsAnError(t *testing.T) {

@@ -68,12 +68,12 @@ type Options struct {
 	FailTimeout time.Duration
 
 	// MaxConns is the most connections that Serve holds at once, those not yet admitted included. At that number
-	// it accepts no more until one ends; clients wait in the listener's queue. 0 means no bound.
+	// it accepts no more until one ends, but for one that each listener may have in hand; clients wait in the
+	// listener's queue. 0 means no bound.
 	MaxConns int
 
-	// Logger gets a line from Serve for each connection, at level Warn if an upstream was the trouble and else at
-	// Debug, so that clients cannot flood it, and a line for each upstream that begins or ceases to be passed over.
-	// nil means slog.Default().
+	// Logger gets a line from Serve for each connection, at level Warn if the trouble was on the upstream's side and
+	// else at Debug, and a line for each upstream that begins or ceases to be passed over. nil means slog.Default().
 	Logger *slog.Logger
 
 	// OnDone is called once for every connection that ServeConn was given, directly or by Serve, in the connection's
@@ -206,8 +206,9 @@ func (u *Upstream) check() (host, wrong string) {
 
 // An AdmitFunc decides, in the connection's own goroutine, whether and how c is served: handshake, authentication,
 // authorization, limits. The Conn it returns is served; a nil Client in it means c. An error refuses c, which is
-// then closed. The context it returns governs the session and its cause becomes [Result.Err]; nil means the one it
-// was given, which ends when the app is closed, as does c.
+// then reset, when what was written to it has arrived or a second is over. A deadline that is left on c goes on to
+// count. The context it returns governs the session and its cause becomes [Result.Err]; nil means the one it was given,
+// which ends when the app is closed, as does c.
 type AdmitFunc func(ctx context.Context, c net.Conn) (context.Context, Conn, error)
 
 // Serve accepts connections from l and serves each in a goroutine of its own, asking admit first. A nil admit
@@ -223,32 +224,30 @@ func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
 		return fmt.Errorf("lbproxy: app %q: Serve: the listener is nil", a.id)
 	}
 	once := &closeOnce{Listener: l}
-	defer once.Close()
 	if !a.listen(once) {
+		once.Close()
 		return ErrAppClosed
 	}
 	defer a.unlisten(once)
+	defer once.Close()
 	retry := acceptRetry{app: a}
 	for {
-		if a.slots != nil {
-			select {
-			case a.slots <- struct{}{}:
-			case <-a.stopping:
-				return ErrAppClosed
-			}
+		if !a.takeSlot() {
+			return ErrAppClosed
 		}
+		a.freeSlot() // there was one: what another listener waits for is not kept while this one has nothing
 		c, err := l.Accept()
+		if c == nil && err == nil {
+			err = errors.New("the listener returned neither a conn nor an error")
+		}
 		if err == nil {
 			retry.delay = 0
-			if !a.enter() {
-				c.Close()
+			if !a.takeSlot() || !a.enter() {
+				discard(c)
 				return ErrAppClosed
 			}
 			go newSession(a, Conn{Client: c}).handle(admit)
 			continue
-		}
-		if a.slots != nil {
-			<-a.slots
 		}
 		if a.isStopping() {
 			return ErrAppClosed
@@ -259,6 +258,25 @@ func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
 		if !retry.wait(err) {
 			return ErrAppClosed
 		}
+	}
+}
+
+// takeSlot waits until there may be another connection, or returns false if the app is stopping.
+func (a *LBProxyApp) takeSlot() bool {
+	if a.slots == nil {
+		return true
+	}
+	select {
+	case a.slots <- struct{}{}:
+		return true
+	case <-a.stopping:
+		return false
+	}
+}
+
+func (a *LBProxyApp) freeSlot() {
+	if a.slots != nil {
+		<-a.slots
 	}
 }
 
@@ -291,9 +309,7 @@ func (r *acceptRetry) wait(err error) bool {
 // handle owns a connection that Serve accepted.
 func (s *session) handle(admit AdmitFunc) {
 	a, accepted := s.app, s.conn.Client
-	if a.slots != nil {
-		defer func() { <-a.slots }()
-	}
+	defer a.freeSlot()
 	defer a.leave()
 	defer func() {
 		if p := recover(); p != nil {
@@ -316,8 +332,11 @@ func (s *session) admit(f AdmitFunc) (ctx context.Context, conn Conn, err error)
 	a, admitted := s.app, false
 	defer func() {
 		if !admitted {
-			s.abort(EndCanceled, nil)
+			s.up.ended = true // there is no pump, but what admit wrote, such as a TLS alert
+			s.up.dst = s.conn.Client
+			s.deliverThenReset(&s.up, false)
 			s.unwatch()
+			s.watching.Wait()
 			a.exit(true, false)
 		}
 	}()
@@ -339,7 +358,7 @@ func (s *session) admit(f AdmitFunc) (ctx context.Context, conn Conn, err error)
 type Stats struct {
 	App      string
 	Open     int    // connections now, those not yet admitted included
-	Accepted uint64 // connections that Serve accepted or ServeConn was given
+	Accepted uint64 // connections that Serve accepted or ServeConn was given, before the app was stopped
 	Refused  uint64 // of those: not admitted, or over a rate limit when they opened
 	Failed   uint64 // of those: let in, but no upstream could be reached
 

@@ -391,6 +391,63 @@ func TestMaxConnsLeavesClientsWaitingInTheQueue(t *testing.T) {
 	}
 }
 
+func TestMaxConnsIsSharedByListenersThatHaveNothingToAccept(t *testing.T) {
+	a, results := newApp(t, Options{MaxConns: 1}, upstreamDoing(t, echo))
+	addrs := []string{serve(t, a, nil), serve(t, a, nil)}
+	for range 3 {
+		for _, addr := range addrs {
+			c := dial(t, addr)
+			ping(t, c)
+			c.Close()
+			<-results
+		}
+	}
+}
+
+func TestAListenerThatReturnsNothingIsAnErrorThatPasses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{}, "u:1")
+		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+			select {
+			case <-closed:
+				return nil, net.ErrClosed
+			default:
+				return nil, nil
+			}
+		})
+		ended := make(chan error)
+		go func() { ended <- a.Serve(l, nil) }()
+		time.Sleep(time.Minute)
+		a.Close()
+		<-ended
+		wantCounts(t, a, 0, 0, 0)
+	})
+}
+
+func TestAConnectionAcceptedWhileStoppingIsReset(t *testing.T) {
+	a, _ := newApp(t, Options{}, "u:1")
+	client, ours := duplex()
+	l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) { <-closed; return ours, nil })
+	ended := make(chan error)
+	go func() { ended <- a.Serve(l, nil) }()
+	for a.Stats(); ; runtime.Gosched() {
+		a.mu.Lock()
+		listening := len(a.listeners) > 0
+		a.mu.Unlock()
+		if listening {
+			break
+		}
+	}
+	a.Close()
+	if err := <-ended; err != ErrAppClosed {
+		t.Errorf("Serve: %v", err)
+	}
+	if _, err := client.Read(make([]byte, 1)); err != syscall.ECONNRESET {
+		t.Errorf("the client reads %v, want a reset", err)
+	}
+	wantCounts(t, a, 0, 0, 0)
+}
+
 // ping sends a byte and waits for it to come back.
 func ping(t testing.TB, c net.Conn) {
 	t.Helper()
@@ -439,6 +496,78 @@ func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
 			t.Errorf("the log lacks %q:\n%s", want, log.String())
 		}
 	}
+}
+
+func TestWhatAdmitSaidToTheRefusedArrives(t *testing.T) {
+	const size = 500_000
+	a, _ := newApp(t, Options{}, "u:1")
+	addr := serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		io.ReadFull(c, make([]byte, 5))
+		sendPattern(c, size)
+		return nil, Conn{}, errors.New("no")
+	})
+	c := dial(t, addr)
+	c.Write([]byte("hello"))
+	if got := readAll(c); !strings.HasPrefix(got, pattern(size)+" then") {
+		t.Errorf("got %s, want %s and a reset", got, pattern(size))
+	}
+}
+
+func TestCloseIsTheReasonWhateverContextAdmitReturned(t *testing.T) {
+	type key struct{}
+	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
+	addr := serve(t, a, func(ctx context.Context, c net.Conn) (context.Context, Conn, error) {
+		return context.WithValue(ctx, key{}, 1), Conn{}, nil
+	})
+	const conns = 50
+	for range conns {
+		ping(t, dial(t, addr))
+	}
+	a.Close()
+	for range conns {
+		if r := <-results; r.End != EndClosed || r.Err != ErrAppClosed {
+			t.Fatalf("%+v", r)
+		}
+	}
+}
+
+func TestAClientThatAdmitBringsAfterCloseIsReset(t *testing.T) {
+	a, results := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
+	client, ours := duplex()
+	admitting := make(chan bool)
+	addr := serve(t, a, func(ctx context.Context, c net.Conn) (context.Context, Conn, error) {
+		admitting <- true
+		c.Read(make([]byte, 1)) // until Close has broken it
+		return context.Background(), Conn{Client: ours}, nil
+	})
+	dial(t, addr)
+	<-admitting
+	a.Close()
+	if r := <-results; r.End != EndClosed {
+		t.Errorf("%+v", r)
+	}
+	if _, err := client.Read(make([]byte, 1)); err != syscall.ECONNRESET {
+		t.Errorf("it reads %v, want a reset", err)
+	}
+}
+
+// Close has given the reason, but has not come to breaking anything, when the connection begins to be served.
+func TestCloseJustBeforeAConnectionIsServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{}, "u:1")
+		_, ours := duplex()
+		c := Conn{Client: ours, RateLimit: limitFunc(func(Event) Decision { return Decision{Wait: time.Hour} })}
+		s := newSession(a, c)
+		a.enter()
+		s.mu.Lock()
+		s.endWith(EndClosed, ErrAppClosed)
+		s.mu.Unlock()
+		start := time.Now()
+		if r, _ := s.serve(t.Context(), c); r.End != EndClosed || time.Since(start) != 0 {
+			t.Errorf("%+v after %v", r, time.Since(start))
+		}
+		a.leave()
+	})
 }
 
 type syncBuffer struct {
