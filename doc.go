@@ -33,7 +33,8 @@
 // [Options].IdleTimeout, over both directions, is the only bound. A stream that is cut never looks whole: when a side
 // fails, what came from it before is delivered (for at most a second) and then the other side is reset. A client that
 // cannot be served, or is over its limit, is reset as well; if that is quick it shows as an error of the client's
-// dial.
+// dial. Where there are no resets, as with Unix sockets, closing has to do, and a TLS client that just stops, without
+// close_notify, is not told from one that ended: see [Conn].
 //
 // # Limits
 //
