@@ -20,7 +20,8 @@ type Conn struct {
 	// Client is the connection: a *net.TCPConn, a *tls.Conn, or any other. It is required. What it can do is found
 	// out from its methods: CloseWrite() error, to be told that the upstream's stream has ended while its own goes on;
 	// NetConn() net.Conn, if it is a layer over another conn, as TLS is; SetLinger(int) error, at the bottom, to be
-	// reset. A wrapper should have the first two. crypto/tls takes a client's FIN without close_notify for the end of
+	// reset. A wrapper of a TCP connection should have the first two: without, its peer may lose the end of what it was
+	// sent, which Result.Err then tells. crypto/tls takes a client's FIN without close_notify for the end of
 	// its stream; a Client whose Read returns io.ErrUnexpectedEOF then has it taken for cut.
 	Client net.Conn
 
@@ -488,7 +489,7 @@ func (s *session) deliverThenReset(from *pump, politely bool) {
 		s.changed.Wait()
 	}
 	s.mu.Unlock()
-	for wait := time.Millisecond; !s.isHungUp() && (from.unsure || unsent(from.dst) > 0); wait = min(2*wait, 16*time.Millisecond) {
+	for wait := time.Millisecond; !s.isHungUp() && unsent(from.dst) > 0; wait = min(2*wait, 16*time.Millisecond) {
 		time.Sleep(wait)
 	}
 	if politely && !s.isHungUp() {
@@ -560,7 +561,6 @@ type pump struct {
 	lastRead  int      // bytes the last read returned
 	platform           // how conns are moved here; see move
 
-	unsure  bool        // dst may have unread bytes, so that closing it would cost what it has not yet been sent
 	writing atomic.Bool // it is in a write to dst
 	ended   bool        // belongs to session.mu
 }
@@ -664,8 +664,7 @@ func (p *pump) limit(b []byte) []byte {
 // finish passes the clean end of src on to dst.
 func (p *pump) finish() {
 	s, q := p.session, p.other()
-	busy := q.writing.Load()
-	if busy {
+	if q.writing.Load() {
 		reset, known := wasReset(p.src)
 		if reset {
 			s.broke(p, errReset) // q's write took the error, and left us what looks like an end
@@ -706,9 +705,6 @@ func (p *pump) finish() {
 	s.mu.Lock()
 	s.endWith(q.sourceError(), fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other side has ended its stream, and go on", p.dst))
 	s.mu.Unlock()
-	if _, known := wasReset(p.dst); busy && !known {
-		p.unsure = true
-	}
 	reset(p.src) // what it was sent is cut; what it sent is whole
 	s.wg.Go(func() { s.deliverThenReset(p, true) })
 }
