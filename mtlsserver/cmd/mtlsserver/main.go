@@ -1,0 +1,257 @@
+// Command mtlsserver is a TCP load balancer that knows its clients by certificate. mtlsserver -h says how to use it.
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/danielepagano/lbproxy/mtlsserver"
+)
+
+const usage = `mtlsserver is a TCP load balancer that knows its clients by certificate.
+
+  mtlsserver init DIR [-host NAME,IP]
+        make a CA, a server certificate and a config.json to start from
+  mtlsserver issue -dir DIR -name NAME -apps ID,ID [-print]
+        make a client certificate and key, and enter the user in config.json (-print: print the entry instead)
+  mtlsserver serial CERT.pem
+        print the serial of a certificate as the user list wants it
+  mtlsserver check -config FILE
+        print every problem of a configuration
+  mtlsserver run -config FILE [-log json|text] [-v]
+        serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a second one ends at once
+
+It exits 0 when all went well, 1 when serving failed, 2 when the command line or the configuration is wrong.
+`
+
+func main() {
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
+	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
+}
+
+var errServing = errors.New("serving failed")
+
+func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int {
+	err := command(args, signals, stdout, stderr)
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usage)
+		return 0
+	}
+	fmt.Fprintln(stderr, err)
+	if errors.Is(err, errServing) {
+		return 1
+	}
+	return 2
+}
+
+func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) error {
+	if len(args) == 0 {
+		return errors.New("mtlsserver: no command: mtlsserver -h lists them")
+	}
+	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
+	var do func(arg string) error
+	want := "" // the name of the argument, if there is to be one
+	switch args[0] {
+	case "init":
+		var hosts list
+		flags.Var(&hosts, "host", "")
+		want, do = "DIR", func(dir string) error { return initialize(dir, hosts, stdout) }
+	case "issue":
+		var i issuer
+		flags.StringVar(&i.dir, "dir", "", required)
+		flags.StringVar(&i.name, "name", "", required)
+		flags.Var(&i.apps, "apps", required)
+		flags.BoolVar(&i.print, "print", false, "")
+		do = func(string) error { return i.issue(stdout) }
+	case "serial":
+		want, do = "CERT.pem", func(path string) error { return printSerial(path, stdout) }
+	case "check":
+		config := flags.String("config", "", required)
+		do = func(string) error {
+			_, err := mtlsserver.Load(*config)
+			if err == nil {
+				fmt.Fprintf(stdout, "%s: no problems found\n", *config)
+			}
+			return err
+		}
+	case "run":
+		s := server{signals: signals, stdout: stdout}
+		flags.StringVar(&s.config, "config", "", required)
+		format := flags.String("log", "json", "")
+		verbose := flags.Bool("v", false, "")
+		do = func(string) error {
+			level := slog.LevelInfo
+			if *verbose {
+				level = slog.LevelDebug
+			}
+			s.log = slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level}))
+			if *format == "text" {
+				s.log = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+			} else if *format != "json" {
+				return fmt.Errorf("mtlsserver run: -log %q: want json or text", *format)
+			}
+			return s.serve()
+		}
+	case "-h", "-help", "--help", "help":
+		return flag.ErrHelp
+	default:
+		return fmt.Errorf("mtlsserver: unknown command %q: mtlsserver -h lists them", args[0])
+	}
+	arg, err := parse(flags, args[1:], want)
+	if err != nil {
+		return fmt.Errorf("mtlsserver %s: %w: mtlsserver -h helps", args[0], err)
+	}
+	if err = do(arg); err == nil || args[0] == "check" || args[0] == "run" { // their problems begin with the file's name
+		return err
+	}
+	return fmt.Errorf("mtlsserver %s: %w", args[0], err)
+}
+
+const required = "required"
+
+// parse reads flags, and one argument before, between or after them if one is wanted.
+func parse(flags *flag.FlagSet, args []string, want string) (arg string, err error) {
+	flags.SetOutput(io.Discard) // the error says it
+	for len(args) > 0 && err == nil {
+		err = flags.Parse(args)
+		if args = flags.Args(); err == nil && len(args) > 0 {
+			if want == "" || arg != "" {
+				return "", fmt.Errorf("unexpected argument %q", args[0])
+			}
+			arg, args = args[0], args[1:]
+		}
+	}
+	flags.VisitAll(func(f *flag.Flag) {
+		if err == nil && f.Usage == required && f.Value.String() == "" {
+			err = fmt.Errorf("-%s is missing", f.Name)
+		}
+	})
+	if err == nil && want != "" && arg == "" {
+		err = fmt.Errorf("%s is missing", want)
+	}
+	return arg, err
+}
+
+// A list is a flag that may be given several times, or once with commas.
+type list []string
+
+func (l *list) String() string { return strings.Join(*l, ",") }
+
+func (l *list) Set(text string) error {
+	*l = append(*l, strings.Split(text, ",")...)
+	return nil
+}
+
+// A server is what the command run runs.
+type server struct {
+	config  string
+	signals <-chan os.Signal
+	log     *slog.Logger
+	stdout  io.Writer
+}
+
+func (s *server) serve() error {
+	config, err := mtlsserver.Load(s.config)
+	if err != nil {
+		return err
+	}
+	srv, err := mtlsserver.New(config, &mtlsserver.Options{Logger: s.log})
+	if err != nil {
+		return s.explain(err)
+	}
+	s.ready(srv, config)
+	ctx, drain := context.WithCancel(context.Background())
+	defer drain()
+	done := make(chan error, 1)
+	go func() { done <- srv.Run(ctx) }()
+	for {
+		select {
+		case err := <-done:
+			if ctx.Err() == nil {
+				return fmt.Errorf("mtlsserver run: %w: %w", errServing, err)
+			}
+			if err != nil {
+				s.log.Warn("drained", "err", err)
+			}
+			return nil
+		case sig := <-s.signals:
+			switch {
+			case sig == syscall.SIGHUP && ctx.Err() == nil:
+				s.reload(srv)
+			case sig == syscall.SIGHUP:
+				s.log.Warn("too late to reload")
+			case ctx.Err() == nil:
+				s.log.Info("draining", "signal", sig.String())
+				drain()
+			default:
+				s.log.Info("closing", "signal", sig.String())
+				srv.Close()
+			}
+		}
+	}
+}
+
+func (s *server) ready(srv *mtlsserver.Server, config *mtlsserver.Config) {
+	addrs := srv.Addrs()
+	for _, app := range config.Apps {
+		s.log.Debug("listening", "app", app.ID, "addr", addrs[app.ID].String(), "upstreams", len(app.Upstreams))
+		fmt.Fprintf(s.stdout, "app %q listens on %v\n", app.ID, addrs[app.ID])
+	}
+}
+
+func (s *server) reload(srv *mtlsserver.Server) {
+	config, err := mtlsserver.Load(s.config)
+	if err == nil {
+		err = s.explain(srv.Reload(config))
+	}
+	if err != nil {
+		s.log.Error("reload failed, the configuration stays as it was", "problems", strings.Split(err.Error(), "\n"))
+		return
+	}
+	s.log.Info("reloaded", "config", s.config)
+	s.ready(srv, config)
+}
+
+// explain says what to do about an address that cannot be had.
+func (s *server) explain(err error) error {
+	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "listen" {
+		return fmt.Errorf("%s: %w: change that app's listen, or end what has the address", s.config, err)
+	}
+	return err
+}
+
+func printSerial(path string, stdout io.Writer) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	block, _ := pem.Decode(text)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return fmt.Errorf("%s: want a certificate in PEM", path)
+	}
+	var serial mtlsserver.Serial
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err == nil {
+		serial, err = mtlsserver.SerialOf(cert)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	fmt.Fprintf(stdout, "0x%s\n", serial)
+	return nil
+}

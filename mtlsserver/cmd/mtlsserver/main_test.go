@@ -1,0 +1,127 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A process is a command that runs until it is stopped.
+type process struct {
+	signals chan os.Signal
+	addrs   map[string]string // of the apps, when it became ready
+	out     lines             // what it says once it is ready
+	errs    lines
+	code    chan int
+}
+
+// start returns when the server is ready.
+func start(t *testing.T, args ...string) *process {
+	t.Helper()
+	p := &process{signals: make(chan os.Signal, 8), addrs: map[string]string{}, out: make(lines, 1000), errs: make(lines, 10000), code: make(chan int, 1)}
+	ready := make(lines, 1000)
+	go func() { p.code <- run(args, p.signals, ready, p.errs) }()
+	deadline := time.After(20 * time.Second)
+	for len(p.addrs) < strings.Count(configOf(args), `"id"`) {
+		select {
+		case line := <-ready:
+			id, addr, ok := strings.Cut(strings.TrimPrefix(line, "app "), " listens on ")
+			if id, err := strconv.Unquote(id); ok && err == nil {
+				p.addrs[id] = addr
+				continue
+			}
+			t.Fatalf("not a line that says what listens: %q", line)
+		case code := <-p.code:
+			t.Fatalf("exit code %d before it was ready: %s", code, p.errs.all())
+		case <-deadline:
+			t.Fatalf("not ready: %s", p.errs.all())
+		}
+	}
+	p.out = ready
+	return p
+}
+
+func configOf(args []string) string {
+	for i, arg := range args {
+		if arg == "-config" {
+			text, _ := os.ReadFile(args[i+1])
+			return string(text)
+		}
+	}
+	return ""
+}
+
+// await returns a line of the log that has all the texts, as soon as there is one.
+func (p *process) await(t *testing.T, texts ...string) string {
+	t.Helper()
+	deadline := time.After(20 * time.Second)
+	for {
+		select {
+		case line := <-p.errs:
+			noSecrets(t, line)
+			plain := line
+			var fields map[string]any
+			if json.Unmarshal([]byte(line), &fields) == nil {
+				plain += fmt.Sprint(fields["problems"])
+			}
+			all := true
+			for _, text := range texts {
+				all = all && has(plain, text)
+			}
+			if all {
+				return line
+			}
+			if strings.Contains(line, "reload") {
+				t.Logf("another line: %s", plain)
+			}
+		case code := <-p.code:
+			t.Fatalf("exit code %d instead of a line with %q", code, texts)
+		case <-deadline:
+			t.Fatalf("no line with %q", texts)
+		}
+	}
+}
+
+func (p *process) stop(t *testing.T, want int) {
+	t.Helper()
+	p.signals <- os.Interrupt
+	p.exit(t, want)
+}
+
+func (p *process) exit(t *testing.T, want int) {
+	t.Helper()
+	select {
+	case code := <-p.code:
+		if code != want {
+			t.Errorf("exit code %d, want %d: %s", code, want, p.errs.all())
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it does not end")
+	}
+}
+
+// Lines are what was written, a line each.
+type lines chan string
+
+func (l lines) Write(text []byte) (int, error) {
+	for line := range strings.SplitSeq(strings.TrimSuffix(string(text), "\n"), "\n") {
+		l <- line
+	}
+	return len(text), nil
+}
+
+func (l lines) all() string {
+	var all []string
+	for {
+		select {
+		case line := <-l:
+			all = append(all, line)
+		default:
+			return strings.Join(all, "\n")
+		}
+	}
+}

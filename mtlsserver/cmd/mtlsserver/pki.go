@@ -1,0 +1,303 @@
+package main
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/danielepagano/lbproxy/mtlsserver"
+)
+
+const (
+	day        = 24 * time.Hour
+	caLife     = 3650 * day
+	serverLife = 825 * day // the most that some clients take
+	clientLife = 365 * day
+)
+
+const firstConfig = `{
+  "tls": {"cert": "server.pem", "key": "server.key", "ca": "ca.pem"},
+  "apps": [
+    {"id": "web", "listen": "127.0.0.1:9443",
+     "upstreams": [{"addr": "127.0.0.1:8001"}, {"addr": "127.0.0.1:8002"}]}
+  ],
+  "users": []
+}
+`
+
+// initialize makes what a server needs, in a folder that has none of it.
+func initialize(dir string, hosts []string, stdout io.Writer) error {
+	template := &x509.Certificate{
+		Subject: pkix.Name{CommonName: "mtlsserver"}, NotAfter: time.Now().Add(serverLife),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	for _, host := range append([]string{"localhost", "127.0.0.1", "::1"}, hosts...) {
+		if ip := net.ParseIP(host); ip != nil {
+			template.IPAddresses = append(template.IPAddresses, ip)
+		} else if host == "" || strings.ContainsAny(host, "/@: ") {
+			return fmt.Errorf("-host %q: want host names or addresses, separated by commas", host)
+		} else {
+			template.DNSNames = append(template.DNSNames, host)
+		}
+	}
+	ca, caFiles, err := sign("ca", &x509.Certificate{
+		Subject: pkix.Name{CommonName: "mtlsserver CA"}, NotAfter: time.Now().Add(caLife),
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, IsCA: true, MaxPathLenZero: true,
+	}, nil)
+	if err != nil {
+		return err
+	}
+	_, serverFiles, err := sign("server", template, ca)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if err := writeNew(dir, slices.Concat(caFiles, serverFiles, []file{{"config.json", []byte(firstConfig)}})); err != nil {
+		return fmt.Errorf("%w: nothing is ever overwritten, name a new folder", err)
+	}
+	fmt.Fprintf(stdout, `Made a CA (whoever has ca.key can make users), a server certificate and config.json in %[1]s. Next:
+  mtlsserver issue -dir %[1]s -name alice -apps web
+  mtlsserver run -config %[2]s
+`, dir, filepath.Join(dir, "config.json"))
+	return nil
+}
+
+// A file is one to be made. If its name ends in .pem it is for all to read.
+type file struct {
+	name string
+	text []byte
+}
+
+// sign makes a certificate, issued by ca or, if that is nil, by itself, and the files of it and its key.
+func sign(stem string, template *x509.Certificate, ca *tls.Certificate) (*tls.Certificate, []file, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	var serial [16]byte
+	rand.Read(serial[:])
+	serial[15] |= 1 // not 0
+	template.SerialNumber = new(big.Int).SetBytes(serial[:])
+	template.NotBefore = time.Now().Add(-time.Hour) // clocks differ
+	template.BasicConstraintsValid = true
+	if ca == nil {
+		ca = &tls.Certificate{Leaf: template, PrivateKey: key}
+	} else if template.NotAfter.After(ca.Leaf.NotAfter) {
+		template.NotAfter = ca.Leaf.NotAfter
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.Leaf, key.Public(), ca.PrivateKey)
+	if err != nil {
+		return nil, nil, err
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, nil, err
+	}
+	keyText := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
+	certText := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	pair, err := tls.X509KeyPair(certText, keyText)
+	return &pair, []file{{stem + ".key", keyText}, {stem + ".pem", certText}}, err
+}
+
+// writeNew makes all files or none of them, and overwrites none.
+func writeNew(dir string, files []file) error {
+	for i, file := range files {
+		mode := fs.FileMode(0o600)
+		if strings.HasSuffix(file.name, ".pem") {
+			mode = 0o644
+		}
+		made := files[:i]
+		f, err := os.OpenFile(filepath.Join(dir, file.name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+		if err == nil {
+			made = files[:i+1]
+			_, err = f.Write(file.text)
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			remove(dir, made)
+			return err
+		}
+	}
+	return nil
+}
+
+func remove(dir string, files []file) {
+	for _, file := range files {
+		os.Remove(filepath.Join(dir, file.name))
+	}
+}
+
+// An issuer is what the command issue was told.
+type issuer struct {
+	dir, name string
+	apps      list
+	print     bool
+}
+
+func (i *issuer) issue(stdout io.Writer) error {
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.@"
+	if strings.Trim(i.name, letters) != "" || strings.ContainsAny(i.name[:1], "-.") {
+		return fmt.Errorf("-name %q: want letters, digits and -_.@, as it names files", i.name)
+	}
+	config := filepath.Join(i.dir, "config.json")
+	ca, err := tls.LoadX509KeyPair(filepath.Join(i.dir, "ca.pem"), filepath.Join(i.dir, "ca.key"))
+	if err != nil {
+		return fmt.Errorf("%w: name a folder that mtlsserver init made", err)
+	}
+	stem := i.name
+	for n := 2; exists(i.dir, stem+".pem") || exists(i.dir, stem+".key"); n++ {
+		stem = fmt.Sprintf("%s-%d", i.name, n)
+	}
+	client, files, err := sign(stem, &x509.Certificate{
+		Subject: pkix.Name{CommonName: i.name}, NotAfter: time.Now().Add(clientLife),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}, &ca)
+	if err != nil {
+		return err
+	}
+	serial, err := mtlsserver.SerialOf(client.Leaf)
+	if err != nil {
+		return err
+	}
+	if err := writeNew(i.dir, files); err != nil {
+		return err
+	}
+	if i.print {
+		fmt.Fprintln(stdout, i.entry(serial))
+		return nil
+	}
+	if err := i.enter(config, serial); err != nil {
+		remove(i.dir, files)
+		return err
+	}
+	fmt.Fprintf(stdout, "Made %[1]s.pem and %[1]s.key, and entered user %[2]q with serial 0x%[3]s in %[4]s.\n"+
+		"A server that is running takes it up at SIGHUP.\n", filepath.Join(i.dir, stem), i.name, serial, config)
+	return nil
+}
+
+func exists(dir, name string) bool {
+	_, err := os.Lstat(filepath.Join(dir, name))
+	return err == nil
+}
+
+// entry is the user as config.json has it.
+func (i *issuer) entry(serial mtlsserver.Serial) string {
+	name, _ := json.Marshal(i.name)
+	apps, _ := json.Marshal(i.apps)
+	return fmt.Sprintf(`{"name": %s, "serials": ["0x%s"], "apps": %s}`, name, serial, bytes.ReplaceAll(apps, []byte(`","`), []byte(`", "`)))
+}
+
+// enter puts the user into a config file. Others see that as it was or as it will be, and two who do this do it one
+// after the other.
+func (i *issuer) enter(path string, serial mtlsserver.Serial) error {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	next := path + ".new"
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+	if err != nil {
+		return fmt.Errorf("%w: another issue is at work, or was cut off: then remove that file", err)
+	}
+	config, err := mtlsserver.Load(path)
+	var text []byte
+	if err == nil {
+		text, err = os.ReadFile(path)
+	}
+	if err == nil {
+		text, err = i.edit(text, config, serial)
+	}
+	if err == nil {
+		_, err = f.Write(text)
+	}
+	if err == nil {
+		err = errors.Join(f.Chmod(info.Mode().Perm()), f.Sync())
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		_, err = mtlsserver.Load(next)
+	}
+	if err == nil {
+		err = os.Rename(next, path)
+	}
+	if err != nil {
+		os.Remove(next)
+	}
+	return err
+}
+
+// edit returns a config's text with the user in it, and nothing else changed.
+func (i *issuer) edit(text []byte, config *mtlsserver.Config, serial mtlsserver.Serial) ([]byte, error) {
+	for _, id := range i.apps {
+		if !slices.ContainsFunc(config.Apps, func(a mtlsserver.App) bool { return a.ID == id }) {
+			return nil, fmt.Errorf("-apps: there is no app %q in the configuration", id)
+		}
+	}
+	users := at(text, span{to: len(text)}, "users", 0)
+	n := slices.IndexFunc(config.Users, func(u mtlsserver.User) bool { return u.Name == i.name })
+	if n < 0 {
+		return insert(text, users, "\n    "+i.entry(serial), "\n  "), nil
+	}
+	want, got := slices.Sorted(slices.Values(i.apps)), slices.Sorted(slices.Values(config.Users[n].Apps))
+	if !slices.Equal(want, got) {
+		return nil, fmt.Errorf("-apps: user %q has apps %q, not %q: change that in the configuration first", i.name, got, want)
+	}
+	serials := at(text, at(text, users, "", n), "serials", 0)
+	return insert(text, serials, fmt.Sprintf(` "0x%s"`, serial), ""), nil
+}
+
+// A span is where a value is in a text.
+type span struct{ from, to int }
+
+// at returns where the value of key in an object is, or the nth value of a list.
+func at(text []byte, in span, key string, n int) (s span) {
+	dec := json.NewDecoder(bytes.NewReader(text[in.from:in.to]))
+	open, _ := dec.Token()
+	for i := 0; dec.More(); i++ {
+		var name json.Token
+		if open == json.Delim('{') {
+			name, _ = dec.Token()
+		}
+		var value json.RawMessage
+		if dec.Decode(&value) != nil {
+			break
+		}
+		if s.to = in.from + int(dec.InputOffset()); name == key || name == nil && i == n {
+			s.from = s.to - len(value)
+			break
+		}
+	}
+	return s
+}
+
+// insert adds an item to a list, and what goes before the ] if the list was empty.
+func insert(text []byte, list span, item, end string) []byte {
+	head := bytes.TrimRight(text[:list.to-1], " \t\r\n")
+	tail := text[len(head):]
+	if head[len(head)-1] != '[' {
+		item, end = ","+item, ""
+	}
+	return slices.Concat(head, []byte(item+end), tail)
+}

@@ -1,0 +1,121 @@
+package mtlsserver
+
+import (
+	"errors"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A Config made in Go is judged as one that was read, but for the lines it does not have.
+func TestValidate(t *testing.T) {
+	err := (&Config{
+		TLS:  Files{Cert: "no.pem", Key: "-----BEGIN PRIVATE KEY-----\nsecret", CA: ""},
+		Apps: []App{{ID: "web", Listen: ":0", IdleTimeout: -1, Upstreams: []Upstream{{Addr: "h:1", TLS: &UpstreamTLS{Cert: "no.pem"}}}}},
+		Users: []User{
+			{Name: "a", Serials: []string{"0x10"}, Apps: []string{"web"}, Limit: &Limit{}},
+			{Name: "b", Serials: []string{"dec:16"}, Apps: []string{"web"}, AppLimits: map[string]Limit{"web": {Every: time.Second}}},
+		},
+		Handshake: Handshake{MaxBytes: -1},
+	}).Validate()
+	want := []string{
+		`tls.cert: "no.pem": `,
+		"tls.key: want the name of a file",
+		"tls.ca: missing",
+		"apps[0].idleTimeout: -1ns: want more than 0",
+		`apps[0].upstreams[0].tls.cert: "no.pem": `,
+		"apps[0].upstreams[0].tls.key: missing",
+		"users[0].limit: limits nothing",
+		`users[1].appLimits["web"]: burst and every go together`,
+		`users[1].serials[0]: "dec:16" is the serial of users[0].serials[0] ("0x10") too`,
+		"handshake.maxBytes: -1: want more than 0",
+	}
+	if err == nil {
+		t.Fatal("it is valid")
+	}
+	got := strings.Split(err.Error(), "\n")
+	if len(got) != len(want) {
+		t.Fatalf("%d problems, want %d:\n%v", len(got), len(want), err)
+	}
+	for i, line := range got {
+		if !strings.HasPrefix(line, want[i]) {
+			t.Errorf("%s\nwant: %s", line, want[i])
+		}
+	}
+}
+
+// Paths are relative to the file, wherever the process is.
+func TestLoadResolvesPaths(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	const text = `{"tls": {"cert": "a/../c.pem", "key": "/k", "ca": ""}, "apps": [{"upstreams": [{"tls": {"ca": "x"}}, {}]}], "users": []}`
+	if err := os.WriteFile("sub/config.json", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := &Config{file: "sub/config.json", lines: map[string]int{}}
+	if err := newReport(c).parse([]byte(text)); err != nil {
+		t.Fatal(err)
+	}
+	u := c.Apps[0].Upstreams[0].TLS
+	if dir, err := filepath.EvalSymlinks(dir); err != nil || c.TLS != (Files{Cert: filepath.Join(dir, "sub/c.pem"), Key: "/k"}) ||
+		*u != (UpstreamTLS{CA: filepath.Join(dir, "sub/x")}) {
+		t.Errorf("%+v, %+v", c.TLS, u)
+	}
+	_, err := Load("sub/config.json")
+	if err == nil || !strings.Contains(err.Error(), `sub/config.json:1: tls.cert: "`+c.TLS.Cert) {
+		t.Errorf("Load: %v", err)
+	}
+}
+
+// Whatever a file holds, problems are told in a line each that begins with the file and shows no control characters,
+// and what has none is JSON whose keys are all known.
+func FuzzLoad(f *testing.F) {
+	for _, text := range []string{
+		`{"tls": {"cert": "c", "key": "k", "ca": "a"}, "apps": [{"id": "web", "listen": ":0", "upstreams": [{"addr": "h:1", "tls": {}}]}],
+		"users": [{"name": "a", "serials": ["1"], "apps": ["web"], "limit": {"open": 1}, "appLimits": {"web": {"burst": 1, "every": "1s"}}}],
+		"handshake": {"timeout": "1s"}, "drainTimeout": "1m"}`,
+		`{"users": [], "users": null, "x": {"y": [1, {}]}}`, `[`, `{}x`, "{\"\\u000a\":\n1}", `{"apps": [1, "2", null, true, {}]}`, "\xff", `{"": 0}`,
+		`{"users": [{"appLimits": {"a.b[": 1, "a.b[": {}}}]}`,
+	} {
+		f.Add([]byte(text))
+	}
+	known := []string{"apps", "drainTimeout", "handshake", "tls", "users"}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c := &Config{file: "config.json", lines: map[string]int{}}
+		r := newReport(c)
+		err := r.parse(text)
+		if err == nil {
+			if len(r.problems) == 0 {
+				for key := range maps.Keys(c.lines) {
+					if top, _, _ := strings.Cut(key, "."); key != "" && !slices.ContainsFunc(known, func(k string) bool { return strings.HasPrefix(top, k) }) {
+						t.Fatalf("%q was let through", key)
+					}
+				}
+			}
+			c.TLS, c.Apps = Files{}, slices.DeleteFunc(c.Apps, func(a App) bool {
+				return slices.ContainsFunc(a.Upstreams, func(u Upstream) bool { return u.TLS != nil }) // reads files
+			})
+			c.check(r)
+			err = errors.Join(r.problems...)
+		}
+		if err == nil {
+			t.Fatal("it is valid, without certificates")
+		}
+		lines := strings.Split(err.Error(), "\n")
+		if len(lines) < len(r.problems) {
+			t.Fatalf("%d problems in %d lines", len(r.problems), len(lines))
+		}
+		for _, line := range lines {
+			if !strings.HasPrefix(line, "config.json:") || strings.ContainsFunc(line, func(r rune) bool { return r < ' ' }) {
+				t.Fatalf("%q", line)
+			}
+		}
+	})
+}

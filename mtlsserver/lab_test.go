@@ -1,0 +1,435 @@
+package mtlsserver
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/pprof"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// TestMain fails if a goroutine is left over.
+func TestMain(m *testing.M) {
+	before := runtime.NumGoroutine()
+	code := m.Run()
+	if f := flag.Lookup("test.fuzz"); f != nil && f.Value.String() != "" {
+		os.Exit(code) // package testing leaves some itself
+	}
+	for late, again := time.After(5*time.Second), time.Tick(10*time.Millisecond); code == 0 && runtime.NumGoroutine() > before; {
+		select {
+		case <-again:
+		case <-late:
+			pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// patience is how long a test waits for what must happen.
+const patience = 20 * time.Second
+
+// An authority signs certificates.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t testing.TB, name string) *authority {
+	t.Helper()
+	key := newKey(t)
+	der, err := x509.CreateCertificate(rand.Reader, caOf(name, 1), caOf(name, 1), key.Public(), key)
+	return &authority{parse(t, der, err), key}
+}
+
+// sub returns an authority that a certified.
+func (a *authority) sub(t testing.TB) *authority {
+	t.Helper()
+	key := newKey(t)
+	der, err := x509.CreateCertificate(rand.Reader, caOf("sub", 2), a.cert, key.Public(), a.key)
+	return &authority{parse(t, der, err), key}
+}
+
+func caOf(name string, serial int64) *x509.Certificate {
+	return &x509.Certificate{
+		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: name},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+	}
+}
+
+// leafOf is a client certificate that is as it should be.
+func leafOf(serial int64) *x509.Certificate {
+	return &x509.Certificate{
+		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "peer text\nreason=done"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+}
+
+// issue signs tmpl for a key, by default a new one.
+func (a *authority) issue(t testing.TB, tmpl *x509.Certificate, key ...crypto.Signer) tls.Certificate {
+	t.Helper()
+	if key == nil {
+		key = []crypto.Signer{newKey(t)}
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, key[0].Public(), a.key)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key[0], Leaf: parse(t, der, err)}
+}
+
+// issueNegative signs a client certificate with a negative serial, which x509.CreateCertificate would not.
+func (a *authority) issueNegative(t testing.TB) tls.Certificate {
+	t.Helper()
+	cert := a.issue(t, leafOf(0xa11ce))
+	var outer struct {
+		TBS       []asn1.RawValue
+		Algorithm asn1.RawValue
+		Signature asn1.BitString
+	}
+	_, err := asn1.Unmarshal(cert.Certificate[0], &outer)
+	must(t, err)
+	negative, err := asn1.Marshal(big.NewInt(-0xa11ce))
+	must(t, err)
+	outer.TBS[1] = asn1.RawValue{FullBytes: negative}
+	tbs, err := asn1.Marshal(outer.TBS)
+	must(t, err)
+	digest := sha256.Sum256(tbs)
+	signature, err := a.key.Sign(rand.Reader, digest[:], crypto.SHA256)
+	must(t, err)
+	outer.Signature = asn1.BitString{Bytes: signature, BitLength: 8 * len(signature)}
+	der, err := asn1.Marshal(outer)
+	must(t, err)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: cert.PrivateKey, Leaf: cert.Leaf}
+}
+
+func newKey(t testing.TB) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	return key
+}
+
+func parse(t testing.TB, der []byte, err error) *x509.Certificate {
+	t.Helper()
+	must(t, err)
+	cert, err := x509.ParseCertificate(der)
+	must(t, err)
+	return cert
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// writePEM writes cert and key into dir and returns their paths.
+func writePEM(t testing.TB, dir, name string, cert tls.Certificate) (certFile, keyFile string) {
+	t.Helper()
+	certFile, keyFile = filepath.Join(dir, name+".pem"), filepath.Join(dir, name+".key")
+	var text []byte
+	for _, der := range cert.Certificate {
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	must(t, os.WriteFile(certFile, text, 0o600))
+	if cert.PrivateKey != nil {
+		der, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+		must(t, err)
+		must(t, os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
+	}
+	return certFile, keyFile
+}
+
+// A book is a slog.Handler that keeps the lines, as a text handler would write them.
+type book struct {
+	mu    sync.Mutex
+	lines []entry
+	more  chan struct{} // closed when there is another line
+}
+
+// An entry is a line's attributes, its message under "msg".
+type entry map[string]string
+
+func (b *book) Enabled(context.Context, slog.Level) bool { return true }
+func (b *book) WithAttrs([]slog.Attr) slog.Handler       { panic("not used") }
+func (b *book) WithGroup(string) slog.Handler            { panic("not used") }
+
+func (b *book) Handle(_ context.Context, r slog.Record) error {
+	e := entry{"msg": r.Message}
+	r.Attrs(func(a slog.Attr) bool {
+		e[a.Key] = a.Value.String()
+		return true
+	})
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.lines = append(b.lines, e)
+	close(b.more)
+	b.more = make(chan struct{})
+	return nil
+}
+
+func (b *book) all() []entry {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.lines)
+}
+
+// await returns the first line that is as match wants it, of now or later.
+func (b *book) await(t testing.TB, what string, match func(entry) bool) entry {
+	t.Helper()
+	late := time.After(patience)
+	for {
+		b.mu.Lock()
+		lines, more := b.lines, b.more
+		b.mu.Unlock()
+		if i := slices.IndexFunc(lines, match); i >= 0 {
+			return lines[i]
+		}
+		select {
+		case <-more:
+		case <-late:
+			t.Fatalf("no line in the log %s; there are\n%v", what, b.all())
+		}
+	}
+}
+
+// of awaits the final line of the connection from addr.
+func (b *book) of(t testing.TB, addr net.Addr) entry {
+	t.Helper()
+	return b.await(t, "of "+addr.String(), func(e entry) bool { return e["msg"] == "connection" && e["client"] == addr.String() })
+}
+
+// An upstream answers each connection with its name and a newline, and then with what it is sent.
+type upstream struct {
+	net.Listener
+	name    string
+	dialled atomic.Int64
+	wg      sync.WaitGroup
+	ends    chan error // how the streams of clients ended; what nobody wants to know is dropped
+}
+
+func newUpstream(t testing.TB, name string, conf *tls.Config) *upstream {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	u := &upstream{Listener: l, name: name, ends: make(chan error, 1)}
+	if conf != nil {
+		u.Listener = tls.NewListener(l, conf)
+	}
+	u.wg.Go(func() {
+		for {
+			c, err := u.Accept()
+			if err != nil {
+				return
+			}
+			u.dialled.Add(1)
+			u.wg.Go(func() {
+				defer c.Close()
+				if _, err := io.WriteString(c, name+"\n"); err != nil {
+					return
+				}
+				_, err := io.Copy(c, c)
+				select {
+				case u.ends <- err:
+				default:
+				}
+			})
+		}
+	})
+	t.Cleanup(func() { // after the server's, whose connections are closed by then
+		l.Close()
+		u.wg.Wait()
+	})
+	return u
+}
+
+// A lab is a running server and what is around it. Alice may reach web, with a.alice; apps are web and db.
+type lab struct {
+	ca      *authority
+	dir     string
+	alice   tls.Certificate
+	log     *book
+	web, db *upstream
+	config  *Config
+	server  *Server
+	roots   *x509.CertPool
+	stop    context.CancelFunc // ends Run's context
+	ran     chan error         // what Run returns
+}
+
+// newLab starts a server, with a configuration that change, if not nil, has adapted.
+func newLab(t testing.TB, change func(*lab)) *lab {
+	t.Helper()
+	l := &lab{ca: newAuthority(t, "ca"), dir: t.TempDir(), log: &book{more: make(chan struct{})}, ran: make(chan error, 1)}
+	l.web, l.db = newUpstream(t, "web", nil), newUpstream(t, "db", nil)
+	l.alice = l.ca.issue(t, leafOf(0xa11ce))
+	l.roots = x509.NewCertPool()
+	l.roots.AddCert(l.ca.cert)
+	caFile, _ := writePEM(t, l.dir, "ca", tls.Certificate{Certificate: [][]byte{l.ca.cert.Raw}})
+	serverFile, keyFile := writePEM(t, l.dir, "server", l.ca.issue(t, serverOf(2)))
+	l.config = &Config{
+		TLS: Files{Cert: serverFile, Key: keyFile, CA: caFile},
+		Apps: []App{
+			{ID: "web", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.web.Addr().String()}}},
+			{ID: "db", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.db.Addr().String()}}},
+		},
+		Users: []User{{Name: "alice", Serials: []string{"0xa11ce"}, Apps: []string{"web"}}},
+	}
+	if change != nil {
+		change(l)
+	}
+	var err error
+	l.server, err = New(l.config, &Options{Logger: slog.New(l.log)})
+	must(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	l.stop = cancel
+	go func() { l.ran <- l.server.Run(ctx) }()
+	t.Cleanup(func() {
+		l.server.Close()
+		cancel()
+		<-l.ran
+		l.server.mu.Lock()
+		defer l.server.mu.Unlock()
+		if len(l.server.live) > 0 || l.server.gate.all != 0 || len(l.server.gate.from) > 0 {
+			t.Errorf("after Close: %d live, %d in the gate", len(l.server.live), l.server.gate.all)
+		}
+	})
+	return l
+}
+
+func serverOf(serial int64) *x509.Certificate {
+	tmpl := leafOf(serial)
+	tmpl.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	tmpl.DNSNames, tmpl.IPAddresses = []string{"localhost"}, []net.IP{net.IPv4(127, 0, 0, 1)}
+	return tmpl
+}
+
+// with returns a copy of the configuration that change has adapted.
+func (l *lab) with(change func(*Config)) *Config {
+	c := *l.config
+	c.Apps, c.Users = slices.Clone(c.Apps), slices.Clone(c.Users)
+	change(&c)
+	return &c
+}
+
+func (l *lab) addr(app string) string { return l.server.Addrs()[app].String() }
+
+// clientConfig is for a client that presents cert whatever the server asks for.
+func (l *lab) clientConfig(cert *tls.Certificate) *tls.Config {
+	c := &tls.Config{RootCAs: l.roots, ServerName: "localhost"}
+	if cert != nil {
+		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert, nil }
+	}
+	return c
+}
+
+// dial connects to app and makes the handshake, of which a refused client learns only when it reads.
+func (l *lab) dial(t testing.TB, app string, cert *tls.Certificate) *tls.Conn {
+	t.Helper()
+	raw, err := net.Dial("tcp", l.addr(app))
+	must(t, err)
+	raw.SetDeadline(time.Now().Add(patience))
+	c := tls.Client(raw, l.clientConfig(cert))
+	t.Cleanup(func() { raw.Close() })
+	return c
+}
+
+// in connects and checks that app's upstream answers.
+func (l *lab) in(t testing.TB, app string, cert *tls.Certificate) *tls.Conn {
+	t.Helper()
+	c := l.dial(t, app, cert)
+	must(t, greeted(c, app))
+	must(t, echoed(c))
+	return c
+}
+
+// greeted reads the name that an upstream says first.
+func greeted(c net.Conn, name string) error {
+	got := make([]byte, len(name)+1)
+	if _, err := io.ReadFull(c, got); err != nil {
+		return fmt.Errorf("reading what %s says first: %w", name, err)
+	}
+	if string(got) != name+"\n" {
+		return fmt.Errorf("%q answered, want %q", got, name)
+	}
+	return nil
+}
+
+func echoed(c net.Conn) error {
+	const text = "hello"
+	if _, err := io.WriteString(c, text); err != nil {
+		return err
+	}
+	got := make([]byte, len(text))
+	if _, err := io.ReadFull(c, got); err != nil {
+		return fmt.Errorf("reading the echo: %w", err)
+	}
+	if string(got) != text {
+		return fmt.Errorf("echo of %q: %q", text, got)
+	}
+	return nil
+}
+
+// ended reads until the connection ends, which must be soon, and not by a clean end.
+func ended(c net.Conn) error {
+	c.SetReadDeadline(time.Now().Add(patience))
+	_, err := io.Copy(io.Discard, c)
+	switch {
+	case err == nil:
+		return errors.New("the connection ended as if it were complete")
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return errors.New("the connection was still open")
+	}
+	return nil
+}
+
+// untouched reports whether nothing was ever charged to limits with a bucket that regains nothing.
+func (l *lab) untouched(t testing.TB) bool {
+	t.Helper()
+	limits := l.server.current.Load().limits
+	if len(limits) == 0 {
+		t.Fatal("there are no limits")
+	}
+	for _, m := range limits {
+		if !m.(interface{ Idle() bool }).Idle() {
+			return false
+		}
+	}
+	return true
+}
+
+// noSecrets fails if the log has anything that a peer said, unless it is escaped, or key material.
+func (l *lab) noSecrets(t testing.TB) {
+	t.Helper()
+	for _, e := range l.log.all() {
+		for key, value := range e {
+			if strings.Contains(value, "peer text") || strings.Contains(value, "PRIVATE") || strings.ContainsAny(value, "\n\r") && key != "stack" {
+				t.Errorf("line %v: %s has what it should not", e, key)
+			}
+		}
+	}
+}

@@ -1,0 +1,1084 @@
+package mtlsserver
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/hkdf"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A row is a client of the certificate table. It asks for web, which alice may reach.
+type row struct {
+	name    string
+	cert    *tls.Certificate // nil: none
+	app     string           // "": web
+	client  func(net.Conn, *tls.Config) net.Conn
+	reason  Reason // "": it is in
+	openssl []string
+	only    bool // for Go's client only
+}
+
+func certificateTable(t *testing.T, l *lab) []row {
+	good := func(change func(*x509.Certificate), key ...crypto.Signer) *tls.Certificate {
+		tmpl := leafOf(0xa11ce)
+		if change != nil {
+			change(tmpl)
+		}
+		cert := l.ca.issue(t, tmpl, key...)
+		return &cert
+	}
+	by := func(a *authority, chain ...[]byte) *tls.Certificate {
+		cert := a.issue(t, leafOf(0xa11ce))
+		cert.Certificate = append(cert.Certificate, chain...)
+		return &cert
+	}
+	serial := func(text string) *tls.Certificate {
+		return good(func(c *x509.Certificate) { c.SerialNumber.SetString(text, 16) })
+	}
+	usage := func(usage x509.KeyUsage, extended ...x509.ExtKeyUsage) *tls.Certificate {
+		return good(func(c *x509.Certificate) { c.KeyUsage, c.ExtKeyUsage = usage, extended })
+	}
+	_, ed, err := ed25519.GenerateKey(rand.Reader)
+	must(t, err)
+	rsa2048 := mustKey(rsa.GenerateKey(rand.Reader, 2048))
+	sub, self := l.ca.sub(t), newAuthority(t, "self")
+	selfSigned := self.issue(t, leafOf(0xa11ce), self.key)
+	self.cert = selfSigned.Leaf // its issuer's name is its own
+	negative := l.ca.issueNegative(t)
+	stolen := l.alice
+	stolen.PrivateKey = newKey(t)
+	server, err := tls.LoadX509KeyPair(l.config.TLS.Cert, l.config.TLS.Key)
+	must(t, err)
+	big := *good(nil)
+	for range 40 {
+		big.Certificate = append(big.Certificate, sub.cert.Raw)
+	}
+	day := 24 * time.Hour
+	sign, client := x509.KeyUsageDigitalSignature, x509.ExtKeyUsageClientAuth
+	rows := []row{
+		{name: "P-256", cert: good(nil)},
+		{name: "P-384", cert: good(nil, mustKey(ecdsa.GenerateKey(elliptic.P384(), rand.Reader)))},
+		{name: "RSA-2048", cert: good(nil, rsa2048)},
+		{name: "Ed25519", cert: good(nil, ed)},
+		{name: "serial of 20 octets", cert: serial("7fffffffffffffffffffffffffffffffffffffff")},
+		{name: "serial with leading zero octet", cert: serial("8000")},
+		{name: "another serial of the user", cert: serial("b0b")},
+		{name: "an unrelated certificate sent along", cert: by(l.ca, sub.cert.Raw)},
+		{name: "hello in writes of 1 byte", cert: good(nil), client: func(c net.Conn, conf *tls.Config) net.Conn {
+			return tls.Client(&bytewise{Conn: c}, conf)
+		}, only: true},
+
+		{name: "no certificate", reason: NoCertificate},
+		{name: "self-signed", cert: &selfSigned, reason: UnknownCA},
+		{name: "other CA", cert: by(newAuthority(t, "other")), reason: UnknownCA},
+		{name: "other CA with the same subject", cert: by(newAuthority(t, "ca")), reason: UnknownCA},
+		{name: "via a sub-CA with the same serial", cert: by(sub, sub.cert.Raw), reason: NotDirect},
+		{name: "expired", cert: good(func(c *x509.Certificate) {
+			c.NotBefore, c.NotAfter = time.Now().Add(-2*day), time.Now().Add(-day)
+		}), reason: Expired},
+		{name: "not yet valid", cert: good(func(c *x509.Certificate) {
+			c.NotBefore, c.NotAfter = time.Now().Add(day), time.Now().Add(2*day)
+		}), reason: NotYetValid},
+		{name: "no EKU", cert: usage(sign), reason: BadExtKeyUsage},
+		{name: "any EKU", cert: usage(sign, x509.ExtKeyUsageAny), reason: BadExtKeyUsage},
+		{name: "serverAuth only", cert: usage(sign, x509.ExtKeyUsageServerAuth), reason: BadExtKeyUsage},
+		{name: "CA:TRUE leaf", cert: good(func(c *x509.Certificate) { c.IsCA = true }), reason: IsCA},
+		{name: "keyCertSign leaf", cert: usage(sign|x509.KeyUsageCertSign, client), reason: IsCA, only: true}, // no CA:TRUE, which openssl minds
+		{name: "keyEncipherment only", cert: usage(x509.KeyUsageKeyEncipherment, client), reason: BadKeyUsage},
+		{name: "the CA itself", cert: &tls.Certificate{Certificate: [][]byte{l.ca.cert.Raw}, PrivateKey: l.ca.key}, reason: IsCA},
+		{name: "our own server certificate", cert: &server, reason: BadExtKeyUsage},
+		{name: "serial 0", cert: serial("0"), reason: BadSerial},
+		{name: "26-octet serial", cert: serial(strings.Repeat("7f", 26)), reason: BadSerial},
+		{name: "negative serial", cert: &negative, reason: BadCertificate, only: true},
+		{name: "unknown serial", cert: serial("c0ffee"), reason: UnknownSerial},
+		{name: "known serial but other app", cert: good(nil), app: "db", reason: AppNotAllowed},
+		{name: "stolen certificate with another key", cert: &stolen, reason: NoProof, only: true},
+		{name: "RSA-1024", cert: good(nil, mustKey(rsa.GenerateKey(rand.Reader, 1024))), reason: WeakKey, only: true},
+		{name: "TLS 1.2", cert: good(nil), client: func(c net.Conn, conf *tls.Config) net.Conn {
+			conf.MaxVersion = tls.VersionTLS12
+			return tls.Client(c, conf)
+		}, reason: OldTLS, openssl: []string{"-tls1_2"}},
+		{name: "plaintext bytes", client: func(c net.Conn, _ *tls.Config) net.Conn { return c }, reason: NotTLS, only: true},
+		{name: "more than the byte budget", cert: &big, reason: HandshakeTooLarge, only: true},
+		{name: "client trusts another CA", cert: good(nil), client: func(c net.Conn, conf *tls.Config) net.Conn {
+			conf.RootCAs = x509.NewCertPool()
+			return tls.Client(c, conf)
+		}, reason: ClientAlert, only: true},
+		{name: "gone in the handshake", client: func(c net.Conn, _ *tls.Config) net.Conn {
+			c.(*net.TCPConn).CloseWrite()
+			return c
+		}, reason: ClientGone, only: true},
+	}
+	if !testing.Short() {
+		rows = append(rows, row{name: "RSA-4096", cert: good(nil, rsa4096())})
+	}
+	return rows
+}
+
+// rsa4096 takes seconds to make.
+var rsa4096 = sync.OnceValue(func() crypto.Signer { return mustKey(rsa.GenerateKey(rand.Reader, 4096)) })
+
+// bytewise writes single bytes.
+type bytewise struct{ net.Conn }
+
+func (c *bytewise) Write(b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		_, err = c.Conn.Write(b[n : n+1])
+		n++
+	}
+	return n, err
+}
+
+// withSpend gives alice limits that a connection would leave a mark on for good.
+func withSpend(l *lab) {
+	l.config.Users[0].Serials = append(l.config.Users[0].Serials, "0x8000", "0xb0b", "0x7fffffffffffffffffffffffffffffffffffffff")
+	l.config.Users[0].Limit = &Limit{Burst: 1e6, Every: 1000 * time.Hour}
+	l.config.Users[0].AppLimits = map[string]Limit{"web": {Burst: 1e6, Every: 1000 * time.Hour, Open: 1e6}}
+}
+
+func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
+	t.Helper()
+	if r.reason == "" {
+		if e["reason"] != "done" || e["user"] != "alice" || e["serial"] == "" || e["upstream"] != l.web.Addr().String() || e["sent"] == "0" {
+			t.Errorf("line %v, want reason done, and who it was", e)
+		}
+		return
+	}
+	if e["reason"] != string(r.reason) || e["user"] != "" || e["serial"] != "" {
+		t.Errorf("line %v, want reason %s, and nobody's name", e, r.reason)
+	}
+	if n := l.web.dialled.Load() + l.db.dialled.Load(); n != dialled {
+		t.Errorf("an upstream was dialled %d times", n-dialled)
+	}
+}
+
+func TestCertificateTable(t *testing.T) {
+	l := newLab(t, withSpend)
+	var in []row
+	for _, r := range certificateTable(t, l) {
+		if r.reason == "" {
+			in = append(in, r)
+			continue
+		}
+		t.Run(r.name, func(t *testing.T) {
+			c := l.connect(t, r)
+			if _, err := io.WriteString(c, "hello, this is no TLS"); err == nil { // an error shows only once
+				must(t, ended(c))
+			}
+			c.Close()
+			l.checkRow(t, r, l.log.of(t, c.LocalAddr()), 0)
+		})
+	}
+	if !l.untouched(t) {
+		t.Error("a client that was refused has been charged for")
+	}
+	for _, r := range in {
+		t.Run(r.name, func(t *testing.T) {
+			c := l.connect(t, r)
+			must(t, greeted(c, "web"))
+			must(t, echoed(c))
+			must(t, c.(*tls.Conn).CloseWrite())
+			if _, err := io.ReadAll(c); err != nil {
+				t.Errorf("at the end: %v", err)
+			}
+			l.checkRow(t, r, l.log.of(t, c.LocalAddr()), 0)
+		})
+	}
+	if l.untouched(t) {
+		t.Error("clients that were let in have not been charged for")
+	}
+	l.noSecrets(t)
+}
+
+func (l *lab) connect(t *testing.T, r row) net.Conn {
+	raw, err := net.Dial("tcp", l.addr(or(r.app, "web")))
+	must(t, err)
+	t.Cleanup(func() { raw.Close() })
+	raw.SetDeadline(time.Now().Add(patience))
+	if r.client == nil {
+		return tls.Client(raw, l.clientConfig(r.cert))
+	}
+	return r.client(raw, l.clientConfig(r.cert))
+}
+
+func or(a, b string) string {
+	if a == "" {
+		return b
+	}
+	return a
+}
+
+func TestCertificateTableWithOpenSSL(t *testing.T) {
+	openssl, err := exec.LookPath("openssl")
+	if err != nil {
+		t.Skip("there is no openssl")
+	}
+	l := newLab(t, withSpend)
+	caFile := l.config.TLS.CA
+	for i, r := range certificateTable(t, l) {
+		if r.only {
+			continue
+		}
+		t.Run(r.name, func(t *testing.T) {
+			args := append([]string{"s_client", "-quiet", "-verify_return_error", "-CAfile", caFile, "-connect", l.addr(or(r.app, "web"))}, r.openssl...)
+			if r.cert != nil {
+				certFile, keyFile := writePEM(t, l.dir, strconv.Itoa(i), *r.cert)
+				args = append(args, "-cert", certFile, "-key", keyFile)
+				if len(r.cert.Certificate) > 1 {
+					args = append(args, "-cert_chain", certFile)
+				}
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, openssl, args...)
+			stdin, err := cmd.StdinPipe()
+			must(t, err)
+			stdout, err := cmd.StdoutPipe()
+			must(t, err)
+			before, dialled := len(l.log.all()), l.web.dialled.Load()+l.db.dialled.Load()
+			must(t, cmd.Start())
+			got := make([]byte, len("web\n"))
+			_, readErr := io.ReadFull(stdout, got)
+			stdin.Close()
+			if readErr == nil {
+				cmd.Process.Kill()
+			}
+			io.Copy(io.Discard, stdout)
+			cmd.Wait()
+			if in := readErr == nil && string(got) == "web\n"; in != (r.reason == "") {
+				t.Errorf("the client got %q, %v; want it in: %v", got, readErr, r.reason == "")
+			}
+			var e entry
+			l.log.await(t, "after the others", func(line entry) bool {
+				lines := l.log.all()
+				if len(lines) > before {
+					e = lines[before]
+				}
+				return e != nil
+			})
+			if r.reason == "" {
+				if e["user"] != "alice" || e["serial"] == "" {
+					t.Errorf("line %v, want alice", e)
+				}
+				return
+			}
+			l.checkRow(t, r, e, dialled)
+		})
+	}
+}
+
+func TestResumptionAttemptsGetFullHandshakes(t *testing.T) {
+	l := newLab(t, nil)
+	conf := l.clientConfig(&l.alice)
+	cache := &ticketCounter{ClientSessionCache: tls.NewLRUClientSessionCache(8)}
+	conf.ClientSessionCache = cache
+	for range 3 {
+		c, err := tls.Dial("tcp", l.addr("web"), conf)
+		must(t, err)
+		defer c.Close()
+		must(t, greeted(c, "web"))
+		must(t, echoed(c))
+		if c.ConnectionState().DidResume {
+			t.Error("the session was resumed")
+		}
+	}
+	if cache.puts > 0 {
+		t.Errorf("the server gave %d tickets", cache.puts)
+	}
+}
+
+type ticketCounter struct {
+	tls.ClientSessionCache
+	puts int
+}
+
+func (c *ticketCounter) Put(key string, s *tls.ClientSessionState) {
+	if s != nil {
+		c.puts++
+	}
+	c.ClientSessionCache.Put(key, s)
+}
+
+func TestStolenCertificateDoesNotTouchTheVictimsBucket(t *testing.T) {
+	l := newLab(t, withSpend)
+	stolen := l.alice
+	stolen.PrivateKey = newKey(t)
+	tries := 1000
+	if testing.Short() {
+		tries = 100
+	}
+	errs := make(chan error, tries)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range tries / 8 {
+				c, err := net.Dial("tcp", l.addr("web"))
+				if err == nil {
+					err = ended(tls.Client(c, l.clientConfig(&stolen)))
+					c.Close()
+				}
+				errs <- err
+			}
+		})
+	}
+	wg.Wait()
+	for range tries / 8 * 8 {
+		must(t, <-errs)
+	}
+	if !l.untouched(t) {
+		t.Error("the victim has been charged for")
+	}
+	l.server.Close()
+	must(t, <-l.ran)
+	l.ran <- nil
+	counted, lines := 0, 0
+	for _, e := range l.log.all() {
+		if e["reason"] != string(NoProof) {
+			t.Errorf("line %v, want reason %s", e, NoProof)
+		}
+		if e["msg"] == "connection" {
+			lines++
+		} else {
+			n, _ := strconv.Atoi(e["count"])
+			counted += n
+		}
+	}
+	if lines+counted != tries/8*8 || lines < failureLines {
+		t.Errorf("%d lines, and %d counted: want %d together", lines, counted, tries/8*8)
+	}
+}
+
+func TestRevokedWhileConnectingDoesNotSurvive(t *testing.T) {
+	l := newLab(t, nil)
+	without := l.with(func(c *Config) { c.Users = nil })
+	deadline, rounds := time.Now().Add(3*time.Second), 0
+	for ; rounds < 1000 && (rounds < 20 || time.Now().Before(deadline)); rounds++ {
+		raw, err := net.Dial("tcp", l.addr("web"))
+		must(t, err)
+		over := make(chan error, 1)
+		half := make(chan struct{})
+		go func() {
+			c := tls.Client(&signal{Conn: raw, after: rounds % 4, reached: half}, l.clientConfig(&l.alice))
+			over <- ended(c)
+		}()
+		<-half
+		must(t, l.server.Reload(without))
+		if err := <-over; err != nil {
+			t.Fatalf("round %d: %v", rounds, err)
+		}
+		raw.Close()
+		must(t, l.server.Reload(l.config))
+	}
+	t.Logf("%d rounds", rounds)
+	for _, e := range l.log.all() {
+		if reason := Reason(e["reason"]); e["msg"] == "connection" && reason != Revoked && reason != UnknownSerial {
+			t.Errorf("line %v", e)
+		}
+	}
+}
+
+// The reload comes when the client has been found good and its connection is not yet among those that a reload ends.
+func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
+	l := newLab(t, withSpend)
+	snap := *l.server.current.Load()
+	users := snap.auth.Users
+	reloaded := make(chan error, 1)
+	snap.auth.Users = lookup(func(serial Serial) (*User, bool) {
+		reloaded <- l.server.Reload(l.with(func(c *Config) { c.Users = nil }))
+		return users.Lookup(serial)
+	})
+	l.server.current.Store(&snap)
+	c := l.dial(t, "web", &l.alice)
+	must(t, ended(c))
+	must(t, <-reloaded)
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Revoked) || e["user"] != "alice" || e["upstream"] != "" {
+		t.Errorf("line %v, want %s", e, Revoked)
+	}
+	if n := l.web.dialled.Load(); n > 0 {
+		t.Error("an upstream was dialled")
+	}
+}
+
+type lookup func(Serial) (*User, bool)
+
+func (f lookup) Lookup(s Serial) (*User, bool) { return f(s) }
+
+func TestHandshakeTimeoutIsForTheHandshakeOnly(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, func(l *lab) { l.config.Handshake.Timeout = 2 * time.Second })
+	c := l.in(t, "web", &l.alice)
+	c.SetReadDeadline(time.Now().Add(2100 * time.Millisecond))
+	if n, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("Read = %d, %v, want nothing until its deadline", n, err)
+	}
+	c.SetReadDeadline(time.Now().Add(patience))
+	must(t, echoed(c))
+}
+
+// A signal closes reached with the read after so many.
+type signal struct {
+	net.Conn
+	after   int
+	reached chan struct{}
+}
+
+func (s *signal) Read(b []byte) (int, error) {
+	if s.after--; s.after == -1 {
+		close(s.reached)
+	}
+	return s.Conn.Read(b)
+}
+
+func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
+	bob := leafOf(0xb0b)
+	for _, test := range []struct {
+		name   string
+		change func(*lab, *Config)
+	}{
+		{"the user is gone", func(_ *lab, c *Config) { c.Users = c.Users[1:] }},
+		{"the serial is gone", func(_ *lab, c *Config) { c.Users[0].Serials = []string{"0xa"} }},
+		{"the serial is another's", func(_ *lab, c *Config) { c.Users[0].Name = "mallory" }},
+		{"the right is gone", func(_ *lab, c *Config) { c.Users[0].Apps = []string{"db"} }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var bobs tls.Certificate
+			l := newLab(t, func(l *lab) {
+				bobs = l.ca.issue(t, bob)
+				l.config.Users = append(l.config.Users, User{Name: "bob", Serials: []string{"0xb0b"}, Apps: []string{"web"}})
+			})
+			victim, other := l.in(t, "web", &l.alice), l.in(t, "web", &bobs)
+			start := time.Now()
+			must(t, l.server.Reload(l.with(func(c *Config) { test.change(l, c) })))
+			if err := ended(victim); err != nil {
+				t.Error(err)
+			}
+			if d := time.Since(start); d > time.Second {
+				t.Errorf("it took %v", d)
+			}
+			if e := l.log.of(t, victim.LocalAddr()); e["reason"] != string(Revoked) || e["user"] != "alice" || e["serial"] != "a11ce" {
+				t.Errorf("line %v, want %s", e, Revoked)
+			}
+			must(t, echoed(other))
+		})
+	}
+	t.Run("the app is gone", func(t *testing.T) {
+		l := newLab(t, func(l *lab) { l.config.Users[0].Apps = []string{"web", "db"} })
+		victim, other, addr := l.in(t, "db", &l.alice), l.in(t, "web", &l.alice), l.addr("db")
+		must(t, l.server.Reload(l.with(func(c *Config) { c.Apps, c.Users[0].Apps = c.Apps[:1], []string{"web"} })))
+		must(t, ended(victim))
+		must(t, echoed(other))
+		if c, err := net.Dial("tcp", addr); err == nil {
+			c.Close()
+			t.Error("it still listens")
+		}
+	})
+	t.Run("the CA is another one, with the same name and serials", func(t *testing.T) {
+		l := newLab(t, nil)
+		victim := l.in(t, "web", &l.alice)
+		ca := newAuthority(t, "ca")
+		caFile, _ := writePEM(t, l.dir, "new-ca", tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
+		must(t, l.server.Reload(l.with(func(c *Config) { c.TLS.CA = caFile })))
+		must(t, ended(victim))
+		cert := ca.issue(t, leafOf(0xa11ce))
+		l.in(t, "web", &cert)
+	})
+}
+
+func TestExpiryEndsTheConnection(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, nil)
+	tmpl := leafOf(0xa11ce)
+	tmpl.NotAfter = time.Now().Add(3 * time.Second).Truncate(time.Second)
+	cert := l.ca.issue(t, tmpl)
+	c, other := l.in(t, "web", &cert), l.in(t, "web", &l.alice)
+	must(t, ended(c))
+	if now := time.Now(); now.Before(tmpl.NotAfter) || now.After(tmpl.NotAfter.Add(5*time.Second)) {
+		t.Errorf("ended %v after the certificate did", now.Sub(tmpl.NotAfter))
+	}
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Expired) || e["user"] != "alice" {
+		t.Errorf("line %v, want %s", e, Expired)
+	}
+	must(t, echoed(other))
+}
+
+func TestReloadsUnderLoad(t *testing.T) {
+	l := newLab(t, nil)
+	broken := []*Config{
+		l.with(func(c *Config) { c.TLS.CA = filepath.Join(l.dir, "missing") }),
+		l.with(func(c *Config) { c.Apps[1].Listen = l.web.Addr().String() }), // taken
+		l.with(func(c *Config) { c.Users[0].Serials = []string{"1234"} }),
+	}
+	var wg sync.WaitGroup
+	stop, errs := make(chan struct{}), make(chan error, 4)
+	for i := range cap(errs) {
+		wg.Go(func() {
+			for {
+				c, err := tls.Dial("tcp", l.addr("web"), l.clientConfig(&l.alice))
+				if err == nil {
+					err = greeted(c, "web")
+				}
+				for round := 0; err == nil && (i == 0 || round < 3); round++ { // the first one keeps its connection
+					err = echoed(c)
+					select {
+					case <-stop:
+						c.Close()
+						errs <- err
+						return
+					default:
+					}
+				}
+				if err != nil {
+					errs <- err
+					return
+				}
+				c.Close()
+			}
+		})
+	}
+	addrs := fmt.Sprint(l.server.Addrs())
+	for i := range 200 {
+		c := l.config
+		if i%3 == 2 {
+			c = broken[i/3%len(broken)]
+		} else if i%2 == 1 {
+			c = l.with(func(c *Config) { c.Apps[0].Upstreams = []Upstream{{Addr: l.web.Addr().String(), Weight: 2}} })
+		}
+		if err := l.server.Reload(c); (err != nil) != (i%3 == 2) {
+			t.Errorf("reload %d: %v", i, err)
+		}
+	}
+	close(stop)
+	wg.Wait()
+	for range cap(errs) {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	if now := fmt.Sprint(l.server.Addrs()); now != addrs {
+		t.Errorf("addresses were %s and are %s", addrs, now)
+	}
+}
+
+func TestReloadKeepsWhatIsTheSame(t *testing.T) {
+	l := newLab(t, func(l *lab) {
+		l.config.Users[0].Apps = []string{"web", "db"}
+		for i := range l.config.Apps {
+			free, err := net.Listen("tcp", "127.0.0.1:0")
+			must(t, err)
+			defer free.Close()
+			l.config.Apps[i].Listen = free.Addr().String()
+		}
+	})
+	web, db := l.addr("web"), l.addr("db")
+	old := l.in(t, "web", &l.alice)
+
+	// Another idle timeout: another app behind the same listener.
+	must(t, l.server.Reload(l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Minute })))
+	if l.addr("web") != web || l.addr("db") != db {
+		t.Errorf("web is at %s, db at %s; they were at %s, %s", l.addr("web"), l.addr("db"), web, db)
+	}
+	must(t, echoed(old))
+	second := l.in(t, "web", &l.alice)
+	must(t, ended2(old))
+	l.log.of(t, old.LocalAddr())
+
+	// Other upstreams: for new connections.
+	must(t, l.server.Reload(l.with(func(c *Config) {
+		c.Apps[0].IdleTimeout, c.Apps[0].Upstreams = time.Minute, c.Apps[1].Upstreams
+	})))
+	must(t, echoed(second))
+	c := l.dial(t, "web", &l.alice)
+	must(t, greeted(c, "db"))
+
+	// An address of its own for web, and its old one for db.
+	must(t, l.server.Reload(l.with(func(c *Config) {
+		c.Apps[0].IdleTimeout = time.Minute
+		c.Apps[0].Listen, c.Apps[1].Listen = db, web
+	})))
+	if l.addr("web") != db || l.addr("db") != web {
+		t.Errorf("web is at %s, db at %s; want them to have changed places: %s, %s", l.addr("web"), l.addr("db"), db, web)
+	}
+	must(t, echoed(second))
+	l.in(t, "web", &l.alice)
+	l.in(t, "db", &l.alice)
+
+	// A name of its own for a listener.
+	must(t, l.server.Reload(l.with(func(c *Config) {
+		c.Apps = []App{{ID: "www", Listen: db, Upstreams: c.Apps[0].Upstreams}}
+		c.Users[0].Apps = []string{"www"}
+	})))
+	must(t, ended(second))
+	must(t, greeted(l.dial(t, "www", &l.alice), "web"))
+}
+
+// ended2 ends c well.
+func ended2(c *tls.Conn) error {
+	err := c.CloseWrite()
+	if err == nil {
+		_, err = io.ReadAll(c)
+	}
+	return err
+}
+
+func TestReloadThatFailsChangesNothing(t *testing.T) {
+	l := newLab(t, nil)
+	c := l.in(t, "web", &l.alice)
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	free.Close()
+	err = l.server.Reload(l.with(func(c *Config) {
+		c.Users = nil
+		c.Apps = append([]App{{ID: "new", Listen: free.Addr().String(), Upstreams: c.Apps[0].Upstreams}}, c.Apps...)
+		c.Apps[1].Listen = l.web.Addr().String()
+	}))
+	if err == nil || !strings.Contains(err.Error(), `app "web"`) {
+		t.Errorf("Reload = %v, want an error about web's address", err)
+	}
+	must(t, echoed(c))
+	l.in(t, "web", &l.alice)
+	if _, ok := l.server.Addrs()["new"]; ok {
+		t.Error("the new app is there")
+	}
+	again, err := net.Listen("tcp", free.Addr().String())
+	must(t, err)
+	again.Close()
+}
+
+func TestLimitsAreSharedByAppsAndKeptByReloads(t *testing.T) {
+	l := newLab(t, func(l *lab) {
+		l.config.Users[0].Apps = []string{"web", "db"}
+		l.config.Users[0].Limit = &Limit{Open: 2}
+		l.config.Users[0].AppLimits = map[string]Limit{"db": {Open: 1}}
+	})
+	refused := func(app string) {
+		t.Helper()
+		c := l.dial(t, app, &l.alice)
+		must(t, ended(c))
+		if e := l.log.of(t, c.LocalAddr()); e["reason"] != "rate-limited" || e["user"] != "alice" {
+			t.Errorf("line %v, want rate-limited", e)
+		}
+	}
+	l.in(t, "db", &l.alice)
+	refused("db")
+	web := l.in(t, "web", &l.alice)
+	refused("web")
+	must(t, l.server.Reload(l.with(func(c *Config) {
+		c.Users[0].Limit = &Limit{Open: 2} // another pointer, the same limit
+	})))
+	refused("web")
+	must(t, ended2(web))
+	l.log.of(t, web.LocalAddr())
+	l.in(t, "web", &l.alice)
+	must(t, l.server.Reload(l.with(func(c *Config) { c.Users[0].Limit = &Limit{Open: 100} })))
+	refused("db")
+	l.in(t, "web", &l.alice)
+}
+
+func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
+	l := newLab(t, func(l *lab) { l.config.Handshake.Timeout = 2 * time.Second })
+	const hostile, addresses = 500, 10
+	var silent []net.Conn
+	for i := range hostile {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(2+i%addresses))}}
+		c, err := d.Dial("tcp", l.addr("web"))
+		if errors.Is(err, os.ErrInvalid) || err != nil && strings.Contains(err.Error(), "assign requested address") {
+			t.Skip("127.0.0.2 is not ours here")
+		}
+		if errors.Is(err, syscall.ECONNRESET) {
+			continue // one too many from its address
+		}
+		must(t, err)
+		defer c.Close()
+		if i%2 == 0 {
+			if _, err := c.Write([]byte{22, 3, 1}); err != nil { // the first bytes of a hello
+				continue // what is left to read then is an end
+			}
+		}
+		silent = append(silent, c)
+	}
+	start := time.Now()
+	for range 20 {
+		l.in(t, "web", &l.alice).Close()
+	}
+	t.Logf("20 legitimate clients took %v", time.Since(start))
+	for _, c := range silent {
+		must(t, ended(c))
+	}
+	l.stop()
+	must(t, <-l.ran)
+	l.ran <- nil
+	count := map[string]int{}
+	for _, e := range l.log.all() {
+		switch e["msg"] {
+		case "connection":
+			count[e["reason"]]++
+		default:
+			n, _ := strconv.Atoi(e["count"])
+			count[e["reason"]] += n
+		}
+	}
+	if n := count[string(HandshakeTimeout)] + count[string(TooManyFromAddress)]; n != hostile || count[string(HandshakeTimeout)] < 16*addresses {
+		t.Errorf("reasons %v", count)
+	}
+}
+
+func TestHandshakesBeyondTheBoundsWaitForAPlaceInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := gate{from: map[netip.Prefix]int{}}
+		h := Handshake{MaxConcurrent: 3, MaxPerAddress: 2}
+		a, b := netip.MustParsePrefix("10.0.0.1/32"), netip.MustParsePrefix("2001:db8::/64")
+		var mu sync.Mutex
+		var got []string
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		ask := func(name string, from netip.Prefix) {
+			go func() {
+				err := g.enter(ctx, from, h)
+				var refusal *Refusal
+				if errors.As(err, &refusal) {
+					name += " " + string(refusal.Reason)
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				got = append(got, name)
+			}()
+			synctest.Wait()
+		}
+		now := func(want string) {
+			t.Helper()
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			if s := strings.Join(got, ", "); s != want {
+				t.Errorf("got %q, want %q", s, want)
+			}
+			got = nil
+		}
+		ask("a1", a)
+		ask("a2", a)
+		ask("a3", a)
+		ask("b1", b)
+		ask("b2", b)
+		now("a1, a2, b1")
+		g.leave(b, h) // a3 is first, but its address has its two
+		now("b2")
+		g.leave(a, h)
+		now("a3")
+		for range 3 {
+			ask("waiting", a)
+		}
+		ask("b3", b)
+		now("b3 too-many-handshakes") // as many wait as may
+		time.Sleep(time.Minute)
+		now("waiting too-many-from-address, waiting too-many-from-address, waiting too-many-from-address")
+		g.leave(a, h)
+		g.leave(a, h)
+		g.leave(b, h)
+		if g.all != 0 || len(g.from) != 0 || len(g.waiting) != 0 {
+			t.Errorf("when all have left: %d, %v, %v", g.all, g.from, g.waiting)
+		}
+	})
+	g := gate{from: map[netip.Prefix]int{}}
+	h := Handshake{MaxConcurrent: 100, MaxPerAddress: 1}
+	ctx, cancel := context.WithCancel(t.Context())
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	defer cancel()
+	must(t, g.enter(ctx, netip.Prefix{}, h))
+	for range 4 {
+		waiting.Go(func() { g.enter(ctx, netip.Prefix{}, h) })
+	}
+	for n := 0; n < 4; runtime.Gosched() {
+		g.mu.Lock()
+		n = len(g.waiting)
+		g.mu.Unlock()
+	}
+	if err := g.enter(ctx, netip.Prefix{}, h); err == nil {
+		t.Error("a fifth may wait, of an address that may have one")
+	}
+}
+
+func TestNetwork(t *testing.T) {
+	for text, want := range map[string]string{
+		"192.0.2.1":                  "192.0.2.1/32",
+		"::ffff:192.0.2.1":           "192.0.2.1/32",
+		"2001:db8:1:2:3:4:5:6":       "2001:db8:1:2::/64",
+		"fe80::1:2:3:4":              "fe80::/64",
+		"::1":                        "::/64",
+		"64:ff9b:1:fffe:ffff::1":     "64:ff9b:1:fffe::/64",
+		"2001:db8:1:2:ffff:ffff::ff": "2001:db8:1:2::/64",
+	} {
+		a := &net.TCPAddr{IP: net.ParseIP(text), Port: 1, Zone: strings.Repeat("eth0", strings.Count(text, "fe80"))}
+		if got := network(a).String(); got != want {
+			t.Errorf("network(%s) = %s, want %s", text, got, want)
+		}
+	}
+}
+
+func TestUpstreamTLSProvesTheProxyAndIsVerified(t *testing.T) {
+	ca := newAuthority(t, "upstream CA")
+	pool := x509.NewCertPool()
+	pool.AddCert(ca.cert)
+	secure := newUpstream(t, "secure", &tls.Config{
+		Certificates: []tls.Certificate{ca.issue(t, serverOf(3))},
+		ClientAuth:   tls.RequireAndVerifyClientCert, ClientCAs: pool,
+	})
+	l := newLab(t, func(l *lab) {
+		caFile, _ := writePEM(t, l.dir, "upstream-ca", tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
+		certFile, keyFile := writePEM(t, l.dir, "proxy", ca.issue(t, leafOf(4)))
+		l.config.Apps[0].Upstreams = []Upstream{{Addr: secure.Addr().String(), TLS: &UpstreamTLS{
+			CA: caFile, Cert: certFile, Key: keyFile, ServerName: "localhost",
+		}}}
+	})
+	c := l.dial(t, "web", &l.alice)
+	must(t, greeted(c, "secure"))
+	must(t, echoed(c))
+
+	wrong := *l.config.Apps[0].Upstreams[0].TLS
+	wrong.ServerName = "elsewhere"
+	must(t, l.server.Reload(l.with(func(c *Config) {
+		c.Apps[0].Upstreams = []Upstream{{Addr: secure.Addr().String(), TLS: &wrong}}
+	})))
+	must(t, echoed(c))
+	c = l.dial(t, "web", &l.alice)
+	must(t, ended(c))
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != "dial-failed" || e["detail"] == "" {
+		t.Errorf("line %v, want dial-failed", e)
+	}
+}
+
+func TestCutStreamDoesNotLookComplete(t *testing.T) {
+	l := newLab(t, nil)
+	c := l.in(t, "web", &l.alice)
+	must(t, c.NetConn().(*net.TCPConn).CloseWrite()) // without close_notify
+	if err := <-l.web.ends; err == nil {
+		t.Error("the upstream saw a clean end")
+	}
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != "client-error" {
+		t.Errorf("line %v, want client-error", e)
+	}
+}
+
+func TestCloseDoesNotWaitForAClientThatDoesNotRead(t *testing.T) {
+	l := newLab(t, nil)
+	c := l.in(t, "web", &l.alice)
+	c.NetConn().(*net.TCPConn).SetReadBuffer(4096)
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		for chunk := bytes.Repeat([]byte("x"), 64<<10); ; {
+			c.SetWriteDeadline(time.Now().Add(time.Second / 2))
+			if _, err := c.Write(chunk); err != nil {
+				return // nothing moves any more
+			}
+		}
+	}()
+	<-over
+	start := time.Now()
+	l.server.Close()
+	if d := time.Since(start); d > time.Second {
+		t.Errorf("Close took %v", d)
+	}
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != "closed" {
+		t.Errorf("line %v, want closed", e)
+	}
+}
+
+// While it writes, crypto/tls answers no KeyUpdate, and while it answers one that is not read it does not close.
+func TestRevokingDoesNotWaitForAClientThatFloodsKeyUpdatesAndDoesNotRead(t *testing.T) {
+	l := newLab(t, nil)
+	var secrets bytes.Buffer
+	raw, err := net.Dial("tcp", l.addr("web"))
+	must(t, err)
+	defer raw.Close()
+	raw.(*net.TCPConn).SetReadBuffer(4096)
+	conf := l.clientConfig(&l.alice)
+	conf.KeyLogWriter = &secrets
+	c := tls.Client(raw, conf)
+	must(t, greeted(c, "web"))
+	if suite := c.ConnectionState().CipherSuite; suite != tls.TLS_AES_128_GCM_SHA256 {
+		t.Skipf("no flood is written here for %s", tls.CipherSuiteName(suite))
+	}
+	_, secret, _ := strings.Cut(secrets.String(), "CLIENT_TRAFFIC_SECRET_0 ")
+	_, secret, _ = strings.Cut(secret, " ")
+	secret, _, _ = strings.Cut(secret, "\n")
+	key, err := hex.DecodeString(secret)
+	must(t, err)
+	flood := &records{Writer: raw}
+	flood.use(t, key)
+	for text := make([]byte, 8<<10); err == nil; {
+		raw.SetWriteDeadline(time.Now().Add(time.Second))
+		err = flood.write(23, text)
+		if err == nil {
+			err = flood.write(22, []byte{24, 0, 0, 1, 1}) // KeyUpdate, update_requested
+			flood.use(t, flood.expand(t, "traffic upd", sha256.Size))
+		}
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("flooding: %v, want that nothing moves any more", err)
+	}
+	start := time.Now()
+	must(t, l.server.Reload(l.with(func(c *Config) { c.Users = nil })))
+	e := l.log.of(t, raw.LocalAddr())
+	if d := time.Since(start); e["reason"] != string(Revoked) || d > time.Second {
+		t.Errorf("after %v: line %v, want %s", d, e, Revoked)
+	}
+}
+
+// Records are written as TLS 1.3 with TLS_AES_128_GCM_SHA256 has them.
+type records struct {
+	io.Writer
+	secret []byte
+	aead   cipher.AEAD
+	iv     []byte
+	number uint64
+}
+
+func (r *records) use(t *testing.T, secret []byte) {
+	r.secret, r.number = secret, 0
+	block, err := aes.NewCipher(r.expand(t, "key", 16))
+	must(t, err)
+	r.aead, err = cipher.NewGCM(block)
+	must(t, err)
+	r.iv = r.expand(t, "iv", 12)
+}
+
+// expand is HKDF-Expand-Label (RFC 8446, section 7.1).
+func (r *records) expand(t *testing.T, label string, size byte) []byte {
+	info := string([]byte{0, size, byte(len("tls13 " + label))}) + "tls13 " + label + "\x00"
+	key, err := hkdf.Expand(sha256.New, r.secret, info, int(size))
+	must(t, err)
+	return key
+}
+
+func (r *records) write(kind byte, text []byte) error {
+	nonce := bytes.Clone(r.iv)
+	binary.BigEndian.PutUint64(nonce[4:], binary.BigEndian.Uint64(nonce[4:])^r.number)
+	r.number++
+	size := len(text) + 1 + r.aead.Overhead()
+	header := []byte{23, 3, 3, byte(size >> 8), byte(size)}
+	_, err := r.Write(r.aead.Seal(header, nonce, append(bytes.Clone(text), kind), header))
+	return err
+}
+
+func TestCloseEndsHandshakes(t *testing.T) {
+	l := newLab(t, nil)
+	c, err := net.Dial("tcp", l.addr("web"))
+	must(t, err)
+	defer c.Close()
+	c.Write([]byte{22})
+	for len(l.server.gated()) == 0 { // it takes a connection a moment to get there
+		l.in(t, "web", &l.alice).Close()
+	}
+	start := time.Now()
+	l.server.Close()
+	if d := time.Since(start); d > time.Second {
+		t.Errorf("Close took %v", d)
+	}
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != "closed" {
+		t.Errorf("line %v, want closed", e)
+	}
+}
+
+func (s *Server) gated() map[netip.Prefix]int {
+	s.gate.mu.Lock()
+	defer s.gate.mu.Unlock()
+	all := map[netip.Prefix]int{}
+	for k, v := range s.gate.from {
+		all[k] = v
+	}
+	return all
+}
+
+func TestRunDrains(t *testing.T) {
+	l := newLab(t, nil)
+	c, addr := l.in(t, "web", &l.alice), l.addr("web")
+	l.stop()
+	for { // until it does not listen any more
+		d, err := net.Dial("tcp", addr)
+		if err != nil {
+			break
+		}
+		d.Close()
+	}
+	must(t, echoed(c))
+	if err := l.server.Reload(l.config); !errors.Is(err, ErrServerClosed) {
+		t.Errorf("Reload during a drain = %v, want ErrServerClosed", err)
+	}
+	must(t, echoed(c))
+	must(t, ended2(c))
+	must(t, <-l.ran)
+	l.ran <- nil
+	if err := l.server.Run(t.Context()); !errors.Is(err, ErrServerClosed) {
+		t.Errorf("Run again = %v, want ErrServerClosed", err)
+	}
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != "done" {
+		t.Errorf("line %v, want done", e)
+	}
+}
+
+func TestRunCutsWhatDoesNotEndInTime(t *testing.T) {
+	l := newLab(t, func(l *lab) { l.config.DrainTimeout = time.Millisecond })
+	c := l.in(t, "web", &l.alice)
+	l.stop()
+	must(t, ended(c))
+	err := <-l.ran
+	l.ran <- nil
+	if err == nil || !strings.Contains(err.Error(), "1 connections") {
+		t.Errorf("Run = %v, want it to tell of 1 connection", err)
+	}
+}
+
+func TestServerThatDoesNotRunCanBeClosed(t *testing.T) {
+	l := newLab(t, nil)
+	s, err := New(l.config, nil)
+	must(t, err)
+	addr := s.Addrs()["web"].String()
+	must(t, s.Reload(l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Second; c.Apps = c.Apps[:1] })))
+	must(t, s.Close())
+	if c, err := net.Dial("tcp", addr); err == nil {
+		c.Close()
+		t.Error("it still listens")
+	}
+	if err := s.Run(t.Context()); !errors.Is(err, ErrServerClosed) {
+		t.Errorf("Run = %v, want ErrServerClosed", err)
+	}
+}
+
+func FuzzClean(f *testing.F) {
+	f.Add("peer\ntext \x1b[31m \u202e\xff")
+	f.Fuzz(func(t *testing.T, text string) {
+		got := clean(errors.New(text))
+		if strings.ContainsAny(got, "\n\r\x1b\u202e\u2028") || len(got) > 3*len(text) {
+			t.Errorf("clean(%q) = %q", text, got)
+		}
+	})
+}
