@@ -1,0 +1,210 @@
+// Mtls shows who gets where: a server that knows its users by the serials of their certificates, and what becomes of
+// a connection when its user is revoked.
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"github.com/danielepagano/lbproxy/mtlsserver"
+)
+
+func main() {
+	if err := run(os.Stdout); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run(out io.Writer) (err error) {
+	dir, err := os.MkdirTemp("", "mtls")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	ca, err := newAuthority()
+	if err != nil {
+		return err
+	}
+	files, err := ca.writeFiles(dir)
+	if err != nil {
+		return err
+	}
+	var upstreams upstreams
+	defer upstreams.close()
+	config := &mtlsserver.Config{
+		TLS: files,
+		Apps: []mtlsserver.App{
+			{ID: "web", Listen: "127.0.0.1:0", Upstreams: []mtlsserver.Upstream{upstreams.add("web-1"), upstreams.add("web-2")}},
+			{ID: "db", Listen: "127.0.0.1:0", Upstreams: []mtlsserver.Upstream{upstreams.add("db-1")}},
+		},
+		Users: []mtlsserver.User{
+			{Name: "reporting", Serials: []string{"0x4d2"}, Apps: []string{"web"}},
+			{Name: "alice", Serials: []string{"A1:1C:E0"}, Apps: []string{"web", "db"}},
+		},
+	}
+	if upstreams.err != nil {
+		return upstreams.err
+	}
+	reasons := make(reasons, 1)
+	server, err := mtlsserver.New(config, &mtlsserver.Options{Logger: slog.New(reasons)})
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- server.Run(ctx) }()
+	defer func() {
+		stop()
+		err = cmp.Or(err, <-served)
+	}()
+
+	reporting, err := ca.issue(client(0x4d2))
+	if err != nil {
+		return err
+	}
+	alice, err := ca.issue(client(0xa11ce0))
+	if err != nil {
+		return err
+	}
+	other, err := newAuthority()
+	if err != nil {
+		return err
+	}
+	forged, err := other.issue(client(0xa11ce0))
+	if err != nil {
+		return err
+	}
+
+	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprint(table, "client\tapp\twhat it sees\twhat the server logs\n")
+	connect := func(app string, certs ...tls.Certificate) (net.Conn, string) {
+		c, greeting, err := dial(server.Addrs()[app], ca, certs)
+		if err != nil {
+			return nil, outcome(err)
+		}
+		return c, greeting
+	}
+	visit := func(who, app string, certs ...tls.Certificate) {
+		c, sees := connect(app, certs...)
+		if c != nil {
+			c.Close()
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", who, app, sees, <-reasons)
+	}
+
+	live, sees := connect("web", alice)
+	if live == nil {
+		return errors.New("alice: " + sees)
+	}
+	defer live.Close()
+	fmt.Fprintf(table, "alice\tweb\t%s\t(nothing yet)\n", sees)
+	visit("reporting", "web", reporting)
+	visit("reporting", "db", reporting)
+	visit("alice's serial from another CA", "web", forged)
+	visit("no certificate", "web")
+
+	revoked := *config
+	revoked.Users = config.Users[:1]
+	if err := server.Reload(&revoked); err != nil {
+		return err
+	}
+	_, err = live.Read(make([]byte, 1))
+	fmt.Fprintf(table, "alice, revoked by a reload\tweb\t%s\t%s\n", outcome(err), <-reasons)
+	visit("alice, once more", "web", alice)
+	visit("reporting", "web", reporting)
+	return table.Flush()
+}
+
+// dial returns a connection to app and what comes first from it. A client of TLS 1.3 learns that it is refused when
+// it reads.
+func dial(addr net.Addr, ca *authority, certs []tls.Certificate) (net.Conn, string, error) {
+	c, err := tls.Dial("tcp", addr.String(), &tls.Config{RootCAs: ca.pool(), Certificates: certs})
+	if err != nil {
+		return nil, "", err
+	}
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	greeting := make([]byte, 100)
+	n, err := c.Read(greeting)
+	if err != nil {
+		c.Close()
+		return nil, "", err
+	}
+	return c, strings.TrimSpace(string(greeting[:n])), nil
+}
+
+// outcome is what the end of a connection looks like to the client.
+func outcome(err error) string {
+	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "remote error" {
+		return op.Err.Error() // the alert that the server sent
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return "nothing for 5s"
+	}
+	return "the connection ends"
+}
+
+// Reasons is the handler of a log, of which it passes on why connections ended.
+type reasons chan string
+
+func (r reasons) Handle(_ context.Context, line slog.Record) error {
+	line.Attrs(func(a slog.Attr) bool {
+		if a.Key == "reason" {
+			r <- a.Value.String()
+		}
+		return a.Key != "reason"
+	})
+	return nil
+}
+
+func (r reasons) Enabled(context.Context, slog.Level) bool { return true }
+func (r reasons) WithAttrs([]slog.Attr) slog.Handler       { return r }
+func (r reasons) WithGroup(string) slog.Handler            { return r }
+
+// Upstreams are servers that say their name and then what they are told.
+type upstreams struct {
+	listeners []net.Listener
+	running   sync.WaitGroup
+	err       error
+}
+
+func (u *upstreams) add(name string) mtlsserver.Upstream {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		u.err = err
+		return mtlsserver.Upstream{}
+	}
+	u.listeners = append(u.listeners, l)
+	u.running.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			u.running.Go(func() {
+				defer c.Close()
+				fmt.Fprintln(c, name, "answers")
+				io.Copy(c, c)
+			})
+		}
+	})
+	return mtlsserver.Upstream{Addr: l.Addr().String()}
+}
+
+func (u *upstreams) close() {
+	for _, l := range u.listeners {
+		l.Close()
+	}
+	u.running.Wait()
+}
