@@ -75,6 +75,9 @@ func (g *gate) enter(ctx context.Context, from netip.Prefix, h Handshake) error 
 		return nil // it got its place just now
 	}
 	g.waiting = slices.Delete(g.waiting, i, i+1)
+	if ctx.Err() == context.Canceled {
+		return net.ErrClosed // by us
+	}
 	return refusal
 }
 

@@ -215,7 +215,7 @@ func (p *proxy) admit(ctx context.Context, raw net.Conn) (context.Context, lbpro
 		l.id, err = s.current.Load().auth.Identify(l.state, l.app)
 	}
 	if err != nil {
-		if ctx.Err() != nil {
+		if ctx.Err() != nil && errors.Is(err, net.ErrClosed) {
 			err = &Refusal{Reason: Reason(lbproxy.EndClosed)}
 		}
 		s.refused(p.conf.ID, addr, time.Since(start), err)
