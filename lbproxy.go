@@ -69,7 +69,7 @@ type Options struct {
 
 	// MaxConns is the most connections that Serve holds at once, those not yet admitted included. At that number
 	// it accepts no more until one ends, but for one that each listener may have in hand; clients wait in the
-	// listener's queue. 0 means no bound.
+	// listener's queue, and that somebody else has closed the listener is noticed only then. 0 means no bound.
 	MaxConns int
 
 	// Logger gets a line from Serve for each connection, at level Warn if the trouble was on the upstream's side and
