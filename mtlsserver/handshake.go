@@ -150,7 +150,7 @@ func (w *wire) Read(b []byte) (int, error) {
 	}
 	n, err := w.Conn.Read(b)
 	w.left -= n
-	if err == io.EOF {
+	if n == 0 && err == io.EOF { // with bytes, what they say comes first
 		w.ended = true
 	}
 	return n, err
