@@ -37,7 +37,7 @@ type upstream struct {
 	until    time.Time     // cooling: when the next trial is due
 	queued   *list.Element // cooling: its place in balancer.cooling
 
-	// catchingUp is set when a trial finds it working again, until another upstream is as little loaded that is
+	// catchingUp is set when a trial or health checks find it working again, until another upstream is as little loaded that is
 	// not itself catching up or due for a trial: meanwhile it gets at most every second connection, so that
 	// recovery is not a stampede.
 	catchingUp bool
@@ -53,12 +53,13 @@ const (
 	cooling               // a dial failed: passed over until its time is up
 	ready                 // its time is up: the next connection to choose it is the trial
 	onTrial               // that connection is dialling: passed over until a dial tells how it is
+	down                  // health checks say so: not used until they say otherwise, whatever dials tell
 )
 
 // rank sorts upstreams by whether they may be chosen: at best now, only as a last resort, or not at all.
 func (u *upstream) rank() rank {
 	switch {
-	case u.conf.MaxConns > 0 && u.open >= u.conf.MaxConns:
+	case u.state == down, u.conf.MaxConns > 0 && u.open >= u.conf.MaxConns:
 		return never
 	case u.state == cooling || u.state == onTrial:
 		return lastResort
@@ -94,7 +95,8 @@ func (u *upstream) before(v *upstream) bool {
 
 // set makes confs, which are valid and complete, the current set. An upstream is known by its Addr: one that
 // was there keeps its connections, counters and state, one that is still draining its connections and counters.
-func (b *balancer) set(confs []Upstream) {
+// It returns the upstreams in the order of confs.
+func (b *balancer) set(confs []Upstream) []*upstream {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	known := b.draining
@@ -112,6 +114,7 @@ func (b *balancer) set(confs []Upstream) {
 		u.conf, u.place, u.at = &confs[i], i, i
 		b.heap[i] = u
 	}
+	inOrder := slices.Clone([]*upstream(b.heap))
 	heap.Init(&b.heap)
 	for addr, u := range known {
 		u.at = -1
@@ -120,6 +123,7 @@ func (b *balancer) set(confs []Upstream) {
 			b.draining[addr] = u
 		}
 	}
+	return inOrder
 }
 
 // acquire chooses the least loaded upstream that is not in tried and counts a connection on it. It returns
@@ -198,8 +202,8 @@ func (b *balancer) settle(u *upstream, v verdict, now time.Time) (changed bool) 
 		u.failed++
 	}
 	switch {
-	case u.at < 0:
-		return false // removed meanwhile
+	case u.at < 0 || u.state == down:
+		return false // removed or found down meanwhile
 	case v == works && was != up:
 		b.recovered(u)
 		u.catchingUp = true
@@ -216,6 +220,19 @@ func (b *balancer) settle(u *upstream, v verdict, now time.Time) (changed bool) 
 	}
 	heap.Fix(&b.heap, u.at)
 	return changed
+}
+
+// mark takes note that health checks found u, which is in the current set, down, or up after it was down. Either
+// way what dials told before is forgotten.
+func (b *balancer) mark(u *upstream, isDown bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.recovered(u)
+	u.catchingUp = !isDown
+	if isDown {
+		u.state = down
+	}
+	heap.Fix(&b.heap, u.at)
 }
 
 // recovered makes u an upstream like any other again. The caller holds b.mu and mends the heap.
@@ -265,6 +282,8 @@ func (u *upstream) stats() UpstreamStats {
 	switch {
 	case u.at < 0:
 		s.State = "draining"
+	case u.state == down:
+		s.State = "down"
 	case u.state != up:
 		s.State = "cooling"
 	}

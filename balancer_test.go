@@ -50,6 +50,9 @@ func (f *balFarm) setUpstreams(upstreams ...Upstream) {
 	f.set(confs)
 }
 
+// mark has health checks find an upstream down, or up again.
+func (f *balFarm) mark(addr string, down bool) { f.balancer.mark(f.find(addr), down) }
+
 // find returns the upstream of the current set with that Addr.
 func (f *balFarm) find(addr string) *upstream {
 	i := slices.IndexFunc(f.heap, func(u *upstream) bool { return u.conf.Addr == addr })
@@ -493,6 +496,79 @@ func TestUnknownVerdictDoesNotEndTheCooling(t *testing.T) {
 	wantBal(t, "chosen", f.take(), "b:1")
 }
 
+func TestDownUpstreamIsNotEvenALastResort(t *testing.T) {
+	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 3})
+	f.mark("a:1", true)
+	wantBal(t, "state", f.state("a:1"), "down")
+	wantBal(t, "chosen", f.takes(2), []string{"b:1", "b:1"})
+	f.fail("b:1")
+	wantBal(t, "b cools", f.state("b:1"), "cooling")
+	wantBal(t, "the last resort, then none", f.takes(2), []string{"b:1", "none"})
+	f.release(f.find("b:1"))
+	f.mark("b:1", true)
+	f.now = f.now.Add(time.Hour)
+	wantBal(t, "all are down", f.takes(2), []string{"none", "none"})
+	f.mark("a:1", false)
+	wantBal(t, "state", f.state("a:1"), "up")
+	wantBal(t, "up again", f.takes(2), []string{"a:1", "a:1"})
+}
+
+func TestNoDialEndsOrOutlastsBeingDown(t *testing.T) {
+	for _, before := range []string{"up", "cooling", "due", "on trial"} {
+		for _, v := range []verdict{works, fails, unknown} {
+			f := newBalFarm(balNamed(2)...)
+			f.fill("b:1", 5)
+			dials := []*upstream{f.begin("a:1")}
+			if before != "up" {
+				f.fail("a:1")
+			}
+			if before == "due" || before == "on trial" {
+				f.now = f.now.Add(balFail)
+				f.begin("b:1") // which notices
+			}
+			if before == "on trial" {
+				dials = append(dials, f.begin("a:1"))
+			}
+			f.mark("a:1", true)
+			wantBal(t, "waiting to recover", f.cooling.Len(), 0)
+			for _, u := range dials {
+				wantBal(t, "a dial that began before changes its standing", f.settle(u, v, f.now), false)
+				f.release(u)
+			}
+			f.now = f.now.Add(balFail)
+			wantBal(t, "chosen", f.take(), "b:1")
+			wantBal(t, "state", f.state("a:1"), "down")
+			f.mark("a:1", false)
+			wantBal(t, "state", f.state("a:1"), "up")
+			wantBal(t, "chosen", f.take(), "a:1")
+		}
+	}
+}
+
+func TestUpstreamUpAgainGetsAtMostEverySecondConnectionUntilItIsLevel(t *testing.T) {
+	f := newBalFarm(balNamed(3)...)
+	f.mark("a:1", true)
+	f.takes(400)
+	f.mark("a:1", false)
+	for i, addr := range f.takes(100) {
+		wantBal(t, fmt.Sprintf("connection %d is a's", i), addr == "a:1", i%2 == 0)
+	}
+}
+
+func TestDownUpstreamStaysSoInANewSetButNotIfItIsAddedAgain(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	f.fill("a:1", 2)
+	f.mark("a:1", true)
+	f.setUpstreams(Upstream{Addr: "c:1"}, Upstream{Addr: "a:1", Weight: 9})
+	wantBal(t, "state", f.state("a:1"), "down")
+	wantBal(t, "chosen", f.takes(2), []string{"c:1", "c:1"})
+	f.setUpstreams(Upstream{Addr: "c:1"})
+	wantBal(t, "state", f.state("a:1"), "draining")
+	f.setUpstreams(balNamed(2)...)
+	wantBal(t, "state", f.state("a:1"), "up")
+	wantBal(t, "open", f.find("a:1").open, 2)
+}
+
 func TestKeptUpstreamsKeepConnectionsStateAndCounters(t *testing.T) {
 	f := newBalFarm(balNamed(3)...)
 	f.fill("a:1", 3)
@@ -651,7 +727,7 @@ type balModel struct {
 type balModelUpstream struct {
 	Upstream
 	open       int
-	state      string // "up", "cooling", "due", "on trial"
+	state      string // "up", "cooling", "due", "on trial", "down"
 	until      time.Time
 	catchingUp bool
 	dialling   int
@@ -661,6 +737,7 @@ type balModelUpstream struct {
 
 func (u *balModelUpstream) load() float64    { return float64(u.open+1) / float64(u.Weight) } // exact enough for small numbers
 func (u *balModelUpstream) full() bool       { return u.MaxConns != 0 && u.open >= u.MaxConns }
+func (u *balModelUpstream) usable() bool     { return !u.full() && u.state != "down" }
 func (u *balModelUpstream) passedOver() bool { return u.state == "cooling" || u.state == "on trial" }
 
 // min returns the least of those upstreams that are among, the earlier one of equals.
@@ -675,10 +752,10 @@ func (m *balModel) min(among func(*balModelUpstream) bool, less func(u, v *balMo
 
 func (m *balModel) choose(not map[*balModelUpstream]bool) *balModelUpstream {
 	lessLoaded := func(u, v *balModelUpstream) bool { return u.load() < v.load() }
-	if u := m.min(func(u *balModelUpstream) bool { return !not[u] && !u.full() && !u.passedOver() }, lessLoaded); u != nil {
+	if u := m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() && !u.passedOver() }, lessLoaded); u != nil {
 		return u
 	}
-	return m.min(func(u *balModelUpstream) bool { return !not[u] && !u.full() }, func(u, v *balModelUpstream) bool {
+	return m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() }, func(u, v *balModelUpstream) bool {
 		return u.until.Before(v.until) || u.until.Equal(v.until) && lessLoaded(u, v)
 	})
 }
@@ -717,7 +794,7 @@ func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *bal
 	return u
 }
 
-// first returns the upstream that a new connection would get, or if all are full the least loaded.
+// first returns the upstream that a new connection would get, or if none is usable the least loaded.
 func (m *balModel) first() *balModelUpstream {
 	if u := m.choose(nil); u != nil {
 		return u
@@ -731,7 +808,7 @@ func (m *balModel) settle(u *balModelUpstream, v verdict, now time.Time) (change
 	if v == fails {
 		u.failed++
 	}
-	if !slices.Contains(m.set, u) {
+	if !slices.Contains(m.set, u) || u.state == "down" {
 		return false
 	}
 	switch v {
@@ -748,6 +825,13 @@ func (m *balModel) settle(u *balModelUpstream, v verdict, now time.Time) (change
 		}
 	}
 	return (was == "up") != (u.state == "up")
+}
+
+func (m *balModel) mark(u *balModelUpstream, down bool) {
+	u.state, u.catchingUp = "up", !down
+	if down {
+		u.state = "down"
+	}
 }
 
 func (m *balModel) release(u *balModelUpstream) {
@@ -783,6 +867,8 @@ func (m *balModel) stats() (all []UpstreamStats) {
 		switch {
 		case slices.Contains(m.draining, u):
 			s.State = "draining"
+		case u.state == "down":
+			s.State = "down"
 		case u.state != "up":
 			s.State = "cooling"
 		}
@@ -807,7 +893,11 @@ type balTwinConn struct {
 	triedToo map[*balModelUpstream]bool
 }
 
-const balConnected, balDialling = 0, 1
+const (
+	balConnected, balDialling = 0, 1
+
+	balOperations = 34 // what choose is asked for when an operation begins
+)
 
 // run does operations until the choices end: choose(n) returns one of 0 to n-1, or -1 when there are no more.
 func (w *balTwin) run(choose func(n int) int, checkEach int) {
@@ -816,7 +906,7 @@ func (w *balTwin) run(choose func(n int) int, checkEach int) {
 	w.m.failTimeout = w.b.failTimeout
 	w.set(choose)
 	for n := 1; ; n++ {
-		switch op := choose(32); {
+		switch op := choose(balOperations); {
 		case op < 0:
 			w.check()
 			return
@@ -834,6 +924,8 @@ func (w *balTwin) run(choose func(n int) int, checkEach int) {
 			}
 		case op < 31:
 			w.now = w.now.Add(time.Duration(max(choose(8), 0)) * time.Second)
+		case op < 33:
+			w.mark(max(choose(len(w.m.set)), 0), choose(3) == 0)
 		default:
 			if choose(8) == 0 { // sets change less often than connections come
 				w.set(choose)
@@ -896,6 +988,16 @@ func (w *balTwin) release(c *balTwinConn) {
 	w.m.release(c.m)
 }
 
+// mark has health checks find an upstream down or up, if that is news.
+func (w *balTwin) mark(place int, down bool) {
+	m := w.m.set[place]
+	i := slices.IndexFunc(w.b.heap, func(u *upstream) bool { return u.place == place })
+	if down != (m.state == "down") {
+		w.m.mark(m, down)
+		w.b.mark(w.b.heap[i], down)
+	}
+}
+
 func (w *balTwin) set(choose func(n int) int) {
 	var confs []Upstream
 	for n, i := 1+max(choose(8), 0), max(choose(8), 0); len(confs) < n; i++ {
@@ -903,7 +1005,11 @@ func (w *balTwin) set(choose func(n int) int) {
 		confs = append(confs, Upstream{Addr: addr, Weight: 1 + max(choose(3), 0), MaxConns: []int{0, 0, 2, 5}[max(choose(4), 0)]})
 	}
 	w.m.replace(confs)
-	w.b.set(confs)
+	for i, u := range w.b.set(confs) {
+		if u.conf != &confs[i] || u.place != i {
+			w.t.Fatalf("set returned %+v as number %d, want %+v", u, i, confs[i])
+		}
+	}
 }
 
 func (w *balTwin) check() {
@@ -962,7 +1068,7 @@ func TestMillionRandomOperationsAgreeWithTheModel(t *testing.T) {
 	for range lives {
 		w, n := &balTwin{t: t}, 0
 		w.run(func(most int) int {
-			if most == 32 { // an operation begins
+			if most == balOperations { // an operation begins
 				if n++; n > operations/lives {
 					return -1
 				}

@@ -16,7 +16,7 @@ import (
 // return with errors.Is.
 var (
 	ErrRateLimited = errors.New("lbproxy: rate limit exceeded")
-	ErrNoUpstream  = errors.New("lbproxy: no upstream available") // every one is at its MaxConns
+	ErrNoUpstream  = errors.New("lbproxy: no upstream available") // every one is at its MaxConns, or down
 	ErrIdleTimeout = errors.New("lbproxy: idle timeout")
 	ErrAppClosed   = errors.New("lbproxy: app closed")
 )
@@ -67,13 +67,18 @@ type Options struct {
 	// the others go on passing it over until that is decided. 0 means 10 seconds, negative means not at all.
 	FailTimeout time.Duration
 
+	// HealthCheck has upstreams checked while nobody is connecting, too. An app that has it must be closed, by
+	// Shutdown or Close, for its checks begin with New. nil means no checks: an upstream is judged by its dials.
+	HealthCheck *HealthCheck
+
 	// MaxConns is the most connections that Serve holds at once, those not yet admitted included. At that number
 	// it accepts no more until one ends, but for one that each listener may have in hand; clients wait in the
 	// listener's queue, and that somebody else has closed the listener is noticed only then. 0 means no bound.
 	MaxConns int
 
 	// Logger gets a line from Serve for each connection, at level Warn if the trouble was on the upstream's side and
-	// else at Debug, and a line for each upstream that begins or ceases to be passed over. nil means slog.Default().
+	// else at Debug, and a line for each upstream that begins or ceases to be passed over, or is found down or up by
+	// its health checks. nil means slog.Default().
 	Logger *slog.Logger
 
 	// OnDone is called once for every connection that ServeConn was given, directly or by Serve, in the connection's
@@ -88,6 +93,7 @@ type LBProxyApp struct {
 	id       string
 	opts     Options // with the defaults filled in
 	balancer balancer
+	checker  *checker // nil: no health checks
 	pipes    pipePool
 	slots    chan struct{}   // one element for each connection that Serve holds; nil: no bound
 	ctx      context.Context // ends with ErrAppClosed when connections are to be broken
@@ -106,9 +112,10 @@ type LBProxyApp struct {
 
 // New returns an app that spreads connections over upstreams. The id names it in events, results, errors and
 // logs. It fails, saying which value is wrong, if the id is empty or an upstream or option is not valid.
-// The slice and the options are copied.
+// The slice and the options are copied, the HealthCheck included.
 //
-// An app holds nothing that has to be closed until it is given a connection or a listener.
+// An app holds nothing that has to be closed until it is given a connection or a listener, unless it has a
+// HealthCheck: then the checks have begun when New returns, and end with Shutdown or Close.
 func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 	if id == "" {
 		return nil, errors.New("lbproxy: the app's id is empty: give it a name")
@@ -129,9 +136,6 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 	if o.MaxConns < 0 {
 		return nil, fmt.Errorf("lbproxy: app %q: Options.MaxConns %d is negative: use 0 for no bound", id, o.MaxConns)
 	}
-	if err := a.SetUpstreams(upstreams); err != nil {
-		return nil, err
-	}
 	if o.DialContext == nil {
 		o.DialContext = new(net.Dialer).DialContext
 	}
@@ -142,6 +146,16 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		a.slots = make(chan struct{}, o.MaxConns)
 	}
 	a.ctx, a.cancel = context.WithCancelCause(context.Background())
+	if o.HealthCheck != nil {
+		hc, wrong := o.HealthCheck.complete()
+		if wrong != "" {
+			return nil, fmt.Errorf("lbproxy: app %q: Options.HealthCheck.%s", id, wrong)
+		}
+		a.checker = newChecker(a, hc)
+	}
+	if err := a.SetUpstreams(upstreams); err != nil { // the last thing, as it begins the checks
+		return nil, err
+	}
 	return a, nil
 }
 
@@ -179,7 +193,11 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 		}
 		confs[i] = u
 	}
-	a.balancer.set(confs)
+	if a.checker != nil {
+		a.checker.set(confs)
+	} else {
+		a.balancer.set(confs)
+	}
 	return nil
 }
 
@@ -373,7 +391,7 @@ type UpstreamStats struct {
 	Open           int    // connections now, dials included
 	Total          uint64 // connections it was chosen for
 	Failed         uint64 // of those: dials that failed for a reason that is the upstream's
-	State          string // "up", "cooling" (passed over after a failed dial), "draining" (removed, still serving)
+	State          string // "up", "cooling" (passed over after a failed dial), "down" (by health checks), "draining" (removed, still serving)
 	Sent, Received uint64 // bytes to and from it
 }
 
@@ -388,22 +406,36 @@ func (a *LBProxyApp) Stats() Stats {
 	}
 }
 
-// Shutdown stops accepting, closes the listeners, and waits until every connection has ended. If ctx ends first it
-// returns ctx's error and leaves connections open: call Close to break them.
+// Shutdown stops accepting, closes the listeners, and waits until every connection has ended; then it ends the health
+// checks, and waits for those in progress. If ctx ends first it returns ctx's error and leaves connections open: call
+// Close to break them.
 func (a *LBProxyApp) Shutdown(ctx context.Context) error {
 	a.stop()
+	if err := await(ctx, a.drained); err != nil {
+		return err
+	}
+	a.cancel(ErrAppClosed)
+	a.pipes.close()
+	if a.checker == nil {
+		return nil
+	}
+	a.checker.stop()
+	return await(ctx, a.checker.ended)
+}
+
+// await returns nil when done is closed. If ctx ends first it returns its error.
+func await(ctx context.Context, done <-chan struct{}) error {
 	select {
-	case <-a.drained:
+	case <-done:
+		return nil
 	case <-ctx.Done():
 		select {
-		case <-a.drained: // both: it is done
+		case <-done: // both: it is done
+			return nil
 		default:
 			return ctx.Err()
 		}
 	}
-	a.cancel(ErrAppClosed)
-	a.pipes.close()
-	return nil
 }
 
 // Close stops accepting, closes the listeners, breaks every connection without waiting for any peer, and returns
