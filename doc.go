@@ -27,6 +27,9 @@
 // connection, until another upstream has as few. An error that is the proxy's own, such as having run out of
 // descriptors, is not held against an upstream.
 //
+// [Options].HealthCheck has upstreams checked as well, whether or not anybody connects. One that is down by its checks
+// gets no connection until they find it up again; if all are down there is none to be had: [ErrNoUpstream].
+//
 // # What clients and upstreams see
 //
 // A stream that ends well on one side ends well on the other, and the opposite one goes on for as long as bytes flow;

@@ -2,8 +2,10 @@ package lbproxy_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"strings"
 	"sync"
@@ -306,6 +308,48 @@ func ExampleLBProxyApp_SetUpstreams() {
 	// red got ann again
 	// up 1
 	// draining 1
+}
+
+// Upstreams are checked by a function of ours. A dial would find nothing wrong with red, which is under maintenance.
+func ExampleHealthCheck() {
+	red, green := startUpstream("red"), startUpstream("green")
+	defer red.Close()
+	defer green.Close()
+	maintained := red.Addr().String()
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{
+		{Addr: red.Addr().String()},
+		{Addr: green.Addr().String()},
+	}, &lbproxy.Options{
+		Logger: slog.New(slog.DiscardHandler),
+		HealthCheck: &lbproxy.HealthCheck{
+			Interval: time.Millisecond, // 5 seconds is more usual
+			Check: func(_ context.Context, u lbproxy.Upstream) error {
+				if u.Addr == maintained {
+					return errors.New("under maintenance")
+				}
+				return nil
+			},
+		},
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	l := listen()
+	go app.Serve(l, nil)
+
+	for app.Stats().Upstreams[0].State == "up" { // three checks
+		time.Sleep(time.Millisecond)
+	}
+	fmt.Println(connect(l).ask("hello"))
+	for _, u := range app.Stats().Upstreams {
+		fmt.Println(u.State)
+	}
+	// Output:
+	// green got hello
+	// down
+	// up
 }
 
 // Shutdown lets connections come to their end; those that take too long are broken by Close.

@@ -48,8 +48,8 @@ type HealthCheck struct {
 	// call them. A panic is logged and means not well. An error that is the proxy's own, such as having run out of
 	// descriptors, and context.Canceled count neither way.
 	//
-	// nil means to dial with Options.DialContext, to make a TLS handshake if u.TLS is set, and to close. (That a
-	// server of TLS 1.3 refuses the proxy's certificate does not show in the handshake.)
+	// nil means to dial with Options.DialContext, whose context is then no client's, to make a TLS handshake if
+	// u.TLS is set, and to close. (That a server of TLS 1.3 refuses the proxy's certificate does not show in that.)
 	Check func(ctx context.Context, u Upstream) error
 }
 
@@ -73,8 +73,8 @@ func (hc HealthCheck) complete() (_ HealthCheck, wrong string) {
 }
 
 // A checker runs an app's health checks. Each upstream has a prober, which is a goroutine: that is the simplest
-// thing that cannot have one upstream wait for another. All it does is wait, so its stack stays small (10,000 of
-// them hold 34 MiB); a check has a goroutine of its own, whose stack goes when the check is over.
+// thing that cannot have one upstream wait for another. All it does is wait, so its stack stays small (all told it
+// holds about 6 KiB); a check has a goroutine of its own, whose stack goes when the check is over.
 type checker struct {
 	HealthCheck // complete
 	app         *LBProxyApp

@@ -391,8 +391,11 @@ type UpstreamStats struct {
 	Open           int    // connections now, dials included
 	Total          uint64 // connections it was chosen for
 	Failed         uint64 // of those: dials that failed for a reason that is the upstream's
-	State          string // "up", "cooling" (passed over after a failed dial), "down" (by health checks), "draining" (removed, still serving)
 	Sent, Received uint64 // bytes to and from it
+
+	// State is "up", "cooling" (passed over after a failed dial), "down" (by its health checks: it gets nothing), or
+	// "draining" (removed, still serving).
+	State string
 }
 
 // Stats returns a consistent snapshot: the upstreams never have more connections open than the app. It is cheap
@@ -438,8 +441,8 @@ func await(ctx context.Context, done <-chan struct{}) error {
 	}
 }
 
-// Close stops accepting, closes the listeners, breaks every connection without waiting for any peer, and returns
-// when all their goroutines have ended. It waits for hooks that are running. It returns nil.
+// Close stops accepting, closes the listeners, breaks every connection and health check without waiting for any peer,
+// and returns when all their goroutines have ended. It waits for hooks that are running. It returns nil.
 func (a *LBProxyApp) Close() error {
 	a.stop()
 	a.cancel(ErrAppClosed)
