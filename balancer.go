@@ -58,13 +58,16 @@ const (
 
 // rank sorts upstreams by whether they may be chosen: at best now, only as a last resort, or not at all.
 func (u *upstream) rank() rank {
-	switch {
-	case u.state == down, u.conf.MaxConns > 0 && u.open >= u.conf.MaxConns:
+	if u.conf.MaxConns > 0 && u.open >= u.conf.MaxConns {
 		return never
-	case u.state == cooling || u.state == onTrial:
-		return lastResort
 	}
-	return eligible
+	switch u.state {
+	case up, ready:
+		return eligible
+	case down:
+		return never
+	}
+	return lastResort
 }
 
 type rank uint8

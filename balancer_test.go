@@ -1157,6 +1157,7 @@ func BenchmarkAcquireParallel(b *testing.B) {
 			var workers atomic.Int64
 			b.ReportAllocs()
 			b.SetParallelism(8)
+			b.ResetTimer() // the setup takes long
 			b.RunParallel(func(pb *testing.PB) {
 				w := int(workers.Add(1)-1) % 64
 				own := live[len(live)/64*w : len(live)/64*(w+1)]

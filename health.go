@@ -16,7 +16,7 @@ import (
 
 // A HealthCheck has every upstream checked, over and over. One that fails Fall checks in a row is down: it gets no
 // connection, not even when there is no other, until it passes Rise checks in a row; those that it has are left
-// alone. Back from that it is like one back from a failed dial, and gets at most every second new connection until
+// alone. Up again it is like one back from a failed dial, and gets at most every second new connection until
 // another upstream has as few. Where all are down, clients get [ErrNoUpstream].
 //
 // An upstream is taken to be up until checks say otherwise, so that service begins at once; its first check comes
@@ -232,7 +232,7 @@ func (p *prober) check(ctx context.Context) (chan error, error) {
 
 // runCheck sends what Check returns, whatever Check does.
 func (c *checker) runCheck(ctx context.Context, u Upstream, result chan<- error) {
-	err := errors.New("Check called runtime.Goexit")
+	err := errors.New("the check called runtime.Goexit")
 	defer close(result)
 	defer func() {
 		if p := recover(); p != nil {

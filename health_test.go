@@ -368,7 +368,7 @@ func TestAHungCheckHasFailedAtItsTimeoutAndDelaysNoOther(t *testing.T) {
 			<-begun
 			time.Sleep(time.Second - 1)
 			wantStates(t, "before the Timeout", a, "up up up")
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 			synctest.Wait()
 			wantStates(t, "at the Timeout", a, "up down up")
 			wantLines(t, log, map[string]int{"no result within 1s": 1})
@@ -424,10 +424,10 @@ func TestAPanicInACheckIsAFailureAndIsLogged(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			var broken atomic.Bool
 			broken.Store(true)
-			failures := 0
+			var checks atomic.Int32
 			a, log := newCheckedApp(t, HealthCheck{Check: func(_ context.Context, u Upstream) error {
 				if u.Addr == "a:1" && broken.Load() {
-					failures++
+					checks.Add(1)
 					fail()
 				}
 				return nil
@@ -435,6 +435,7 @@ func TestAPanicInACheckIsAFailureAndIsLogged(t *testing.T) {
 			time.Sleep(15 * time.Second)
 			wantStates(t, name, a, "down up")
 			if name == "panic" {
+				failures := int(checks.Load())
 				wantLines(t, log, map[string]int{"level=ERROR": failures, "panic=boom": failures, "stack=": failures, ".runCheck(": failures, `err="panic: boom"`: 1})
 			} else {
 				wantLines(t, log, map[string]int{"Goexit": 1})
