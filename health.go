@@ -147,6 +147,7 @@ func (c *checker) stop() {
 	}
 }
 
+// closeIfEnded closes ended if all probers are gone and no more will come. The caller holds mu.
 func (c *checker) closeIfEnded() {
 	if c.stopped && len(c.probers) == 0 {
 		close(c.ended)
