@@ -788,7 +788,7 @@ func (p *pump) write(b []byte) (int, error) {
 		return 0, context.Cause(p.session.ctx)
 	}
 	p.writing.Store(true)
-	n, err := p.dst.Write(b)
+	n, err := p.send(b)
 	switch {
 	case n < 0 || n > len(b):
 		return 0, errBadCount

@@ -15,15 +15,17 @@ import (
 // them. A stream that fills buffers, from TCP to TCP, goes through a pipe by splice(2) instead of through us.
 type platform struct {
 	started  bool
-	from, to syscall.RawConn // src, and once they are needed dst and whether it is TCP at all; nil if not TCP
-	noSplice bool
+	from, to syscall.RawConn // src, and once it is needed dst; nil if not TCP
+	notTCP   bool            // dst is not
+	noSplice bool            // the system refused
 
 	// What is called with the descriptors. They are made once, for each allocates. One returns false to be called
 	// again when its descriptor is ready.
-	readReady, fillReady, drainReady func(fd uintptr) bool
+	readReady, writeReady, fillReady, drainReady func(fd uintptr) bool
 
-	n     int   // what the last one moved
-	errno error // or met
+	n     int           // what the last one moved
+	errno syscall.Errno // or met
+	out   []byte        // what writeReady has to write
 	pipe  *pipe
 	held  int // bytes in pipe
 	full  int // reads in a row that filled a large buffer: at two of them splicing begins
@@ -35,19 +37,19 @@ func (p *pump) move() (n int, readErr, writeErr error) {
 	if !p.started {
 		p.started = true
 		p.from = rawTCP(p.src)
-		p.readReady, p.fillReady, p.drainReady = p.readNow, p.fillNow, p.drainNow
+		p.readReady, p.writeReady, p.fillReady, p.drainReady = p.readNow, p.writeNow, p.fillNow, p.drainNow
 	}
 	switch {
 	case p.from == nil:
 		return p.copyChunk()
-	case p.full >= 2 && p.canSplice():
+	case p.full >= 2 && !p.noSplice && p.toTCP():
 		return p.splice()
 	}
 	if err := p.from.Read(p.readReady); err != nil {
 		return 0, err, nil
 	}
 	defer p.dropBuffer()
-	if p.errno != nil || p.n == 0 {
+	if p.errno != 0 || p.n == 0 {
 		return 0, p.readError("read"), nil
 	}
 	if p.full++; p.n < largeBuffer {
@@ -69,7 +71,7 @@ func rawTCP(c net.Conn) syscall.RawConn {
 func (p *pump) readNow(fd uintptr) bool {
 	p.buf = newBuffer(largeBuffer)
 	for {
-		p.n, p.errno = syscall.Read(int(fd), p.limit(*p.buf))
+		p.n, p.errno = transfer(syscall.SYS_READ, fd, p.limit(*p.buf))
 		switch p.errno {
 		case syscall.EINTR:
 			continue
@@ -81,6 +83,47 @@ func (p *pump) readNow(fd uintptr) bool {
 	}
 }
 
+// transfer reads or writes at most a buffer, on a socket that does not block. The scheduler is not told (RawSyscall):
+// telling it costs more than what it could do meanwhile, for it often takes the processor away in the middle, and
+// gives it to another thread, which has to be woken. A round trip of 64 bytes takes a third less time on the processor
+// like this. It cannot be interrupted while it copies, which is 10 µs for a whole buffer; splices, which may take
+// longer, do tell.
+func transfer(call, fd uintptr, b []byte) (int, syscall.Errno) {
+	n, _, errno := syscall.RawSyscall(call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+	return int(n), errno
+}
+
+// send writes b to dst.
+func (p *pump) send(b []byte) (int, error) {
+	if !p.started || !p.toTCP() {
+		return p.dst.Write(b)
+	}
+	p.out = b
+	err := p.to.Write(p.writeReady)
+	n := len(b) - len(p.out)
+	p.out = nil
+	if err == nil && p.errno != 0 {
+		err = p.opError("write", "write", p.dst)
+	}
+	return n, err
+}
+
+func (p *pump) writeNow(fd uintptr) bool {
+	for len(p.out) > 0 {
+		n, errno := transfer(syscall.SYS_WRITE, fd, p.out)
+		switch p.errno = errno; errno {
+		case 0:
+			p.out = p.out[n:]
+		case syscall.EINTR:
+		case syscall.EAGAIN:
+			return false
+		default:
+			return true
+		}
+	}
+	return true
+}
+
 func (p *pump) dropBuffer() {
 	p.buf.free()
 	p.buf = nil
@@ -88,7 +131,7 @@ func (p *pump) dropBuffer() {
 
 // readError is what n and errno say when reading, or the call instead of it, came to nothing.
 func (p *pump) readError(call string) error {
-	if p.errno == nil {
+	if p.errno == 0 {
 		return io.EOF
 	}
 	return p.opError("read", call, p.src)
@@ -98,12 +141,13 @@ func (p *pump) opError(op, call string, c net.Conn) error {
 	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: os.NewSyscallError(call, p.errno)}
 }
 
-func (p *pump) canSplice() bool {
-	if p.to == nil && !p.noSplice {
+// toTCP reports whether dst is TCP, which is looked at when it is first needed.
+func (p *pump) toTCP() bool {
+	if p.to == nil && !p.notTCP {
 		p.to = rawTCP(p.dst)
-		p.noSplice = p.to == nil
+		p.notTCP = p.to == nil
 	}
-	return !p.noSplice
+	return p.to != nil
 }
 
 // splice moves one chunk through a pipe, which it holds only while there is something in it.
@@ -121,7 +165,7 @@ func (p *pump) splice() (n int, readErr, writeErr error) {
 		pipes.put(p.pipe)
 		p.noSplice, p.full = true, 0
 		return 0, nil, nil
-	case p.errno != nil || p.n == 0:
+	case p.errno != 0 || p.n == 0:
 		pipes.put(p.pipe)
 		return 0, p.readError("splice"), nil
 	}
@@ -134,7 +178,7 @@ func (p *pump) splice() (n int, readErr, writeErr error) {
 	n, p.held = p.n, p.n
 	p.writing.Store(true)
 	for p.held > 0 && writeErr == nil {
-		if writeErr = p.to.Write(p.drainReady); writeErr == nil && p.errno != nil {
+		if writeErr = p.to.Write(p.drainReady); writeErr == nil && p.errno != 0 {
 			writeErr = p.opError("write", "splice", p.dst)
 		}
 	}
@@ -171,7 +215,7 @@ func (p *pump) fillNow(fd uintptr) bool {
 func (p *pump) drainNow(fd uintptr) bool {
 	for p.held > 0 {
 		p.spliceFD(p.pipe.r, int(fd), p.held)
-		if p.errno != nil {
+		if p.errno != 0 {
 			return p.errno != syscall.EAGAIN
 		}
 		p.held -= p.n
@@ -183,7 +227,8 @@ func (p *pump) drainNow(fd uintptr) bool {
 func (p *pump) spliceFD(from, to, most int) {
 	for {
 		n, err := syscall.Splice(from, nil, to, nil, most, spliceMove|spliceNonblock)
-		if p.n, p.errno = int(n), err; err != syscall.EINTR {
+		p.n = int(n)
+		if p.errno, _ = err.(syscall.Errno); p.errno != syscall.EINTR {
 			return
 		}
 	}
@@ -209,8 +254,9 @@ type pipePool struct {
 }
 
 const (
-	pipeSize = 256 << 10
-	maxPipes = 256 // in use at once: with this size, as much as the system lets an unprivileged user have
+	// At 512 KiB bulk takes a fifth less time on the processor than at 256 KiB, and 1 MiB is no better.
+	pipeSize = 512 << 10
+	maxPipes = 128 // in use at once: with this size, as much as the system lets an unprivileged user have
 )
 
 // get returns an empty pipe, or nil if there is none to be had.

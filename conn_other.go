@@ -9,6 +9,8 @@ type platform struct{}
 
 func (p *pump) move() (n int, readErr, writeErr error) { return p.copyChunk() }
 
+func (p *pump) send(b []byte) (int, error) { return p.dst.Write(b) }
+
 // pipePool is for splicing, which there is none of here.
 type pipePool struct{}
 
