@@ -91,7 +91,7 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c Conn) (Result, error) {
 		return Result{App: a.id, ClientID: c.ClientID, Start: time.Now(), End: EndClientError, Err: err}, err
 	}
 	s := newSession(a, c)
-	if !a.enter() { // nor does Close wait for this one
+	if !a.enter(s) { // nor does Close wait for this one
 		s.abort(EndClosed, ErrAppClosed)
 		s.closeConns()
 		return s.report()
@@ -115,18 +115,16 @@ var (
 // calls serve owns it and runs the download; it waits for the other goroutines, which are the upload and, when a
 // side has failed, deliverThenReset.
 type session struct {
-	app      *LBProxyApp
-	start    time.Time
-	unwatch  func() // of the app's context
-	watching sync.WaitGroup
+	app   *LBProxyApp
+	start time.Time
 
-	ctx       context.Context // for hooks, dials and waits: ends when the session has a reason to end
+	ctx       context.Context // the caller's, but it does not end with that; where there is a RateLimit, with the session
 	upstream  *upstream       // what the connection is counted on, if anything
 	addr      string          // of it
 	attempts  int
 	up, down  pump
 	wg        sync.WaitGroup
-	connected chan struct{} // closed when server is set
+	connected chan struct{} // closed when server is set, or will not be
 
 	last    atomic.Int64 // when bytes last moved, since start
 	waiting atomic.Int32 // directions that a RateLimitManager holds
@@ -134,14 +132,14 @@ type session struct {
 
 	mu       sync.Mutex
 	conn     Conn
-	server   net.Conn // the upstream's; nil until dialled
-	cancel   context.CancelCauseFunc
-	end      EndReason // the first reason to end; "" while there is none
-	err      error     // goes with end
+	server   net.Conn                // the upstream's; nil until dialled
+	cancel   context.CancelCauseFunc // of ctx; nil if there is none
+	undial   context.CancelFunc      // of the dial in progress, or one before it; nil before any
+	end      EndReason               // the first reason to end; "" while there is none
+	err      error                   // goes with end
 	hungUp   bool
-	panicked any         // a hook's panic in the upload goroutine
-	idle     *time.Timer // runs checkIdle
-	changed  sync.Cond   // on mu: a pump has ended, or hungUp is set
+	panicked any       // a hook's panic in the upload goroutine
+	changed  sync.Cond // on mu: a pump has ended, or hungUp is set
 }
 
 func newSession(a *LBProxyApp, c Conn) *session {
@@ -149,20 +147,19 @@ func newSession(a *LBProxyApp, c Conn) *session {
 	s.changed.L = &s.mu
 	s.up = pump{session: s, direction: Upload}
 	s.down = pump{session: s, direction: Download}
-	s.unwatch = s.watch(a.ctx)
 	return s
 }
 
-// watch breaks the session when ctx ends. What it returns stops that; watching is done when it can no longer happen.
+// watch breaks the session when ctx ends. What it returns stops that, and when it returns it can no longer happen.
 func (s *session) watch(ctx context.Context) (unwatch func()) {
-	s.watching.Add(1)
+	done := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		defer s.watching.Done()
+		defer close(done)
 		s.cut(ctx)
 	})
 	return func() {
-		if stop() {
-			s.watching.Done()
+		if !stop() {
+			<-done
 		}
 	}
 }
@@ -182,9 +179,12 @@ func (s *session) serve(ctx context.Context, c Conn) (r Result, err error) {
 	if ctx == nil {
 		ctx = context.Background()
 	}
+	s.ctx = context.WithoutCancel(ctx)
 	s.mu.Lock()
 	s.conn = c
-	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	if c.RateLimit != nil {
+		s.ctx, s.cancel = context.WithCancelCause(s.ctx)
+	}
 	over := s.end != ""
 	s.mu.Unlock()
 	completed, opened := false, false
@@ -200,15 +200,15 @@ func (s *session) serve(ctx context.Context, c Conn) (r Result, err error) {
 		}
 	}()
 	defer s.closeConns()
+	if ctx != s.app.ctx { // that ends with Close only, which breaks what is open
+		defer s.watch(ctx)()
+	}
 	defer s.wg.Wait()
 	defer func() {
 		if !completed {
 			s.abort(EndCanceled, errPanicked) // which ends the upload, too
 		}
 	}()
-	if ctx != s.app.ctx { // that is watched already
-		defer s.watch(ctx)()
-	}
 	var wait time.Duration
 	switch {
 	case over: // before c.Client was known
@@ -244,7 +244,6 @@ func (s *session) forward(wait time.Duration) {
 	s.wg.Go(s.upload)
 	s.pause(wait)
 	if s.connect() {
-		s.startIdleTimer()
 		s.down.src, s.down.dst = s.server, s.conn.Client
 		s.down.run()
 	}
@@ -279,7 +278,7 @@ func (s *session) connect() bool {
 	b := &s.app.balancer
 	var tried map[*upstream]bool
 	var errs []error
-	for s.ctx.Err() == nil {
+	for !s.isOver() {
 		u, conf := b.acquire(tried, time.Now())
 		if u == nil {
 			break
@@ -324,7 +323,7 @@ func (s *session) try(u *upstream, conf *Upstream) (c net.Conn, changed bool, er
 	c, err = s.dial(conf)
 	if err == nil {
 		v = works
-	} else if !ourFault(err) && s.ctx.Err() == nil {
+	} else if !ourFault(err) && !s.isOver() {
 		v = fails
 	}
 	return c, false, err
@@ -343,6 +342,12 @@ func exhausted(err error) bool {
 func (s *session) dial(conf *Upstream) (c net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
 	defer cancel()
+	s.mu.Lock()
+	s.undial = cancel
+	if s.end != "" {
+		cancel()
+	}
+	s.mu.Unlock()
 	raw, err := s.app.opts.DialContext(ctx, "tcp", conf.Addr)
 	switch {
 	case err != nil:
@@ -368,54 +373,47 @@ func (s *session) dial(conf *Upstream) (c net.Conn, err error) {
 // connectedTo makes server the other side, unless the session is over: then it breaks server and returns false.
 func (s *session) connectedTo(server net.Conn) bool {
 	s.mu.Lock()
-	if s.end == "" {
-		s.server = server
-	}
 	over := s.end != ""
+	if !over {
+		s.touch()
+		s.server, s.undial = server, nil
+		close(s.connected)
+	}
 	s.mu.Unlock()
 	if over {
 		discard(server)
-		return false
 	}
-	s.touch()
-	close(s.connected)
-	return true
+	return !over
 }
 
 // touch notes that bytes moved. Reading the clock takes 25 ns of a round trip's 20 µs, and buys an idle timeout
 // that is exact without a timer being reset.
 func (s *session) touch() { s.last.Store(int64(time.Since(s.start))) }
 
-func (s *session) startIdleTimer() {
-	if d := s.app.opts.IdleTimeout; d > 0 {
-		s.mu.Lock()
-		s.idle = time.AfterFunc(d/4, s.checkIdle)
-		s.mu.Unlock()
+// checkIdle ends the session if it has been idle for long enough, and returns when it may be. It wants to be called more
+// often than that, for what a slow reader takes out of its socket's queue is bytes that move, too.
+func (s *session) checkIdle() time.Duration {
+	timeout := s.app.opts.IdleTimeout
+	s.mu.Lock()
+	client, server := s.conn.Client, s.server
+	s.mu.Unlock()
+	if server == nil {
+		return timeout
 	}
-}
-
-// checkIdle ends the session if it has been idle for long enough, else looks again when it may be. It looks more often
-// than that, for what a slow reader takes out of its socket's queue is bytes that move, too.
-func (s *session) checkIdle() {
-	queued := unsent(s.conn.Client) + unsent(s.server)
+	queued := unsent(client) + unsent(server)
 	if queued < s.queued {
 		s.touch()
 	}
 	s.queued = queued
-	timeout := s.app.opts.IdleTimeout
-	left := timeout
-	if s.waiting.Load() == 0 { // what is held is not idle
-		left -= time.Since(s.start) - time.Duration(s.last.Load())
+	if s.waiting.Load() > 0 { // what is held is not idle
+		return timeout
 	}
+	left := timeout - (time.Since(s.start) - time.Duration(s.last.Load()))
 	if left <= 0 {
 		s.abort(EndIdleTimeout, ErrIdleTimeout)
-		return
+		return timeout
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.hungUp {
-		s.idle.Reset(min(left, timeout/4+1))
-	}
+	return left
 }
 
 // pause waits for d, or until the session has a reason to end.
@@ -444,7 +442,19 @@ func (s *session) endWith(end EndReason, err error) bool {
 	if s.cancel != nil {
 		s.cancel(err)
 	}
+	if s.undial != nil {
+		s.undial()
+	}
+	if s.server == nil {
+		close(s.connected)
+	}
 	return true
+}
+
+func (s *session) isOver() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.end != ""
 }
 
 // abort ends the session now.
@@ -517,11 +527,8 @@ func (s *session) finish() (Result, error) {
 	s.mu.Lock()
 	s.endWith(EndDone, nil)
 	s.hungUp = true // nothing is left to be
-	if s.idle != nil {
-		s.idle.Stop()
-	}
 	s.mu.Unlock()
-	s.app.exit(s.end == EndRateLimited && s.attempts == 0, s.end == EndNoUpstream || s.end == EndDialFailed)
+	s.app.exit(s, s.end == EndRateLimited && s.attempts == 0, s.end == EndNoUpstream || s.end == EndDialFailed)
 	r, err := s.report()
 	if s.panicked != nil {
 		panic(s.panicked)
@@ -531,8 +538,6 @@ func (s *session) finish() (Result, error) {
 
 // report makes the Result known.
 func (s *session) report() (Result, error) {
-	s.unwatch()
-	s.watching.Wait()
 	r := Result{
 		App: s.app.id, ClientID: s.conn.ClientID, Client: remoteAddr(s.conn.Client), Attempts: s.attempts,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.up.moved, Received: s.down.moved, End: s.end, Err: s.err,
@@ -675,10 +680,10 @@ func (p *pump) finish() {
 		}
 	}
 	s.mu.Lock()
-	over, last := s.end != "", q.ended
+	over, last, connected := s.end != "", q.ended, s.server != nil
 	s.mu.Unlock()
 	if p.dst == nil && !over {
-		if _, ok := p.src.(closeWriter); !ok && !s.isConnected() {
+		if _, ok := p.src.(closeWriter); !ok && !connected {
 			s.broke(p, errGone) // having no half-close, this client has closed
 			return
 		}
@@ -722,24 +727,15 @@ func (p *pump) awaitServer() bool {
 	for {
 		select {
 		case <-s.connected:
+			s.mu.Lock()
+			defer s.mu.Unlock()
 			p.dst = s.server
-			return true
-		case <-s.ctx.Done():
-			return false
+			return s.server != nil
 		case <-look.C:
 			if reset, _ := wasReset(p.src); reset {
 				s.broke(p, errReset)
 			}
 		}
-	}
-}
-
-func (s *session) isConnected() bool {
-	select {
-	case <-s.connected:
-		return true
-	default:
-		return false
 	}
 }
 
@@ -785,7 +781,7 @@ func (p *pump) read() ([]byte, error) {
 // write writes all of b to dst, which an upload may have to wait for.
 func (p *pump) write(b []byte) (int, error) {
 	if p.dst == nil && !p.awaitServer() {
-		return 0, context.Cause(p.session.ctx)
+		return 0, net.ErrClosed
 	}
 	p.writing.Store(true)
 	n, err := p.send(b)

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 )
@@ -103,10 +105,11 @@ type LBProxyApp struct {
 
 	mu        sync.Mutex
 	stopped   bool // no Serve and no connection is counted in any more
-	active    int  // calls of Serve, and connections until OnDone has returned
+	active    int  // calls of Serve and of checkIdle, and connections until OnDone has returned
 	listeners map[*closeOnce]struct{}
+	sessions  map[*session]struct{} // the connections that are open; those of which all is over but OnDone are not
+	idle      *time.Timer           // runs checkIdle; nil if there has been nothing to check
 
-	open                      int // connections; those of which all is over but OnDone do not count
 	accepted, refused, failed uint64
 }
 
@@ -125,6 +128,7 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		stopping:  make(chan struct{}),
 		drained:   make(chan struct{}),
 		listeners: map[*closeOnce]struct{}{},
+		sessions:  map[*session]struct{}{},
 	}
 	if opts != nil {
 		a.opts = *opts
@@ -260,11 +264,12 @@ func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
 		}
 		if err == nil {
 			retry.delay = 0
-			if !a.takeSlot() || !a.enter() {
+			s := newSession(a, Conn{Client: c})
+			if !a.takeSlot() || !a.enter(s) {
 				discard(c)
 				return ErrAppClosed
 			}
-			go newSession(a, Conn{Client: c}).handle(admit)
+			go s.handle(admit)
 			continue
 		}
 		if a.isStopping() {
@@ -353,9 +358,7 @@ func (s *session) admit(f AdmitFunc) (ctx context.Context, conn Conn, err error)
 			s.up.ended = true // there is no pump, but what admit wrote, such as a TLS alert
 			s.up.dst = s.conn.Client
 			s.deliverThenReset(&s.up, false)
-			s.unwatch()
-			s.watching.Wait()
-			a.exit(true, false)
+			a.exit(s, true, false)
 		}
 	}()
 	ctx = a.ctx
@@ -404,7 +407,7 @@ func (a *LBProxyApp) Stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return Stats{
-		App: a.id, Open: a.open, Accepted: a.accepted, Refused: a.refused, Failed: a.failed,
+		App: a.id, Open: len(a.sessions), Accepted: a.accepted, Refused: a.refused, Failed: a.failed,
 		Upstreams: a.balancer.stats(),
 	}
 }
@@ -446,6 +449,11 @@ func await(ctx context.Context, done <-chan struct{}) error {
 func (a *LBProxyApp) Close() error {
 	a.stop()
 	a.cancel(ErrAppClosed)
+	var breaking sync.WaitGroup
+	for _, s := range a.open() {
+		breaking.Go(func() { s.cut(a.ctx) })
+	}
+	breaking.Wait()
 	return a.Shutdown(context.Background())
 }
 
@@ -496,23 +504,26 @@ func (a *LBProxyApp) unlisten(l *closeOnce) {
 }
 
 // enter counts a connection in, or returns false if the app is stopped. The caller owes one exit and one leave.
-func (a *LBProxyApp) enter() bool {
+func (a *LBProxyApp) enter(s *session) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.stopped {
 		return false
 	}
 	a.active++
-	a.open++
+	a.sessions[s] = struct{}{}
 	a.accepted++
+	if d := a.opts.IdleTimeout; d > 0 && a.idle == nil {
+		a.idle = time.AfterFunc(d/4, a.checkIdle)
+	}
 	return true
 }
 
 // exit takes a connection out of those open.
-func (a *LBProxyApp) exit(refused, failed bool) {
+func (a *LBProxyApp) exit(s *session, refused, failed bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.open--
+	delete(a.sessions, s)
 	if refused {
 		a.refused++
 	}
@@ -527,7 +538,38 @@ func (a *LBProxyApp) leave() {
 	defer a.mu.Unlock()
 	if a.active--; a.stopped && a.active == 0 {
 		close(a.drained)
+		if a.idle != nil {
+			a.idle.Stop()
+		}
 	}
+}
+
+// open returns the connections that are.
+func (a *LBProxyApp) open() []*session {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Collect(maps.Keys(a.sessions))
+}
+
+// checkIdle ends the sessions that have been idle for too long, and has itself run again when the next may be. One
+// timer does for all.
+func (a *LBProxyApp) checkIdle() {
+	a.mu.Lock()
+	if len(a.sessions) == 0 {
+		a.idle = nil
+		a.mu.Unlock()
+		return
+	}
+	a.active++
+	a.mu.Unlock()
+	defer a.leave()
+	next := a.opts.IdleTimeout/4 + 1
+	for _, s := range a.open() {
+		next = min(next, s.checkIdle())
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.idle.Reset(next)
 }
 
 func (a *LBProxyApp) log() *slog.Logger {

@@ -558,7 +558,7 @@ func TestCloseJustBeforeAConnectionIsServed(t *testing.T) {
 		_, ours := duplex()
 		c := Conn{Client: ours, RateLimit: limitFunc(func(Event) Decision { return Decision{Wait: time.Hour} })}
 		s := newSession(a, c)
-		a.enter()
+		a.enter(s)
 		s.mu.Lock()
 		s.endWith(EndClosed, ErrAppClosed)
 		s.mu.Unlock()
