@@ -65,7 +65,7 @@ type EndReason string
 const (
 	EndDone          EndReason = "done"           // both sides ended their streams
 	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by its RateLimitManager
-	EndNoUpstream    EndReason = "no-upstream"    // every upstream is at its MaxConns
+	EndNoUpstream    EndReason = "no-upstream"    // every upstream is at its MaxConns, or down
 	EndDialFailed    EndReason = "dial-failed"    // no upstream that might have served it could be reached
 	EndClientError   EndReason = "client-error"   // the client's side failed
 	EndUpstreamError EndReason = "upstream-error" // the upstream's side failed

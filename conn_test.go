@@ -577,3 +577,44 @@ func TestAnAnswerThatWasSentBeforeAResetIsNotLost(t *testing.T) {
 		}
 	}
 }
+
+// The caller's context governs a session to its end, also when one side has ended its stream before.
+func TestAContextEndsAHalfClosedSession(t *testing.T) {
+	for name, half := range map[string]func(client, upstream *duplexConn){
+		"neither side has ended":    func(client, upstream *duplexConn) {},
+		"the client has ended":      func(client, upstream *duplexConn) { client.CloseWrite() },
+		"the upstream has ended":    func(client, upstream *duplexConn) { upstream.CloseWrite() },
+		"the upstream, after words": func(client, upstream *duplexConn) { upstream.Write([]byte("bye")); upstream.CloseWrite() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				upstreams := make(chan *duplexConn, 1)
+				a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+					ours, theirs := duplex()
+					upstreams <- theirs
+					return ours, nil
+				}}, "u:1")
+				ctx, cancel := context.WithCancelCause(t.Context())
+				s := serveFake(ctx, a, Conn{})
+				upstream := <-upstreams
+				go io.Copy(io.Discard, s)
+				go io.Copy(io.Discard, upstream)
+				half(s.duplexConn, upstream)
+				synctest.Wait()
+				why := errors.New("revoked")
+				cancel(why)
+				synctest.Wait()
+				select {
+				case r := <-s.result:
+					if r.End != EndCanceled || r.Err != why {
+						t.Errorf("%+v", r)
+					}
+				default:
+					t.Error("it goes on")
+					s.Close()
+					upstream.Close()
+				}
+			})
+		})
+	}
+}
