@@ -71,7 +71,7 @@ func rawTCP(c net.Conn) syscall.RawConn {
 func (p *pump) readNow(fd uintptr) bool {
 	p.buf = newBuffer(largeBuffer)
 	for {
-		p.n, p.errno = transfer(syscall.SYS_READ, fd, p.limit(*p.buf))
+		p.n, p.errno = readFD(fd, p.limit(*p.buf))
 		switch p.errno {
 		case syscall.EINTR:
 			continue
@@ -81,16 +81,6 @@ func (p *pump) readNow(fd uintptr) bool {
 		}
 		return true
 	}
-}
-
-// transfer reads or writes at most a buffer, on a socket that does not block. The scheduler is not told (RawSyscall):
-// telling it costs more than what it could do meanwhile, for it often takes the processor away in the middle, and
-// gives it to another thread, which has to be woken. A round trip of 64 bytes takes a third less time on the processor
-// like this. It cannot be interrupted while it copies, which is 10 µs for a whole buffer; splices, which may take
-// longer, do tell.
-func transfer(call, fd uintptr, b []byte) (int, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall(call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-	return int(n), errno
 }
 
 // send writes b to dst.
@@ -110,7 +100,7 @@ func (p *pump) send(b []byte) (int, error) {
 
 func (p *pump) writeNow(fd uintptr) bool {
 	for len(p.out) > 0 {
-		n, errno := transfer(syscall.SYS_WRITE, fd, p.out)
+		n, errno := writeFD(fd, p.out)
 		switch p.errno = errno; errno {
 		case 0:
 			p.out = p.out[n:]
