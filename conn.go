@@ -1,6 +1,7 @@
 package lbproxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -8,7 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"runtime/debug"
+
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -94,10 +95,12 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c Conn) (Result, error) {
 	if !a.enter(s) { // nor does Close wait for this one
 		s.abort(EndClosed, ErrAppClosed)
 		s.closeConns()
-		return s.report()
+		s.report()
+	} else {
+		defer a.leave()
+		s.serve(cmp.Or(ctx, context.Background()))
 	}
-	defer a.leave()
-	return s.serve(ctx, c)
+	return *s.result, s.err
 }
 
 // lingerTime bounds how long a session goes on after a side has failed, for what was read from it to be delivered.
@@ -115,10 +118,15 @@ var (
 // calls serve owns it and runs the download; it waits for the other goroutines, which are the upload and, when a
 // side has failed, deliverThenReset.
 type session struct {
-	app   *LBProxyApp
-	start time.Time
+	app      *LBProxyApp
+	accepted bool // by Serve
+	start    time.Time
+	result   *Result // when all is over
 
 	ctx       context.Context // the caller's, but it does not end with that; where there is a RateLimit, with the session
+	unwatch   func()          // the caller's; nil if it is not watched
+	opened    bool            // the RateLimit owes an EventClose
+	completed bool            // serve has come to its end without a panic
 	upstream  *upstream       // what the connection is counted on, if anything
 	addr      string          // of it
 	attempts  int
@@ -173,25 +181,30 @@ func (s *session) cut(ctx context.Context) {
 	}
 }
 
-// serve does what ServeConn says for a session that is counted in. What it does is undone by defer, each thing by
-// its own, so that no return and no panic in a hook can miss one.
-func (s *session) serve(ctx context.Context, c Conn) (r Result, err error) {
-	if ctx == nil {
-		ctx = context.Background()
-	}
+// serve does what ServeConn says for a session that is counted in. What the goroutine waits on is kept small.
+func (s *session) serve(ctx context.Context) {
+	defer s.unwind()
 	s.ctx = context.WithoutCancel(ctx)
-	s.mu.Lock()
-	s.conn = c
-	if c.RateLimit != nil {
-		s.ctx, s.cancel = context.WithCancelCause(s.ctx)
+	if s.conn.RateLimit != nil {
+		s.limit()
 	}
-	over := s.end != ""
-	s.mu.Unlock()
-	completed, opened := false, false
-	defer func() { r, err = s.finish() }()
+	if ctx != s.app.ctx { // that ends with Close only, which breaks what is open
+		s.unwatch = s.watch(ctx)
+	}
+	if ctx.Err() != nil {
+		s.cut(ctx)
+	} else if wait, ok := s.open(); ok {
+		s.forward(wait)
+	}
+	s.completed = true
+}
+
+// unwind undoes what serve has done, each thing by its own defer, so that no return and no panic in a hook can miss one.
+func (s *session) unwind() {
+	defer s.finish()
 	defer func() {
-		if opened && c.RateLimit != nil {
-			c.RateLimit.Report(context.WithoutCancel(ctx), s.event(EventClose))
+		if s.opened {
+			s.conn.RateLimit.Report(context.WithoutCancel(s.ctx), s.event(EventClose))
 		}
 	}()
 	defer func() {
@@ -200,41 +213,39 @@ func (s *session) serve(ctx context.Context, c Conn) (r Result, err error) {
 		}
 	}()
 	defer s.closeConns()
-	if ctx != s.app.ctx { // that ends with Close only, which breaks what is open
-		defer s.watch(ctx)()
-	}
-	defer s.wg.Wait()
 	defer func() {
-		if !completed {
-			s.abort(EndCanceled, errPanicked) // which ends the upload, too
+		if s.unwatch != nil {
+			s.unwatch()
 		}
 	}()
-	var wait time.Duration
-	switch {
-	case over: // before c.Client was known
-		reset(c.Client)
-	case ctx.Err() != nil:
-		s.cut(ctx)
-	default:
-		if opened, wait = s.open(); opened {
-			s.forward(wait)
-		}
+	defer s.wg.Wait()
+	if !s.completed {
+		s.abort(EndCanceled, errPanicked) // which ends the upload, too
 	}
-	completed = true
-	return
 }
 
-// open asks the RateLimitManager.
-func (s *session) open() (allowed bool, wait time.Duration) {
-	if s.conn.RateLimit == nil {
-		return true, 0
+// limit makes ctx end with the session, for the RateLimitManager and for what has to wait for it.
+func (s *session) limit() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ctx, s.cancel = context.WithCancelCause(s.ctx)
+	if s.end != "" {
+		s.cancel(s.err)
+	}
+}
+
+// open asks the RateLimitManager whether the session may go on, and after what wait.
+func (s *session) open() (wait time.Duration, ok bool) {
+	if s.isOver() || s.conn.RateLimit == nil {
+		return 0, !s.isOver()
 	}
 	d := s.conn.RateLimit.Report(s.ctx, s.event(EventOpen))
 	if d.Exceeded {
 		s.abort(EndRateLimited, ErrRateLimited)
 	}
+	s.opened = !d.Exceeded
 	s.up.grain, s.down.grain = firstGrain, firstGrain
-	return !d.Exceeded, d.Wait
+	return d.Wait, s.opened
 }
 
 // forward connects and copies. The upload starts before there is an upstream: nobody needs to be dialled for a
@@ -243,7 +254,7 @@ func (s *session) forward(wait time.Duration) {
 	s.up.src = s.conn.Client
 	s.wg.Go(s.upload)
 	s.pause(wait)
-	if s.connect() {
+	if s.deeply(s.connect); s.isConnected() {
 		s.down.src, s.down.dst = s.server, s.conn.Client
 		s.down.run()
 	}
@@ -253,28 +264,28 @@ func (s *session) forward(wait time.Duration) {
 func (s *session) upload() {
 	ok := false
 	defer func() {
-		p := recover()
-		if ok {
-			return
+		if !ok {
+			s.uploadPanicked(recover())
 		}
-		s.mu.Lock()
-		switch p := p.(type) {
-		case nil:
-			s.panicked = "lbproxy: a hook called runtime.Goexit"
-		case error:
-			s.panicked = fmt.Errorf("%w\n\n%s", p, debug.Stack())
-		default:
-			s.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
-		}
-		s.mu.Unlock()
-		s.abort(EndCanceled, errPanicked)
 	}()
 	s.up.run()
 	ok = true
 }
 
-// connect finds an upstream that answers and reports whether it did; if not, it has ended the session.
-func (s *session) connect() bool {
+func (s *session) uploadPanicked(p any) {
+	if p == nil {
+		p = "lbproxy: a hook called runtime.Goexit"
+	} else {
+		p = withStack(p)
+	}
+	s.mu.Lock()
+	s.panicked = p
+	s.mu.Unlock()
+	s.abort(EndCanceled, errPanicked)
+}
+
+// connect finds an upstream that answers, or ends the session.
+func (s *session) connect() {
 	b := &s.app.balancer
 	var tried map[*upstream]bool
 	var errs []error
@@ -287,11 +298,11 @@ func (s *session) connect() bool {
 		s.attempts++
 		server, changed, err := s.try(u, conf)
 		if err == nil {
-			ok := s.connectedTo(server)
+			s.connectedTo(server)
 			if changed {
 				s.app.log().Info("lbproxy: upstream works again", "app", s.app.id, "upstream", conf.Addr)
 			}
-			return ok
+			return
 		}
 		s.upstream = nil
 		b.release(u)
@@ -313,7 +324,6 @@ func (s *session) connect() bool {
 	} else {
 		s.abort(EndDialFailed, errors.Join(errs...))
 	}
-	return false
 }
 
 // try dials u once and lets the balancer know how that went, even if the dialer panics.
@@ -370,8 +380,8 @@ func (s *session) dial(conf *Upstream) (c net.Conn, err error) {
 	return t, nil
 }
 
-// connectedTo makes server the other side, unless the session is over: then it breaks server and returns false.
-func (s *session) connectedTo(server net.Conn) bool {
+// connectedTo makes server the other side, unless the session is over: then it breaks server.
+func (s *session) connectedTo(server net.Conn) {
 	s.mu.Lock()
 	over := s.end != ""
 	if !over {
@@ -383,7 +393,6 @@ func (s *session) connectedTo(server net.Conn) bool {
 	if over {
 		discard(server)
 	}
-	return !over
 }
 
 // touch notes that bytes moved. Reading the clock takes 25 ns of a round trip's 20 µs, and buys an idle timeout
@@ -523,21 +532,20 @@ func (s *session) closeConns() {
 }
 
 // finish takes the session out of the counts, reports it, and passes on a hook's panic in the upload.
-func (s *session) finish() (Result, error) {
+func (s *session) finish() {
 	s.mu.Lock()
 	s.endWith(EndDone, nil)
 	s.hungUp = true // nothing is left to be
 	s.mu.Unlock()
 	s.app.exit(s, s.end == EndRateLimited && s.attempts == 0, s.end == EndNoUpstream || s.end == EndDialFailed)
-	r, err := s.report()
+	s.report()
 	if s.panicked != nil {
 		panic(s.panicked)
 	}
-	return r, err
 }
 
 // report makes the Result known.
-func (s *session) report() (Result, error) {
+func (s *session) report() {
 	r := Result{
 		App: s.app.id, ClientID: s.conn.ClientID, Client: remoteAddr(s.conn.Client), Attempts: s.attempts,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.up.moved, Received: s.down.moved, End: s.end, Err: s.err,
@@ -545,10 +553,16 @@ func (s *session) report() (Result, error) {
 	if s.server != nil {
 		r.Upstream = s.addr
 	}
+	s.result = &r
 	if done := s.app.opts.OnDone; done != nil {
 		done(r)
 	}
-	return r, r.Err
+}
+
+func (s *session) isConnected() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.server != nil
 }
 
 func (s *session) event(kind EventKind) Event {

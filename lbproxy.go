@@ -1,6 +1,7 @@
 package lbproxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -96,6 +98,7 @@ type LBProxyApp struct {
 	opts     Options // with the defaults filled in
 	balancer balancer
 	checker  *checker // nil: no health checks
+	crew     crew
 	pipes    pipePool
 	slots    chan struct{}   // one element for each connection that Serve holds; nil: no bound
 	ctx      context.Context // ends with ErrAppClosed when connections are to be broken
@@ -150,6 +153,7 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		a.slots = make(chan struct{}, o.MaxConns)
 	}
 	a.ctx, a.cancel = context.WithCancelCause(context.Background())
+	a.crew = crew{tasks: make(chan *task), over: a.drained}
 	if o.HealthCheck != nil {
 		hc, wrong := o.HealthCheck.complete()
 		if wrong != "" {
@@ -265,6 +269,7 @@ func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
 		if err == nil {
 			retry.delay = 0
 			s := newSession(a, Conn{Client: c})
+			s.accepted = true
 			if !a.takeSlot() || !a.enter(s) {
 				discard(c)
 				return ErrAppClosed
@@ -331,48 +336,66 @@ func (r *acceptRetry) wait(err error) bool {
 
 // handle owns a connection that Serve accepted.
 func (s *session) handle(admit AdmitFunc) {
-	a, accepted := s.app, s.conn.Client
-	defer a.freeSlot()
-	defer a.leave()
-	defer func() {
-		if p := recover(); p != nil {
-			defer func() { _ = recover() }() // the logger may be what panics
-			a.log().Error("lbproxy: panic serving a connection", "app", a.id, "panic", p, "stack", string(debug.Stack()))
-		}
-	}()
-	defer accepted.Close() // admit may have wrapped it
-	ctx, conn, err := s.admit(admit)
-	if err != nil {
-		a.log().Debug("lbproxy: connection not admitted", "app", a.id, "client", remoteAddr(accepted), "err", err)
-		return
+	defer s.app.freeSlot()
+	defer s.app.leave()
+	defer s.logPanic()
+	defer s.conn.Client.Close() // this one, which admit may wrap
+	ctx := s.app.ctx
+	if admit != nil {
+		s.deeply(func() { ctx = s.admit(admit) })
 	}
-	r, _ := s.serve(ctx, conn)
-	a.logResult(ctx, &r)
+	if ctx != nil {
+		s.serve(ctx)
+		s.log(ctx)
+	}
 }
 
-// admit asks f, and takes the connection out of the counts again if it is not let in.
-func (s *session) admit(f AdmitFunc) (ctx context.Context, conn Conn, err error) {
-	a, admitted := s.app, false
+// logPanic is deferred.
+func (s *session) logPanic() {
+	if p := recover(); p != nil {
+		defer func() { _ = recover() }() // the logger may be what panics
+		s.app.log().Error("lbproxy: panic serving a connection", "app", s.app.id, "panic", p, "stack", string(debug.Stack()))
+	}
+}
+
+// admit asks f, and returns the context of the session. If f does not let the connection in, it is taken out of the
+// counts again, and there is none.
+func (s *session) admit(f AdmitFunc) context.Context {
+	accepted, admitted := s.conn.Client, false
 	defer func() {
 		if !admitted {
 			s.up.ended = true // there is no pump, but what admit wrote, such as a TLS alert
-			s.up.dst = s.conn.Client
+			s.up.dst = accepted
 			s.deliverThenReset(&s.up, false)
-			a.exit(s, true, false)
+			s.app.exit(s, true, false)
 		}
 	}()
-	ctx = a.ctx
-	if f != nil {
-		var own context.Context
-		if own, conn, err = f(ctx, s.conn.Client); own != nil {
-			ctx = own
-		}
+	ctx, conn, err := f(s.app.ctx, accepted)
+	if err != nil {
+		s.app.log().Debug("lbproxy: connection not admitted", "app", s.app.id, "client", remoteAddr(accepted), "err", err)
+		return nil
 	}
 	if conn.Client == nil {
-		conn.Client = s.conn.Client
+		conn.Client = accepted
 	}
-	admitted = err == nil
-	return ctx, conn, err
+	s.mu.Lock()
+	s.conn = conn
+	over := s.end != ""
+	s.mu.Unlock()
+	if over { // before conn.Client was known
+		reset(conn.Client)
+	}
+	admitted = true
+	return cmp.Or(ctx, s.app.ctx)
+}
+
+// deeply calls f where there is stack to spare, which is not what this session will wait on: see crew.
+func (s *session) deeply(f func()) {
+	if s.accepted {
+		s.app.crew.do(f)
+	} else {
+		f()
+	}
 }
 
 // Stats is what an app has done and is doing.
@@ -421,6 +444,7 @@ func (a *LBProxyApp) Shutdown(ctx context.Context) error {
 		return err
 	}
 	a.cancel(ErrAppClosed)
+	a.crew.hands.Wait()
 	a.pipes.close()
 	if a.checker == nil {
 		return nil
@@ -579,16 +603,86 @@ func (a *LBProxyApp) log() *slog.Logger {
 	return slog.Default()
 }
 
-// logResult writes the one line that Serve has for each connection.
-func (a *LBProxyApp) logResult(ctx context.Context, r *Result) {
+// log writes the one line that Serve has for each connection.
+func (s *session) log(ctx context.Context) {
 	level := slog.LevelDebug
-	switch r.End {
+	switch s.end {
 	case EndNoUpstream, EndDialFailed, EndUpstreamError:
 		level = slog.LevelWarn
 	}
-	if log := a.log(); log.Enabled(ctx, level) {
-		log.LogAttrs(ctx, level, "lbproxy: connection ended", r.attrs()...)
+	if log := s.app.log(); log.Enabled(ctx, level) {
+		log.LogAttrs(ctx, level, "lbproxy: connection ended", s.result.attrs()...)
 	}
+}
+
+// A crew does what needs a deep stack, such as dialling, on goroutines that are kept for a while. A session's own
+// goroutine waits for bytes most of its life and would keep that stack; and making it a deep one takes ten times as long
+// as handing the work over.
+type crew struct {
+	tasks chan *task
+	hands sync.WaitGroup
+	over  <-chan struct{} // closed when there will be no more tasks
+}
+
+type task struct {
+	f        func()
+	done     sync.WaitGroup
+	returned bool
+	panicked any
+}
+
+// do calls f, and panics or exits the goroutine as f does.
+func (c *crew) do(f func()) {
+	t := &task{f: f}
+	t.done.Add(1)
+	select {
+	case c.tasks <- t:
+	default:
+		c.hands.Go(func() { c.work(t) })
+	}
+	t.done.Wait()
+	switch {
+	case t.panicked != nil:
+		panic(t.panicked)
+	case !t.returned:
+		runtime.Goexit()
+	}
+}
+
+// work does t and what else there is, until there has been nothing for a second.
+func (c *crew) work(t *task) {
+	idle := time.NewTimer(time.Second)
+	defer idle.Stop()
+	for {
+		t.run()
+		idle.Reset(time.Second)
+		select {
+		case t = <-c.tasks:
+		case <-idle.C:
+			return
+		case <-c.over:
+			return
+		}
+	}
+}
+
+func (t *task) run() {
+	defer t.done.Done()
+	defer func() {
+		if p := recover(); p != nil {
+			t.panicked = withStack(p)
+		}
+	}()
+	t.f()
+	t.returned = true
+}
+
+// withStack is a panic's value with what shows where it was, for the panic to go on in another goroutine.
+func withStack(p any) any {
+	if err, ok := p.(error); ok {
+		return fmt.Errorf("%w\n\n%s", err, debug.Stack())
+	}
+	return fmt.Sprintf("%v\n\n%s", p, debug.Stack())
 }
 
 // closeOnce lets Serve and Shutdown close a listener without minding each other.

@@ -563,8 +563,8 @@ func TestCloseJustBeforeAConnectionIsServed(t *testing.T) {
 		s.endWith(EndClosed, ErrAppClosed)
 		s.mu.Unlock()
 		start := time.Now()
-		if r, _ := s.serve(t.Context(), c); r.End != EndClosed || time.Since(start) != 0 {
-			t.Errorf("%+v after %v", r, time.Since(start))
+		if s.serve(t.Context()); s.result.End != EndClosed || time.Since(start) != 0 {
+			t.Errorf("%+v after %v", s.result, time.Since(start))
 		}
 		a.leave()
 	})
