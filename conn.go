@@ -31,6 +31,11 @@ type Conn struct {
 
 	// RateLimit is told what the connection does and may refuse, cut or slow it. nil means no limit.
 	RateLimit RateLimitManager
+
+	// OnDone is called once, when everything about this connection is over, as that of Options is, and before it. It
+	// saves those who keep something for each connection from having to find it by what the Result says. nil means no
+	// call.
+	OnDone func(Result)
 }
 
 // A Result is what became of one connection.
@@ -555,6 +560,9 @@ func (s *session) report() {
 	}
 	s.result = &r
 	if done := s.app.opts.OnDone; done != nil {
+		defer done(r) // also if the connection's own panics
+	}
+	if done := s.conn.OnDone; done != nil {
 		done(r)
 	}
 }

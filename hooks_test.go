@@ -219,7 +219,7 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 			panic("boom")
 		}
 	}
-	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone", "log", "client", "upstream"}
+	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone", "own OnDone", "log", "client", "upstream"}
 	for _, kind := range kinds {
 		synctest.Test(t, func(t *testing.T) {
 			var inner journal
@@ -251,6 +251,9 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 			})
 			client, ours := duplex()
 			conn := Conn{Client: ours, RateLimit: All(&inner, outer)}
+			if kind == "own OnDone" {
+				conn.OnDone = func(Result) { panic("boom") }
+			}
 			if kind == "client" {
 				conn.Client = brokenConn{Conn: ours, read: func([]byte) (int, error) { panic("boom") }}
 			}
@@ -268,7 +271,7 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 				t.Errorf("%s: the caller caught %v", kind, p)
 			}
 			r := <-results
-			if kind != "OnDone" && kind != "close" && (r.End != EndCanceled || r.Err == nil) {
+			if !strings.HasSuffix(kind, "OnDone") && kind != "close" && (r.End != EndCanceled || r.Err == nil) {
 				t.Errorf("%s: %+v", kind, r)
 			}
 			wantCounts(t, a, 1, 0, 0)
@@ -291,6 +294,26 @@ type panicHandler struct{ slog.Handler }
 
 func (panicHandler) Enabled(context.Context, slog.Level) bool  { return true }
 func (panicHandler) Handle(context.Context, slog.Record) error { panic("boom") }
+
+func TestAConnectionsOwnOnDoneComesBeforeThatOfTheApp(t *testing.T) {
+	for _, closed := range []bool{false, true} {
+		var own []Result
+		opts := Options{Logger: quiet, DialContext: dialFake(echoFake)}
+		opts.OnDone = func(r Result) {
+			if len(own) != 1 || own[0] != r {
+				t.Errorf("the connection's own: %+v, want %+v", own, r)
+			}
+		}
+		a, results := newApp(t, opts, "a:1")
+		if closed {
+			a.Close()
+		}
+		client, ours := duplex()
+		client.Close()
+		a.ServeConn(t.Context(), Conn{Client: ours, OnDone: func(r Result) { own = append(own, r) }})
+		<-results
+	}
+}
 
 func TestServeOutlivesHooksThatPanic(t *testing.T) {
 	broken := limitFunc(func(e Event) Decision {
