@@ -7,23 +7,13 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/danielepagano/lbproxy"
 )
-
-// Materials are what a Config's files and texts stand for, read once and found to be right.
-type materials struct {
-	ca        *x509.Certificate
-	server    tls.Certificate
-	upstreams [][]lbproxy.Upstream // of each of Config.Apps, ready for lbproxy.New and SetUpstreams
-	users     map[Serial]*User     // the elements of Config.Users
-}
 
 // pair reads a certificate and its key, which are to be good for usage.
 func (r *report) pair(key, certFile, keyFile string, usage x509.ExtKeyUsage) (pair tls.Certificate) {
@@ -32,21 +22,20 @@ func (r *report) pair(key, certFile, keyFile string, usage x509.ExtKeyUsage) (pa
 		return pair
 	}
 	leaf, err := firstCertificate(certText)
-	if err != nil {
+	if err == nil {
+		err = inDate(leaf)
+	}
+	switch {
+	case err != nil:
 		r.add(key+".cert", "%q: %v", certFile, err)
 		return pair
-	}
-	if pair, err = tls.X509KeyPair(certText, keyText); err != nil {
-		r.add(key+".key", "%q: %v: want the key of the certificate in %q, not encrypted", keyFile, err, certFile)
-		return pair
-	}
-	switch wrong := inDate(leaf); {
-	case wrong != nil:
-		r.add(key+".cert", "%q: %v", certFile, wrong)
 	case !slices.Contains(leaf.ExtKeyUsage, usage):
 		r.add(key+".cert", "%q: its extended key usage lacks %v: make one that has it", certFile, usage)
 	case usage == x509.ExtKeyUsageServerAuth && len(leaf.DNSNames)+len(leaf.IPAddresses) == 0:
 		r.add(key+".cert", "%q: it names no host (subjectAltName), so no client would take it: make one that does", certFile)
+	}
+	if pair, err = tls.X509KeyPair(certText, keyText); err != nil {
+		r.add(key+".key", "%q: %v: want the key of the certificate in %q, not encrypted", keyFile, err, certFile)
 	}
 	return pair
 }
@@ -90,6 +79,12 @@ func onlyCertificate(text []byte) (*x509.Certificate, error) {
 	return x509.ParseCertificate(block.Bytes)
 }
 
+func poolOf(ca *x509.Certificate) *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(ca)
+	return pool
+}
+
 func inDate(cert *x509.Certificate) error {
 	switch now := time.Now(); {
 	case now.Before(cert.NotBefore):
@@ -100,45 +95,42 @@ func inDate(cert *x509.Certificate) error {
 	return nil
 }
 
-// file returns what is in a file, or nil if that was not to be had.
+// file returns what is in a file, or nil if that was not to be had. Its path is relative to that of the Config.
 func (r *report) file(key, path string, secret bool) []byte {
 	switch {
 	case path == "":
 		r.add(key, "missing: name its file")
+		return nil
 	case strings.Contains(path, "-----BEGIN"):
 		r.add(key, "want the name of a file, got what belongs into one")
-	default:
-		text, err := readFile(path, secret)
-		if err == nil {
-			return text
-		}
-		r.add(key, "%v", err)
+		return nil
+	case !filepath.IsAbs(path):
+		path = filepath.Join(r.config.dir, path)
 	}
-	return nil
+	text, err := readFile(path, secret)
+	if err != nil {
+		r.add(key, "%v", err)
+		return nil
+	}
+	return text
 }
 
-// readFile reads a regular file of sane size. A secret one must not be readable by other users of the machine; where
-// that is not said by mode bits it is not looked at.
+// readFile reads a regular file of sane size. A secret one must not be open to other users of the machine; where that
+// is not said by mode bits it is not looked at.
 func readFile(path string, secret bool) ([]byte, error) {
-	const maxSize = 8 << 20
-	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%q: not a file: name one", path) // opening a pipe would wait
+	info, err := os.Stat(path)
+	switch {
+	case err != nil: // as ReadFile's would be
+	case !info.Mode().IsRegular(): // opening a pipe would wait
+		return nil, fmt.Errorf("%q: not a file: name one", path)
+	case info.Size() > 8<<20:
+		return nil, fmt.Errorf("%q: larger than 8 MiB: name the right file", path)
+	case secret && runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0:
+		return nil, fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", path, info.Mode().Perm())
 	}
-	f, err := os.Open(path)
+	text, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("%q: %w: name a file that can be read", path, errors.Unwrap(err))
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if secret && runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", path, info.Mode().Perm())
-	}
-	text, err := io.ReadAll(io.LimitReader(f, maxSize+1))
-	if err == nil && len(text) > maxSize {
-		err = fmt.Errorf("%q: larger than 8 MiB: name the right file", path)
-	}
-	return text, err
+	return text, nil
 }

@@ -1,7 +1,6 @@
 package mtlsserver
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -9,126 +8,10 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
-	"slices"
 	"strings"
-	"sync"
 	"time"
 )
-
-// orDefaults fills in what is zero.
-func (h Handshake) orDefaults() Handshake {
-	return Handshake{
-		Timeout:       cmp.Or(h.Timeout, 10*time.Second),
-		MaxConcurrent: cmp.Or(h.MaxConcurrent, 256),
-		MaxPerAddress: cmp.Or(h.MaxPerAddress, 16),
-		MaxBytes:      cmp.Or(h.MaxBytes, 16<<10),
-	}
-}
-
-// A gate bounds the handshakes in progress, those of all apps together and those from each address. Those beyond wait
-// for a place, in the order they came; so many from one address, or in all, that they would not get one soon are refused.
-type gate struct {
-	mu      sync.Mutex
-	all     int
-	from    map[netip.Prefix]int // no entry is 0
-	waiting []*waiter
-}
-
-type waiter struct {
-	from netip.Prefix
-	in   chan struct{} // closed when it is counted in
-}
-
-// enter counts a handshake in, when there is a place for it. Every nil it returns is owed a leave.
-func (g *gate) enter(ctx context.Context, from netip.Prefix, h Handshake) error {
-	w := &waiter{from, make(chan struct{})}
-	g.mu.Lock()
-	refusal := g.full(from, h)
-	if refusal == nil {
-		g.take(w)
-		g.mu.Unlock()
-		return nil
-	}
-	alike := 0
-	for _, other := range g.waiting {
-		if other.from == from {
-			alike++
-		}
-	}
-	if alike >= 4*h.MaxPerAddress || len(g.waiting) >= h.MaxConcurrent {
-		g.mu.Unlock()
-		return refusal
-	}
-	g.waiting = append(g.waiting, w)
-	g.mu.Unlock()
-	select {
-	case <-w.in:
-		return nil
-	case <-ctx.Done():
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	i := slices.Index(g.waiting, w)
-	if i < 0 {
-		return nil // it got its place just now
-	}
-	g.waiting = slices.Delete(g.waiting, i, i+1)
-	if ctx.Err() == context.Canceled {
-		return net.ErrClosed // by us
-	}
-	return refusal
-}
-
-// full says why there is no place for a handshake from an address, or returns nil. The caller holds mu.
-func (g *gate) full(from netip.Prefix, h Handshake) error {
-	switch {
-	case g.from[from] >= h.MaxPerAddress:
-		return &Refusal{Reason: TooManyFromAddress}
-	case g.all >= h.MaxConcurrent:
-		return &Refusal{Reason: TooManyHandshakes}
-	}
-	return nil
-}
-
-// take counts w in. The caller holds mu.
-func (g *gate) take(w *waiter) {
-	g.all++
-	g.from[w.from]++
-	close(w.in)
-}
-
-// leave gives a place back, and to the first who can use it.
-func (g *gate) leave(from netip.Prefix, h Handshake) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.all--
-	if g.from[from]--; g.from[from] == 0 {
-		delete(g.from, from)
-	}
-	for i, w := range g.waiting {
-		if g.full(w.from, h) == nil {
-			g.waiting = slices.Delete(g.waiting, i, i+1)
-			g.take(w)
-			return
-		}
-	}
-}
-
-// network is what a client has one of: its IPv4 address, or the /64 of an IPv6 one, in which it chooses the rest.
-func network(a net.Addr) netip.Prefix {
-	tcp, ok := a.(*net.TCPAddr)
-	if !ok {
-		return netip.Prefix{}
-	}
-	ip := tcp.AddrPort().Addr().Unmap().WithZone("")
-	if ip.Is4() {
-		return netip.PrefixFrom(ip, 32)
-	}
-	p, _ := ip.Prefix(64)
-	return p
-}
 
 var errTooLarge = errors.New("more bytes than a handshake needs")
 
@@ -163,7 +46,6 @@ func (w *wire) NetConn() net.Conn { return w.Conn }
 type clientConn struct {
 	*tls.Conn
 	wire *wire
-	addr connAddr
 }
 
 func (c *clientConn) Read(b []byte) (int, error) {
@@ -174,28 +56,25 @@ func (c *clientConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func (c *clientConn) RemoteAddr() net.Addr { return c.addr }
-
-// A connAddr is a client's address and the connection's number: an lbproxy.Result names its connection by nothing
-// but the text of the client's address, and that may come back while the end of its last connection is on its way.
-type connAddr struct {
-	net.Addr
-	number uint64
-}
-
-func (a connAddr) String() string { return fmt.Sprintf("%s#%d", a.Addr, a.number) }
-
 // handshake makes raw a TLS connection whose client has proved who it is, or says why not, to the client as well.
-func handshake(raw net.Conn, config *tls.Config, h Handshake, deadline time.Time) (*clientConn, error) {
-	if err := raw.SetDeadline(deadline); err != nil {
+func (g *gate) handshake(ctx context.Context, raw net.Conn, config *tls.Config) (*clientConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, g.Timeout) // for waiting, too
+	defer cancel()
+	from := network(raw.RemoteAddr())
+	if err := g.enter(ctx, from); err != nil {
 		return nil, err
 	}
-	w := &wire{Conn: raw, left: h.MaxBytes}
+	defer g.leave(from)
+	deadline, _ := ctx.Deadline()
+	if err := raw.SetDeadline(deadline); err != nil {
+		return nil, &Refusal{Reason: ClientGone, Err: err}
+	}
+	w := &wire{Conn: raw, left: g.MaxBytes}
 	c := &clientConn{Conn: tls.Server(w, config), wire: w}
 	// On a goroutine of its own: a handshake grows the stack to 32 KiB or so, which a session would keep.
 	done := make(chan error)
 	go func() {
-		var err error
+		err := errors.New("the handshake did not return")
 		defer func() {
 			if p := recover(); p != nil { // here nobody else would, and it would end the process
 				err = fmt.Errorf("panic: %v", p)
@@ -227,58 +106,45 @@ func linger(raw net.Conn) {
 
 // refusalOf says why a handshake failed.
 func refusalOf(err error, cs tls.ConnectionState) *Refusal {
-	var refusal *Refusal // by VerifyConnection
-	if errors.As(err, &refusal) {
+	if refusal, ok := errors.AsType[*Refusal](err); ok { // by VerifyConnection
 		return refusal
 	}
-	return &Refusal{Reason: reasonOf(err, cs), Err: err}
-}
-
-func reasonOf(err error, cs tls.ConnectionState) Reason {
-	var (
-		verify *tls.CertificateVerificationError
-		header tls.RecordHeaderError
-		op     *net.OpError
-	)
+	_, unverified := errors.AsType[*tls.CertificateVerificationError](err)
+	invalid, isInvalid := errors.AsType[x509.CertificateInvalidError](err)
+	_, notTLS := errors.AsType[tls.RecordHeaderError](err)
+	op, isOp := errors.AsType[*net.OpError](err)
+	because := func(r Reason) *Refusal { return &Refusal{Reason: r, Err: err} }
 	switch text := err.Error(); {
-	case errors.As(err, &verify):
-		return reasonOfChain(verify)
-	case errors.As(err, &header):
-		return NotTLS
+	case isInvalid && invalid.Reason == x509.IncompatibleUsage:
+		return because(BadExtKeyUsage)
+	case isInvalid && invalid.Reason == x509.Expired && time.Now().Before(invalid.Cert.NotBefore):
+		return because(NotYetValid)
+	case isInvalid && invalid.Reason == x509.Expired:
+		return because(Expired)
+	case isInvalid:
+		return because(NotDirect)
+	case unverified:
+		return because(UnknownCA)
+	case notTLS:
+		return because(NotTLS)
 	case errors.Is(err, errTooLarge):
-		return HandshakeTooLarge
+		return because(HandshakeTooLarge)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return HandshakeTimeout
-	case errors.As(err, &op) && op.Op == "remote error":
-		return ClientAlert
-	case errors.Is(err, io.EOF), op != nil, errors.Is(err, io.ErrUnexpectedEOF):
-		return ClientGone
+		return because(HandshakeTimeout)
+	case isOp && op.Op == "remote error":
+		return because(ClientAlert)
+	case isOp, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return because(ClientGone)
 	case len(cs.PeerCertificates) > 0: // they were found good, and then something was wrong
-		return NoProof
+		return because(NoProof)
 
 	// crypto/tls has no value for these. Nothing but the word in the log depends on its text.
 	case strings.HasPrefix(text, "tls: client didn't provide a certificate"):
-		return NoCertificate
+		return because(NoCertificate)
 	case strings.HasPrefix(text, "tls: failed to parse client certificate"):
-		return BadCertificate
+		return because(BadCertificate)
 	case strings.HasPrefix(text, "tls: client offered only unsupported versions"):
-		return OldTLS
+		return because(OldTLS)
 	}
-	return HandshakeFailed
-}
-
-// reasonOfChain says why a certificate was not verified.
-func reasonOfChain(err *tls.CertificateVerificationError) Reason {
-	var invalid x509.CertificateInvalidError
-	switch {
-	case !errors.As(err, &invalid):
-		return UnknownCA
-	case invalid.Reason == x509.IncompatibleUsage:
-		return BadExtKeyUsage
-	case invalid.Reason == x509.Expired && time.Now().Before(invalid.Cert.NotBefore):
-		return NotYetValid
-	case invalid.Reason == x509.Expired:
-		return Expired
-	}
-	return NotDirect
+	return because(HandshakeFailed)
 }

@@ -312,10 +312,8 @@ func newLab(t testing.TB, change func(*lab)) *lab {
 		l.server.Close()
 		cancel()
 		<-l.ran
-		l.server.mu.Lock()
-		defer l.server.mu.Unlock()
-		if len(l.server.live) > 0 || l.server.gate.all != 0 || len(l.server.gate.from) > 0 {
-			t.Errorf("after Close: %d live, %d in the gate", len(l.server.live), l.server.gate.all)
+		if gate := l.server.current.Load().gate; len(l.server.live) > 0 || len(l.server.apps) > 0 || len(gate.queues) > 0 {
+			t.Errorf("after Close: %d live, %d apps, queues %v", len(l.server.live), len(l.server.apps), gate.queues)
 		}
 	})
 	return l

@@ -301,7 +301,7 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	after := strings.Replace(before, `"3a:0f"`, `"3a:0f", "`+serial("alice")+`"`, 1)
 	must(t, "issue", "-dir", dir, "-name", "bob", "-apps", "db", "-apps", "web")
 	after = strings.Replace(after, `"name":"alice"}`, `"name":"alice"},`+"\n    "+
-		`{"name": "bob", "serials": ["`+serial("bob")+`"], "apps": ["db", "web"]}`, 1)
+		`{"name":"bob","serials":["`+serial("bob")+`"],"apps":["db","web"]}`, 1)
 	must(t, "issue", "-dir", dir, "-name", "bob", "-apps", "web,db")
 	after = strings.Replace(after, serial("bob")+`"`, serial("bob")+`", "`+serial("bob-2")+`"`, 1)
 	if got := contents(t, dir)["config.json"]; got != after {
@@ -331,7 +331,7 @@ func TestIssueThatFails(t *testing.T) {
 		spoil func(t *testing.T, dir string)
 		want  string
 	}{
-		{"no such app", []string{"-name", "carol", "-apps", "web,mail"}, nil, `-apps: there is no app "mail"`},
+		{"no such app", []string{"-name", "carol", "-apps", "web,mail"}, nil, `users[2].apps[1]: there is no app "mail": want one of ["db" "web"]`},
 		{"other apps", []string{"-name", "alice", "-apps", "web"}, nil, `-apps: user "alice" has apps ["db" "web"], not ["web"]`},
 		{"a path", []string{"-name", "../carol", "-apps", "web"}, nil, `-name "../carol": want letters`},
 		{"a flag", []string{"-name", "-carol", "-apps", "web"}, nil, `-name "-carol": want letters`},

@@ -174,7 +174,7 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "two objects", spoil: swap("config.json", []byte(good+good)), want: []string{"config.json:18: not JSON: invalid character '{' after"}},
 		{name: "trailing comma", edit: `"30s">"30s",`, want: []string{"config.json:17: not JSON: invalid character '}'"}},
 		{name: "comment", edit: `"apps": [>// apps`, want: []string{"config.json:3: not JSON: invalid character '/'"}},
-		{name: "not UTF-8", edit: `alice>al` + "\xff" + `ce`, want: []string{"config.json: not UTF-8: save it as that"}},
+		{name: "not UTF-8", edit: `alice>al` + "\xff" + `ce`, want: []string{"config.json:1: not UTF-8: save it as that"}},
 		{name: "a list", spoil: swap("config.json", []byte("[]")), want: []string{"config.json:1: want an object in { }, got ["}},
 		{name: "null", spoil: swap("config.json", []byte("null")), want: []string{"config.json:1: want an object in { }, got null"}},
 		{name: "deep", spoil: swap("config.json", []byte(strings.Repeat("[", 20000)+strings.Repeat("]", 20000))), want: []string{"config.json:1: not JSON: invalid character…exceeded max depth"}},
@@ -187,7 +187,11 @@ func TestBadConfigurations(t *testing.T) {
 			"config.json:5: apps[0].upstreams[0].wait: unknown key: want one of addr, weight, maxConns, tls",
 			"config.json:5: apps[0].upstreams[0].Weight: unknown key"}},
 		{name: "unknown key that plays tricks", edit: `"drainTimeout">"a\n\u001b[2J"`, want: []string{`config.json:16: ["a\n\x1b[2J"]: unknown key`}},
-		{name: "health checks", edit: `"idleTimeout": "10m">"healthCheck": {"interval": "5s"}`, want: []string{"config.json:4: apps[0].healthCheck: unknown key"}},
+		{name: "unknown key of health checks", edit: `"idleTimeout": "10m">"healthCheck": {"intervall": "5s"}`, want: []string{"config.json:4: apps[0].healthCheck.intervall: unknown key: want one of interval, timeout, rise, fall"}},
+		{name: "health checks that are switched on", edit: `"idleTimeout": "10m">"healthCheck": true`, want: []string{"config.json:4: apps[0].healthCheck: want an object in { }, got true"}},
+		{name: "bad health checks", edit: `"idleTimeout": "10m">"healthCheck": {"interval": "0s", "timeout": "-2s", "rise": 0, "fall": -3}`, want: []string{
+			"config.json:4: apps[0].healthCheck.interval: 0s: want more than 0", "healthCheck.timeout: -2s: want", "healthCheck.rise: 0: want", "healthCheck.fall: -3: want"}},
+		{name: "zero weight", edit: `"weight": 2>"weight": 0`, want: []string{"config.json:5: apps[0].upstreams[0].weight: 0: want more than 0, or leave it out for the default"}},
 		{name: "duplicate key", edit: `"drainTimeout": "30s">"tls": {}`, want: []string{"config.json:2: tls: again in line 16: keep one of the two"}},
 		{name: "duplicate key further down", edit: `"maxConns": 100>"addr": ["127.0.0.1:8009"]`, want: []string{
 			"config.json:5: apps[0].upstreams[0].addr: again in line 5: keep one"}},
@@ -216,8 +220,8 @@ func TestBadConfigurations(t *testing.T) {
 			`config.json:7: apps[1].id: "web" is that of apps[0].id already: change one`, `users[0].apps[1]: there is no app "db"`}},
 		{name: "no listen", edit: `"listen": "127.0.0.1:0"`, want: []string{`config.json:4: apps[0].listen: "": want host:port, such as "127.0.0.1:9443"`}},
 		{name: "listen without port", edit: `"127.0.0.1:0">"127.0.0.1"`, want: []string{`config.json:4: apps[0].listen: "127.0.0.1": want host:port`}},
-		{name: "listen on port 99999", edit: `"127.0.0.1:0">"127.0.0.1:99999"`, want: []string{`config.json:4: apps[0].listen: "127.0.0.1:99999": want a port from 1 to 65535`}},
-		{name: "listen on an empty port", edit: `"127.0.0.1:0">"127.0.0.1:"`, want: []string{`config.json:4: apps[0].listen: "127.0.0.1:": want a port`}},
+		{name: "listen on port 99999", edit: `"127.0.0.1:0">"127.0.0.1:99999"`, want: []string{`config.json:4: apps[0].listen: "127.0.0.1:99999": want host:port, such as "127.0.0.1:9443", port 0 for any`}},
+		{name: "listen on an empty port", edit: `"127.0.0.1:0">"127.0.0.1:"`, want: []string{`config.json:4: apps[0].listen: "127.0.0.1:": want host:port`}},
 		{name: "same listen twice", edit: `127.0.0.1:0…127.0.0.1:0>127.0.0.1:9443…127.0.0.1:9443`, want: []string{
 			`config.json:7: apps[1].listen: "127.0.0.1:9443" is that of apps[0].listen already: change one`}},
 		{name: "no upstreams", edit: `[{"addr": "127.0.0.1:5432"}]>[]`, want: []string{`config.json:7: apps[1].upstreams: no upstreams: give at least one`}},

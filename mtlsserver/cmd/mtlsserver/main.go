@@ -36,8 +36,9 @@ It exits 0 when all went well, 1 when serving failed, 2 when the command line or
 `
 
 func main() {
-	signals := make(chan os.Signal, 4)
+	signals := make(chan os.Signal, 100) // one that finds no room is lost, and the last of many may be SIGTERM
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
+	signal.Ignore(syscall.SIGPIPE) // that nobody reads the log any more is no reason to end
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
 }
 
@@ -174,7 +175,10 @@ func (s *server) serve() error {
 	if err != nil {
 		return s.explain(err)
 	}
-	s.ready(srv, config)
+	addrs := srv.Addrs()
+	for _, app := range config.Apps {
+		fmt.Fprintf(s.stdout, "app %q listens on %v\n", app.ID, addrs[app.ID])
+	}
 	ctx, drain := context.WithCancel(context.Background())
 	defer drain()
 	done := make(chan error, 1)
@@ -206,14 +210,6 @@ func (s *server) serve() error {
 	}
 }
 
-func (s *server) ready(srv *mtlsserver.Server, config *mtlsserver.Config) {
-	addrs := srv.Addrs()
-	for _, app := range config.Apps {
-		s.log.Debug("listening", "app", app.ID, "addr", addrs[app.ID].String(), "upstreams", len(app.Upstreams))
-		fmt.Fprintf(s.stdout, "app %q listens on %v\n", app.ID, addrs[app.ID])
-	}
-}
-
 func (s *server) reload(srv *mtlsserver.Server) {
 	config, err := mtlsserver.Load(s.config)
 	if err == nil {
@@ -223,8 +219,8 @@ func (s *server) reload(srv *mtlsserver.Server) {
 		s.log.Error("reload failed, the configuration stays as it was", "problems", strings.Split(err.Error(), "\n"))
 		return
 	}
-	s.log.Info("reloaded", "config", s.config)
-	s.ready(srv, config)
+	// Not to standard output: whoever waited there for the server to be ready does not read on.
+	s.log.Info("reloaded", "config", s.config, "listening", srv.Addrs())
 }
 
 // explain says what to do about an address that cannot be had.

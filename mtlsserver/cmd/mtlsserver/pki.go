@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -93,10 +92,9 @@ func sign(stem string, template *x509.Certificate, ca *tls.Certificate) (*tls.Ce
 	if err != nil {
 		return nil, nil, err
 	}
-	var serial [16]byte
-	rand.Read(serial[:])
-	serial[15] |= 1 // not 0
-	template.SerialNumber = new(big.Int).SetBytes(serial[:])
+	if template.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 128)); err != nil {
+		return nil, nil, err
+	}
 	template.NotBefore = time.Now().Add(-time.Hour) // clocks differ
 	template.BasicConstraintsValid = true
 	if ca == nil {
@@ -158,7 +156,6 @@ func (i *issuer) issue(stdout io.Writer) error {
 	if strings.Trim(i.name, letters) != "" || strings.ContainsAny(i.name[:1], "-.") {
 		return fmt.Errorf("-name %q: want letters, digits and -_.@, as it names files", i.name)
 	}
-	config := filepath.Join(i.dir, "config.json")
 	ca, err := tls.LoadX509KeyPair(filepath.Join(i.dir, "ca.pem"), filepath.Join(i.dir, "ca.key"))
 	if err != nil {
 		return fmt.Errorf("%w: name a folder that mtlsserver init made", err)
@@ -181,16 +178,17 @@ func (i *issuer) issue(stdout io.Writer) error {
 	if err := writeNew(i.dir, files); err != nil {
 		return err
 	}
+	user := mtlsserver.User{Name: i.name, Serials: []string{"0x" + string(serial)}, Apps: i.apps}
 	if i.print {
-		fmt.Fprintln(stdout, i.entry(serial))
-		return nil
+		return json.NewEncoder(stdout).Encode(user)
 	}
-	if err := i.enter(config, serial); err != nil {
+	config := filepath.Join(i.dir, "config.json")
+	if err := enter(user, config); err != nil {
 		remove(i.dir, files)
 		return err
 	}
-	fmt.Fprintf(stdout, "Made %[1]s.pem and %[1]s.key, and entered user %[2]q with serial 0x%[3]s in %[4]s.\n"+
-		"A server that is running takes it up at SIGHUP.\n", filepath.Join(i.dir, stem), i.name, serial, config)
+	fmt.Fprintf(stdout, "Made %[1]s.pem and %[1]s.key, and entered user %[2]q with serial %[3]s in %[4]s.\n"+
+		"A server that is running takes it up at SIGHUP.\n", filepath.Join(i.dir, stem), i.name, user.Serials[0], config)
 	return nil
 }
 
@@ -199,16 +197,9 @@ func exists(dir, name string) bool {
 	return err == nil
 }
 
-// entry is the user as config.json has it.
-func (i *issuer) entry(serial mtlsserver.Serial) string {
-	name, _ := json.Marshal(i.name)
-	apps, _ := json.Marshal(i.apps)
-	return fmt.Sprintf(`{"name": %s, "serials": ["0x%s"], "apps": %s}`, name, serial, bytes.ReplaceAll(apps, []byte(`","`), []byte(`", "`)))
-}
-
-// enter puts the user into a config file. Others see that as it was or as it will be, and two who do this do it one
-// after the other.
-func (i *issuer) enter(path string, serial mtlsserver.Serial) error {
+// enter puts user into a config file. Others see that as it was or as it will be, and two who do this do it one after
+// the other.
+func enter(user mtlsserver.User, path string) error {
 	path, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return err
@@ -222,20 +213,7 @@ func (i *issuer) enter(path string, serial mtlsserver.Serial) error {
 	if err != nil {
 		return fmt.Errorf("%w: another issue is at work, or was cut off: then remove that file", err)
 	}
-	config, err := mtlsserver.Load(path)
-	var text []byte
-	if err == nil {
-		text, err = os.ReadFile(path)
-	}
-	if err == nil {
-		text, err = i.edit(text, config, serial)
-	}
-	if err == nil {
-		_, err = f.Write(text)
-	}
-	if err == nil {
-		err = errors.Join(f.Chmod(info.Mode().Perm()), f.Sync())
-	}
+	err = rewrite(f, user, path, info.Mode().Perm())
 	if err = errors.Join(err, f.Close()); err == nil {
 		_, err = mtlsserver.Load(next)
 	}
@@ -248,56 +226,16 @@ func (i *issuer) enter(path string, serial mtlsserver.Serial) error {
 	return err
 }
 
-// edit returns a config's text with the user in it, and nothing else changed.
-func (i *issuer) edit(text []byte, config *mtlsserver.Config, serial mtlsserver.Serial) ([]byte, error) {
-	for _, id := range i.apps {
-		if !slices.ContainsFunc(config.Apps, func(a mtlsserver.App) bool { return a.ID == id }) {
-			return nil, fmt.Errorf("-apps: there is no app %q in the configuration", id)
-		}
+// rewrite writes to f what is in a config file, with user in it.
+func rewrite(f *os.File, user mtlsserver.User, path string, mode fs.FileMode) error {
+	config, err := mtlsserver.Load(path)
+	if err != nil {
+		return err
 	}
-	users := at(text, span{to: len(text)}, "users", 0)
-	n := slices.IndexFunc(config.Users, func(u mtlsserver.User) bool { return u.Name == i.name })
-	if n < 0 {
-		return insert(text, users, "\n    "+i.entry(serial), "\n  "), nil
+	text, err := config.AddUser(user)
+	if err != nil {
+		return fmt.Errorf("-apps: %w", err)
 	}
-	want, got := slices.Sorted(slices.Values(i.apps)), slices.Sorted(slices.Values(config.Users[n].Apps))
-	if !slices.Equal(want, got) {
-		return nil, fmt.Errorf("-apps: user %q has apps %q, not %q: change that in the configuration first", i.name, got, want)
-	}
-	serials := at(text, at(text, users, "", n), "serials", 0)
-	return insert(text, serials, fmt.Sprintf(` "0x%s"`, serial), ""), nil
-}
-
-// A span is where a value is in a text.
-type span struct{ from, to int }
-
-// at returns where the value of key in an object is, or the nth value of a list.
-func at(text []byte, in span, key string, n int) (s span) {
-	dec := json.NewDecoder(bytes.NewReader(text[in.from:in.to]))
-	open, _ := dec.Token()
-	for i := 0; dec.More(); i++ {
-		var name json.Token
-		if open == json.Delim('{') {
-			name, _ = dec.Token()
-		}
-		var value json.RawMessage
-		if dec.Decode(&value) != nil {
-			break
-		}
-		if s.to = in.from + int(dec.InputOffset()); name == key || name == nil && i == n {
-			s.from = s.to - len(value)
-			break
-		}
-	}
-	return s
-}
-
-// insert adds an item to a list, and what goes before the ] if the list was empty.
-func insert(text []byte, list span, item, end string) []byte {
-	head := bytes.TrimRight(text[:list.to-1], " \t\r\n")
-	tail := text[len(head):]
-	if head[len(head)-1] != '[' {
-		item, end = ","+item, ""
-	}
-	return slices.Concat(head, []byte(item+end), tail)
+	_, err = f.Write(text)
+	return errors.Join(err, f.Chmod(mode), f.Sync())
 }
