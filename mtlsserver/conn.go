@@ -107,17 +107,17 @@ func (s *Server) line(level slog.Level, l *session, reason Reason, d time.Durati
 		slog.String("reason", string(reason)), slog.Duration("duration", d),
 	}, more...)
 	if err != nil {
-		attrs = append(attrs, slog.String("detail", clean(err)))
+		attrs = append(attrs, slog.String("detail", clean(err.Error(), 200)))
 	}
 	s.log.LogAttrs(context.Background(), level, "connection", attrs...)
 }
 
-// clean is err's text as far as a log can bear it: a peer may have had a word in it.
-func clean(err error) string {
+// clean is the beginning of a text as far as a line of a log can bear it: a peer may have had a word in it.
+func clean(text string, most int) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
 			return r
 		}
 		return '?'
-	}, fmt.Sprintf("%.200s", err.Error()))
+	}, fmt.Sprintf("%.*s", most, text))
 }

@@ -18,6 +18,7 @@ import (
 type source struct {
 	file, dir string // as given to Load, and the absolute path of the folder it is in
 	text      []byte
+	newlines  []int           // where they are in text
 	spans     map[string]span // where each value is in text, by its path: "apps[0].listen"
 }
 
@@ -29,7 +30,10 @@ func (s *source) written(key string) bool {
 	return ok
 }
 
-func (s *source) line(offset int) int { return 1 + bytes.Count(s.text[:offset], []byte("\n")) }
+func (s *source) line(offset int) int {
+	before, _ := slices.BinarySearch(s.newlines, offset)
+	return before + 1
+}
 
 // Load reads the Config in a file of JSON, and everything that it names. It fails with all problems there are, a line
 // each: syntax, keys that are unknown or written twice, values of the wrong type, and what Validate finds.
@@ -120,6 +124,11 @@ func within(key, outer string) bool {
 func (r *report) parse() bool {
 	c := r.config
 	c.spans = map[string]span{}
+	for i, b := range c.text {
+		if b == '\n' {
+			c.newlines = append(c.newlines, i)
+		}
+	}
 	var all json.RawMessage
 	err := json.Unmarshal(c.text, &all) // checks the syntax to the end, and bounds the depth
 	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
@@ -163,23 +172,10 @@ func (r *report) value(key string, text []byte, offset int, v reflect.Value) {
 		want, ok = "a list in [ ]", text[0] == '['
 	}
 	if !ok {
-		r.add(key, "want %s, got %s", want, excerpt(text))
+		r.add(key, "want %s, got %s", want, clean(string(text), 40))
 	} else if text[0] == '{' || text[0] == '[' {
 		r.members(key, text, offset, v)
 	}
-}
-
-// excerpt is what a message shows of a value.
-func excerpt(text []byte) string {
-	switch text[0] {
-	case '{', '[':
-		return string(text[:1])
-	case '"':
-		var s string
-		json.Unmarshal(text, &s)
-		return fmt.Sprintf("%.40q", s)
-	}
-	return fmt.Sprintf("%.40s", text)
 }
 
 // members reads the values in a list or an object, for which it is given what value is.

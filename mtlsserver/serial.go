@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 )
 
@@ -29,49 +30,33 @@ func SerialOf(cert *x509.Certificate) (Serial, error) {
 // ("openssl x509 -serial" and "-text"), or in decimal after "dec:". Digits alone are refused where the two readings
 // differ.
 func ParseSerial(text string) (Serial, error) {
-	if digits, ok := strings.CutPrefix(text, "dec:"); ok {
-		if digits == "" || strings.Trim(digits, "0123456789") != "" {
-			return "", fmt.Errorf("serial %q: want decimal digits after dec", text)
+	wrong := func(format string, args ...any) (Serial, error) {
+		return "", fmt.Errorf("serial %.60q: "+format, append([]any{text}, args...)...)
+	}
+	digits, marked := strings.CutPrefix(strings.ToLower(text), "0x")
+	base, most := 16, 2*maxOctets
+	if decimal, ok := strings.CutPrefix(text, "dec:"); ok {
+		digits, base, most, marked = decimal, 10, 49, true // 2^160 has 49 digits
+	} else if octets := strings.Split(digits, ":"); len(octets) > 1 {
+		if slices.ContainsFunc(octets, func(octet string) bool { return len(octet) != 2 }) {
+			return wrong("want two hex digits between colons")
 		}
-		if len(digits) > 49 { // of 2^160
-			return "", tooLong(text)
-		}
-		n, _ := new(big.Int).SetString(digits, 10)
-		return canonical(text, n)
+		digits, marked = strings.Join(octets, ""), true
 	}
-	hex, marked := strings.CutPrefix(strings.ToLower(text), "0x")
-	if strings.Contains(hex, ":") {
-		octets := strings.Split(hex, ":")
-		for _, octet := range octets {
-			if len(octet) != 2 {
-				return "", fmt.Errorf("serial %q: want two hex digits between colons", text)
-			}
-		}
-		hex, marked = strings.Join(octets, ""), true
+	if len(digits) > most {
+		return wrong("too long: want at most %d octets, which are %d hex digits", maxOctets, 2*maxOctets)
 	}
-	if hex == "" || strings.Trim(hex, "0123456789abcdef") != "" {
-		return "", fmt.Errorf("serial %q: want hex as in 3A:0F, 3a0f or 0x3a0f, or decimal as in dec:4660", text)
-	}
-	if len(hex) > 2*maxOctets {
-		return "", tooLong(text)
-	}
-	n, _ := new(big.Int).SetString(hex, 16)
-	if decimal, ok := new(big.Int).SetString(hex, 10); ok && !marked && decimal.Cmp(n) != 0 {
-		return "", fmt.Errorf("serial %q: write 0x%s if it is hex, dec:%s (which is 0x%x) if it is decimal", text, hex, hex, decimal)
-	}
-	return canonical(text, n)
-}
-
-func canonical(text string, n *big.Int) (Serial, error) {
+	n, ok := new(big.Int).SetString(digits, base)
+	decimal, either := new(big.Int).SetString(digits, 10)
 	switch {
+	case !ok || strings.ContainsAny(digits, "+-"):
+		return wrong("want hex as in 3A:0F, 3a0f or 0x3a0f, or decimal as in dec:4660")
 	case n.Sign() == 0:
-		return "", fmt.Errorf("serial %q: zero: want the certificate's own, which is positive", text)
-	case n.BitLen() > maxOctets*8:
-		return "", tooLong(text)
+		return wrong("zero: want the certificate's own, which is positive")
+	case n.BitLen() > 8*maxOctets:
+		return wrong("too long: want at most %d octets", maxOctets)
+	case either && !marked && decimal.Cmp(n) != 0:
+		return wrong("write 0x%s if it is hex, dec:%s (which is 0x%x) if it is decimal", digits, digits, decimal)
 	}
 	return Serial(n.Text(16)), nil
-}
-
-func tooLong(text string) error {
-	return fmt.Errorf("serial %.60q: too long: want at most %d octets, which are %d hex digits", text, maxOctets, 2*maxOctets)
 }

@@ -32,7 +32,7 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
   mtlsserver run -config FILE [-log json|text] [-v]
         serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a second one ends at once
 
-It exits 0 when all went well, 1 when serving failed, 2 when the command line or the configuration is wrong.
+It exits 0 when all went well, 2 when the command line, the configuration or an address is wrong.
 `
 
 func main() {
@@ -41,8 +41,6 @@ func main() {
 	signal.Ignore(syscall.SIGPIPE) // that nobody reads the log any more is no reason to end
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
 }
-
-var errServing = errors.New("serving failed")
 
 func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int {
 	err := command(args, signals, stdout, stderr)
@@ -54,9 +52,6 @@ func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int 
 		return 0
 	}
 	fmt.Fprintln(stderr, err)
-	if errors.Is(err, errServing) {
-		return 1
-	}
 	return 2
 }
 
@@ -186,9 +181,6 @@ func (s *server) serve() error {
 	for {
 		select {
 		case err := <-done:
-			if ctx.Err() == nil {
-				return fmt.Errorf("mtlsserver run: %w: %w", errServing, err)
-			}
 			if err != nil {
 				s.log.Warn("drained", "err", err)
 			}

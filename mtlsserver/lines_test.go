@@ -1,0 +1,149 @@
+package mtlsserver
+
+import (
+	"crypto/tls"
+	"io"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+var reasons = map[Reason]bool{
+	TooManyHandshakes: true, TooManyFromAddress: true, HandshakeTimeout: true, HandshakeTooLarge: true, NotTLS: true,
+	OldTLS: true, NoCertificate: true, BadCertificate: true, UnknownCA: true, NotYetValid: true, Expired: true,
+	NotDirect: true, IsCA: true, BadKeyUsage: true, BadExtKeyUsage: true, WeakKey: true, BadSerial: true,
+	UnknownSerial: true, AppNotAllowed: true, NoProof: true, ClientGone: true, ClientAlert: true, HandshakeFailed: true,
+	AppRemoved: true, Revoked: true,
+	Reason(lbproxy.EndDone): true, Reason(lbproxy.EndRateLimited): true, Reason(lbproxy.EndNoUpstream): true,
+	Reason(lbproxy.EndDialFailed): true, Reason(lbproxy.EndClientError): true, Reason(lbproxy.EndUpstreamError): true,
+	Reason(lbproxy.EndIdleTimeout): true, Reason(lbproxy.EndCanceled): true, Reason(lbproxy.EndClosed): true,
+}
+
+// Clients of all kinds come while apps are replaced behind their listeners, users come and go, and in the end the server
+// is closed. Each connection has one line, with a reason of the set, and nothing is left over.
+func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
+	l := newLab(t, func(l *lab) {
+		l.config.Handshake = Handshake{Timeout: time.Second, MaxConcurrent: 12, MaxPerAddress: 6}
+	})
+	stranger := newAuthority(t, "stranger").issue(t, leafOf(0xa11ce))
+	kinds := []func(net.Conn){
+		func(c net.Conn) { echoed(c) }, // no TLS
+		func(c net.Conn) { c.Close() },
+		func(c net.Conn) { c.(*net.TCPConn).SetLinger(0) },
+		func(c net.Conn) { io.Copy(io.Discard, c) }, // silent
+		func(c net.Conn) { greeted(tls.Client(c, l.clientConfig(nil)), "web") },
+		func(c net.Conn) { greeted(tls.Client(c, l.clientConfig(&stranger)), "web") },
+		func(c net.Conn) { greeted(tls.Client(c, l.clientConfig(&l.alice)), "web") },
+		func(c net.Conn) { io.Copy(io.Discard, tls.Client(c, l.clientConfig(&l.alice))) }, // until it is cut
+		func(c net.Conn) { ended2(tls.Client(c, l.clientConfig(&l.alice))) },
+	}
+	addr, addrs := l.addr("web"), make(chan string, 1000)
+	var clients sync.WaitGroup
+	for i := range 20 * len(kinds) {
+		clients.Go(func() {
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			addrs <- c.LocalAddr().String()
+			c.SetDeadline(time.Now().Add(patience))
+			kinds[i%len(kinds)](c)
+		})
+	}
+	for i := range 30 {
+		must(t, l.server.Reload(l.with(func(c *Config) {
+			c.Apps[0].Listen = l.config.Apps[0].Listen
+			c.Apps[0].IdleTimeout = time.Duration(1+i%2) * time.Minute
+			if i%5 == 4 {
+				c.Users = nil
+			}
+		})))
+		time.Sleep(20 * time.Millisecond)
+	}
+	l.server.Close()
+	clients.Wait()
+	close(addrs)
+	lines := map[string]int{}
+	for _, e := range l.log.all() {
+		if e["msg"] == "connection" {
+			lines[e["client"]]++
+		}
+		if !reasons[Reason(e["reason"])] {
+			t.Errorf("line %v: its reason is not of the set", e)
+		}
+	}
+	none := 0
+	for a := range addrs {
+		switch lines[a] {
+		case 0:
+			none++ // it was never accepted: reset in the listener's queue when that was closed
+		case 1:
+		default:
+			t.Errorf("%s has %d lines", a, lines[a])
+		}
+	}
+	if none > 5 {
+		t.Errorf("%d connections have no line", none)
+	}
+}
+
+// A hook that ends the goroutine of a handshake must not make it look done.
+func TestHandshakeThatDoesNotReturnIsRefused(t *testing.T) {
+	l := newLab(t, withSpend)
+	snap := *l.server.current.Load()
+	users, first := snap.auth.Users, true
+	snap.auth.Users = lookup(func(serial Serial) (*User, bool) {
+		if first { // in the handshake, before the client has proved anything
+			first = false
+			runtime.Goexit()
+		}
+		return users.Lookup(serial)
+	})
+	for app, conf := range snap.configs {
+		conf = conf.Clone()
+		conf.VerifyConnection = func(cs tls.ConnectionState) error {
+			_, err := snap.auth.Identify(cs, app)
+			return err
+		}
+		snap.configs[app] = conf
+	}
+	l.server.current.Store(&snap)
+	c := l.dial(t, "web", &l.alice)
+	if err := greeted(c, "web"); err == nil {
+		t.Error("it is in")
+	}
+	c.Close()
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(NoProof) || e["user"] != "" {
+		t.Errorf("line %v, want %s, and nobody's name", e, NoProof)
+	}
+	if l.web.dialled.Load() > 0 || !l.untouched(t) {
+		t.Error("an upstream was dialled, or a limit charged")
+	}
+}
+
+// A file that is wrong all over is told of in no time, and not in full.
+func TestManyProblemsEndAtAHundred(t *testing.T) {
+	const wrong = 200_000
+	for name, text := range map[string]string{
+		"values": `{"users": [` + strings.Repeat("1,", wrong) + `1]}`,
+		"keys":   `{` + strings.Repeat(`"a": 1, `, wrong) + `"a": 2}`,
+		"others": `{"users": [{` + strings.Repeat(`"name": "b", "b": 1, `, wrong) + `"c": 2}]}`,
+	} {
+		r := &report{config: &Config{source: source{file: "config.json", text: []byte(text)}}}
+		start := time.Now()
+		r.parse()
+		if n := len(r.problems); n == 0 || n > maxProblems {
+			t.Errorf("%s: %d problems", name, n)
+		}
+		if d := time.Since(start); d > patience {
+			t.Errorf("%s: it took %v", name, d)
+		}
+	}
+}
