@@ -33,8 +33,8 @@
 //
 // # Logs
 //
-// Each connection that was accepted has one line, "connection", when it is over: app, client, conn (its number), reason
-// and duration; after its client has proved who it is also user, serial, upstream, sent and received; claimed_serial if
-// it has proved nothing, and was refused for what it claims; detail, which is an error's text, printable and cut short.
-// The reason is a [Reason] or an lbproxy.EndReason. See [Options].Logger for what there is of a flood of refusals.
+// Each connection that was accepted has one line, "connection", when it is over: app, client, reason and duration; after
+// its client has proved who it is also user, serial, upstream, sent and received; claimed_serial if it was refused for
+// what it claims; detail, which is an error's text, printable and cut short. The reason is a [Reason] or an
+// lbproxy.EndReason. A flood of clients is a flood of lines: to thin those out is for the handler of [Options].Logger.
 package mtlsserver
