@@ -52,18 +52,20 @@ func (g *gate) take(ctx context.Context, from netip.Prefix, places, multiple int
 		q = &queue{places: make(chan struct{}, places)}
 		g.queues[from] = q
 	}
-	full := q.asked/(1+multiple) >= places
-	if !full {
-		q.asked++
-	}
-	g.mu.Unlock()
-	if full {
+	if q.asked/(1+multiple) >= places {
+		g.mu.Unlock()
 		return false
 	}
+	var late <-chan struct{} // nil if there is a place now: that is had whatever the time
+	if q.asked >= places {
+		late = ctx.Done()
+	}
+	q.asked++
+	g.mu.Unlock()
 	select {
 	case q.places <- struct{}{}:
 		return true
-	case <-ctx.Done():
+	case <-late:
 		g.forget(from, q)
 		return false
 	}

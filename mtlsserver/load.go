@@ -180,51 +180,50 @@ func (r *report) value(key string, text []byte, offset int, v reflect.Value) {
 
 // members reads the values in a list or an object, for which it is given what value is.
 func (r *report) members(key string, text []byte, offset int, v reflect.Value) {
+	if v.Kind() == reflect.Map {
+		v.Set(reflect.MakeMap(v.Type()))
+	}
 	dec := json.NewDecoder(bytes.NewReader(text))
 	dec.Token() // the [ or {
 	for i := 0; dec.More() && len(r.keys) < maxProblems; i++ {
-		name := ""
+		name, path, known := "", fmt.Sprintf("%s[%d]", key, i), []string(nil)
 		if text[0] == '{' {
 			token, _ := dec.Token()
 			name = token.(string)
+			path = fmt.Sprintf("%s[%q]", key, name)
+		}
+		var into reflect.Value
+		switch v.Kind() {
+		case reflect.Slice:
+			v.Set(reflect.Append(v, reflect.Zero(v.Type().Elem())))
+			into = v.Index(i)
+		case reflect.Map:
+			into = reflect.New(v.Type().Elem()).Elem()
+		default:
+			if name != "" && strconv.Quote(name) == `"`+name+`"` {
+				path = strings.TrimPrefix(key+"."+name, ".")
+			}
+			into, known = field(v, name)
 		}
 		var member json.RawMessage
 		dec.Decode(&member)
 		from := offset + int(dec.InputOffset()) - len(member)
-		path := strings.TrimPrefix(key+"."+name, ".")
 		switch {
-		case v.Kind() == reflect.Slice:
-			path = fmt.Sprintf("%s[%d]", key, i)
-		case v.Kind() == reflect.Map || strconv.Quote(name) != `"`+name+`"`:
-			path = fmt.Sprintf("%s[%q]", key, name)
-		}
-		if r.config.written(path) {
+		case r.config.written(path):
 			r.add(path, "again in line %d: keep one of the two", r.config.line(from))
-			continue
-		}
-		switch v.Kind() {
-		case reflect.Slice:
-			v.Set(reflect.Append(v, reflect.Zero(v.Type().Elem())))
-			r.value(path, member, from, v.Index(i))
-		case reflect.Map:
-			if v.IsNil() {
-				v.Set(reflect.MakeMap(v.Type()))
-			}
-			into := reflect.New(v.Type().Elem()).Elem()
-			r.value(path, member, from, into)
-			v.SetMapIndex(reflect.ValueOf(name), into)
+		case !into.IsValid():
+			r.config.spans[path] = span{from: from}
+			r.add(path, "unknown key: want one of %s", strings.Join(known, ", "))
 		default:
-			if into, known := field(v, name); into.IsValid() {
-				r.value(path, member, from, into)
-			} else {
-				r.config.spans[path] = span{from: from}
-				r.add(path, "unknown key: want one of %s", strings.Join(known, ", "))
+			r.value(path, member, from, into)
+			if v.Kind() == reflect.Map {
+				v.SetMapIndex(reflect.ValueOf(name), into)
 			}
 		}
 	}
 }
 
-// field returns the field of a struct that has a name in JSON, and the names that there are.
+// field returns the field of a struct that has a name in JSON, if there is one, and the names that there are.
 func field(v reflect.Value, name string) (into reflect.Value, names []string) {
 	for f, value := range v.Fields() {
 		switch tag, _, _ := strings.Cut(f.Tag.Get("json"), ","); tag {

@@ -170,10 +170,7 @@ func (s *server) serve() error {
 	if err != nil {
 		return s.explain(err)
 	}
-	addrs := srv.Addrs()
-	for _, app := range config.Apps {
-		fmt.Fprintf(s.stdout, "app %q listens on %v\n", app.ID, addrs[app.ID])
-	}
+	s.ready(srv, config, s.stdout)
 	ctx, drain := context.WithCancel(context.Background())
 	defer drain()
 	done := make(chan error, 1)
@@ -202,6 +199,14 @@ func (s *server) serve() error {
 	}
 }
 
+func (s *server) ready(srv *mtlsserver.Server, config *mtlsserver.Config, w io.Writer) {
+	addrs := srv.Addrs()
+	for _, app := range config.Apps {
+		s.log.Debug("listening", "app", app.ID, "addr", addrs[app.ID].String(), "upstreams", len(app.Upstreams))
+		fmt.Fprintf(w, "app %q listens on %v\n", app.ID, addrs[app.ID])
+	}
+}
+
 func (s *server) reload(srv *mtlsserver.Server) {
 	config, err := mtlsserver.Load(s.config)
 	if err == nil {
@@ -211,13 +216,13 @@ func (s *server) reload(srv *mtlsserver.Server) {
 		s.log.Error("reload failed, the configuration stays as it was", "problems", strings.Split(err.Error(), "\n"))
 		return
 	}
-	// Not to standard output: whoever waited there for the server to be ready does not read on.
-	s.log.Info("reloaded", "config", s.config, "listening", srv.Addrs())
+	s.log.Info("reloaded", "config", s.config)
+	s.ready(srv, config, io.Discard) // whoever waited for the server to be ready need not be reading any more
 }
 
 // explain says what to do about an address that cannot be had.
 func (s *server) explain(err error) error {
-	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "listen" {
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "listen" {
 		return fmt.Errorf("%s: %w: change that app's listen, or end what has the address", s.config, err)
 	}
 	return err
