@@ -21,10 +21,7 @@ func (r *report) pair(key, certFile, keyFile string, usage x509.ExtKeyUsage) (pa
 	if certText == nil || keyText == nil {
 		return pair
 	}
-	leaf, err := firstCertificate(certText)
-	if err == nil {
-		err = inDate(leaf)
-	}
+	leaf, err := certificate(certText, false)
 	switch {
 	case err != nil:
 		r.add(key+".cert", "%q: %v", certFile, err)
@@ -40,15 +37,6 @@ func (r *report) pair(key, certFile, keyFile string, usage x509.ExtKeyUsage) (pa
 	return pair
 }
 
-// firstCertificate returns the first one in PEM text.
-func firstCertificate(text []byte) (*x509.Certificate, error) {
-	block, _ := pem.Decode(text)
-	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, errors.New("want a certificate in PEM")
-	}
-	return x509.ParseCertificate(block.Bytes)
-}
-
 // ca reads a file that holds one certificate and nothing else, that of an authority. Whatever else a file may hold,
 // such as a block that is broken, x509.CertPool would skip without a word.
 func (r *report) ca(key, path string) *x509.Certificate {
@@ -56,27 +44,36 @@ func (r *report) ca(key, path string) *x509.Certificate {
 	if text == nil {
 		return nil
 	}
-	cert, err := onlyCertificate(text)
-	if err == nil {
-		err = inDate(cert)
-	}
+	cert, err := certificate(text, true)
 	switch {
 	case err != nil:
 		r.add(key, "%q: %v", path, err)
+		return nil
 	case !cert.IsCA || cert.KeyUsage&x509.KeyUsageCertSign == 0:
 		r.add(key, "%q: not an authority's: want CA:TRUE and key usage keyCertSign", path)
 	}
 	return cert
 }
 
-func onlyCertificate(text []byte) (*x509.Certificate, error) {
+// certificate returns the first one in PEM text, or the only one, if it is in date.
+func certificate(text []byte, only bool) (*x509.Certificate, error) {
 	text = bytes.TrimSpace(text)
 	block, rest := pem.Decode(text)
-	if block == nil || block.Type != "CERTIFICATE" || len(block.Headers) > 0 || len(rest) > 0 ||
-		!bytes.HasPrefix(text, []byte("-----BEGIN CERTIFICATE-----")) || bytes.Count(text, []byte("-----BEGIN")) > 1 {
+	switch {
+	case only && (block == nil || block.Type != "CERTIFICATE" || len(block.Headers) > 0 || len(rest) > 0 ||
+		!bytes.HasPrefix(text, []byte("-----BEGIN CERTIFICATE-----")) || bytes.Count(text, []byte("-----BEGIN")) > 1):
 		return nil, errors.New("want exactly one CERTIFICATE block in PEM and nothing else: openssl x509 -in FILE prints one")
+	case block == nil || block.Type != "CERTIFICATE":
+		return nil, errors.New("want a certificate in PEM")
 	}
-	return x509.ParseCertificate(block.Bytes)
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err == nil {
+		err = inDate(cert)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return cert, nil
 }
 
 func poolOf(ca *x509.Certificate) *x509.CertPool {
