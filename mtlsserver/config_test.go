@@ -79,6 +79,25 @@ func TestLoadResolvesPaths(t *testing.T) {
 	}
 }
 
+// A file that is wrong all over ends reading: each problem is compared with those before.
+func TestProblemsEndAtAHundred(t *testing.T) {
+	const wrong = 1000
+	for text, want := range map[string]int{
+		`{"users": [` + strings.Repeat("1,", wrong) + `1]}`:                                     maxProblems,
+		`{"users": [` + strings.Repeat(`{"a": 1, "a": 2},`, wrong) + `1]}`:                      maxProblems,
+		`{` + strings.Repeat(`"a": 1, `, wrong) + `"tls": 2, "apps": [], "users": []}`:          2,
+		`{"tls": {}, "apps": [], "users": [` + strings.Repeat(`{"name": "a"},`, wrong) + `{}]}`: maxProblems,
+	} {
+		r := &report{config: &Config{source: source{file: "config.json", text: []byte(text)}}}
+		if r.parse() && want != 2 {
+			r.check()
+		}
+		if n := len(r.problems); n != want {
+			t.Errorf("%.40s: %d problems, want %d", text, n, want)
+		}
+	}
+}
+
 // Whatever a file holds, problems are told in a line each that begins with the file and shows no control characters,
 // and what has none is JSON whose keys are all known.
 func FuzzLoad(f *testing.F) {

@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"runtime"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -120,25 +119,5 @@ func TestHandshakeThatDoesNotReturnIsRefused(t *testing.T) {
 	}
 	if l.web.dialled.Load() > 0 || !l.untouched(t) {
 		t.Error("an upstream was dialled, or a limit charged")
-	}
-}
-
-// A file that is wrong all over is told of in no time, and not in full.
-func TestManyProblemsEndAtAHundred(t *testing.T) {
-	const wrong = 200_000
-	for name, text := range map[string]string{
-		"values": `{"users": [` + strings.Repeat("1,", wrong) + `1]}`,
-		"keys":   `{` + strings.Repeat(`"a": 1, `, wrong) + `"a": 2}`,
-		"others": `{"users": [{` + strings.Repeat(`"name": "b", "b": 1, `, wrong) + `"c": 2}]}`,
-	} {
-		r := &report{config: &Config{source: source{file: "config.json", text: []byte(text)}}}
-		start := time.Now()
-		r.parse()
-		if n := len(r.problems); n == 0 || n > maxProblems {
-			t.Errorf("%s: %d problems", name, n)
-		}
-		if d := time.Since(start); d > patience {
-			t.Errorf("%s: it took %v", name, d)
-		}
 	}
 }
