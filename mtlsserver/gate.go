@@ -32,7 +32,7 @@ func (g *gate) enter(ctx context.Context, from netip.Prefix) error {
 		return &Refusal{Reason: TooManyFromAddress, Err: context.Cause(ctx)}
 	}
 	if !g.take(ctx, everyone, g.MaxConcurrent, 1) {
-		g.giveBack(from)
+		g.giveBack(from, true)
 		return &Refusal{Reason: TooManyHandshakes, Err: context.Cause(ctx)}
 	}
 	return nil
@@ -40,8 +40,8 @@ func (g *gate) enter(ctx context.Context, from netip.Prefix) error {
 
 // leave gives a place back.
 func (g *gate) leave(from netip.Prefix) {
-	g.giveBack(everyone)
-	g.giveBack(from)
+	g.giveBack(everyone, true)
+	g.giveBack(from, true)
 }
 
 // take waits for one of so many places in a queue, unless a multiple of that are waiting, or until ctx ends.
@@ -66,23 +66,19 @@ func (g *gate) take(ctx context.Context, from netip.Prefix, places, multiple int
 	case q.places <- struct{}{}:
 		return true
 	case <-late:
-		g.forget(from, q)
+		g.giveBack(from, false)
 		return false
 	}
 }
 
-func (g *gate) giveBack(from netip.Prefix) {
-	g.mu.Lock()
-	q := g.queues[from]
-	g.mu.Unlock()
-	<-q.places
-	g.forget(from, q)
-}
-
-// forget takes one who is not there any more out of those who asked.
-func (g *gate) forget(from netip.Prefix, q *queue) {
+// giveBack takes somebody who has a place, or waited for one, out of a queue.
+func (g *gate) giveBack(from netip.Prefix, has bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	q := g.queues[from]
+	if has {
+		<-q.places
+	}
 	if q.asked--; q.asked == 0 {
 		delete(g.queues, from)
 	}
