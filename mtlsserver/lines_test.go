@@ -1,6 +1,7 @@
 package mtlsserver
 
 import (
+	"bytes"
 	"crypto/tls"
 	"io"
 	"net"
@@ -62,12 +63,17 @@ func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
 			})))
 		}
 	}
-	// Connections are accepted in the order they came: when this one has been served, all have been.
+	// Connections are accepted in the order they came: when this one has been served, all have been. What a replaced
+	// app has accepted it has taken in when its Serve returns.
 	must(t, l.server.Reload(l.with(func(*Config) {})))
 	last, err := net.Dial("tcp", addr)
 	must(t, err)
 	defer last.Close()
 	must(t, greeted(tls.Client(last, l.clientConfig(&l.alice)), "web"))
+	stacks := make([]byte, 8<<20)
+	for bytes.Count(stacks[:runtime.Stack(stacks, true)], []byte(".(*LBProxyApp).Serve(")) > len(l.server.Addrs()) {
+		time.Sleep(time.Millisecond)
+	}
 	l.server.Close()
 	clients.Wait()
 	lines := map[string]int{}

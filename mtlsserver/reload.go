@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net"
 	"reflect"
 	"strings"
 
@@ -66,7 +65,7 @@ type proxy struct {
 	server   *Server
 	conf     App // without upstreams
 	app      *lbproxy.LBProxyApp
-	listener *net.TCPListener
+	listener *share
 }
 
 // proxyFor returns the proxy there is for an app, or a new one if there is none that can go on. The caller holds mu.
@@ -91,31 +90,15 @@ func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream) (*proxy, error
 	return &proxy{s, conf, app, l}, nil
 }
 
-// listen binds conf's address. If that is bound already, by the same app or one that gives it up, it is not bound
-// again: what waits in its queue is not lost.
-func (s *Server) listen(conf App) (*net.TCPListener, error) {
+// listen returns a share of what listens on conf's address: of what is bound already, by the same app or one that gives
+// it up, or of what it binds.
+func (s *Server) listen(conf App) (*share, error) {
 	for id, p := range s.proxies {
-		if p.conf.Listen != conf.Listen || id != conf.ID && strings.HasSuffix(conf.Listen, ":0") {
-			continue
+		if p.conf.Listen == conf.Listen && (id == conf.ID || !strings.HasSuffix(conf.Listen, ":0")) {
+			return p.listener.port.share(), nil
 		}
-		f, err := p.listener.File() // a second descriptor, so that each proxy can close its own
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		l, err := net.FileListener(f)
-		if err != nil {
-			return nil, err
-		}
-		return l.(*net.TCPListener), nil
 	}
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // what is known here of splicing and resets is known of TCP
-	l, err := lc.Listen(context.Background(), "tcp", conf.Listen)
-	if err != nil {
-		return nil, err
-	}
-	return l.(*net.TCPListener), nil
+	return bind(conf.Listen)
 }
 
 // start has p serve as soon as the server runs, until p's listener is closed and its last connection has ended.
