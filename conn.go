@@ -377,8 +377,7 @@ func (s *session) dial(conf *Upstream) (c net.Conn, err error) {
 			discard(raw)
 		}
 	}()
-	noter := &endNoter{Conn: raw}
-	t := &tlsConn{Conn: tls.Client(noter, conf.TLS), raw: noter}
+	t := newTLSConn(tls.Client, raw, conf.TLS, 0)
 	if err := t.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}
@@ -858,36 +857,149 @@ func (b *buffer) free() {
 	}
 }
 
-// A tlsConn is a TLS connection to an upstream. crypto/tls takes the end of the conn below for the end of the
-// stream; here the peer has to say so (close_notify, RFC 8446 section 6.1), else the stream is cut.
-type tlsConn struct {
+// A TLSConn is a TLS connection with what a proxy needs besides. crypto/tls takes the end of the connection below for the
+// end of the stream; here the peer has to have said so (close_notify, RFC 8446 section 6.1), else the stream was cut, and
+// Read returns io.ErrUnexpectedEOF. What one large Write sends goes out in few system calls. Until the handshake is done
+// no more than a given number of bytes is read.
+type TLSConn struct {
 	*tls.Conn
-	raw *endNoter
+	wire *wire
 }
 
-func (c *tlsConn) Read(b []byte) (int, error) {
+// ErrHandshakeSize is the error of a handshake that takes more bytes than [TLSServer] was told.
+var ErrHandshakeSize = errors.New("lbproxy: more bytes than a TLS handshake may take")
+
+// TLSServer speaks TLS over raw, as tls.Server does, and is to be a [Conn]'s Client. At most maxHandshake bytes are read
+// before the handshake is done; 0 means any number.
+func TLSServer(raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
+	return newTLSConn(tls.Server, raw, config, maxHandshake)
+}
+
+func newTLSConn(side func(net.Conn, *tls.Config) *tls.Conn, raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
+	w := &wire{Conn: raw, direct: direct(raw), left: maxHandshake, bounded: maxHandshake > 0}
+	return &TLSConn{side(w, config), w}
+}
+
+// Handshake is HandshakeContext without a context.
+func (c *TLSConn) Handshake() error { return c.HandshakeContext(context.Background()) }
+
+// HandshakeContext is that of tls.Conn.
+func (c *TLSConn) HandshakeContext(ctx context.Context) error {
+	err := c.Conn.HandshakeContext(ctx)
+	if err == nil {
+		c.wire.bounded = false
+	}
+	return err
+}
+
+// Read is that of tls.Conn, but that it tells a cut.
+func (c *TLSConn) Read(b []byte) (int, error) {
+	if c.wire.bounded {
+		if err := c.Handshake(); err != nil {
+			return 0, err
+		}
+	}
 	n, err := c.Conn.Read(b)
-	if err == io.EOF && c.raw.ended {
+	if err == io.EOF && c.wire.ended {
 		err = io.ErrUnexpectedEOF
 	}
 	return n, err
 }
 
-// An endNoter remembers that the conn has ended.
-type endNoter struct {
-	net.Conn
-	ended bool // belongs to the reader
-}
-
-func (c *endNoter) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if n == 0 && err == io.EOF {
-		c.ended = true
+// Write is that of tls.Conn. If it fails, how many bytes of b have left is not known, and 0 is returned.
+func (c *TLSConn) Write(b []byte) (int, error) {
+	const record = 16 << 10 // the most that one holds
+	if len(b) <= record {
+		return c.Conn.Write(b)
+	}
+	c.wire.gather()
+	n, err := c.Conn.Write(b)
+	if e := c.wire.flush(); e != nil {
+		err = e
+	}
+	if err != nil {
+		n = 0
 	}
 	return n, err
 }
 
-func (c *endNoter) NetConn() net.Conn { return c.Conn }
+// A wire is what TLS is spoken over.
+type wire struct {
+	net.Conn
+	direct io.ReadWriter // the same, by the shortest way
+
+	bounded bool // the handshake is not done
+	left    int  // bytes that may be read while bounded
+	ended   bool // belongs to the reader
+
+	mu      sync.Mutex
+	writers int     // calls of TLSConn.Write that gather
+	held    *buffer // what they have gathered, to the length of full; nil: nothing
+	full    int
+	err     error // of a write of what was gathered
+}
+
+func (w *wire) NetConn() net.Conn { return w.Conn }
+
+func (w *wire) Read(b []byte) (int, error) {
+	if w.bounded {
+		if w.left == 0 {
+			return 0, ErrHandshakeSize
+		}
+		b = b[:min(len(b), w.left)]
+	}
+	n, err := w.direct.Read(b)
+	w.left -= n
+	if n == 0 && err == io.EOF { // with bytes, what they say comes first
+		w.ended = true
+	}
+	return n, err
+}
+
+// Write is given a whole record.
+func (w *wire) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.writers == 0 && w.err == nil {
+		return w.direct.Write(b)
+	}
+	for rest := b; len(rest) > 0 && w.err == nil; {
+		if w.held == nil {
+			w.held = newBuffer(largeBuffer)
+		}
+		n := copy((*w.held)[w.full:], rest)
+		w.full += n
+		rest = rest[n:]
+		if w.full == largeBuffer {
+			w.send()
+		}
+	}
+	return len(b), w.err
+}
+
+// gather has records kept back until flush, or until there are many.
+func (w *wire) gather() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.writers++
+}
+
+func (w *wire) flush() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.writers--
+	w.send()
+	return w.err
+}
+
+// send writes what has been gathered. The caller holds mu.
+func (w *wire) send() {
+	if w.full > 0 && w.err == nil {
+		_, w.err = w.direct.Write((*w.held)[:w.full])
+	}
+	w.held.free()
+	w.held, w.full = nil, 0
+}
 
 // bottom returns the conn below all layers of c.
 func bottom(c net.Conn) net.Conn {

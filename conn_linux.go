@@ -15,17 +15,17 @@ import (
 // them. A stream that fills buffers, from TCP to TCP, goes through a pipe by splice(2) instead of through us.
 type platform struct {
 	started  bool
-	from, to syscall.RawConn // src, and once it is needed dst; nil if not TCP
+	from     syscall.RawConn // src; nil if it is not TCP
+	to       *tcpWriter      // dst, once it is needed; nil if it is not TCP
 	notTCP   bool            // dst is not
 	noSplice bool            // the system refused
 
 	// What is called with the descriptors. They are made once, for each allocates. One returns false to be called
 	// again when its descriptor is ready.
-	readReady, writeReady, fillReady, drainReady func(fd uintptr) bool
+	readReady, fillReady, drainReady func(fd uintptr) bool
 
 	n     int           // what the last one moved
 	errno syscall.Errno // or met
-	out   []byte        // what writeReady has to write
 	pipe  *pipe
 	held  int // bytes in pipe
 	full  int // reads in a row that filled a large buffer: at two of them splicing begins
@@ -37,7 +37,7 @@ func (p *pump) move() (n int, readErr, writeErr error) {
 	if !p.started {
 		p.started = true
 		p.from = rawTCP(p.src)
-		p.readReady, p.writeReady, p.fillReady, p.drainReady = p.readNow, p.writeNow, p.fillNow, p.drainNow
+		p.readReady, p.fillReady, p.drainReady = p.readNow, p.fillNow, p.drainNow
 	}
 	switch {
 	case p.from == nil:
@@ -88,30 +88,7 @@ func (p *pump) send(b []byte) (int, error) {
 	if !p.started || !p.toTCP() {
 		return p.dst.Write(b)
 	}
-	p.out = b
-	err := p.to.Write(p.writeReady)
-	n := len(b) - len(p.out)
-	p.out = nil
-	if err == nil && p.errno != 0 {
-		err = p.opError("write", "write", p.dst)
-	}
-	return n, err
-}
-
-func (p *pump) writeNow(fd uintptr) bool {
-	for len(p.out) > 0 {
-		n, errno := writeFD(fd, p.out)
-		switch p.errno = errno; errno {
-		case 0:
-			p.out = p.out[n:]
-		case syscall.EINTR:
-		case syscall.EAGAIN:
-			return false
-		default:
-			return true
-		}
-	}
-	return true
+	return p.to.Write(b)
 }
 
 func (p *pump) dropBuffer() {
@@ -124,17 +101,109 @@ func (p *pump) readError(call string) error {
 	if p.errno == 0 {
 		return io.EOF
 	}
-	return p.opError("read", call, p.src)
+	return opError("read", call, p.src, p.errno)
 }
 
-func (p *pump) opError(op, call string, c net.Conn) error {
-	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: os.NewSyscallError(call, p.errno)}
+func opError(op, call string, c net.Conn, errno syscall.Errno) error {
+	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: os.NewSyscallError(call, errno)}
+}
+
+// A tcpReader reads from a TCP connection by readFD, a tcpWriter writes to one by writeFD.
+type (
+	tcpReader struct{ tcpSide }
+	tcpWriter struct{ tcpSide }
+	tcpSide   struct {
+		net.Conn
+		raw   syscall.RawConn
+		ready func(fd uintptr) bool // called until it has moved what it can; made once
+		b     []byte                // what to read into, or is left to write
+		n     int                   // read
+		errno syscall.Errno
+	}
+)
+
+func newTCPReader(c net.Conn, raw syscall.RawConn) *tcpReader {
+	r := &tcpReader{tcpSide{Conn: c, raw: raw}}
+	r.ready = r.readNow
+	return r
+}
+
+func newTCPWriter(c net.Conn, raw syscall.RawConn) *tcpWriter {
+	w := &tcpWriter{tcpSide{Conn: c, raw: raw}}
+	w.ready = w.writeNow
+	return w
+}
+
+func (r *tcpReader) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	r.b, r.n = b, 0
+	err := r.raw.Read(r.ready)
+	r.b = nil
+	switch {
+	case err != nil:
+		return 0, err
+	case r.errno != 0:
+		return 0, opError("read", "read", r.Conn, r.errno)
+	case r.n == 0:
+		return 0, io.EOF
+	}
+	return r.n, nil
+}
+
+func (r *tcpReader) readNow(fd uintptr) bool {
+	for r.errno = syscall.EINTR; r.errno == syscall.EINTR; {
+		r.n, r.errno = readFD(fd, r.b)
+	}
+	return r.errno != syscall.EAGAIN
+}
+
+func (w *tcpWriter) Write(b []byte) (int, error) {
+	w.b, w.errno = b, 0
+	err := w.raw.Write(w.ready)
+	n := len(b) - len(w.b)
+	w.b = nil
+	if err == nil && w.errno != 0 {
+		err = opError("write", "write", w.Conn, w.errno)
+	}
+	return n, err
+}
+
+func (w *tcpWriter) writeNow(fd uintptr) bool {
+	for len(w.b) > 0 {
+		n, errno := writeFD(fd, w.b)
+		switch w.errno = errno; errno {
+		case 0:
+			w.b = w.b[n:]
+		case syscall.EINTR:
+		case syscall.EAGAIN:
+			return false
+		default:
+			return true
+		}
+	}
+	return true
+}
+
+// direct is c by readFD and writeFD, if it is TCP. There may be one reader and one writer at a time.
+func direct(c net.Conn) io.ReadWriter {
+	raw := rawTCP(c)
+	if raw == nil {
+		return c
+	}
+	return struct {
+		io.Reader
+		io.Writer
+	}{newTCPReader(c, raw), newTCPWriter(c, raw)}
 }
 
 // toTCP reports whether dst is TCP, which is looked at when it is first needed.
 func (p *pump) toTCP() bool {
 	if p.to == nil && !p.notTCP {
-		p.to = rawTCP(p.dst)
+		if raw := rawTCP(p.dst); raw != nil {
+			p.to = newTCPWriter(p.dst, raw)
+		}
 		p.notTCP = p.to == nil
 	}
 	return p.to != nil
@@ -168,8 +237,8 @@ func (p *pump) splice() (n int, readErr, writeErr error) {
 	n, p.held = p.n, p.n
 	p.writing.Store(true)
 	for p.held > 0 && writeErr == nil {
-		if writeErr = p.to.Write(p.drainReady); writeErr == nil && p.errno != 0 {
-			writeErr = p.opError("write", "splice", p.dst)
+		if writeErr = p.to.raw.Write(p.drainReady); writeErr == nil && p.errno != 0 {
+			writeErr = opError("write", "splice", p.dst, p.errno)
 		}
 	}
 	if writeErr != nil { // run says when it is no longer writing

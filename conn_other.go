@@ -2,12 +2,17 @@
 
 package lbproxy
 
-import "net"
+import (
+	"io"
+	"net"
+)
 
 // platform is what a pump needs to move bytes here: nothing.
 type platform struct{}
 
 func (p *pump) move() (n int, readErr, writeErr error) { return p.copyChunk() }
+
+func direct(c net.Conn) io.ReadWriter { return c }
 
 func (p *pump) send(b []byte) (int, error) { return p.dst.Write(b) }
 

@@ -618,3 +618,97 @@ func TestAContextEndsAHalfClosedSession(t *testing.T) {
 		})
 	}
 }
+
+// A TLSConn by itself.
+
+// countedConn counts what is written, and fails from the write of the given number on.
+type countedConn struct {
+	net.Conn
+	writes, failFrom int
+}
+
+func (c *countedConn) Write(b []byte) (int, error) {
+	if c.writes++; c.failFrom > 0 && c.writes >= c.failFrom {
+		return 0, errors.New("broken wire")
+	}
+	return c.Conn.Write(b)
+}
+
+func tlsPair(t *testing.T, maxHandshake int) (client *tls.Conn, server *TLSConn, wire *countedConn) {
+	serverTLS, clientTLS := tlsConfigs(t)
+	serverTLS = serverTLS.Clone()
+	serverTLS.DynamicRecordSizingDisabled = true
+	ours, theirs := net.Pipe()
+	t.Cleanup(func() { ours.Close(); theirs.Close() })
+	wire = &countedConn{Conn: ours}
+	return tls.Client(theirs, clientTLS), TLSServer(wire, serverTLS, maxHandshake), wire
+}
+
+func TestTLSConnGathersWhatALargeWriteSends(t *testing.T) {
+	client, server, wire := tlsPair(t, 0)
+	got := make(chan []byte)
+	go func() {
+		all, _ := io.ReadAll(client)
+		got <- all
+	}()
+	if err := server.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	sent := make([]byte, 300_000)
+	for i := range sent {
+		sent[i] = byte(i * i >> 8)
+	}
+	wire.writes = 0
+	for i, row := range []struct{ from, to, most int }{{0, 1, 1}, {1, 16_384, 1}, {16_384, 60_000, 1}, {60_000, 300_000, 4}} {
+		before := wire.writes
+		if n, err := server.Write(sent[row.from:row.to]); n != row.to-row.from || err != nil {
+			t.Fatalf("write %d: %d, %v", i, n, err)
+		}
+		if n := wire.writes - before; n > row.most {
+			t.Errorf("%d bytes took %d writes, want %d", row.to-row.from, n, row.most)
+		}
+	}
+	server.Close()
+	if all := <-got; !bytes.Equal(all, sent) {
+		t.Errorf("%d bytes came, which are not the %d that were sent", len(all), len(sent))
+	}
+}
+
+func TestTLSConnSaysWhenWhatWasGatheredDidNotLeave(t *testing.T) {
+	client, server, wire := tlsPair(t, 0)
+	go io.Copy(io.Discard, client)
+	if err := server.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	wire.failFrom = wire.writes + 2
+	if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil || err.Error() != "broken wire" {
+		t.Errorf("%d, %v", n, err)
+	}
+	if n, err := server.Write(make([]byte, 10)); n != 0 || err == nil {
+		t.Errorf("afterwards: %d, %v", n, err)
+	}
+}
+
+func TestTLSConnBoundsTheHandshake(t *testing.T) {
+	for _, explicitly := range []bool{true, false} {
+		client, server, _ := tlsPair(t, 100)
+		go client.Handshake()
+		var err error
+		if explicitly {
+			err = server.Handshake()
+		} else {
+			_, err = server.Read(make([]byte, 1))
+		}
+		if !errors.Is(err, ErrHandshakeSize) {
+			t.Errorf("100 bytes: %v", err)
+		}
+	}
+	client, server, _ := tlsPair(t, 16<<10)
+	go func() {
+		client.Write(make([]byte, 100_000))
+		client.Close()
+	}()
+	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil { // Read makes the handshake
+		t.Errorf("after it: %d bytes, %v", n, err)
+	}
+}

@@ -26,8 +26,14 @@ type session struct {
 // admit is each connection's way in.
 func (p *proxy) admit(ctx context.Context, raw net.Conn) (context.Context, lbproxy.Conn, error) {
 	s, start := p.server, time.Now()
-	c, err := p.handshake(ctx, raw)
 	l := &session{app: p.conf.ID, client: raw.RemoteAddr()}
+	err := errors.New("the handshake did not return") // if a user store panics
+	defer func() {
+		if err != nil {
+			s.refused(l, time.Since(start), err)
+		}
+	}()
+	c, err := p.handshake(ctx, raw)
 	if err == nil { // and only now it is the client who says so
 		l.state = c.ConnectionState()
 		l.id, err = s.current.Load().auth.Identify(l.state, l.app)
@@ -36,7 +42,6 @@ func (p *proxy) admit(ctx context.Context, raw net.Conn) (context.Context, lbpro
 		if ctx.Err() != nil && (errors.Is(err, net.ErrClosed) || errors.Is(err, lbproxy.ErrAppClosed)) {
 			err = &Refusal{Reason: Reason(lbproxy.EndClosed)}
 		}
-		s.refused(l, time.Since(start), err)
 		return nil, lbproxy.Conn{}, err
 	}
 	ctx, expire := context.WithDeadlineCause(ctx, l.id.Expires, &Refusal{Reason: Expired})
@@ -60,7 +65,7 @@ func (p *proxy) admit(ctx context.Context, raw net.Conn) (context.Context, lbpro
 }
 
 // handshake lets raw through the gate, by the rules of the current snapshot.
-func (p *proxy) handshake(ctx context.Context, raw net.Conn) (*clientConn, error) {
+func (p *proxy) handshake(ctx context.Context, raw net.Conn) (*lbproxy.TLSConn, error) {
 	snap := p.server.current.Load()
 	config := snap.configs[p.conf.ID]
 	if config == nil {

@@ -5,59 +5,17 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
 	"strings"
 	"time"
+
+	"github.com/danielepagano/lbproxy"
 )
 
-var errTooLarge = errors.New("more bytes than a handshake needs")
-
-// A wire is what crypto/tls has for the raw connection. It bounds what an unknown client may send, and remembers
-// whether the end of the stream came from here: crypto/tls takes that for the end the peer meant (close_notify).
-type wire struct {
-	net.Conn
-	left  int  // bytes that may be read, while the client is not known
-	known bool // no bound any more
-	ended bool // belongs to the reader
-}
-
-func (w *wire) Read(b []byte) (int, error) {
-	if !w.known {
-		if w.left == 0 {
-			return 0, errTooLarge
-		}
-		b = b[:min(len(b), w.left)]
-	}
-	n, err := w.Conn.Read(b)
-	w.left -= n
-	if n == 0 && err == io.EOF { // with bytes, what they say comes first
-		w.ended = true
-	}
-	return n, err
-}
-
-// NetConn lets lbproxy find the TCP connection, to reset it.
-func (w *wire) NetConn() net.Conn { return w.Conn }
-
-// A clientConn is a client's connection whose handshake is done. A stream that ends without close_notify was cut.
-type clientConn struct {
-	*tls.Conn
-	wire *wire
-}
-
-func (c *clientConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if err == io.EOF && c.wire.ended {
-		err = io.ErrUnexpectedEOF
-	}
-	return n, err
-}
-
 // handshake makes raw a TLS connection whose client has proved who it is, or says why not, to the client as well.
-func (g *gate) handshake(ctx context.Context, raw net.Conn, config *tls.Config) (*clientConn, error) {
+func (g *gate) handshake(ctx context.Context, raw net.Conn, config *tls.Config) (*lbproxy.TLSConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, g.Timeout) // for waiting, too
 	defer cancel()
 	from := network(raw.RemoteAddr())
@@ -69,21 +27,8 @@ func (g *gate) handshake(ctx context.Context, raw net.Conn, config *tls.Config) 
 	if err := raw.SetDeadline(deadline); err != nil {
 		return nil, &Refusal{Reason: ClientGone, Err: err}
 	}
-	w := &wire{Conn: raw, left: g.MaxBytes}
-	c := &clientConn{Conn: tls.Server(w, config), wire: w}
-	// On a goroutine of its own: a handshake grows the stack to 32 KiB or so, which a session would keep.
-	done := make(chan error)
-	go func() {
-		err := errors.New("the handshake did not return")
-		defer func() {
-			if p := recover(); p != nil { // here nobody else would, and it would end the process
-				err = fmt.Errorf("panic: %v", p)
-			}
-			done <- err
-		}()
-		err = c.Handshake()
-	}()
-	if err := <-done; err != nil {
+	c := lbproxy.TLSServer(raw, config, g.MaxBytes)
+	if err := c.Handshake(); err != nil {
 		refusal := refusalOf(err, c.ConnectionState())
 		switch refusal.Reason {
 		case HandshakeTimeout, HandshakeTooLarge, NotTLS, ClientGone, ClientAlert: // crypto/tls has sent no alert
@@ -92,7 +37,6 @@ func (g *gate) handshake(ctx context.Context, raw net.Conn, config *tls.Config) 
 		}
 		return nil, refusal
 	}
-	w.known = true
 	return c, raw.SetDeadline(time.Time{})
 }
 
@@ -127,7 +71,7 @@ func refusalOf(err error, cs tls.ConnectionState) *Refusal {
 		return because(UnknownCA)
 	case notTLS:
 		return because(NotTLS)
-	case errors.Is(err, errTooLarge):
+	case errors.Is(err, lbproxy.ErrHandshakeSize):
 		return because(HandshakeTooLarge)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return because(HandshakeTimeout)

@@ -118,8 +118,8 @@ func TestHandshakeThatDoesNotReturnIsRefused(t *testing.T) {
 		t.Error("it is in")
 	}
 	c.Close()
-	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(NoProof) || e["user"] != "" {
-		t.Errorf("line %v, want %s, and nobody's name", e, NoProof)
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(HandshakeFailed) || e["user"] != "" {
+		t.Errorf("line %v, want %s, and nobody's name", e, HandshakeFailed)
 	}
 	if l.web.dialled.Load() > 0 || !l.untouched(t) {
 		t.Error("an upstream was dialled, or a limit charged")

@@ -47,6 +47,8 @@ func newSnapshot(c *Config, m *materials, old *snapshot) *snapshot {
 			ClientCAs:              poolOf(m.ca),
 			Certificates:           []tls.Certificate{m.server},
 			SessionTicketsDisabled: true, // a ticket would prove what was true when it was made, for ever
+
+			DynamicRecordSizingDisabled: true, // small records cost more than the first byte gains on a link worth balancing
 			VerifyConnection: func(cs tls.ConnectionState) error {
 				_, err := n.auth.Identify(cs, app.ID)
 				return err
