@@ -1,0 +1,5 @@
+package soak
+
+const childVariable = "LBPROXY_SOAK_CHILD"
+
+func childMain() {}
