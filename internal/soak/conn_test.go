@@ -181,7 +181,7 @@ func (e *end) recv(n int) bool {
 		e.got += int64(m)
 		n -= m
 		if err != nil {
-			if err == io.EOF && e.net == net.Conn(e.tcp) && !e.finished.Load() && wasReset(e.tcp) {
+			if err == io.EOF && e.net == net.Conn(e.tcp) && wasReset(e.tcp) && !e.finished.Load() { // in this order
 				err = errReset
 			}
 			e.readErr = err

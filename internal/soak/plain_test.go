@@ -64,7 +64,8 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		{"slow", r.slow, lbproxy.Options{}},
 		{"limits", r.web, lbproxy.Options{}},
 		{"idle", r.web, lbproxy.Options{IdleTimeout: idleTimeout}},
-		{"dial", r.web[:dialUpstreams], lbproxy.Options{DialContext: f.dial, DialTimeout: dialTimeout, FailTimeout: 20 * time.Millisecond}},
+		{"dial", r.web[:dialUpstreams], lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond}},
+		{"hole", r.web[:dialUpstreams], lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond, DialTimeout: dialTimeout}},
 		{"kill", r.mortal, lbproxy.Options{FailTimeout: 20 * time.Millisecond}},
 	} {
 		app.opts.Logger, app.opts.OnDone = quiet, f.done

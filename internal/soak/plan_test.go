@@ -283,6 +283,9 @@ func (g *generator) fill() {
 		if g.kind == blackHole || g.kind == slowDial {
 			g.dialFaults = 1
 		}
+		if g.kind == blackHole {
+			g.app = "hole"
+		}
 		g.exchange(k, j)
 	case refuseAll:
 		g.app, g.dialFaults = "dial", dialUpstreams
@@ -438,5 +441,5 @@ func sends(scripts []script) (n int64) {
 
 const (
 	idleTimeout = 400 * time.Millisecond // of the apps where connections stall
-	dialTimeout = 250 * time.Millisecond // of the app that dials black holes
+	dialTimeout = time.Second            // of the app that dials black holes; a busy machine has to make a good dial in it
 )

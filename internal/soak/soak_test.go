@@ -337,6 +337,7 @@ func (r *run) connect(c *conn) {
 			o = &got
 		case <-late.C:
 			r.fail("connection %d, %v: the proxy never said how it ended", c.id, c.plan)
+			return
 		}
 	}
 	sure := c.reach == surely || c.kind == someLimit && o != nil && !c.limited(o)
@@ -353,8 +354,8 @@ func (r *run) connect(c *conn) {
 	case <-c.upstreamDone:
 		r.judge(c, o)
 	case <-late.C:
-		r.fail("connection %d, %v: not over at the upstream, or never seen there: received %d, %v; sent %d of %d, %v", c.id, c.plan,
-			c.down.got, c.down.readErr, c.down.sent, c.down.offered, c.down.writeErr)
+		r.fail("connection %d, %v: not over at the upstream, or never seen there (%v): the proxy says %+v", c.id, c.plan, c.seen.Load(), o)
+		r.conns.Delete(c.id)
 	}
 }
 

@@ -32,9 +32,8 @@ func newServer(t testing.TB, r *run, change func(*server)) *server {
 	if change != nil {
 		change(s)
 	}
-	if err := s.start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.start())
+	s.addr = s.l.Addr().String() // from now on
 	return s
 }
 
@@ -45,7 +44,7 @@ func (s *server) start() error {
 		return err
 	}
 	s.mu.Lock()
-	s.l, s.addr = l, l.Addr().String()
+	s.l = l
 	s.mu.Unlock()
 	s.wg.Go(func() {
 		for {
