@@ -48,6 +48,8 @@ func newConn(p *plan) *conn {
 	return c
 }
 
+func (c *conn) took() time.Duration { return c.ended.Sub(c.started) }
+
 // An outcome is what the proxy says about a connection.
 type outcome struct {
 	end            string

@@ -41,7 +41,14 @@ type plainFront struct {
 
 	serving sync.WaitGroup
 	dialer  net.Dialer
+
+	mu      sync.Mutex
+	books   map[string]book // by app
+	refused uint64          // dials of the app dial that were sent to where nobody listens
 }
+
+// A book is what the results of an app add up to. Its Stats must say the same.
+type book struct{ results, refused, failed, sent, received uint64 }
 
 func newPlainFront(t testing.TB, r *run) *plainFront {
 	f := &plainFront{
@@ -49,8 +56,9 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		limits: lbproxy.NewClientLimits(40, func(string) lbproxy.RateLimitManager {
 			return lbproxy.All(&lbproxy.OpenLimit{Max: 1 << 20}, &lbproxy.TokenBucket{Burst: 1 << 20, Every: time.Nanosecond})
 		}),
-		all: &lbproxy.Bandwidth{BytesPerSecond: 300 << 20, Burst: 1 << 20},
-		few: &lbproxy.OpenLimit{Max: 2},
+		all:   &lbproxy.Bandwidth{BytesPerSecond: 300 << 20, Burst: 1 << 20},
+		few:   &lbproxy.OpenLimit{Max: 2},
+		books: map[string]book{},
 	}
 	f.black, f.hole = fullQueue(t)
 	for _, app := range []struct {
@@ -171,6 +179,9 @@ func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, 
 	switch c.kind {
 	case refuse, refuseAll:
 		addr = nobody
+		f.mu.Lock()
+		f.refused++
+		f.mu.Unlock()
 	case blackHole:
 		if f.black == "" || c.id%2 == 0 {
 			<-ctx.Done()
@@ -189,7 +200,7 @@ func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, 
 
 // done is lbproxy's hook.
 func (f *plainFront) done(r lbproxy.Result) {
-	f.run.results.Add(1)
+	f.note(&r)
 	addr, err := net.ResolveTCPAddr("tcp", r.Client)
 	if err != nil {
 		f.run.fail("a result for the address %q: %v", r.Client, err)
@@ -200,6 +211,22 @@ func (f *plainFront) done(r lbproxy.Result) {
 		return
 	}
 	f.run.report(id, outcome{string(r.End), r.Err, r.Attempts, r.Sent, r.Received, r.Upstream})
+}
+
+func (f *plainFront) note(r *lbproxy.Result) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	b := f.books[r.App]
+	b.results++
+	switch {
+	case r.End == lbproxy.EndRateLimited && r.Attempts == 0:
+		b.refused++
+	case r.End == lbproxy.EndDialFailed, r.End == lbproxy.EndNoUpstream:
+		b.failed++
+	}
+	b.sent += uint64(r.Sent)
+	b.received += uint64(r.Received)
+	f.books[r.App] = b
 }
 
 // reshuffle gives the app web other upstreams: some of those there are, in another order, with other weights, and now
@@ -239,21 +266,32 @@ func (f *plainFront) look() {
 
 // settled says which counts are not what they have to be when there are no connections.
 func (f *plainFront) settled() (wrong []string) {
-	var accepted uint64
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	for id, a := range f.apps {
-		s := a.Stats()
-		accepted += s.Accepted
+		s, failedDials := a.Stats(), uint64(0)
 		if s.Open != 0 {
 			wrong = append(wrong, fmt.Sprintf("app %s has %d connections open", id, s.Open))
 		}
+		said := book{results: s.Accepted, refused: s.Refused, failed: s.Failed}
 		for _, u := range s.Upstreams {
 			if u.Open != 0 || u.State == "draining" {
 				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open and is %s", id, u.Addr, u.Open, u.State))
 			}
+			said.sent += u.Sent
+			said.received += u.Received
+			failedDials += u.Failed
 		}
-	}
-	if n := f.run.results.Load(); accepted != n {
-		wrong = append(wrong, fmt.Sprintf("%d connections accepted, %d results", accepted, n))
+		want := f.books[id]
+		if id == "web" { // upstreams that were removed took their counts with them
+			want.sent, want.received = said.sent, said.received
+		}
+		if said != want {
+			wrong = append(wrong, fmt.Sprintf("app %s: the stats add up to %+v, the results to %+v", id, said, want))
+		}
+		if id == "dial" && failedDials != f.refused {
+			wrong = append(wrong, fmt.Sprintf("app dial: %d dials failed by the upstreams' fault, want %d", failedDials, f.refused))
+		}
 	}
 	return wrong
 }

@@ -70,11 +70,12 @@ type run struct {
 	conns sync.Map // of *conn by id: those that are not judged
 	next  atomic.Uint64
 
-	plainDone, mtlsDone, results, bytes, waited, slowest atomic.Uint64
+	plainDone, mtlsDone, bytes, waited atomic.Uint64
 
 	mu       sync.Mutex
 	kinds    map[kind]uint64 // what was injected
-	later    []*conn         // to be judged when no upstream can have them any more
+	slowest  *conn
+	later    []*conn // to be judged when no upstream can have them any more
 	failures []string
 }
 
@@ -428,9 +429,11 @@ func (r *run) judge(c *conn, o *outcome) {
 	if len(wrong) > 0 {
 		r.fail("connection %d, %v: %s", c.id, c.plan, strings.Join(wrong, "; "))
 	}
-	if took := uint64(c.ended.Sub(c.started)); took > r.slowest.Load() {
-		r.slowest.Store(took) // about
+	r.mu.Lock()
+	if r.slowest == nil || c.took() > r.slowest.took() {
+		r.slowest = c
 	}
+	r.mu.Unlock()
 	if c.kind != normal && (c.kind != someLimit || c.limited(o)) {
 		r.count(c.kind)
 	}
@@ -470,7 +473,9 @@ func (r *run) figures(t *testing.T, settled time.Duration) {
 	for _, k := range kinds {
 		row("  "+string(k), r.kinds[k])
 	}
-	row("slowest connection", time.Duration(r.slowest.Load()).Round(time.Millisecond))
+	if c := r.slowest; c != nil {
+		row("slowest connection", fmt.Sprintf("%v, %d: %v", c.took().Round(time.Millisecond), c.id, c.plan))
+	}
 	row("waits for a port or descriptor of a client", r.waited.Load())
 	row("counts exact after the last connection, in", settled.Round(time.Millisecond))
 	row("took", time.Since(r.begun).Round(time.Millisecond))
