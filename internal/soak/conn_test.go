@@ -343,8 +343,9 @@ func (e *end) scripts() []script {
 	return e.conn.upstream
 }
 
+// floodFailed reports whether a flood ended as it must, by an error.
 func (c *conn) floodFailed() bool {
-	if c.kind == vanishUp {
+	if c.client[0][0].op == flood {
 		return c.up.writeErr != nil
 	}
 	return c.down.writeErr != nil

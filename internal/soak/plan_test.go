@@ -264,6 +264,7 @@ func (g *generator) fill() {
 	case stall:
 		g.app = "idle"
 		g.holding(k%10_000, j%10_000, lbproxy.EndIdleTimeout)
+		g.reach = perhaps // a busy machine may be too late with the first byte
 		if g.chance(50) { // the client has ended its stream, the upstream never does
 			g.client = []script{{{send, k % 10_000}, {fin, 0}, {recvEnd, 0}}}
 			g.upstream = []script{{{recv, k % 10_000}, {send, j % 10_000}, {hold, 0}}}
@@ -350,7 +351,11 @@ func (g *generator) exchange(k, j int) {
 		}
 		return s
 	}
-	switch g.IntN(4) {
+	shape := g.IntN(20)
+	if g.kind == bytewise {
+		shape = g.IntN(16)
+	}
+	switch shape / 4 { // of five shapes
 	case 0: // both at the same time
 		g.client = []script{append(rest(), step{send, k}, step{fin, 0}), {{recvEnd, 0}}}
 		g.upstream = []script{append(rest(), step{send, j}, step{fin, 0}), {{recvEnd, 0}}}
@@ -371,6 +376,20 @@ func (g *generator) exchange(k, j int) {
 			u = append(append(append(u, step{recv, k}), rest()...), step{send, j})
 		}
 		g.script(append(c, step{fin, 0}, step{recvEnd, 0}), append(u, step{recvEnd, 0}, step{fin, 0}))
+	case 4: // both at the same time, to readers that stop now and then, so that all that is between them fills up
+		slowly := func(n int) (s script) {
+			for range 3 {
+				n /= 3
+				s = append(s, step{recv, n}, step{pause, 1 + g.IntN(10)})
+			}
+			return append(s, step{recvEnd, 0})
+		}
+		k, j = 6*k, 6*j
+		if shape == 16 { // once in a while
+			k, j = k+2<<20, j+2<<20
+		}
+		g.client = []script{{{send, k}, {fin, 0}}, slowly(j)}
+		g.upstream = []script{{{send, j}, {fin, 0}}, slowly(k)}
 	}
 }
 
@@ -385,12 +404,16 @@ func (g *generator) clientReset(k, j int) {
 	g.upstream = []script{{{send, j}}, {{recvEnd, 0}}}
 	g.broken(either, broken, lbproxy.EndClientError)
 	g.exact = true
-	switch g.IntN(3) {
-	case 0: // without having read what it was sent, but for the first byte
+	switch g.IntN(7) {
+	case 0, 1: // without having read what it was sent, but for the first byte
 		g.client = []script{{{recv, 1}, {send, k}, {flush, 0}, {reset, 0}}}
-	case 1:
+	case 2: // which does not even fit into what is between
+		g.client = []script{{{recv, 1}, {send, k}, {flush, 0}, {pause, 30}, {reset, 0}}}
+		g.upstream[0] = script{{flood, 0}}
+		g.floods = true
+	case 3, 4:
 		g.client = []script{{{recv, j}, {send, k}, {flush, 0}, {reset, 0}}}
-	case 2: // when the upstream has ended
+	case 5, 6: // when the upstream has ended
 		g.upstream[0] = append(g.upstream[0], step{fin, 0})
 		g.client = []script{{{recv, j}, {recvEnd, 0}, {send, k}, {flush, 0}, {reset, 0}}}
 		g.clientEnd = whole
@@ -401,12 +424,16 @@ func (g *generator) upstreamReset(k, j int) {
 	g.client = []script{{{send, k}}, {{recvEnd, 0}}}
 	g.broken(broken, either, lbproxy.EndUpstreamError)
 	g.exact = true
-	switch g.IntN(3) {
-	case 0: // without having read what it was sent
+	switch g.IntN(7) {
+	case 0, 1: // without having read what it was sent
 		g.upstream = []script{{{send, j}, {flush, 0}, {reset, 0}}}
-	case 1:
+	case 2: // which does not even fit into what is between
+		g.client[0] = script{{flood, 0}}
+		g.upstream = []script{{{send, j}, {flush, 0}, {pause, 30}, {reset, 0}}}
+		g.floods = true
+	case 3, 4:
 		g.upstream = []script{{{recv, k}, {send, j}, {flush, 0}, {reset, 0}}}
-	case 2: // when the client has ended
+	case 5, 6: // when the client has ended
 		g.client[0] = append(g.client[0], step{fin, 0})
 		g.upstream = []script{{{recvEnd, 0}, {send, j}, {flush, 0}, {reset, 0}}}
 		g.upstreamEnd = whole
