@@ -351,11 +351,11 @@ func (g *generator) exchange(k, j int) {
 		}
 		return s
 	}
-	shape := g.IntN(20)
-	if g.kind == bytewise {
-		shape = g.IntN(16)
+	shape := g.IntN(4)
+	if g.kind == normal && g.chance(4) {
+		shape = 4
 	}
-	switch shape / 4 { // of five shapes
+	switch shape {
 	case 0: // both at the same time
 		g.client = []script{append(rest(), step{send, k}, step{fin, 0}), {{recvEnd, 0}}}
 		g.upstream = []script{append(rest(), step{send, j}, step{fin, 0}), {{recvEnd, 0}}}
@@ -367,7 +367,7 @@ func (g *generator) exchange(k, j int) {
 			append(rest(), step{send, j}, step{fin, 0}, step{recvEnd, 0}))
 	case 3: // in turns
 		var c, u script
-		for range 1 + g.IntN(12) {
+		for range 1 + g.IntN(6) {
 			k, j := g.size()%300_000, g.size()%300_000
 			if g.kind == bytewise {
 				k, j = k%100, j%100
@@ -384,9 +384,10 @@ func (g *generator) exchange(k, j int) {
 			}
 			return append(s, step{recvEnd, 0})
 		}
-		k, j = 6*k, 6*j
-		if shape == 16 { // once in a while
-			k, j = k+2<<20, j+2<<20
+		if g.chance(50) {
+			k += 1 << 20
+		} else {
+			j += 1 << 20
 		}
 		g.client = []script{{{send, k}, {fin, 0}}, slowly(j)}
 		g.upstream = []script{{{send, j}, {fin, 0}}, slowly(k)}

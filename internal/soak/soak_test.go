@@ -25,7 +25,7 @@ var (
 	long     = flag.Bool("long", false, "1,000,000 plain and 250,000 mTLS connections")
 	conns    = flag.Uint64("conns", 0, "so many connections, of which every fifth is mTLS; 0: as many as the other flags say")
 	duration = flag.Duration("duration", 0, "start no more connections after so long; 0: until all are done")
-	inflight = flag.Int("inflight", 128, "connections at once")
+	inflight = flag.Int("inflight", 64, "connections at once")
 	seed     = flag.Uint64("seed", 0, "repeat the plans of the run with this seed; 0: make one up")
 )
 

@@ -130,5 +130,7 @@ func (s *server) serve(tcp *net.TCPConn) {
 	}
 	defer close(c.upstreamDone)
 	c.down.net, c.down.tcp = who.net, tcp
-	c.down.play(c.upstream)
+	if c.upstream != nil { // else it should not be here, which has been noted
+		c.down.play(c.upstream)
+	}
 }
