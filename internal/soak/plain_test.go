@@ -77,6 +77,9 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		{"kill", r.mortal, lbproxy.Options{FailTimeout: 20 * time.Millisecond}},
 	} {
 		app.opts.Logger, app.opts.OnDone = quiet, f.done
+		if app.opts.DialTimeout == 0 {
+			app.opts.DialTimeout = giveUp
+		}
 		a, err := lbproxy.New(app.id, f.upstreams(app.servers), &app.opts)
 		must(t, err)
 		l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -120,7 +120,7 @@ type plan struct {
 
 	client, upstream         []script // the scripts of each run at the same time
 	clientEnd, upstreamEnd   verdict
-	exact                    bool // where it is broken, all that the other end sent is there nevertheless
+	exact                    bool // where it is broken, all that the other end sent is there nevertheless; see conn.late
 	floods                   bool // a flood must end by an error
 	reach                    reach
 	ends                     []string // what the proxy may call the end
@@ -311,7 +311,7 @@ func (g *generator) fill() {
 		g.reach = perhaps
 	case killed:
 		g.app = "kill"
-		g.holding(k, j, lbproxy.EndUpstreamError)
+		g.holding(k, j, lbproxy.EndUpstreamError, lbproxy.EndDialFailed) // one after the other may be killed while it is dialled
 		g.upstreamEnd, g.reach = either, perhaps
 	case revoked:
 		g.user = g.IntN(revocableUsers)

@@ -67,10 +67,11 @@ type run struct {
 	plain                                *plainFront
 	mtls                                 *mtlsFront
 
+	lag   lag
 	conns sync.Map // of *conn by id: those that are not judged
 	next  atomic.Uint64
 
-	plainDone, mtlsDone, bytes, waited atomic.Uint64
+	plainDone, mtlsDone, bytes, waited, lateOnes atomic.Uint64
 
 	mu       sync.Mutex
 	kinds    map[kind]uint64 // what was injected
@@ -156,7 +157,7 @@ func newRun(t testing.TB, total uint64) *run {
 	r.web = start(4, nil)
 	r.greeting = start(2, func(s *server) { s.greets = true })
 	r.overTLS = start(2, func(s *server) { s.tls = &tls.Config{Certificates: []tls.Certificate{r.pki.server}} })
-	r.slow = start(1, func(s *server) { s.slow = true })
+	r.slow = start(2, func(s *server) { s.slow = true })
 	r.mortal = start(3, nil)
 	r.plain, r.mtls = newPlainFront(t, r), newMTLSFront(t, r)
 	return r
@@ -205,12 +206,13 @@ func TestSoak(t *testing.T) {
 			}
 		})
 	}
+	aside.Go(func() { r.lag.watch(stop) })
 	every(50*time.Millisecond, func(int) { r.plain.reshuffle() })
 	every(100*time.Millisecond, r.mtls.reload)
 	every(60*time.Millisecond, r.killOne)
 	every(20*time.Millisecond, func(int) { r.plain.look() })
 	every(5*time.Second, func(int) {
-		r.judgeLater(time.Now().Add(-2 * patience)) // an upstream that had one of them has given it up
+		r.judgeLater(time.Now().Add(-2 * giveUp)) // an upstream that had one of them has given it up
 		r.progress()
 	})
 
@@ -325,7 +327,7 @@ func (r *run) connect(c *conn) {
 	c.up.close()
 	close(c.clientDone)
 
-	late := time.NewTimer(patience)
+	late := time.NewTimer(giveUp)
 	defer late.Stop()
 	var o *outcome
 	if canName {
@@ -363,7 +365,7 @@ func (r *run) client(c *conn) {
 		addr = r.mtls.addrs[c.app]
 	}
 	e := &c.up
-	dialer := net.Dialer{Deadline: c.started.Add(patience)}
+	dialer := net.Dialer{Deadline: c.started.Add(giveUp)}
 	if canName {
 		dialer.LocalAddr = addrOf(c.id)
 	}
@@ -380,7 +382,7 @@ func (r *run) client(c *conn) {
 	}
 	e.tcp = raw.(*net.TCPConn)
 	e.net = e.tcp
-	e.tcp.SetDeadline(c.started.Add(patience))
+	e.tcp.SetDeadline(c.started.Add(giveUp))
 	if c.kind == handshakeGone {
 		e.tcp.Write([]byte{22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3}[:c.id%11]) // how a ClientHello begins
 		time.Sleep(time.Duration(c.id%3) * time.Millisecond)
@@ -418,7 +420,14 @@ func (r *run) client(c *conn) {
 
 // judge takes note of a connection that is over.
 func (r *run) judge(c *conn, o *outcome) {
+	spare := r.lag.between(c.started, time.Now())
+	if c.late = spare > 200*time.Millisecond; c.late {
+		r.lateOnes.Add(1)
+	}
 	wrong := c.judge(o)
+	if c.took() > patience+spare {
+		wrong = append(wrong, fmt.Sprintf("it took %v, and the machine was busy elsewhere for no more than %v of that", c.took(), spare))
+	}
 	if c.kind == revoked {
 		wrong = append(wrong, r.mtls.judge(c)...)
 	}
@@ -492,6 +501,8 @@ func (r *run) figures(t *testing.T, settled time.Duration) {
 	if c := r.slowest; c != nil {
 		row("slowest connection", fmt.Sprintf("%v, %d: %v", c.took().Round(time.Millisecond), c.id, c.plan))
 	}
+	row("longest time this process was not run", r.lag.most.Round(time.Millisecond))
+	row("connections during such times", r.lateOnes.Load())
 	row("waits for a port or descriptor of a client", r.waited.Load())
 	row("counts exact after the last connection, in", settled.Round(time.Millisecond))
 	row("took", time.Since(r.begun).Round(time.Millisecond))

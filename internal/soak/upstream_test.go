@@ -102,7 +102,7 @@ func (s *server) serve(tcp *net.TCPConn) {
 		delete(s.conns, tcp)
 		s.mu.Unlock()
 	}()
-	tcp.SetDeadline(time.Now().Add(patience))
+	tcp.SetDeadline(time.Now().Add(giveUp))
 	who := &end{net: tcp, tcp: tcp}
 	if s.tls != nil {
 		if who.overTLS(tls.Server, s.tls) != nil {
