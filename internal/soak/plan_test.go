@@ -64,10 +64,9 @@ var mtlsShares = []share{
 	{cutTLS, 40}, {stall, 10}, {slowAccept, 10}, {someLimit, 30}, {killed, 20}, {revoked, 40}, {stranger, 15}, {handshakeGone, 15},
 }
 
-// needsName are the kinds for which the proxy must know which connection it has, by the client's address.
-var needsName = []kind{
-	canceled, refuse, refuseAll, blackHole, slowDial, noDescriptors, noPorts, overLimit, cutByLimit, someLimit,
-}
+// portable are the kinds there are where the system does not tell what became of a socket, and where clients cannot be
+// told apart by their addresses.
+var portable = []kind{bytewise, earlyFIN, cutTLS, stall, slowAccept, stranger, handshakeGone}
 
 // An op is something that one end of a connection does.
 type op int
@@ -173,7 +172,7 @@ func newPlan(seed, id uint64) *plan {
 	at := g.IntN(1000)
 	for _, s := range shares {
 		if at -= s.of; at < 0 {
-			if canName || !slices.Contains(needsName, s.kind) {
+			if canName || slices.Contains(portable, s.kind) {
 				g.kind = s.kind
 			}
 			break

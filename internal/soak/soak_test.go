@@ -168,7 +168,7 @@ func (r *run) servers() []*server {
 }
 
 func TestSoak(t *testing.T) {
-	total := uint64(1500)
+	total := uint64(1000)
 	switch {
 	case *conns > 0:
 		total = *conns
@@ -260,8 +260,8 @@ func TestSoak(t *testing.T) {
 	r.figures(t, took)
 
 	plain, mtls, faults := r.plainDone.Load(), r.mtlsDone.Load(), r.faults()
-	if *duration == 0 && (plain+mtls != total || faults < total/5) && !r.failed() {
-		t.Errorf("%d plain and %d mTLS connections and %d faults, want %d and every fifth of them a fault", plain, mtls, faults, total)
+	if *duration == 0 && !r.failed() && (plain+mtls != total || canName && faults < total/5) {
+		t.Errorf("%d plain and %d mTLS connections and %d faults, want %d, and one fault to five of them", plain, mtls, faults, total)
 	}
 	for _, failure := range r.failures {
 		t.Error(failure)
