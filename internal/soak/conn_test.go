@@ -35,6 +35,7 @@ type conn struct {
 	clientDone   chan struct{} // closed when up is complete
 	upstreamDone chan struct{} // closed when down is complete
 	outcome      chan outcome  // what the proxy says has become of it
+	results      atomic.Int32  // how often it said so
 	cancel       context.CancelCauseFunc
 	dials        atomic.Int32
 	audit        audit
@@ -45,7 +46,7 @@ type conn struct {
 }
 
 func newConn(p *plan) *conn {
-	c := &conn{plan: p, clientDone: make(chan struct{}), upstreamDone: make(chan struct{}), outcome: make(chan outcome, 2)}
+	c := &conn{plan: p, clientDone: make(chan struct{}), upstreamDone: make(chan struct{}), outcome: make(chan outcome, 1)}
 	c.up = end{conn: c, out: streamOf(p.id, fromClient), in: streamOf(p.id, fromUpstream)}
 	c.down = end{conn: c, out: streamOf(p.id, fromUpstream), in: streamOf(p.id, fromClient)}
 	return c
@@ -112,7 +113,7 @@ func (e *end) run(s script) {
 			for e.recv(64 << 10) {
 			}
 		case fin:
-			e.finished.Store(true) // before it is: see recv
+			e.finished.Store(true) // before the system knows, for recv asks in the other order
 			if e.writeErr = e.closeWrite(); e.writeErr != nil {
 				e.finished.Store(false)
 			}
@@ -147,7 +148,7 @@ func (e *end) run(s script) {
 	}
 }
 
-// send sends n bytes in pieces and reports whether it could.
+// send sends n bytes in the plan's pieces and reports whether it could.
 func (e *end) send(n int) bool {
 	for writes := 0; n > 0; writes++ {
 		piece := e.conn.piece
@@ -186,7 +187,7 @@ func (e *end) recv(n int) bool {
 		e.got += int64(m)
 		n -= m
 		if err != nil {
-			if err == io.EOF && e.net == net.Conn(e.tcp) && wasReset(e.tcp) && !e.finished.Load() { // in this order
+			if err == io.EOF && e.net == net.Conn(e.tcp) && wasReset(e.tcp) && !e.finished.Load() {
 				err = errReset
 			}
 			e.readErr = err

@@ -166,9 +166,12 @@ func childMain() {
 }
 
 func TestAProcessShortOfMemoryServesOn(t *testing.T) {
+	slow := 300
+	if testing.Short() {
+		slow = 50
+	}
 	const (
-		limit = 24 // MiB: less than the connections below need
-		slow  = 300
+		limit = 24 // MiB: less than 300 connections need
 		fast  = 4
 		bulk  = 16 << 20
 	)
