@@ -280,7 +280,7 @@ func (l resultLog) Enabled(context.Context, slog.Level) bool { return true }
 func (l resultLog) WithAttrs([]slog.Attr) slog.Handler       { return l }
 func (l resultLog) WithGroup(string) slog.Handler            { return l }
 
-func (l resultLog) Handle(_ context.Context, line slog.Record) error {
+func (l resultLog) Handle(ctx context.Context, line slog.Record) error {
 	var o outcome
 	var client string
 	line.Attrs(func(a slog.Attr) bool {
@@ -298,8 +298,8 @@ func (l resultLog) Handle(_ context.Context, line slog.Record) error {
 		}
 		return true
 	})
-	if client == "" {
-		return nil // of something else
+	if client == "" { // it is about something else
+		return panicLog{l.run}.Handle(ctx, line)
 	}
 	addr, err := net.ResolveTCPAddr("tcp", client)
 	if err != nil {

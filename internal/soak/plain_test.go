@@ -24,8 +24,22 @@ const dialUpstreams = 4
 // nobody is an address where nobody listens.
 const nobody = "127.0.0.1:1"
 
-// quiet is where lbproxy logs.
-var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
+// A panicLog is where lbproxy logs. It says when something has panicked, and nothing else.
+type panicLog struct{ run *run }
+
+func (l panicLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelError }
+func (l panicLog) WithAttrs([]slog.Attr) slog.Handler               { return l }
+func (l panicLog) WithGroup(string) slog.Handler                    { return l }
+
+func (l panicLog) Handle(_ context.Context, line slog.Record) error {
+	line.Attrs(func(a slog.Attr) bool {
+		if a.Key == "panic" {
+			l.run.fail("%s: %v", line.Message, a.Value)
+		}
+		return true
+	})
+	return nil
+}
 
 // A plainFront is lbproxy over TCP, with an app for each way of using it.
 type plainFront struct {
@@ -57,7 +71,7 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 			return lbproxy.All(&lbproxy.OpenLimit{Max: 1 << 20}, &lbproxy.TokenBucket{Burst: 1 << 20, Every: time.Nanosecond})
 		}),
 		all:   &lbproxy.Bandwidth{BytesPerSecond: 300 << 20, Burst: 1 << 20},
-		few:   &lbproxy.OpenLimit{Max: 2},
+		few:   &lbproxy.OpenLimit{Max: 1},
 		books: map[string]book{},
 	}
 	f.black, f.hole = fullQueue(t)
@@ -76,7 +90,7 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		{"hole", r.web[:dialUpstreams], lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond, DialTimeout: dialTimeout}},
 		{"kill", r.mortal, lbproxy.Options{FailTimeout: 20 * time.Millisecond}},
 	} {
-		app.opts.Logger, app.opts.OnDone = quiet, f.done
+		app.opts.Logger, app.opts.OnDone = slog.New(panicLog{r}), f.done
 		if app.opts.DialTimeout == 0 {
 			app.opts.DialTimeout = giveUp
 		}

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -65,7 +66,7 @@ func echoed(c net.Conn) error {
 
 func TestAFullAcceptQueueDelaysAndLosesNothing(t *testing.T) {
 	const most = 2
-	a, err := lbproxy.New("small", []lbproxy.Upstream{{Addr: echoServer(t)}}, &lbproxy.Options{MaxConns: most, Logger: quiet})
+	a, err := lbproxy.New("small", []lbproxy.Upstream{{Addr: echoServer(t)}}, &lbproxy.Options{MaxConns: most, Logger: slog.New(slog.DiscardHandler)})
 	must(t, err)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
