@@ -299,7 +299,7 @@ func (l resultLog) Handle(ctx context.Context, line slog.Record) error {
 		return true
 	})
 	if client == "" { // it is about something else
-		return panicLog{l.run}.Handle(ctx, line)
+		return panicLog(l).Handle(ctx, line)
 	}
 	addr, err := net.ResolveTCPAddr("tcp", client)
 	if err != nil {

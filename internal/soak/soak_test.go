@@ -185,7 +185,7 @@ func TestSoak(t *testing.T) {
 		total = 300
 	}
 	warmUp(t)
-	bare := inventory()
+	bare := settled()
 	r := newRun(t, total)
 	resting := settled()
 	t.Logf("seed %d", r.seed)
