@@ -439,7 +439,7 @@ func (r *run) client(c *conn) {
 // judge takes note of a connection that is over.
 func (r *run) judge(c *conn, o *outcome) {
 	spare := r.lag.between(c.started, time.Now())
-	if c.late = spare > 200*time.Millisecond; c.late {
+	if c.late = spare > 500*time.Millisecond; c.late {
 		r.lateOnes.Add(1)
 	}
 	wrong := c.judge(o)
@@ -520,7 +520,7 @@ func (r *run) figures(t *testing.T, settled time.Duration) {
 		row("slowest connection", fmt.Sprintf("%v, %d: %v", c.took().Round(time.Millisecond), c.id, c.plan))
 	}
 	row("longest time this process was not run", r.lag.most.Round(time.Millisecond))
-	row("connections during such times", r.lateOnes.Load())
+	row("connections that were held up by that", r.lateOnes.Load())
 	row("waits for a port or descriptor of a client", r.waited.Load())
 	row("counts exact after the last connection, in", settled.Round(time.Millisecond))
 	row("took", time.Since(r.begun).Round(time.Millisecond))
