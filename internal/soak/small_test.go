@@ -269,7 +269,7 @@ func TestAProcessShortOfMemoryServesOn(t *testing.T) {
 	wg.Wait()
 	resident := residentMiB(cmd.Process.Pid)
 	t.Logf("the child has %d MiB of memory with %d connections whose clients do not read", resident, slow)
-	if most := 4 * limit * memoryFactor; resident > most {
+	if most := 3 * limit * memoryFactor; resident > most {
 		t.Errorf("the child has %d MiB of memory, want at most %d", resident, most)
 	}
 	for _, c := range slowOnes {
