@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// A lag keeps the times at which this process was late: others had the processor, or all of memory was being written to
-// disk. What has to happen within a time is given so much more.
+// A lag keeps the times at which this process was not run because others had the processors. What has to happen within a
+// time is given so much more.
 type lag struct {
 	mu    sync.Mutex
 	times []late
