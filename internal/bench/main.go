@@ -62,8 +62,7 @@ type bench struct {
 	certs     string      // the folder they are in; "" without TLS
 	client    *tls.Config // nil without TLS
 	listeners []net.Listener
-	upstreams []string // four
-	many      []string // manyUpstreams, for -scale
+	upstreams []string // four, or manyUpstreams for -scale
 	notes     []string // for the reader: what was left out and why
 }
 
@@ -154,14 +153,18 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 // peers are all there are, own first.
 func (b *bench) peers(own peer) []peer {
 	peers := []peer{own}
-	for _, find := range []func() (peer, error){haproxy, nginx} {
-		p, err := find()
+	add := func(p peer, err error) {
 		if err != nil {
 			b.note("%v", err)
-			continue
+		} else {
+			peers = append(peers, p)
 		}
-		peers = append(peers, p)
 	}
+	add(haproxy("haproxy", ""))
+	if len(peers) > 1 && !b.mtls { // which cannot be spliced
+		add(haproxy("haproxy, splice", "option splice-request\n\toption splice-response"))
+	}
+	add(nginx())
 	return append(peers, baselinePeer())
 }
 
@@ -194,7 +197,7 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 			}
 		}
 		running = append(running, p)
-		if peer.version != "" {
+		if peer.version != "" && !slices.Contains(versions, peer.version) {
 			versions = append(versions, peer.version)
 		}
 	}
@@ -228,7 +231,11 @@ func (b *bench) measureScale(ctx context.Context, own peer) (string, error) {
 	for _, as := range []struct {
 		suffix    string
 		upstreams []string
-	}{{"", b.upstreams}, {fmt.Sprintf(", %d idle", b.idle), b.upstreams}, {fmt.Sprintf(", %d upstreams", len(b.many)), b.many}} {
+	}{
+		{"", b.upstreams[:4]},
+		{fmt.Sprintf(", %d idle", b.idle), b.upstreams[:4]},
+		{fmt.Sprintf(", %d upstreams", manyUpstreams), b.upstreams},
+	} {
 		p, err := b.start(own, as.upstreams)
 		if err != nil {
 			return "", err
@@ -282,6 +289,9 @@ func (b *bench) heading(versions []string) string {
 	fmt.Fprintf(&t, "CPU is the user and system time that the proxy takes for one operation, × its ratio to another's (less is better): "+
 		"medians of %d rounds of %v, interleaved. Each proxy has threads for all cores, which it shares with clients and "+
 		"upstreams: how many a second there are depends on those, too.", b.rounds, b.window)
+	if !b.mtls && !b.scale {
+		t.WriteString(" haproxy splices when it thinks fit (option splice-auto), haproxy, splice always does.")
+	}
 	if b.mtls {
 		t.WriteString(" Clients speak TLS 1.3 and have certificates (P-256, X25519, AES-128-GCM), no session is resumed, upstreams " +
 			"are plain TCP. mtlsserver writes a log line for each connection, the others write none.")

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -114,13 +113,13 @@ func baselinePeer() peer {
 	}}
 }
 
-// haproxy finds HAProxy, or says how to get it.
-func haproxy() (peer, error) {
+// haproxy finds HAProxy, or says how to get it. What option splice-auto makes of it depends on the load.
+func haproxy(name, options string) (peer, error) {
 	program, err := find("haproxy", "Debian and Ubuntu: apt install haproxy; macOS: brew install haproxy")
 	if err != nil {
 		return peer{}, err
 	}
-	return peer{"haproxy", firstLine(program, "-v"), func(c conf) ([]string, error) {
+	return peer{name, firstLine(program, "-v"), func(c conf) ([]string, error) {
 		tls := ""
 		if c.certs != "" {
 			var both []byte
@@ -148,13 +147,14 @@ func haproxy() (peer, error) {
 defaults
 	mode tcp
 	option splice-auto
+	%s
 	timeout connect 5s
 	timeout client 1h
 	timeout server 1h
 listen bench
 	bind %s %s
 	balance leastconn
-%s`, runtime.NumCPU(), c.conns, c.listen, tls, &servers)
+%s`, runtime.NumCPU(), c.conns, options, c.listen, tls, &servers)
 		return []string{program, "-db", "-f", path}, err
 	}}, nil
 }
@@ -300,10 +300,14 @@ func (b *bench) clientTLS() error {
 	return err
 }
 
-// listen starts the upstreams: four, and for -scale one that has many addresses.
+// listen starts four upstreams, or for -scale one that has many addresses.
 func (b *bench) listen() error {
-	for range 4 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, listeners, config := "127.0.0.1:0", 4, new(net.ListenConfig)
+	if b.scale {
+		addr, listeners, config.Control = "0.0.0.0:0", 1, onLoopback
+	}
+	for range listeners {
+		l, err := config.Listen(context.Background(), "tcp4", addr)
 		if err != nil {
 			return err
 		}
@@ -311,19 +315,13 @@ func (b *bench) listen() error {
 		b.upstreams = append(b.upstreams, l.Addr().String())
 		go answer(l)
 	}
-	if !b.scale {
-		return nil
+	if b.scale {
+		port := b.listeners[0].Addr().(*net.TCPAddr).Port
+		b.upstreams = nil
+		for i := range manyUpstreams {
+			b.upstreams = append(b.upstreams, fmt.Sprintf("127.1.%d.%d:%d", i/250, 1+i%250, port))
+		}
 	}
-	l, err := (&net.ListenConfig{Control: onLoopback}).Listen(context.Background(), "tcp4", "0.0.0.0:0")
-	if err != nil {
-		return errors.Join(errors.New("-scale needs a listener on all of 127.0.0.0/8"), err)
-	}
-	b.listeners = append(b.listeners, l)
-	port := l.Addr().(*net.TCPAddr).Port
-	for i := range manyUpstreams {
-		b.many = append(b.many, fmt.Sprintf("127.1.%d.%d:%d", i/250, 1+i%250, port))
-	}
-	go answer(l)
 	return nil
 }
 

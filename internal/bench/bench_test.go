@@ -1,0 +1,120 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestMain lets the baseline be started as the command starts it: by this program's own name.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == baselineArg {
+		fmt.Fprintln(os.Stderr, baseline(os.Args[2:]))
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+func TestMedian(t *testing.T) {
+	for _, tt := range []struct {
+		of   []int
+		want int
+	}{{[]int{7}, 7}, {[]int{9, 1, 5}, 5}, {[]int{4, 3, 2, 1}, 2}, {[]int{100, 1, 1, 100, 1}, 1}} {
+		before := fmt.Sprint(tt.of)
+		if got := median(tt.of); got != tt.want {
+			t.Errorf("median of %v: %d, want %d", tt.of, got, tt.want)
+		}
+		if fmt.Sprint(tt.of) != before {
+			t.Errorf("median has changed its argument to %v", tt.of)
+		}
+	}
+}
+
+func TestTable(t *testing.T) {
+	micros := func(n ...int) (samples []sample) {
+		for _, n := range n {
+			samples = append(samples, sample{cpu: time.Duration(n) * time.Microsecond, rate: 1e6 / float64(n)})
+		}
+		return samples
+	}
+	failed := micros(30, 30, 30)
+	failed[1].errs, failed[1].err = 2, errors.New("no answer")
+	failed[2].errs, failed[2].err = 1, errors.New("another")
+	rows := []row{
+		{"ping", "ours", micros(30, 10, 20)},
+		{"ping", "base", micros(40, 1, 90)},
+		{"ping", "broken", failed},
+		{"ping", "nothing", []sample{{}}},
+		{"conn", "ours", micros(100)},
+	}
+	want := strings.TrimPrefix(`
+| operation | proxy   | CPU µs | × base | a second | errors |
+| --------- | ------- | -----: | -----: | -------: | -----: |
+| ping      | ours    |   20.0 |   0.50 |    50000 |      0 |
+| ping      | base    |   40.0 |   1.00 |    25000 |      0 |
+| ping      | broken  |   30.0 |   0.75 |    33333 |      3 |
+| ping      | nothing |      - |      - |        - |      0 |
+| conn      | ours    |  100.0 |      - |    10000 |      0 |
+`, "\n")
+	if got := table(rows, []column{{"CPU µs", cpu, 1, true}, {"a second", rate, 0, false}}, "base"); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	if got, want := problems(rows), "- broken, ping: 3 errors, the first: no answer\n"; got != want {
+		t.Errorf("problems: %q, want %q", got, want)
+	}
+}
+
+// All of the harness, with the one proxy that is always there.
+func TestBaselineIsMeasured(t *testing.T) {
+	b := &bench{dir: t.TempDir(), log: io.Discard, idle: 10, rounds: 1, window: 50 * time.Millisecond, works: []string{"conn", "ping", "bulk"}}
+	if err := b.listen(); err != nil {
+		t.Fatal(err)
+	}
+	defer b.stopListening()
+	p, err := b.start(baselinePeer(), b.upstreams)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.stop()
+	rows, err := b.takeRounds(t.Context(), []*process{p})
+	if err != nil || len(rows) != 6 {
+		t.Fatalf("%d rows, %v, want 6", len(rows), err)
+	}
+	for _, r := range rows {
+		s := r.samples[0]
+		if s.errs > 0 || s.rate <= 0 || s.cpu <= 0 && cannotMeasure == "" {
+			t.Errorf("%s: %+v", r.work, s)
+		}
+	}
+	s := p.idle(t.Context(), b.idle, b.window)
+	if s.errs > 0 || s.descriptors < 2 && cannotMeasure == "" {
+		t.Errorf("idle: %+v", s)
+	}
+}
+
+func TestErrorsCount(t *testing.T) {
+	p := &process{dial: (&bench{}).dialer("127.0.0.1:1"), cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
+	s := p.measure(works["conn"][0], 10*time.Millisecond) // nobody is there
+	if s.errs < 2 || s.err == nil || s.rate != 0 {
+		t.Errorf("%+v, want errors and no rate", s)
+	}
+}
+
+func TestWrongFlagsAreNamed(t *testing.T) {
+	for args, want := range map[string]string{
+		"-work conn,pong": `no "pong"`,
+		"-rounds -1":      "-rounds",
+		"-idle 9001":      "9000",
+		"more":            "only flags",
+	} {
+		_, err := parse(strings.Fields(args), io.Discard)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want something about %s", args, err, want)
+		}
+	}
+}
