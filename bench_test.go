@@ -64,6 +64,7 @@ func BenchmarkRelay(b *testing.B) {
 		addr := benchServe(b, benchAnswer, nil)
 		b.ReportAllocs()
 		b.SetParallelism(16)
+		b.ResetTimer()
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
 				if err := benchConnect(addr); err != nil {

@@ -1377,6 +1377,7 @@ func BenchmarkClientLimits(b *testing.B) {
 		l := full()
 		var at atomic.Int64
 		b.ReportAllocs()
+		b.ResetTimer()
 		b.RunParallel(func(pb *testing.PB) {
 			for i := int(at.Add(1)) * clients / 2; pb.Next(); i++ {
 				visit(l, i, names[:clients])
