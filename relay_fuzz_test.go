@@ -1,6 +1,7 @@
 package lbproxy
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"math/rand/v2"
@@ -36,7 +37,10 @@ func FuzzRelay(f *testing.F) {
 	})
 }
 
-const relayIdle = time.Minute
+const (
+	relayIdle = time.Minute
+	relayMost = 3*largeBuffer + 7 // bytes at once
+)
 
 // A relayRun is one connection and what is done to it.
 type relayRun struct {
@@ -69,8 +73,9 @@ func (r *relayRun) run() {
 	client, ours := duplex()
 	theirs, upstream := duplex()
 	r.client, r.upstream = newRelayEnd(client), newRelayEnd(upstream)
-	r.client.start(r.upstream)
-	r.upstream.start(r.client)
+	busy := r.next(4) // both cannot be: they would wait for each other
+	r.client.start(r.upstream, busy == 1)
+	r.upstream.start(r.client, busy == 2)
 	dialTime := []time.Duration{0, 0, time.Millisecond, 700 * time.Millisecond}[r.next(4)]
 	app, err := New("fuzz", []Upstream{{Addr: "u:1"}}, &Options{
 		Logger: quiet, IdleTimeout: relayIdle,
@@ -126,14 +131,16 @@ func (r *relayRun) step() {
 	if op&1 == 1 {
 		end, other, failure = r.upstream, r.client, EndUpstreamError
 	}
-	sizes := []int{1, 2, 100, smallBuffer, smallBuffer + 1, largeBuffer, 3*largeBuffer + 7}
+	sizes := []int{1, 2, 100, smallBuffer, smallBuffer + 1, largeBuffer, relayMost}
 	switch op /= 2; op {
 	case 0, 1, 2, 3, 4, 5, 6, 7, 8, 9:
-		end.write(sizes[r.next(len(sizes))])
+		size := sizes[r.next(len(sizes))]
+		end.asked += size
+		end.writes <- size
 	case 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20:
-		end.reads <- sizes[r.next(len(sizes))]
+		end.reads <- -sizes[r.next(len(sizes))]
 	case 21, 22, 23:
-		end.write(0)
+		end.writes <- 0
 	case 24, 25:
 		d := []time.Duration{time.Millisecond, 100 * time.Millisecond, time.Second, relayIdle / 2, relayIdle + time.Second}[r.next(5)]
 		r.slept += d
@@ -166,7 +173,7 @@ func (r *relayRun) step() {
 			r.causes[EndClosed] = true
 			start := time.Now()
 			r.app.Close()
-			if took := time.Since(start); took > 0 {
+			if took := time.Since(start); took > 100*time.Millisecond {
 				r.t.Errorf("Close took %v", took)
 			}
 		}
@@ -213,67 +220,70 @@ func (r *relayRun) check(got Result) {
 	}
 }
 
-// A relayEnd is a client or an upstream. Its two goroutines do what they are told, one thing after the other.
+// A relayEnd is a client or an upstream. It is told to write so many bytes, to read up to so many (a negative number),
+// or to end its stream (0), and does one thing after the other; but it reads while it writes, unless it is busy.
 type relayEnd struct {
 	conn          *duplexConn
-	writes, reads chan int // sizes; to write 0 is to end the stream; when reads is closed all the rest is read
+	other         *relayEnd
+	writes, reads chan int // the same one if it is busy; when it is closed, the rest is read
 	wg            sync.WaitGroup
 
 	asked, sent int         // bytes to be written, and those that somebody has read
 	ended       atomic.Bool // its stream is whole, and said to be
 	broken      bool        // it has closed or reset its conn
+	buf         []byte
 	got         int
+	readErr     error
 	problem     string // what its reader found wrong
 }
 
 func newRelayEnd(c *duplexConn) *relayEnd {
-	return &relayEnd{conn: c, writes: make(chan int, 400), reads: make(chan int, 400)}
+	return &relayEnd{conn: c, writes: make(chan int, 400), reads: make(chan int, 400), buf: make([]byte, relayMost)}
 }
 
-func (e *relayEnd) start(other *relayEnd) {
+func (e *relayEnd) start(other *relayEnd, busy bool) {
+	e.other = other
+	if busy {
+		e.reads = e.writes
+	} else {
+		e.wg.Go(func() { e.do(e.writes) })
+	}
 	e.wg.Go(func() {
-		for size := range e.writes {
-			if size > 0 {
-				n, _ := e.conn.Write(relayBytes(e.sent, size))
-				e.sent += n
-			} else if !e.broken {
-				e.ended.Store(true)
-				e.conn.CloseWrite()
-			}
-		}
-	})
-	e.wg.Go(func() {
-		for size := range e.reads {
-			if !e.read(size, other) {
-				return
-			}
-		}
-		for e.read(2*largeBuffer, other) {
+		e.do(e.reads)
+		for e.readErr == nil {
+			e.read(relayMost)
 		}
 	})
 }
 
-// read reads once, and reports whether there may be more.
-func (e *relayEnd) read(size int, other *relayEnd) bool {
-	b := make([]byte, size)
-	n, err := e.conn.Read(b)
-	if !slices.Equal(b[:n], relayBytes(e.got, n)) {
+func (e *relayEnd) do(told <-chan int) {
+	for size := range told {
+		switch {
+		case size > 0:
+			n, _ := e.conn.Write(relayBytes(e.sent, size))
+			e.sent += n
+		case size < 0 && e.readErr == nil:
+			e.read(-size)
+		case size == 0 && !e.broken:
+			e.ended.Store(true)
+			e.conn.CloseWrite()
+		}
+	}
+}
+
+func (e *relayEnd) read(most int) {
+	n, err := e.conn.Read(e.buf[:most])
+	if !bytes.Equal(e.buf[:n], relayBytes(e.got, n)) {
 		e.problem = "got what was not sent"
 	}
 	e.got += n
-	if err == io.EOF && !other.ended.Load() {
+	if err == io.EOF && !e.other.ended.Load() {
 		e.problem = "was told of the end of a stream that has not ended"
 	}
-	if err == io.EOF && e.got != other.sent {
+	if err == io.EOF && e.got != e.other.sent {
 		e.problem = "takes a part of a stream for all of it"
 	}
-	return err == nil
-}
-
-// write has size bytes written, or if it is 0 the stream ended.
-func (e *relayEnd) write(size int) {
-	e.asked += size
-	e.writes <- size
+	e.readErr = err
 }
 
 // breakOff resets the conn, or closes it.
@@ -289,9 +299,11 @@ func (e *relayEnd) breakOff(reset bool) {
 
 // finish has the end come to its end.
 func (e *relayEnd) finish() {
-	e.write(0)
+	e.writes <- 0
 	close(e.writes)
-	close(e.reads)
+	if e.reads != e.writes {
+		close(e.reads)
+	}
 }
 
 func (e *relayEnd) wait() {
@@ -338,7 +350,7 @@ func newRelayLimit(kind, how int) *relayLimit {
 	l := &relayLimit{bytes: map[Direction]int64{}}
 	switch kind {
 	case 4:
-		l.wait = time.Duration(how) * time.Millisecond
+		l.wait = time.Duration(how) * time.Millisecond / 4
 	case 5:
 		l.cutAt = 1 + how%16
 	case 6:
