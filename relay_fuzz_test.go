@@ -193,6 +193,9 @@ func (r *relayRun) check(got Result) {
 	if r.limit != nil {
 		r.limit.check(t, got)
 		if r.limit.exceeded {
+			if len(r.causes) == 0 && r.slept < relayIdle && got.End != EndRateLimited {
+				t.Errorf("over the rate, and goes on: %+v", got)
+			}
 			r.causes[EndRateLimited] = true
 		}
 	}
