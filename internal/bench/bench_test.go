@@ -50,7 +50,7 @@ func TestTable(t *testing.T) {
 		{"ping", "base", micros(40, 1, 90)},
 		{"ping", "broken", failed},
 		{"ping", "nothing", []sample{{}}},
-		{"conn", "ours", micros(100)},
+		{"conn", "ours", append(micros(100), sample{}, sample{})},
 	}
 	want := strings.TrimPrefix(`
 | operation | proxy   | CPU µs | × base | a second | errors |

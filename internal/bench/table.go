@@ -21,10 +21,16 @@ func median[T cmp.Ordered](values []T) T {
 	return sorted[(len(sorted)-1)/2]
 }
 
+// median leaves out rounds in which nothing was done, which count as errors. It is 0 if there are no others.
 func (r row) median(of func(sample) float64) float64 {
 	var values []float64
 	for _, s := range r.samples {
-		values = append(values, of(s))
+		if v := of(s); v != 0 {
+			values = append(values, v)
+		}
+	}
+	if values == nil {
+		return 0
 	}
 	return median(values)
 }
