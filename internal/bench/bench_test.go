@@ -105,6 +105,13 @@ func TestErrorsCount(t *testing.T) {
 	}
 }
 
+func TestWhatIsNotInstalledIsNamedWithTheRemedy(t *testing.T) {
+	_, err := find("no-such-proxy", "Make one.")
+	if err == nil || !strings.Contains(err.Error(), "no-such-proxy is not installed") || !strings.HasSuffix(err.Error(), "Make one.") {
+		t.Error(err)
+	}
+}
+
 func TestWrongFlagsAreNamed(t *testing.T) {
 	for args, want := range map[string]string{
 		"-work conn,pong": `no "pong"`,

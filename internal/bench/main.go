@@ -96,7 +96,7 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	if flags.NArg() > 0 || b.rounds < 1 || b.idle < 1 || b.idle > maxIdle {
 		return nil, errors.New("want only flags, -rounds from 1 and -idle from 1 to 9000")
 	}
-	if most := (raiseDescriptors() - 400) / 2; b.idle > most {
+	if most := (raiseDescriptors() - 600) / 2; b.idle > most {
 		b.note("%d idle connections, not %d: two descriptors each are more than this user may have (ulimit -Hn)", most, b.idle)
 		b.idle = most
 	}
@@ -190,7 +190,7 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 		if slices.Contains(b.works, "idle") { // each before it has done anything else
 			b.progress("%s: %d idle connections", p.name, b.idle)
 			s := p.idle(ctx, b.idle, b.window)
-			resting = append(resting, row{fmt.Sprintf("being 1 of %d idle", b.idle), p.name, []sample{s}})
+			resting = append(resting, row{fmt.Sprintf("idle connection, one of %d", b.idle), p.name, []sample{s}})
 			p.stop()
 			if p, err = b.start(peer, b.upstreams); err != nil {
 				return "", err
@@ -295,6 +295,9 @@ func (b *bench) heading(versions []string) string {
 	if b.mtls {
 		t.WriteString(" Clients speak TLS 1.3 and have certificates (P-256, X25519, AES-128-GCM), no session is resumed, upstreams " +
 			"are plain TCP. mtlsserver writes a log line for each connection, the others write none.")
+	}
+	if slices.Contains(b.works, "idle") {
+		t.WriteString(" KiB are the proxy's resident memory; what the kernel holds for sockets and pipes is not in it.")
 	}
 	t.WriteString("\n\n")
 	for _, note := range b.notes {

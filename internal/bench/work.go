@@ -211,13 +211,11 @@ func (l *load) stream(first byte, move func(net.Conn, []byte) (int, error)) erro
 	}
 }
 
-// hold opens n connections by way of p that echo one message each and then rest. The caller closes them.
+// hold opens n connections by way of p that echo one message each and then rest. It gives up after a few errors: a proxy
+// that is out of descriptors has each connection wait. The caller closes them.
 func (p *process) hold(ctx context.Context, n int, f *fails) (conns []net.Conn) {
 	l := &load{dial: p.dial}
-	for range n {
-		if ctx.Err() != nil {
-			break
-		}
+	for len(conns) < n && f.n < 3 && ctx.Err() == nil {
 		c, err := l.open(echo)
 		if err != nil {
 			f.add(err)
