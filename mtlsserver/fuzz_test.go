@@ -228,20 +228,17 @@ func (l *logLab) connection(t *testing.T, way int, text string) (asJSON, asText 
 	must(t, err)
 	defer raw.Close()
 	raw.SetDeadline(time.Now().Add(patience))
-	if way == rawBytes {
+	switch c := tls.Client(raw, client); {
+	case way == rawBytes:
 		io.WriteString(raw, text)
-		raw.(*net.TCPConn).CloseWrite()
-		io.Copy(io.Discard, raw)
-	} else {
-		c := tls.Client(raw, client)
-		if c.Handshake() == nil {
-			if way == afterHandshake {
-				io.WriteString(raw, text)
-				raw.(*net.TCPConn).CloseWrite()
-			}
-			io.Copy(io.Discard, c) // until the server is done with it
-		}
+	case c.Handshake() != nil:
+	case way == afterHandshake:
+		io.WriteString(raw, text)
+	default:
+		io.Copy(io.Discard, c)
 	}
+	raw.(*net.TCPConn).CloseWrite()
+	io.Copy(io.Discard, raw) // until the server is done with it: Close is not to be what ends it
 	s.Close()
 	return j, k
 }

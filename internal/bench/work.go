@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -81,6 +82,8 @@ type sample struct {
 	err                   error // the first
 }
 
+var errNothingDone = errors.New("nothing got done")
+
 // measure has clients do w by way of p, and looks at what they do in window, when they have got going.
 func (p *process) measure(w work, window time.Duration) sample {
 	begin, warm := time.Now(), window/4
@@ -104,7 +107,7 @@ func (p *process) measure(w work, window time.Duration) sample {
 	if n := float64(count) / float64(w.ops); n > 0 {
 		s.rate, s.cpu = n/took.Seconds(), time.Duration(float64(cpu)/n)
 	} else {
-		s.errs, s.err = s.errs+1, errors.Join(s.err, errors.New("nothing got done"))
+		s.errs, s.err = s.errs+1, cmp.Or(s.err, errNothingDone)
 	}
 	return s
 }
@@ -231,7 +234,7 @@ func (p *process) hold(ctx context.Context, n int, f *fails) (conns []net.Conn) 
 func (p *process) idle(ctx context.Context, n int, settle time.Duration) sample {
 	var f fails
 	closeAll(p.hold(ctx, 10, &f)) // what the first few need is no cost of each
-	time.Sleep(settle / 4)
+	time.Sleep(settle)
 	pids := family(p.cmd.Process.Pid)
 	resident, descriptors := memory(pids)
 	conns := p.hold(ctx, n, &f)
