@@ -138,6 +138,7 @@ func TestWrongFlagsAreNamed(t *testing.T) {
 		"-rounds -1":      "-rounds",
 		"-idle 9001":      "9000",
 		"more":            "only flags",
+		"-scale -work x":  `no "x"`,
 	} {
 		_, err := parse(strings.Fields(args), io.Discard)
 		if err == nil || !strings.Contains(err.Error(), want) {

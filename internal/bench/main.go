@@ -71,7 +71,7 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(log)
 	flags.IntVar(&b.rounds, "rounds", 0, "`rounds` of which the median is taken (default 5; 15 with -scale)")
-	list := flags.String("work", "conn,ping,bulk,idle", "what to measure")
+	list := flags.String("work", "", "`what` to measure, some of conn,ping,bulk,idle (default all; conn with -scale)")
 	flags.IntVar(&b.idle, "idle", 0, "idle `connections` to hold, at most 9000 (default 3000; 9000 with -scale)")
 	flags.BoolVar(&b.mtls, "mtls", false, "measure mtlsserver: TLS 1.3 with client certificates")
 	flags.BoolVar(&b.scale, "scale", false, "measure lbproxy with many idle connections, and with 10000 upstreams")
@@ -80,14 +80,14 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
-	rounds, idle := 5, 3000
+	rounds, idle, all := 5, 3000, "conn,ping,bulk,idle"
 	if b.window = time.Second; b.scale {
-		rounds, idle, *list = 15, maxIdle, "conn"
+		rounds, idle, all = 15, maxIdle, "conn"
 	}
 	if *quick {
 		b.window, rounds, idle = 250*time.Millisecond, (rounds+1)/2, idle/6
 	}
-	b.rounds, b.idle, b.works = cmp.Or(b.rounds, rounds), cmp.Or(b.idle, idle), strings.Split(*list, ",")
+	b.rounds, b.idle, b.works = cmp.Or(b.rounds, rounds), cmp.Or(b.idle, idle), strings.Split(cmp.Or(*list, all), ",")
 	for _, name := range b.works {
 		if works[name] == nil && name != "idle" {
 			return nil, fmt.Errorf("-work %s: there is no %q, want some of conn,ping,bulk,idle", *list, name)
@@ -171,11 +171,7 @@ func (b *bench) peers(own peer) []peer {
 // compare measures peers by turns.
 func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 	var running []*process
-	defer func() {
-		for _, p := range running {
-			p.stop()
-		}
-	}()
+	defer stopAll(&running)
 	var resting []row
 	var versions []string
 	for _, peer := range peers {
@@ -183,6 +179,9 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 			return "", ctx.Err()
 		}
 		p, err := b.start(peer, b.upstreams)
+		if err != nil && len(running) == 0 { // without lbproxy there is nothing to compare
+			return "", err
+		}
 		if err != nil {
 			b.note("%v", err)
 			continue
@@ -223,11 +222,7 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 // measureScale measures own as it is, with many connections that are idle, and with many upstreams.
 func (b *bench) measureScale(ctx context.Context, own peer) (string, error) {
 	var running []*process
-	defer func() {
-		for _, p := range running {
-			p.stop()
-		}
-	}()
+	defer stopAll(&running)
 	for _, as := range []struct {
 		suffix    string
 		upstreams []string

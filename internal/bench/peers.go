@@ -277,6 +277,12 @@ func (p *process) stop() {
 	timer.Stop()
 }
 
+func stopAll(running *[]*process) {
+	for _, p := range *running {
+		p.stop()
+	}
+}
+
 // dialer returns what clients connect by.
 func (b *bench) dialer(addr string) func() (net.Conn, error) {
 	dialer := &net.Dialer{Timeout: patience}
