@@ -53,6 +53,7 @@ func TestTable(t *testing.T) {
 		{"ping", "broken", failed},
 		{"ping", "nothing", []sample{{}}},
 		{"conn", "ours", append(micros(100), sample{}, sample{})},
+		{"conn", "base", micros(100, 200, 299)},
 	}
 	want := strings.TrimPrefix(`
 | operation | proxy   | CPU µs | × base | a second | errors |
@@ -61,13 +62,19 @@ func TestTable(t *testing.T) {
 | ping      | base    |   40.0 |   1.00 |    25000 |      0 |
 | ping      | broken  |   30.0 |   0.75 |    33333 |      3 |
 | ping      | nothing |      - |      - |        - |      0 |
-| conn      | ours    |  100.0 |      - |    10000 |      0 |
+| conn      | ours    |  100.0 |   0.50 |    10000 |      0 |
+| conn      | base    |  200.0 |   1.00 |     5000 |      0 |
 `, "\n")
 	if got := table(rows, []column{{"CPU µs", cpu, 1, true}, {"a second", rate, 0, false}}, "base"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
-	if got, want := problems(rows), "- broken, ping: 3 errors, the first: no answer\n"; got != want {
-		t.Errorf("problems: %q, want %q", got, want)
+	want = strings.TrimPrefix(`
+- base, ping: 11111 to 1000000 a second, the machine was busy: measure again
+- broken, ping: 3 errors, the first: no answer
+- ours, conn: 0 to 10000 a second, the machine was busy: measure again
+`, "\n")
+	if got := problems(rows[1:]); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 }
 

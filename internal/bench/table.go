@@ -127,12 +127,17 @@ func markdown(cells [][]string) string {
 	return b.String()
 }
 
-// problems names what went wrong in rows, a line each.
+// problems names what went wrong in rows, a line each, and what cannot be trusted: a machine that has other things to do,
+// or whose kernel drops packets of loopback for want of room, makes a stream stand still now and then.
 func problems(rows []row) string {
 	var b strings.Builder
 	for _, r := range rows {
 		if n, first := r.errs(); n > 0 {
 			fmt.Fprintf(&b, "- %s, %s: %d errors, the first: %v\n", r.proxy, r.work, n, first)
+		}
+		byRate := func(a, b sample) int { return cmp.Compare(a.rate, b.rate) }
+		if least, most := slices.MinFunc(r.samples, byRate).rate, slices.MaxFunc(r.samples, byRate).rate; most > 3*least {
+			fmt.Fprintf(&b, "- %s, %s: %.0f to %.0f a second, the machine was busy: measure again\n", r.proxy, r.work, least, most)
 		}
 	}
 	return b.String()
