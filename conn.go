@@ -258,11 +258,37 @@ func (s *session) open() (wait time.Duration, ok bool) {
 func (s *session) forward(wait time.Duration) {
 	s.up.src = s.conn.Client
 	s.wg.Go(s.upload)
-	s.pause(wait)
-	if s.deeply(s.connect); s.isConnected() {
+	if s.reach(wait); s.isConnected() {
 		s.down.src, s.down.dst = s.server, s.conn.Client
 		s.down.run()
 	}
+}
+
+// reach waits for the RateLimitManager and connects. Meanwhile it looks after the client now and then: once it has spoken,
+// its going would be noticed only behind what else it has sent, which nobody reads yet.
+func (s *session) reach(wait time.Duration) {
+	const often = 200 * time.Millisecond
+	s.wg.Add(1)
+	look := time.AfterFunc(often, func() {
+		defer s.wg.Done()
+		for over := false; !over; {
+			if reset, _ := wasReset(s.conn.Client); reset {
+				s.broke(&s.up, errReset)
+			}
+			select {
+			case <-s.connected:
+				over = true
+			case <-time.After(often):
+			}
+		}
+	})
+	defer func() {
+		if look.Stop() {
+			s.wg.Done()
+		}
+	}()
+	s.pause(wait)
+	s.deeply(s.connect)
 }
 
 // upload runs the pump from client to upstream. A hook's panic ends the session and is kept for its owner.
@@ -739,25 +765,14 @@ type closeWriter interface{ CloseWrite() error }
 
 type layer interface{ NetConn() net.Conn }
 
-// awaitServer sets an upload's dst when there is one, or returns false if there will be none. Meanwhile it looks after
-// the client now and then: it has spoken, so that its going would be noticed only behind what else it has sent.
+// awaitServer sets an upload's dst when there is one, or returns false if there will be none.
 func (p *pump) awaitServer() bool {
 	s := p.session
-	look := time.NewTicker(200 * time.Millisecond)
-	defer look.Stop()
-	for {
-		select {
-		case <-s.connected:
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			p.dst = s.server
-			return s.server != nil
-		case <-look.C:
-			if reset, _ := wasReset(p.src); reset {
-				s.broke(p, errReset)
-			}
-		}
-	}
+	<-s.connected
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.dst = s.server
+	return s.server != nil
 }
 
 // discard reads src until it ends or is closed.
