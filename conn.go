@@ -839,9 +839,10 @@ type buffer []byte
 const (
 	smallBuffer = 4 << 10
 	largeBuffer = 64 << 10
+	tlsBuffer   = 66 << 10 // has room for what a large one is in TLS
 )
 
-var smallBuffers, largeBuffers = bufferPool(smallBuffer), bufferPool(largeBuffer)
+var smallBuffers, largeBuffers, tlsBuffers = bufferPool(smallBuffer), bufferPool(largeBuffer), bufferPool(tlsBuffer)
 
 func bufferPool(size int) *sync.Pool {
 	return &sync.Pool{New: func() any { b := make(buffer, size); return &b }}
@@ -855,21 +856,22 @@ func bufferSize(n int) int {
 	return smallBuffer
 }
 
-func newBuffer(size int) *buffer {
-	if size == largeBuffer {
-		return largeBuffers.Get().(*buffer)
-	}
-	return smallBuffers.Get().(*buffer)
-}
+func newBuffer(size int) *buffer { return poolOf(size).Get().(*buffer) }
 
 func (b *buffer) free() {
-	switch {
-	case b == nil:
-	case len(*b) == largeBuffer:
-		largeBuffers.Put(b)
-	default:
-		smallBuffers.Put(b)
+	if b != nil {
+		poolOf(len(*b)).Put(b)
 	}
+}
+
+func poolOf(size int) *sync.Pool {
+	switch size {
+	case largeBuffer:
+		return largeBuffers
+	case tlsBuffer:
+		return tlsBuffers
+	}
+	return smallBuffers
 }
 
 // A TLSConn is a TLS connection with what a proxy needs besides. crypto/tls takes the end of the connection below for the
@@ -971,25 +973,22 @@ func (w *wire) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Write is given a whole record.
+// Write is given a whole record, or several small ones.
 func (w *wire) Write(b []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.writers == 0 && w.err == nil {
 		return w.direct.Write(b)
 	}
-	for rest := b; len(rest) > 0 && w.err == nil; {
-		if w.held == nil {
-			w.held = newBuffer(largeBuffer)
-		}
-		n := copy((*w.held)[w.full:], rest)
-		w.full += n
-		rest = rest[n:]
-		if w.full == largeBuffer {
-			w.send()
-		}
+	if w.full+len(b) > tlsBuffer {
+		w.send()
 	}
-	return len(b), w.err
+	if w.held == nil {
+		w.held = newBuffer(tlsBuffer)
+	}
+	n := copy((*w.held)[w.full:], b)
+	w.full += n
+	return n, w.err
 }
 
 // gather has records kept back until flush, or until there are many.
