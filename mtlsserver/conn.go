@@ -44,7 +44,6 @@ func (p *proxy) admit(ctx context.Context, raw net.Conn) (context.Context, lbpro
 		}
 		return nil, lbproxy.Conn{}, err
 	}
-	ctx, expire := context.WithDeadlineCause(ctx, l.id.Expires, &Refusal{Reason: Expired})
 	ctx, l.cancel = context.WithCancelCause(ctx)
 	s.liveMu.Lock()
 	s.live[l] = struct{}{}
@@ -52,10 +51,7 @@ func (p *proxy) admit(ctx context.Context, raw net.Conn) (context.Context, lbpro
 	// A reload that came before this could not end the session, so it is judged by the snapshot that is current now;
 	// one that comes after it can.
 	snap := s.current.Load()
-	conn := lbproxy.Conn{Client: c, ClientID: l.id.User.Name, OnDone: func(r lbproxy.Result) {
-		expire()
-		s.done(l, r)
-	}}
+	conn := lbproxy.Conn{Client: c, ClientID: l.id.User.Name, OnDone: func(r lbproxy.Result) { s.done(l, r) }}
 	if user, err := snap.allows(l); err != nil {
 		l.cancel(err)
 	} else {

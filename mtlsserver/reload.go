@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"reflect"
 	"strings"
+	"time"
 
 	"github.com/danielepagano/lbproxy"
 )
@@ -56,7 +57,10 @@ func (s *Server) Reload(c *Config) error {
 			p.listener.Close()
 		}
 	}
-	s.endRevoked(snap)
+	s.sweep(func(l *session) error {
+		_, err := snap.allows(l)
+		return err
+	})
 	return nil
 }
 
@@ -116,14 +120,35 @@ func (s *Server) start(p *proxy) {
 	})
 }
 
-// endRevoked ends the sessions that are not allowed any more.
-func (s *Server) endRevoked(snap *snapshot) {
+// sweep ends the sessions that verdict has something against.
+func (s *Server) sweep(verdict func(*session) error) {
 	s.liveMu.Lock()
 	defer s.liveMu.Unlock()
 	for l := range s.live {
-		if _, err := snap.allows(l); err != nil {
+		if err := verdict(l); err != nil {
 			l.cancel(err)
 		}
+	}
+}
+
+// watch ends the sessions whose certificate expires, until the server is stopped. It goes by the wall clock, which may be
+// set, and which goes on while the machine sleeps.
+func (s *Server) watch() {
+	every := time.NewTicker(time.Second / 2)
+	defer every.Stop()
+	for {
+		select {
+		case <-every.C:
+		case <-s.closing.Done():
+			return
+		}
+		now := time.Now().Round(0)
+		s.sweep(func(l *session) error {
+			if now.After(l.id.Expires) {
+				return &Refusal{Reason: Expired}
+			}
+			return nil
+		})
 	}
 }
 

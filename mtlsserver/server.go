@@ -77,11 +77,14 @@ func (s *Server) Addrs() map[string]net.Addr {
 // only once.
 func (s *Server) Run(ctx context.Context) error {
 	s.mu.Lock()
-	ran := s.ran
-	s.ran = true
+	ran, closed := s.ran, s.closing.Err() != nil
+	if !ran && !closed {
+		s.ran = true
+		s.serving.Go(s.watch)
+	}
 	s.mu.Unlock()
 	switch {
-	case s.closing.Err() != nil:
+	case closed:
 		return ErrServerClosed
 	case ran:
 		return errors.New("mtlsserver: Run was called before")
