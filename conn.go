@@ -880,7 +880,8 @@ func poolOf(size int) *sync.Pool {
 // no more than a given number of bytes is read.
 type TLSConn struct {
 	*tls.Conn
-	wire *wire
+	wire      *wire
+	resumable bool // a Read that could not go on can later: there are no handshakes in it
 }
 
 // ErrHandshakeSize is the error of a handshake that takes more bytes than [TLSServer] was told.
@@ -894,7 +895,7 @@ func TLSServer(raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
 
 func newTLSConn(side func(net.Conn, *tls.Config) *tls.Conn, raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
 	w := &wire{Conn: raw, direct: direct(raw), left: maxHandshake, bounded: maxHandshake > 0}
-	return &TLSConn{side(w, config), w}
+	return &TLSConn{side(w, config), w, config == nil || config.Renegotiation == tls.RenegotiateNever}
 }
 
 // Handshake is HandshakeContext without a context.

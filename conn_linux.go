@@ -2,6 +2,7 @@ package lbproxy
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -15,7 +16,8 @@ import (
 // them. A stream that fills buffers, from TCP to TCP, goes through a pipe by splice(2) instead of through us.
 type platform struct {
 	started  bool
-	from     syscall.RawConn // src; nil if it is not TCP
+	from     syscall.RawConn // src, or what TLS is spoken over; nil if that is not TCP
+	tls      *TLSConn        // src, if it is one
 	to       *tcpWriter      // dst, once it is needed; nil if it is not TCP
 	notTCP   bool            // dst is not
 	noSplice bool            // the system refused
@@ -26,6 +28,7 @@ type platform struct {
 
 	n     int           // what the last one moved
 	errno syscall.Errno // or met
+	err   error         // or, in TLS, met
 	pipe  *pipe
 	held  int // bytes in pipe
 	full  int // reads in a row that filled a large buffer: at two of them splicing begins
@@ -35,9 +38,9 @@ type platform struct {
 // move waits for bytes from src and writes them to dst.
 func (p *pump) move() (n int, readErr, writeErr error) {
 	if !p.started {
-		p.started = true
-		p.from = rawTCP(p.src)
-		p.readReady, p.fillReady, p.drainReady = p.readNow, p.fillNow, p.drainNow
+		if err := p.begin(); err != nil {
+			return 0, err, nil
+		}
 	}
 	switch {
 	case p.from == nil:
@@ -49,14 +52,32 @@ func (p *pump) move() (n int, readErr, writeErr error) {
 		return 0, err, nil
 	}
 	defer p.dropBuffer()
-	if p.errno != 0 || p.n == 0 {
+	switch {
+	case p.tls != nil && p.n == 0:
+		return 0, p.err, nil
+	case p.errno != 0 || p.n == 0:
 		return 0, p.readError("read"), nil
 	}
-	if p.full++; p.n < largeBuffer {
+	if p.full++; p.n < largeBuffer || p.tls != nil {
 		p.full = 0
 	}
 	n, writeErr = p.write((*p.buf)[:p.n])
 	return n, nil, writeErr
+}
+
+// begin finds out how to read from src.
+func (p *pump) begin() error {
+	p.started = true
+	p.readReady, p.fillReady, p.drainReady = p.readNow, p.fillNow, p.drainNow
+	c, ok := p.src.(*TLSConn)
+	if !ok {
+		p.from = rawTCP(p.src)
+		return nil
+	}
+	if below, ok := c.wire.direct.(*directTCP); ok && c.resumable {
+		p.tls, p.from, p.readReady = c, below.in.raw, p.readTLSNow
+	}
+	return c.Handshake()
 }
 
 func rawTCP(c net.Conn) syscall.RawConn {
@@ -91,6 +112,27 @@ func (p *pump) send(b []byte) (int, error) {
 	return p.to.Write(b)
 }
 
+// readTLSNow is readNow for a TLSConn. crypto/tls goes on where it was after an error that is temporary, such as that of
+// a deadline, so it is told that one has passed when there are no bytes now.
+func (p *pump) readTLSNow(fd uintptr) bool {
+	const record = 16 << 10
+	in := p.tls.wire.direct.(*directTCP).in
+	in.fd, in.now = fd, true
+	defer func() { in.now = false }()
+	p.buf = newBuffer(bufferSize(p.lastRead))
+	b := p.limit(*p.buf)
+	p.n, p.err = p.tls.Read(b)
+	for n := p.n; n == record && p.err == nil && len(b)-p.n >= record; p.n += n { // there may be more of them
+		n, p.err = p.tls.Read(b[p.n:])
+	}
+	if p.n == 0 && errors.Is(p.err, os.ErrDeadlineExceeded) {
+		p.dropBuffer()
+		return false
+	}
+	p.lastRead = p.n
+	return true // an error that comes after bytes comes again
+}
+
 func (p *pump) dropBuffer() {
 	p.buf.free()
 	p.buf = nil
@@ -110,7 +152,11 @@ func opError(op, call string, c net.Conn, errno syscall.Errno) error {
 
 // A tcpReader reads from a TCP connection by readFD, a tcpWriter writes to one by writeFD.
 type (
-	tcpReader struct{ tcpSide }
+	tcpReader struct {
+		tcpSide
+		now bool    // do not wait: it is within a call of raw.Read, for which the descriptor is
+		fd  uintptr // this
+	}
 	tcpWriter struct{ tcpSide }
 	tcpSide   struct {
 		net.Conn
@@ -123,7 +169,7 @@ type (
 )
 
 func newTCPReader(c net.Conn, raw syscall.RawConn) *tcpReader {
-	r := &tcpReader{tcpSide{Conn: c, raw: raw}}
+	r := &tcpReader{tcpSide: tcpSide{Conn: c, raw: raw}}
 	r.ready = r.readNow
 	return r
 }
@@ -139,7 +185,12 @@ func (r *tcpReader) Read(b []byte) (int, error) {
 		return 0, nil
 	}
 	r.b, r.n = b, 0
-	err := r.raw.Read(r.ready)
+	var err error
+	if !r.now {
+		err = r.raw.Read(r.ready)
+	} else if !r.ready(r.fd) {
+		err = os.ErrDeadlineExceeded
+	}
 	r.b = nil
 	switch {
 	case err != nil:
@@ -192,11 +243,16 @@ func direct(c net.Conn) io.ReadWriter {
 	if raw == nil {
 		return c
 	}
-	return struct {
-		io.Reader
-		io.Writer
-	}{newTCPReader(c, raw), newTCPWriter(c, raw)}
+	return &directTCP{newTCPReader(c, raw), newTCPWriter(c, raw)}
 }
+
+type directTCP struct {
+	in  *tcpReader
+	out *tcpWriter
+}
+
+func (d *directTCP) Read(b []byte) (int, error)  { return d.in.Read(b) }
+func (d *directTCP) Write(b []byte) (int, error) { return d.out.Write(b) }
 
 // toTCP reports whether dst is TCP, which is looked at when it is first needed.
 func (p *pump) toTCP() bool {
