@@ -23,7 +23,7 @@ type Conn struct {
 	// NetConn() net.Conn, if it is a layer over another conn, as TLS is; SetLinger(int) error, at the bottom, to be
 	// reset. A wrapper of a TCP connection should have the first two: without, its peer may lose the end of what it was
 	// sent, which Result.Err then tells. crypto/tls takes a client's FIN without close_notify for the end of
-	// its stream; a Client whose Read returns io.ErrUnexpectedEOF then has it taken for cut.
+	// its stream; a Client whose Read returns io.ErrUnexpectedEOF then, as a TLSConn's does, has it taken for cut.
 	Client net.Conn
 
 	// ClientID says who this is, in events, results and logs. It may be empty.

@@ -36,8 +36,8 @@
 // [Options].IdleTimeout, over both directions, is the only bound. A stream that is cut never looks whole: when a side
 // fails, what came from it before is delivered (for at most a second) and then the other side is reset. A client that
 // cannot be served, or is over its limit, is reset as well; if that is quick it shows as an error of the client's
-// dial. Where there are no resets, as with Unix sockets, closing has to do, and a TLS client that just stops, without
-// close_notify, is not told from one that ended: see [Conn].
+// dial. Where there are no resets, as with Unix sockets, closing has to do. A TLS client that just stops, without
+// close_notify, is told from one that ended if it is a [TLSConn]; a tls.Conn does not say.
 //
 // # Limits
 //
@@ -56,8 +56,8 @@
 //
 // Bulk from one TCP connection to another moves in the kernel, by splice(2), whatever limits and counters there are. An
 // idle pair of TCP connections holds its two descriptors, no buffer and no pipe. Elsewhere, and for connections that
-// are not a *net.TCPConn, bytes pass through pooled buffers. A wrapper around a TCP connection hides what it is: pass
-// the connection itself if you can.
+// are neither a *net.TCPConn nor a [TLSConn] over one, bytes pass through pooled buffers, of which one that waits for
+// bytes holds one. A wrapper around a TCP connection hides what it is: pass the connection itself if you can.
 //
 // # What it does not do
 //

@@ -2,6 +2,11 @@ package lbproxy_test
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -377,4 +382,58 @@ func ExampleLBProxyApp_Shutdown() {
 	// context deadline exceeded
 	// 1 red got still here?
 	// 0 refused
+}
+
+// serverCertificate makes one for localhost, and the roots by which clients know it.
+func serverCertificate() (server, client *tls.Config) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		panic(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(cert)
+	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
+		&tls.Config{RootCAs: roots, ServerName: "localhost"}
+}
+
+// Clients that speak TLS. The handshake is made in the connection's own goroutine, and a stream that is cut is told from
+// one that has ended.
+func ExampleTLSServer() {
+	red := startUpstream("red")
+	defer red.Close()
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, nil)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	server, roots := serverCertificate()
+	l := listen()
+	go app.Serve(l, func(ctx context.Context, raw net.Conn) (context.Context, lbproxy.Conn, error) {
+		raw.SetDeadline(time.Now().Add(10 * time.Second)) // for clients that stall
+		c := lbproxy.TLSServer(raw, server, 16<<10)       // and for those that flood
+		if err := c.HandshakeContext(ctx); err != nil {
+			return nil, lbproxy.Conn{}, err
+		}
+		return nil, lbproxy.Conn{Client: c}, raw.SetDeadline(time.Time{})
+	})
+
+	c, err := tls.Dial("tcp", l.Addr().String(), roots)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer c.Close()
+	fmt.Println(client{c}.ask("ann"))
+	// Output:
+	// red got ann
 }
