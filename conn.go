@@ -271,13 +271,9 @@ func (s *session) reach(wait time.Duration) {
 	s.wg.Add(1)
 	look := time.AfterFunc(often, func() {
 		defer s.wg.Done()
-		for over := false; !over; {
-			if reset, _ := wasReset(s.conn.Client); reset {
-				s.broke(&s.up, errReset)
-			}
+		for s.lookAfterClient() {
 			select {
 			case <-s.connected:
-				over = true
 			case <-time.After(often):
 			}
 		}
@@ -289,6 +285,20 @@ func (s *session) reach(wait time.Duration) {
 	}()
 	s.pause(wait)
 	s.deeply(s.connect)
+}
+
+// lookAfterClient ends the session if the client has reset it, and reports whether there is reason to look again.
+func (s *session) lookAfterClient() bool {
+	s.mu.Lock()
+	waiting, reset := s.server == nil && s.end == "", false
+	if waiting { // still, under mu: what both sides have ended looks the same
+		reset, _ = wasReset(s.conn.Client)
+	}
+	s.mu.Unlock()
+	if reset {
+		s.broke(&s.up, errReset)
+	}
+	return waiting && !reset
 }
 
 // upload runs the pump from client to upstream. A hook's panic ends the session and is kept for its owner.

@@ -314,6 +314,34 @@ func TestAClientThatSpokeAndIsGoneDuringTheDialCancelsIt(t *testing.T) {
 	}
 }
 
+// A socket that both sides have ended looks like one that was reset. So the look after a client whose upstream is being
+// dialled must not come to that once it is connected, however late it is.
+func TestALateLookDoesNotTakeAnEndForAReset(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("elsewhere nobody looks")
+	}
+	l := listen(t)
+	client := dial(t, l.Addr().String())
+	ours, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	ours.(*net.TCPConn).CloseWrite()
+	io.ReadAll(client)
+	client.Close()
+	io.ReadAll(ours)
+	if looks, _ := wasReset(ours); !looks {
+		t.Error("it does not look reset: what is this test for?")
+	}
+	a, _ := newApp(t, Options{}, "a:1")
+	s := newSession(a, Conn{Client: ours})
+	s.server = ours // any
+	if s.lookAfterClient() || s.end != "" {
+		t.Errorf("the session ended: %s, %v", s.end, s.err)
+	}
+}
+
 func TestAContextThatEndsBreaksWhateverIsGoingOn(t *testing.T) {
 	cause := errors.New("because")
 	hang := func(ctx context.Context, _, _ string) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
