@@ -193,7 +193,7 @@ func (s *session) serve(ctx context.Context) {
 	if s.conn.RateLimit != nil {
 		s.limit()
 	}
-	if ctx != s.app.ctx { // that ends with Close only, which breaks what is open
+	if ctx.Done() != nil && ctx != s.app.ctx { // that one ends with Close, which breaks what is open
 		s.unwatch = s.watch(ctx)
 	}
 	if ctx.Err() != nil {
