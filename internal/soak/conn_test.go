@@ -135,7 +135,7 @@ func (e *end) run(s script) {
 			return
 		case flood:
 			for e.send(256 << 10) {
-				if e.sent > 128<<20 {
+				if int64(e.sent) > 8<<30 { // more than is thrown away in the second that an answer has to leave
 					e.flooded = true
 					return
 				}
