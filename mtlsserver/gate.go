@@ -90,10 +90,10 @@ func network(a net.Addr) netip.Prefix {
 	if !ok {
 		return netip.Prefix{}
 	}
-	ip := tcp.AddrPort().Addr().Unmap().WithZone("")
+	ip := tcp.AddrPort().Addr().Unmap()
 	if ip.Is4() {
 		return netip.PrefixFrom(ip, 32)
 	}
-	p, _ := ip.Prefix(64)
+	p, _ := ip.Prefix(64) // without a zone
 	return p
 }
