@@ -2,6 +2,7 @@ package lbproxy
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -91,5 +92,54 @@ func TestAProcessOutOfDescriptorsServesAgainWhenSomeAreFree(t *testing.T) {
 	}
 	if n := strings.Count(stderr.String(), "cannot accept"); n < 1 || n > 20 {
 		t.Errorf("%d log lines about it:\n%s", n, stderr.String())
+	}
+}
+
+// blockingMain is another such: somebody has made a client's socket block, which the garbage collector must not notice.
+func blockingMain() {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	a, err := New("child", []Upstream{{Addr: l.Addr().String()}}, nil) // of itself, but nobody accepts
+	if err != nil {
+		panic(err)
+	}
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		panic(err)
+	}
+	c, err := l.Accept()
+	if err != nil {
+		panic(err)
+	}
+	f, err := c.(*net.TCPConn).File()
+	if err != nil {
+		panic(err)
+	}
+	f.Fd() // this does it
+	done := make(chan Result)
+	go func() {
+		r, _ := a.ServeConn(context.Background(), Conn{Client: c})
+		done <- r
+	}()
+	for a.Stats().Upstreams[0].Open == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(50 * time.Millisecond) // for the upload to wait; if it did not there would be nothing to see
+	runtime.GC()
+	client.Close()
+	a.Close()
+	fmt.Println("done:", (<-done).End)
+	os.Exit(0)
+}
+
+func TestASocketThatBlocksDoesNotStopTheProcess(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0])
+	cmd.Env = append(os.Environ(), "LBPROXY_TEST_CHILD=blocking")
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.HasPrefix(string(out), "done: ") {
+		t.Errorf("%v: %s", err, out)
 	}
 }

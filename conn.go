@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -120,8 +119,8 @@ var (
 )
 
 // A session is one client's connection, from when it is counted in until its Result is known. The goroutine that
-// calls serve owns it and runs the download; it waits for the other goroutines, which are the upload and, when a
-// side has failed, deliverThenReset.
+// calls serve owns it and runs the download; it waits for the other goroutines, which are the upload, one of the crew
+// that connects, and, when a side has failed, deliverThenReset.
 type session struct {
 	app      *LBProxyApp
 	accepted bool // by Serve
@@ -439,14 +438,14 @@ func (s *session) connectedTo(server net.Conn) {
 // that is exact without a timer being reset.
 func (s *session) touch() { s.last.Store(int64(time.Since(s.start))) }
 
-// checkIdle ends the session if it has been idle for long enough, and returns when it may be. It wants to be called more
-// often than that, for what a slow reader takes out of its socket's queue is bytes that move, too.
+// checkIdle returns how long it takes until the session may have been idle for long enough; not positive if it has. It
+// wants to be called more often than that, for what a slow reader takes out of its socket's queue is bytes that move, too.
 func (s *session) checkIdle() time.Duration {
 	timeout := s.app.opts.IdleTimeout
 	s.mu.Lock()
-	client, server := s.conn.Client, s.server
+	client, server, over := s.conn.Client, s.server, s.end != ""
 	s.mu.Unlock()
-	if server == nil {
+	if server == nil || over {
 		return timeout
 	}
 	queued := unsent(client) + unsent(server)
@@ -457,12 +456,7 @@ func (s *session) checkIdle() time.Duration {
 	if s.waiting.Load() > 0 { // what is held is not idle
 		return timeout
 	}
-	left := timeout - (time.Since(s.start) - time.Duration(s.last.Load()))
-	if left <= 0 {
-		s.abort(EndIdleTimeout, ErrIdleTimeout)
-		return timeout
-	}
-	return left
+	return timeout - (time.Since(s.start) - time.Duration(s.last.Load()))
 }
 
 // pause waits for d, or until the session has a reason to end.
@@ -891,7 +885,7 @@ func poolOf(size int) *sync.Pool {
 type TLSConn struct {
 	*tls.Conn
 	wire      *wire
-	resumable bool // a Read that could not go on can later: there are no handshakes in it
+	resumable bool // a Read or Write can stop and go on later: once done, there is no other handshake in it
 }
 
 // ErrHandshakeSize is the error of a handshake that takes more bytes than [TLSServer] was told.
@@ -904,7 +898,8 @@ func TLSServer(raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
 }
 
 func newTLSConn(side func(net.Conn, *tls.Config) *tls.Conn, raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
-	w := &wire{Conn: raw, direct: direct(raw), left: maxHandshake, bounded: maxHandshake > 0}
+	w := &wire{Conn: raw, direct: direct(raw), left: maxHandshake}
+	w.bounded.Store(maxHandshake > 0)
 	return &TLSConn{side(w, config), w, config == nil || config.Renegotiation == tls.RenegotiateNever}
 }
 
@@ -914,15 +909,18 @@ func (c *TLSConn) Handshake() error { return c.HandshakeContext(context.Backgrou
 // HandshakeContext is that of tls.Conn.
 func (c *TLSConn) HandshakeContext(ctx context.Context) error {
 	err := c.Conn.HandshakeContext(ctx)
-	if err == nil {
-		c.wire.bounded = false
+	if err == nil && c.wire.bounded.Load() {
+		c.wire.bounded.Store(false)
 	}
 	return err
 }
 
+// NetConn returns the connection that TLS is spoken over.
+func (c *TLSConn) NetConn() net.Conn { return c.wire.Conn }
+
 // Read is that of tls.Conn, but that it tells a cut.
 func (c *TLSConn) Read(b []byte) (int, error) {
-	if c.wire.bounded {
+	if c.wire.bounded.Load() {
 		if err := c.Handshake(); err != nil {
 			return 0, err
 		}
@@ -934,11 +932,15 @@ func (c *TLSConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Write is that of tls.Conn. If it fails, how many bytes of b have left is not known, and 0 is returned.
+// Write is that of tls.Conn. If one of more than 16 KiB fails, how many bytes of b have left is not known, and 0 is
+// returned.
 func (c *TLSConn) Write(b []byte) (int, error) {
 	const record = 16 << 10 // the most that one holds
-	if len(b) <= record {
+	if len(b) <= record || !c.resumable {
 		return c.Conn.Write(b)
+	}
+	if err := c.Handshake(); err != nil { // what it says to the peer is not to be kept back
+		return 0, err
 	}
 	c.wire.gather()
 	n, err := c.Conn.Write(b)
@@ -956,9 +958,9 @@ type wire struct {
 	net.Conn
 	direct io.ReadWriter // the same, by the shortest way
 
-	bounded bool // the handshake is not done
-	left    int  // bytes that may be read while bounded
-	ended   bool // belongs to the reader
+	bounded atomic.Bool // what is read is, until the handshake is done
+	left    int         // bytes that may be read while bounded
+	ended   bool        // belongs to the reader
 
 	mu      sync.Mutex
 	writers int     // calls of TLSConn.Write that gather
@@ -970,7 +972,7 @@ type wire struct {
 func (w *wire) NetConn() net.Conn { return w.Conn }
 
 func (w *wire) Read(b []byte) (int, error) {
-	if w.bounded {
+	if w.bounded.Load() {
 		if w.left == 0 {
 			return 0, ErrHandshakeSize
 		}
@@ -1020,7 +1022,10 @@ func (w *wire) flush() error {
 // send writes what has been gathered. The caller holds mu.
 func (w *wire) send() {
 	if w.full > 0 && w.err == nil {
-		_, w.err = w.direct.Write((*w.held)[:w.full])
+		var n int
+		if n, w.err = w.direct.Write((*w.held)[:w.full]); n < w.full && w.err == nil {
+			w.err = io.ErrShortWrite
+		}
 	}
 	w.held.free()
 	w.held, w.full = nil, 0

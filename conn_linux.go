@@ -106,7 +106,7 @@ func (p *pump) readNow(fd uintptr) bool {
 
 // send writes b to dst.
 func (p *pump) send(b []byte) (int, error) {
-	if !p.started || !p.toTCP() {
+	if !p.toTCP() {
 		return p.dst.Write(b)
 	}
 	return p.to.Write(b)

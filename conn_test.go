@@ -659,7 +659,7 @@ func TestTLSConnGathersWhatALargeWriteSends(t *testing.T) {
 		sent[i] = byte(i * i >> 8)
 	}
 	wire.writes = 0
-	for i, row := range []struct{ from, to, most int }{{0, 1, 1}, {1, 16_384, 1}, {16_384, 60_000, 1}, {60_000, 300_000, 4}} {
+	for i, row := range []struct{ from, to, most int }{{0, 1, 1}, {1, 16_384, 1}, {16_384, 16_384 + 64<<10, 1}, {16_384 + 64<<10, 300_000, 4}} {
 		before := wire.writes
 		if n, err := server.Write(sent[row.from:row.to]); n != row.to-row.from || err != nil {
 			t.Fatalf("write %d: %d, %v", i, n, err)
@@ -710,5 +710,25 @@ func TestTLSConnBoundsTheHandshake(t *testing.T) {
 	}()
 	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil { // Read makes the handshake
 		t.Errorf("after it: %d bytes, %v", n, err)
+	}
+}
+
+// A large write that makes the handshake itself must not keep that back.
+func TestTLSConnMakesTheHandshakeBeforeItGathers(t *testing.T) {
+	client, server, _ := tlsPair(t, 0)
+	go func() {
+		server.Write(make([]byte, 100_000))
+		server.Close()
+	}()
+	client.SetDeadline(time.Now().Add(10 * time.Second))
+	if n, err := io.Copy(io.Discard, client); n != 100_000 || err != nil {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
+func TestTLSConnShowsWhatIsBelow(t *testing.T) {
+	_, server, wire := tlsPair(t, 0)
+	if server.NetConn() != net.Conn(wire) {
+		t.Errorf("%T", server.NetConn())
 	}
 }

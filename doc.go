@@ -61,6 +61,6 @@
 //
 // # What it does not do
 //
-// It knows nothing of HTTP, UDP, TLS servers, users, files or flags. It neither queues connections for a full upstream
+// It knows nothing of HTTP, UDP, certificates, users, files or flags. It neither queues connections for a full upstream
 // nor retries once bytes have flowed, nor keeps connections to upstreams for reuse.
 package lbproxy

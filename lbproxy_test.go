@@ -22,7 +22,11 @@ import (
 
 // TestMain fails if a test leaves a goroutine or a descriptor behind.
 func TestMain(m *testing.M) {
-	if run := os.Getenv("LBPROXY_TEST_CHILD"); run != "" {
+	switch run := os.Getenv("LBPROXY_TEST_CHILD"); run {
+	case "":
+	case "blocking":
+		blockingMain()
+	default:
 		childMain(run)
 	}
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
@@ -768,4 +772,45 @@ func TestOneLogLineForEachConnection(t *testing.T) {
 	if n := strings.Count(log.String(), "\n"); n != 3 || strings.Count(log.String(), "level=DEBUG") != 3 {
 		t.Errorf("%d lines, want 3 at level DEBUG:\n%s", n, log.String())
 	}
+}
+
+// slowClose is a conn whose Close says goodbye at length.
+type slowClose struct{ net.Conn }
+
+func (c slowClose) Close() error {
+	time.Sleep(5 * time.Second)
+	return c.Conn.Close()
+}
+
+func TestIdleSessionsDoNotWaitForEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const timeout, sessions = 10 * time.Second, 20
+		a, results := newApp(t, Options{IdleTimeout: timeout, DialContext: dialFake(echoFake)}, "u:1")
+		start := time.Now()
+		for range sessions {
+			_, ours := net.Pipe()
+			go a.ServeConn(t.Context(), Conn{Client: slowClose{ours}})
+		}
+		for range sessions {
+			if r := <-results; r.End != EndIdleTimeout {
+				t.Errorf("%+v", r)
+			}
+		}
+		if d := time.Since(start); d > timeout+2*5*time.Second {
+			t.Errorf("the last one was over after %v", d)
+		}
+	})
+}
+
+func TestCloseLeavesNoTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
+		c := serveFake(t.Context(), a, Conn{})
+		c.Close()
+		<-c.result
+		a.Close()
+		if a.idle == nil || a.idle.Stop() {
+			t.Error("the timer for idle sessions was still set, or never")
+		}
+	})
 }

@@ -11,6 +11,7 @@ import (
 // the original block for a moment, and an Accept that does so then is not ended by Close.)
 type port struct {
 	net.Listener
+	asked     chan struct{} // for another connection; what is accepted unasked would be an error of long ago to whoever asks
 	accepted  chan accepted
 	closing   chan struct{} // closed with the last share
 	accepting sync.WaitGroup
@@ -32,14 +33,23 @@ func bind(addr string) (*share, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &port{Listener: l, accepted: make(chan accepted), closing: make(chan struct{})}
+	return newPort(l).share(), nil
+}
+
+func newPort(l net.Listener) *port {
+	p := &port{Listener: l, asked: make(chan struct{}), accepted: make(chan accepted), closing: make(chan struct{})}
 	p.accepting.Go(p.accept)
-	return p.share(), nil
+	return p
 }
 
 // accept hands connections, and what goes wrong, to those who wait for them, until the last share is closed.
 func (p *port) accept() {
 	for {
+		select {
+		case <-p.asked:
+		case <-p.closing:
+			return
+		}
 		c, err := p.Listener.Accept()
 		select {
 		case p.accepted <- accepted{c, err}:
@@ -69,10 +79,19 @@ type share struct {
 
 func (s *share) Accept() (net.Conn, error) {
 	select {
-	case a := <-s.accepted:
-		return a.Conn, a.err
-	case <-s.closed:
+	case <-s.closed: // before all else: what comes now is for those who still listen
 		return nil, net.ErrClosed
+	default:
+	}
+	for asked := s.asked; ; {
+		select {
+		case asked <- struct{}{}:
+			asked = nil
+		case a := <-s.accepted:
+			return a.Conn, a.err
+		case <-s.closed:
+			return nil, net.ErrClosed
+		}
 	}
 }
 

@@ -819,6 +819,11 @@ func TestReloadOfOtherBoundsOpensAnotherGate(t *testing.T) {
 	silent, err := net.Dial("tcp", l.addr("web"))
 	must(t, err)
 	defer silent.Close()
+	for in := 0; in == 0; time.Sleep(time.Millisecond) {
+		gate.mu.Lock()
+		in = len(gate.queues)
+		gate.mu.Unlock()
+	}
 	must(t, l.server.Reload(l.with(func(c *Config) { c.Handshake = Handshake{MaxPerAddress: 1, MaxConcurrent: 1} })))
 	l.in(t, "web", &l.alice).Close()
 }

@@ -1,0 +1,75 @@
+package mtlsserver
+
+import (
+	"errors"
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestAClosedShareAcceptsNothing(t *testing.T) {
+	for range 100 {
+		a, err := bind("127.0.0.1:0")
+		must(t, err)
+		b := a.port.share()
+		a.Close()
+		c, err := net.Dial("tcp", a.Addr().String())
+		must(t, err)
+		if got, err := a.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Fatalf("%v, %v", got, err)
+		}
+		got, err := b.Accept() // whose it is
+		must(t, err)
+		got.Close()
+		c.Close()
+		b.Close()
+	}
+}
+
+// A listenerUntil fails until a time, and then is silent.
+type listenerUntil struct {
+	net.Listener
+	until  time.Time
+	closed chan struct{}
+}
+
+func (l *listenerUntil) Accept() (net.Conn, error) {
+	if time.Now().Before(l.until) {
+		return nil, errors.New("too many open files")
+	}
+	<-l.closed
+	return nil, net.ErrClosed
+}
+
+func (l *listenerUntil) Close() error { close(l.closed); return nil }
+
+// Who waits between one Accept and the next, as lbproxy does after an error, is not told of an error from before.
+func TestAPortHasNoErrorsInStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &listenerUntil{until: time.Now().Add(time.Minute), closed: make(chan struct{})}
+		p := newPort(l)
+		s := p.share()
+		for time.Now().Before(l.until) {
+			if _, err := s.Accept(); err == nil {
+				t.Fatal("no error")
+			}
+			time.Sleep(time.Second)
+		}
+		over := make(chan error)
+		go func() {
+			_, err := s.Accept()
+			over <- err
+		}()
+		synctest.Wait()
+		select {
+		case err := <-over:
+			t.Errorf("a minute late: %v", err)
+		default:
+		}
+		s.Close()
+		if err := <-over; err == nil {
+			t.Error("it accepts after Close")
+		}
+	})
+}
