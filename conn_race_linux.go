@@ -4,8 +4,9 @@ package lbproxy
 
 import "syscall"
 
-// Here (386 has other system calls for sockets) readFD and writeFD are such that the detectors know what is read, and that what is read was written before:
-// else whoever tests with both ends in one process would be told of races that are none.
+// Here readFD and writeFD are such that the detectors know what is read, and that what is read was written before: else
+// whoever tests with both ends in one process would be told of races that are none. (And 386 has other system calls for
+// sockets.)
 func readFD(fd uintptr, b []byte) (int, syscall.Errno) { return told(syscall.Read(int(fd), b)) }
 
 func writeFD(fd uintptr, b []byte) (int, syscall.Errno) { return told(syscall.Write(int(fd), b)) }
