@@ -204,23 +204,35 @@ func readAll(c io.Reader) string {
 
 func TestALongReplyAfterTheClientsEndArrivesWhole(t *testing.T) {
 	const size = 64 << 20
-	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
-		io.Copy(io.Discard, c)
-		sendPattern(c, size)
-	}))
-	c := dial(t, serve(t, a, nil))
-	c.Write([]byte("everything, please"))
-	c.CloseWrite()
-	sum := sha256.New()
-	n, err := io.Copy(sum, c)
+	serverTLS, clientTLS := tlsConfigs(t)
 	want := sha256.New()
 	sendPattern(want, size)
-	if err != nil || n != size || !bytes.Equal(sum.Sum(nil), want.Sum(nil)) {
-		t.Errorf("%d bytes, %v; want %d, the same that were sent", n, err, size)
-	}
-	c.Close()
-	if r := <-results; r.End != EndDone || r.Received != size {
-		t.Errorf("%+v", r)
+	for _, overTLS := range []bool{false, true} {
+		a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+			io.Copy(io.Discard, c)
+			sendPattern(c, size)
+		}))
+		tcp := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+			if overTLS {
+				c = TLSServer(c, serverTLS, 0)
+			}
+			return nil, Conn{Client: c}, nil
+		}))
+		var c halfCloser = tcp
+		if overTLS {
+			c = tls.Client(tcp, clientTLS)
+		}
+		c.Write([]byte("everything, please"))
+		c.CloseWrite()
+		sum := sha256.New()
+		n, err := io.Copy(sum, c)
+		if err != nil || n != size || !bytes.Equal(sum.Sum(nil), want.Sum(nil)) {
+			t.Errorf("TLS %v: %d bytes, %v; want %d, the same that were sent", overTLS, n, err, size)
+		}
+		c.Close()
+		if r := <-results; r.End != EndDone || r.Received != size {
+			t.Errorf("TLS %v: %+v", overTLS, r)
+		}
 	}
 }
 
@@ -358,6 +370,28 @@ func TestIdleTimeoutEndsWhatOneSideNeverEnds(t *testing.T) {
 		}
 		if r := <-c.result; r.End != EndIdleTimeout || time.Since(start) != time.Hour {
 			t.Errorf("%+v after %v, want the default of an hour", r, time.Since(start))
+		}
+	})
+}
+
+// There is no other bound on how long one stream may go on when the other has ended.
+func TestAReplyGoesOnPastTheIdleTimeoutAfterTheClientsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(func(c net.Conn) {
+			io.ReadAll(c)
+			for range 100 {
+				time.Sleep(50 * time.Second)
+				c.Write([]byte("x"))
+			}
+		})}, "u:1")
+		start := time.Now()
+		c := serveFake(t.Context(), a, Conn{})
+		c.CloseWrite()
+		if b, err := io.ReadAll(c); len(b) != 100 || err != nil {
+			t.Errorf("%d bytes, %v; want 100", len(b), err)
+		}
+		if r := <-c.result; r.End != EndDone || time.Since(start) != 5000*time.Second {
+			t.Errorf("%+v after %v", r, time.Since(start))
 		}
 	})
 }
@@ -617,6 +651,42 @@ func TestAContextEndsAHalfClosedSession(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Whatever ends a connection, the upstream that had it is the emptiest again.
+func TestEachConnectionGivesBackItsCountWhenItEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		upstreams := make(chan *duplexConn, 1)
+		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: func(context.Context, string, string) (net.Conn, error) {
+			ours, theirs := duplex()
+			go io.Copy(io.Discard, theirs)
+			upstreams <- theirs
+			return ours, nil
+		}}, "a:1", "b:1")
+		tooMuch := limitFunc(func(e Event) Decision { return Decision{Exceeded: e.Kind == EventData} })
+		for end, how := range map[EndReason]func(c served, upstream *duplexConn, cancel func()){
+			EndDone:          func(c served, upstream *duplexConn, _ func()) { c.CloseWrite(); upstream.CloseWrite() },
+			EndClientError:   func(c served, _ *duplexConn, _ func()) { c.SetLinger(0); c.Close() },
+			EndUpstreamError: func(_ served, upstream *duplexConn, _ func()) { upstream.SetLinger(0); upstream.Close() },
+			EndIdleTimeout:   func(served, *duplexConn, func()) {},
+			EndCanceled:      func(_ served, _ *duplexConn, cancel func()) { cancel() },
+			EndRateLimited:   func(c served, _ *duplexConn, _ func()) { c.Write([]byte("x")) },
+		} {
+			ctx, cancel := context.WithCancel(t.Context())
+			c := serveFake(ctx, a, Conn{RateLimit: tooMuch})
+			go io.Copy(io.Discard, c)
+			upstream := <-upstreams
+			synctest.Wait()
+			how(c, upstream, cancel)
+			if r := <-c.result; r.End != end || r.Upstream != "a:1" {
+				t.Errorf("%+v, want %s, and the first upstream", r, end)
+			}
+			cancel()
+			c.Close()
+			upstream.Close()
+		}
+		wantCounts(t, a, 6, 0, 0)
+	})
 }
 
 // A TLSConn by itself.

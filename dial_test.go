@@ -169,6 +169,24 @@ func TestAllUpstreamsRefuse(t *testing.T) {
 	wantCounts(t, a, 2, 0, 2)
 }
 
+func TestAllUpstreamsAreBlackHoles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{DialTimeout: 3 * time.Second, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}, "a:1", "b:1", "c:1")
+		start := time.Now()
+		c := serveFake(t.Context(), a, Conn{})
+		if r := <-c.result; r.End != EndDialFailed || r.Attempts != 3 || !errors.Is(r.Err, context.DeadlineExceeded) {
+			t.Errorf("%+v", r)
+		}
+		if took := time.Since(start); took != 9*time.Second {
+			t.Errorf("it took %v, want three times the DialTimeout", took)
+		}
+		wantCounts(t, a, 1, 0, 1)
+	})
+}
+
 func TestAllUpstreamsFull(t *testing.T) {
 	a, _ := newAppOver(t, Options{DialContext: dialFake(echoFake)}, Upstream{Addr: "u:1", MaxConns: 1})
 	first := serveFake(t.Context(), a, Conn{})

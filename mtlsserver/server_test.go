@@ -633,6 +633,22 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 	must(t, greeted(l.dial(t, "www", &l.alice), "web"))
 }
 
+func TestReloadKeepsTheCountsOfUpstreams(t *testing.T) {
+	l := newLab(t, nil)
+	l.in(t, "web", &l.alice)
+	l.in(t, "web", &l.alice)
+	must(t, l.server.Reload(l.with(func(c *Config) {
+		c.Apps[0].Upstreams = []Upstream{{Addr: l.db.Addr().String()}, {Addr: l.web.Addr().String()}}
+	})))
+	l.server.mu.Lock()
+	stats := l.server.proxies["web"].app.Stats()
+	l.server.mu.Unlock()
+	if up := stats.Upstreams; len(up) != 2 || up[0].Open != 0 || up[1].Open != 2 || up[1].Total != 2 {
+		t.Errorf("%+v, want the two connections on the second", up)
+	}
+	must(t, greeted(l.dial(t, "web", &l.alice), "db"))
+}
+
 // ended2 ends c well.
 func ended2(c *tls.Conn) error {
 	err := c.CloseWrite()
