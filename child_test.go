@@ -25,6 +25,7 @@ func childMain(upstream string) {
 		panic(err)
 	}
 	fmt.Println(l.Addr())
+	time.AfterFunc(time.Minute, func() { os.Exit(1) }) // it may be the parent that was stopped
 	done := make(chan error)
 	go func() { done <- a.Serve(l, nil) }()
 	os.Stdin.Read(make([]byte, 1))

@@ -329,6 +329,63 @@ func TestSlowReadersCostABoundedAmountOfMemory(t *testing.T) {
 	}
 }
 
+func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("elsewhere a connection waits with a small one in its hand")
+	}
+	const conns = 100
+	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		for b := make([]byte, 1); ; {
+			if _, err := io.ReadFull(c, b); err != nil {
+				return
+			}
+			c.Write(b)
+		}
+	}))
+	addr := serve(t, a, nil)
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC() // what is pooled survives one
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	for range conns {
+		ping(t, dial(t, addr))
+	}
+	if grown := int64(heap() - before); grown > conns*smallBuffer*3 {
+		t.Errorf("%d idle connections hold %d bytes each, want less than any buffer", conns, grown/conns)
+	}
+}
+
+// A connection that breaks while bulk is on its way leaves nothing of it to the next.
+func TestWhatABrokenConnectionLeavesIsNotTheNextOnes(t *testing.T) {
+	const size = 4 << 20
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 16*size) }))
+	addr := serve(t, a, nil)
+	for range 3 {
+		c := dial(t, addr)
+		io.CopyN(io.Discard, c, size)                         // enough to be taken for bulk
+		for last, now := uint64(0), uint64(1); now != last; { // until it is stuck
+			<-time.After(20 * time.Millisecond)
+			last, now = now, a.Stats().Upstreams[0].Received
+		}
+		c.SetLinger(0)
+		c.Close()
+		if r := <-results; r.End != EndClientError {
+			t.Fatalf("%+v", r)
+		}
+		c = dial(t, addr)
+		var b patternWriter
+		if io.CopyN(&b, c, size); b.sum() != pattern(size) {
+			t.Fatalf("the next one got %s, want %s", b.sum(), pattern(size))
+		}
+		c.Close()
+		<-results
+	}
+}
+
 // Idle time.
 
 func TestIdleTimeoutIsOverBothDirectionsAndExact(t *testing.T) {
@@ -471,6 +528,7 @@ func TestWhatALimitHoldsIsNotIdle(t *testing.T) {
 		})})
 		start := time.Now()
 		ping(t, c)
+		time.Sleep(time.Hour + 50*time.Second) // it is held no more, and not idle for long enough
 		c.Write([]byte("y"))
 		c.CloseWrite()
 		if b, err := io.ReadAll(c); string(b) != "y" || err != nil || time.Since(start) < 2*time.Hour {
@@ -651,6 +709,24 @@ func TestAContextEndsAHalfClosedSession(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestIdleTimeBeginsWhenThereIsAnUpstream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialTimeout: time.Hour, DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			time.Sleep(2 * time.Minute)
+			return dialFake(echoFake)(ctx, network, addr)
+		}}, "u:1")
+		for range 2 { // the second time the app has been at rest for long
+			start := time.Now()
+			c := serveFake(t.Context(), a, Conn{})
+			if r := <-c.result; r.End != EndIdleTimeout || time.Since(start) != 3*time.Minute {
+				t.Errorf("%+v after %v", r, time.Since(start))
+			}
+			c.Close()
+			time.Sleep(time.Hour)
+		}
+	})
 }
 
 // Whatever ends a connection, the upstream that had it is the emptiest again.

@@ -283,7 +283,7 @@ func TestAClientGoneDuringTheDialCancelsIt(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				<-ctx.Done()
-				return nil, ctx.Err()
+				return nil, errors.New("interrupted") // which says nothing of the context
 			}}, "a:1", "b:1")
 			var r Result
 			start := time.Now()
@@ -401,6 +401,74 @@ func TestAContextThatEndsBreaksWhateverIsGoingOn(t *testing.T) {
 		t.Errorf("ended before it began: %+v", r)
 	}
 	wantCounts(t, a, 1, 0, 0)
+}
+
+// The session has ended after it was last looked at, before the dial.
+func TestADialOfASessionThatIsOverIsCanceled(t *testing.T) {
+	canceled := false
+	a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		canceled = ctx.Err() != nil
+		return nil, errors.New("not reached")
+	}}, "a:1")
+	_, ours := duplex()
+	s := newSession(a, Conn{Client: ours})
+	s.ctx = t.Context()
+	s.abort(EndCanceled, context.Canceled)
+	if _, err := s.dial(&Upstream{Addr: "a:1"}); err == nil || !canceled {
+		t.Errorf("%v; the dialer was told: %v", err, canceled)
+	}
+}
+
+func TestAnUpstreamThatIsReachedTooLateIsReset(t *testing.T) {
+	dialling, reached := make(chan bool), make(chan *duplexConn, 1)
+	a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		dialling <- true
+		<-ctx.Done()
+		ours, theirs := duplex()
+		reached <- theirs
+		return ours, nil
+	}}, "a:1")
+	c := serveFake(t.Context(), a, Conn{})
+	<-dialling
+	c.SetLinger(0)
+	c.Close()
+	if r := <-c.result; r.End != EndClientError || r.Upstream != "" {
+		t.Errorf("%+v", r)
+	}
+	upstream := <-reached
+	upstream.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := upstream.Read(make([]byte, 1)); err != syscall.ECONNRESET {
+		t.Errorf("the upstream reads %v, want a reset", err)
+	}
+}
+
+// A watchedContext counts those who wait for its end.
+type watchedContext struct {
+	context.Context
+	watchers atomic.Int32
+}
+
+func (c *watchedContext) Value(any) any { return nil } // else package context would look behind it
+
+func (c *watchedContext) AfterFunc(f func()) (stop func() bool) {
+	c.watchers.Add(1)
+	ours := context.AfterFunc(c.Context, f)
+	return func() bool { c.watchers.Add(-1); return ours() }
+}
+
+func TestNothingOfASessionIsLeftInTheContextOfItsCaller(t *testing.T) {
+	a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
+	ctx := &watchedContext{Context: t.Context()}
+	c := serveFake(ctx, a, Conn{})
+	ping(t, c)
+	if n := ctx.watchers.Load(); n == 0 {
+		t.Error("nobody waits for its end")
+	}
+	c.Close()
+	<-c.result
+	if n := ctx.watchers.Load(); n != 0 {
+		t.Errorf("%d wait for its end", n)
+	}
 }
 
 // TLS to the upstream.

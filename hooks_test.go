@@ -211,6 +211,30 @@ func TestBandwidthOverRealSockets(t *testing.T) {
 	}
 }
 
+// The first chunk comes before a limit has said anything, so it is a small one.
+func TestTheFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
+	first := make(chan int64, 1)
+	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 1<<20) }))
+	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{RateLimit: limitFunc(func(e Event) (d Decision) {
+			switch e.Kind {
+			case EventOpen:
+				d.Wait = 50 * time.Millisecond // for the upstream
+			case EventData:
+				select {
+				case first <- e.Bytes:
+				default:
+				}
+			}
+			return d
+		})}, nil
+	}))
+	io.Copy(io.Discard, c)
+	if n := <-first; n > firstGrain {
+		t.Errorf("the first chunk has %d bytes, want at most %d", n, firstGrain)
+	}
+}
+
 // Hooks that panic: counts and events stay paired, the panic reaches ServeConn's caller, Serve lives on.
 
 func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {

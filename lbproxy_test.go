@@ -3,6 +3,7 @@ package lbproxy
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -249,7 +250,8 @@ func TestBadUpstreamsLeaveTheOldOnesInPlace(t *testing.T) {
 
 func TestOptionsAndUpstreamsAreCopied(t *testing.T) {
 	opts := &Options{IdleTimeout: time.Minute}
-	ups := []Upstream{{Addr: "10.0.0.1:1"}}
+	conf := &tls.Config{}
+	ups := []Upstream{{Addr: "10.0.0.1:1", TLS: conf}}
 	a, err := New("db", ups, opts)
 	if err != nil {
 		t.Fatal(err)
@@ -258,6 +260,9 @@ func TestOptionsAndUpstreamsAreCopied(t *testing.T) {
 	opts.IdleTimeout, ups[0].Addr = -1, "nonsense"
 	if a.opts.IdleTimeout != time.Minute || a.Stats().Upstreams[0].Addr != "10.0.0.1:1" {
 		t.Error("changing what New was given changes the app")
+	}
+	if ours := a.balancer.heap[0].conf.TLS; conf.ServerName != "" || ours == conf || ours.ServerName != "10.0.0.1" {
+		t.Errorf("the caller's tls.Config has ServerName %q, the app's %q", conf.ServerName, ours.ServerName)
 	}
 }
 

@@ -180,6 +180,9 @@ func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
 	}
 }
 
+// silent are the reasons for which no alert is sent.
+var silent = map[Reason]bool{NotTLS: true, HandshakeTooLarge: true, ClientAlert: true, ClientGone: true}
+
 func TestCertificateTable(t *testing.T) {
 	l := newLab(t, withSpend)
 	var in []row
@@ -190,8 +193,13 @@ func TestCertificateTable(t *testing.T) {
 		}
 		t.Run(r.name, func(t *testing.T) {
 			c := l.connect(t, r)
-			if _, err := io.WriteString(c, "hello, this is no TLS"); err == nil { // an error shows only once
-				must(t, ended(c))
+			_, err := io.WriteString(c, "hello, this is no TLS")
+			if err == nil { // an error shows only once
+				_, err = io.Copy(io.Discard, c)
+			}
+			var op *net.OpError
+			if told := errors.As(err, &op) && op.Op == "remote error"; err == nil || told == silent[r.reason] {
+				t.Errorf("it reads %v; want an alert: %v", err, !silent[r.reason])
 			}
 			c.Close()
 			l.checkRow(t, r, l.log.of(t, c.LocalAddr()), 0)
@@ -399,25 +407,43 @@ func TestRevokedWhileConnectingDoesNotSurvive(t *testing.T) {
 	}
 }
 
-// The reload comes when the client has been found good and its connection is not yet among those that a reload ends.
+// The reload comes while the user is looked up for the first time after the handshake, when the connection is not yet
+// among those that a reload ends; or for the second time, when the answer was asked for before the reload.
 func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
-	l := newLab(t, withSpend)
+	for _, during := range []int{1, 2} {
+		l := newLab(t, withSpend)
+		snap := *l.server.current.Load()
+		users, lookups := snap.auth.Users, 0
+		reloaded := make(chan error, 1)
+		snap.auth.Users = lookup(func(serial Serial) (*User, bool) {
+			if lookups++; lookups == during {
+				reloaded <- l.server.Reload(l.with(func(c *Config) { c.Users = nil }))
+			}
+			return users.Lookup(serial)
+		})
+		l.server.current.Store(&snap)
+		c := l.dial(t, "web", &l.alice)
+		must(t, ended(c))
+		must(t, <-reloaded)
+		if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Revoked) || e["user"] != "alice" || e["upstream"] != "" {
+			t.Errorf("during lookup %d: line %v, want %s", during, e, Revoked)
+		}
+		if n := l.web.dialled.Load(); n > 0 {
+			t.Errorf("during lookup %d: an upstream was dialled", during)
+		}
+	}
+}
+
+// The reload comes when the connection has been accepted for an app that is gone then.
+func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
+	l := newLab(t, nil)
 	snap := *l.server.current.Load()
-	users := snap.auth.Users
-	reloaded := make(chan error, 1)
-	snap.auth.Users = lookup(func(serial Serial) (*User, bool) {
-		reloaded <- l.server.Reload(l.with(func(c *Config) { c.Users = nil }))
-		return users.Lookup(serial)
-	})
+	snap.configs = nil
 	l.server.current.Store(&snap)
 	c := l.dial(t, "web", &l.alice)
 	must(t, ended(c))
-	must(t, <-reloaded)
-	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Revoked) || e["user"] != "alice" || e["upstream"] != "" {
-		t.Errorf("line %v, want %s", e, Revoked)
-	}
-	if n := l.web.dialled.Load(); n > 0 {
-		t.Error("an upstream was dialled")
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(AppRemoved) || e["user"] != "" {
+		t.Errorf("line %v, want %s", e, AppRemoved)
 	}
 }
 
