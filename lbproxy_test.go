@@ -355,6 +355,21 @@ func TestAcceptDelayDoublesFrom5MillisecondsToASecondAndStartsAnew(t *testing.T)
 	})
 }
 
+func TestCloseEndsTheWaitAfterAFailedAccept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{}, "u:1")
+		l := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { return nil, errors.New("something passing") })
+		ended := make(chan error, 1)
+		go func() { ended <- a.Serve(l, nil) }()
+		time.Sleep(10 * time.Second) // the waits are a second each by now
+		start := time.Now()
+		a.Close()
+		if err := <-ended; err != ErrAppClosed || time.Since(start) != 0 {
+			t.Errorf("Serve: %v after %v", err, time.Since(start))
+		}
+	})
+}
+
 func TestServeReturnsWhenItsListenerIsClosed(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	l := listen(t)
@@ -374,6 +389,11 @@ func TestServeReturnsWhenItsListenerIsClosed(t *testing.T) {
 	}
 	if n := fake.closes.Load(); n != 1 {
 		t.Errorf("the listener was closed %d times, want once", n)
+	}
+	broken := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { return nil, net.ErrClosed })
+	b, _ := newApp(t, Options{}, "u:1")
+	if err := b.Serve(broken, nil); !errors.Is(err, net.ErrClosed) || broken.closes.Load() != 1 {
+		t.Errorf("one that says it is closed: %v, closed %d times; want net.ErrClosed, once", err, broken.closes.Load())
 	}
 	late := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { panic("accepting after Close") })
 	if err := a.Serve(late, nil); err != ErrAppClosed || late.closes.Load() != 1 {
@@ -560,6 +580,22 @@ func TestAClientThatAdmitBringsAfterCloseIsReset(t *testing.T) {
 	}
 }
 
+func TestTheAcceptedConnIsClosedWhateverAdmitBrings(t *testing.T) {
+	a, results := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
+	client, ours := duplex()
+	c := dial(t, serve(t, a, func(context.Context, net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{Client: ours}, nil
+	}))
+	ping(t, client)
+	client.Close()
+	if r := <-results; r.End != EndDone {
+		t.Errorf("%+v", r)
+	}
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("it reads %v, want an end", err)
+	}
+}
+
 // Close has given the reason, but has not come to breaking anything, when the connection begins to be served.
 func TestCloseJustBeforeAConnectionIsServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -702,6 +738,25 @@ func TestCloseBreaksConnectionsAndDoesNotWaitForPeers(t *testing.T) {
 	for range conns {
 		if r := <-results; r.End != EndClosed || r.Err != ErrAppClosed {
 			t.Fatalf("%+v", r)
+		}
+	}
+}
+
+func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
+	for range 10 {
+		a, results := newApp(t, Options{}, upstreamDoing(t, echo))
+		addr := serve(t, a, nil)
+		for range 10 {
+			c := dial(t, addr)
+			ping(t, c)
+			c.Close()
+			<-results
+		}
+		a.Close()
+		for _, stack := range ourGoroutines() {
+			if strings.Contains(stack, "(*crew).work(") || strings.Contains(stack, "(*session)") {
+				t.Fatal(stack)
+			}
 		}
 	}
 }

@@ -12,7 +12,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -22,9 +21,9 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"text/tabwriter"
 	"time"
 )
@@ -64,10 +63,17 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 			chosen = append(chosen, m)
 		}
 	}
+	if _, err := os.Stat("go.mod"); err != nil {
+		return fmt.Errorf("this is not the root of the module: %w", err)
+	}
 	start := time.Now()
-	results, err := testAll(ctx, chosen, max(*jobs, 1), out)
-	if err != nil {
-		return err
+	none := mutant{file: "doc.go", old: "package lbproxy\n", new: "package lbproxy\n", also: "mtlsserver"}
+	if by, err := none.test(ctx); err != nil || by != "" {
+		return fmt.Errorf("without any fault: %s, %v", by, err)
+	}
+	results := testAll(ctx, chosen, max(*jobs, 1), out)
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
 	return report(out, results, time.Since(start))
 }
@@ -75,49 +81,29 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 // A result is what became of a mutant.
 type result struct {
 	mutant
-	by   string // the test that found it; empty: none has
-	err  error  // it does not compile
-	took time.Duration
+	by  string // the test that found it; empty: none has
+	err error  // it does not apply, or does not compile
 }
 
-// testAll tests mutants, so many at once, each lot in a copy of the module of its own. It writes a line for each.
-func testAll(ctx context.Context, chosen []mutant, jobs int, out io.Writer) (results []result, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	next := make(chan mutant)
-	var mu sync.Mutex // of results and out
+// testAll tests mutants, so many at once, and writes a line for each.
+func testAll(ctx context.Context, chosen []mutant, jobs int, out io.Writer) []result {
+	results := make([]result, len(chosen))
+	places := make(chan bool, jobs)
+	var done atomic.Int32
 	var wg sync.WaitGroup
-	for range jobs {
+	for i, m := range chosen {
+		places <- true
 		wg.Go(func() {
-			c, err := newCopy()
-			if err != nil {
-				cancel(err)
-				return
-			}
-			defer os.RemoveAll(string(c))
-			for m := range next {
-				start := time.Now()
-				by, err := c.test(ctx, m)
-				if ctx.Err() != nil {
-					continue
-				}
-				r := result{m, by, err, time.Since(start)}
-				mu.Lock()
-				results = append(results, r)
-				fmt.Fprintf(out, "%4d/%d %-8s %s: %s (%.0f s)\n", len(results), len(chosen), r.verdict(), m.file, m.what, r.took.Seconds())
-				mu.Unlock()
-			}
+			defer func() { <-places }()
+			start := time.Now()
+			by, err := m.test(ctx)
+			r := result{m, by, err}
+			results[i] = r
+			fmt.Fprintf(out, "%4d/%d %-8s %s: %s (%.0f s)\n", done.Add(1), len(chosen), r.verdict(), m.file, m.what, time.Since(start).Seconds())
 		})
 	}
-	for _, m := range chosen {
-		select {
-		case next <- m:
-		case <-ctx.Done():
-		}
-	}
-	close(next)
 	wg.Wait()
-	return results, context.Cause(ctx)
+	return results
 }
 
 func (r *result) verdict() string {
@@ -130,76 +116,62 @@ func (r *result) verdict() string {
 	return "killed"
 }
 
-// A copy is the path of a copy of the module.
-type copy string
-
-// newCopy copies the module in the current folder.
-func newCopy() (_ copy, err error) {
-	if _, err := os.Stat("go.mod"); err != nil {
-		return "", fmt.Errorf("this is not the root of the module: %w", err)
+// test puts m into a copy of the module and returns what the test is called that has found it.
+func (m mutant) test(ctx context.Context) (by string, err error) {
+	if ctx.Err() != nil {
+		return "", ctx.Err()
 	}
-	dir, err := os.MkdirTemp("", "mutate")
+	root, err := os.MkdirTemp("", "mutate")
+	if err == nil {
+		defer os.RemoveAll(root)
+		err = os.CopyFS(root, os.DirFS("."))
+	}
 	if err != nil {
 		return "", err
 	}
-	defer func() {
-		if err != nil {
-			os.RemoveAll(dir)
-		}
-	}()
-	entries, err := os.ReadDir(".")
-	for _, e := range entries {
-		switch {
-		case err != nil:
-		case e.Name() == ".git":
-		case e.IsDir():
-			err = os.CopyFS(filepath.Join(dir, e.Name()), os.DirFS(e.Name()))
-		default:
-			var text []byte
-			if text, err = os.ReadFile(e.Name()); err == nil {
-				err = os.WriteFile(filepath.Join(dir, e.Name()), text, 0o666)
-			}
-		}
-	}
-	return copy(dir), err
-}
-
-// test puts m into the copy, tests it, and takes it out again. It returns what the test is called that has found it.
-func (c copy) test(ctx context.Context, m mutant) (by string, err error) {
-	file := filepath.Join(string(c), filepath.FromSlash(m.file))
+	file := filepath.Join(root, filepath.FromSlash(m.file))
 	text, err := os.ReadFile(file)
+	if err == nil {
+		text, err = m.apply(text)
+	}
+	if err == nil {
+		err = os.WriteFile(file, text, 0o666)
+	}
 	if err != nil {
 		return "", err
 	}
-	mutated, err := m.apply(text)
-	if err != nil {
-		return "", err
-	}
-	if err := os.WriteFile(file, mutated, 0o666); err != nil {
-		return "", err
-	}
-	defer func() { err = errors.Join(err, os.WriteFile(file, text, 0o666)) }()
-	own := "./" + path.Dir(m.file)
-	if text, err := c.command(ctx, "build", own); err != nil {
-		return "", fmt.Errorf("it does not compile: %w\n%s", err, text)
-	}
-	lots := [][]string{{own}, {m.also}}
-	if first := subject(file); first != "" { // usually these find it, and sooner than all
-		lots = slices.Insert(lots, 0, []string{"-run", first, own})
-	}
-	for _, lot := range lots {
-		if lot[0] == "" {
+	first := subject(file) // usually these find it, and sooner than all
+	for _, pkg := range []string{path.Dir(m.file), m.also} {
+		if pkg == "" {
 			break
 		}
-		text, err := c.command(ctx, append([]string{"test", "-short", "-failfast", "-vet=off", "-timeout", "60s"}, lot...)...)
-		if ctx.Err() != nil {
-			return "", context.Cause(ctx)
+		dir, binary := filepath.Join(root, pkg), filepath.Join(root, "mutated.test")
+		if text, err := command(ctx, dir, "go", "test", "-c", "-vet=off", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", binary, "."); err != nil {
+			return "", fmt.Errorf("it does not compile: %w\n%s", err, text)
 		}
-		if err != nil {
-			return finder(text), nil
+		for _, pattern := range []string{first, "."} {
+			if pattern == "" {
+				continue
+			}
+			text, err := command(ctx, dir, binary, "-test.short", "-test.failfast", "-test.timeout=60s", "-test.run", pattern)
+			if ctx.Err() != nil {
+				return "", ctx.Err()
+			}
+			if err != nil {
+				return finder(text), nil
+			}
 		}
+		first = ""
 	}
 	return "", nil
+}
+
+// apply returns text with the fault in it.
+func (m mutant) apply(text []byte) ([]byte, error) {
+	if n := bytes.Count(text, []byte(m.old)); n != 1 {
+		return nil, fmt.Errorf("%d times in the file, want once: %q", n, m.old)
+	}
+	return bytes.Replace(text, []byte(m.old), []byte(m.new), 1), nil
 }
 
 var tests = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz|Example)\w*)\(`)
@@ -217,22 +189,14 @@ func subject(file string) string {
 	return "^(" + strings.Join(names, "|") + ")$"
 }
 
-// apply returns text with the fault in it.
-func (m mutant) apply(text []byte) ([]byte, error) {
-	if n := bytes.Count(text, []byte(m.old)); n != 1 {
-		return nil, fmt.Errorf("%d times in the file, want once: %q", n, m.old)
-	}
-	return bytes.Replace(text, []byte(m.old), []byte(m.new), 1), nil
-}
-
-func (c copy) command(ctx context.Context, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = string(c)
+func command(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
 	cmd.WaitDelay = 10 * time.Second
 	return cmd.CombinedOutput()
 }
 
-var failed = regexp.MustCompile(`(?m)^--- FAIL: (\w+)|^panic: test timed out|^\s+((?:Test|Fuzz|Example)\w+) \(\d+s\)$|^left behind|^panic: .*`)
+var failed = regexp.MustCompile(`(?m)^--- FAIL: (\w+)|^left behind|^panic: .*`)
 
 // finder returns what the output of a failed test says first about which it is.
 func finder(text []byte) string {
@@ -240,7 +204,7 @@ func finder(text []byte) string {
 	if m == nil {
 		return "?"
 	}
-	return cmp.Or(string(m[1]), string(m[2]), strings.TrimSpace(string(m[0])))
+	return cmp.Or(string(m[1]), string(m[0]))
 }
 
 // report writes the table and returns an error if it is not as it should be.

@@ -43,7 +43,7 @@ func TestAMutantMustApplyExactlyOnce(t *testing.T) {
 func TestWhoFoundIt(t *testing.T) {
 	for text, want := range map[string]string{
 		"x\n--- FAIL: TestA (0.00s)\n    --- FAIL: TestA/b\n":             "TestA",
-		"panic: test timed out after 1m0s\n\trunning tests:\n\t\tTestB\n": "panic: test timed out",
+		"panic: test timed out after 1m0s\n\trunning tests:\n\t\tTestB\n": "panic: test timed out after 1m0s",
 		"panic: boom\n\ngoroutine 1":                                      "panic: boom",
 		"left behind: 1 descriptors":                                      "left behind",
 		"":                                                                "?",
