@@ -744,14 +744,19 @@ func TestCloseBreaksConnectionsAndDoesNotWaitForPeers(t *testing.T) {
 
 func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
 	for range 10 {
-		a, results := newApp(t, Options{}, upstreamDoing(t, echo))
+		const conns = 50
+		var dialling sync.WaitGroup
+		dialling.Add(conns)
+		a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			dialling.Done()
+			dialling.Wait() // all at once
+			return dialFake(echoFake)(ctx, network, addr)
+		}}, "u:1")
 		addr := serve(t, a, nil)
-		for range 10 {
-			c := dial(t, addr)
-			ping(t, c)
-			c.Close()
-			<-results
+		for range conns {
+			dial(t, addr)
 		}
+		dialling.Wait()
 		a.Close()
 		for _, stack := range ourGoroutines() {
 			if strings.Contains(stack, "(*crew).work(") || strings.Contains(stack, "(*session)") {

@@ -747,7 +747,7 @@ var mutants = []mutant{
 		new: "case false:"},
 	{file: "mtlsserver/files.go", what: "a server's certificate may be for anything",
 		old:  "case !slices.Contains(leaf.ExtKeyUsage, usage):",
-		new:  "case false:",
+		new:  "case false && !slices.Contains(leaf.ExtKeyUsage, usage):",
 		also: "mtlsserver/cmd/mtlsserver"},
 	{file: "mtlsserver/files.go", what: "a key may be another's",
 		old:  "; err != nil {\n\t\tr.add(key+\".key\"",
@@ -759,7 +759,7 @@ var mutants = []mutant{
 		also: "mtlsserver/cmd/mtlsserver"},
 	{file: "mtlsserver/files.go", what: "a key in place of its name is shown",
 		old: `case strings.Contains(path, "-----BEGIN"):`,
-		new: "case false:"},
+		new: `case false && strings.Contains(path, "-----BEGIN"):`},
 
 	{file: "mtlsserver/load.go", what: "a key that is there twice is taken",
 		old:  "case r.config.written(path):",
