@@ -837,6 +837,15 @@ func TestOneLogLineForEachConnection(t *testing.T) {
 	if n := strings.Count(log.String(), "\n"); n != 3 || strings.Count(log.String(), "level=DEBUG") != 3 {
 		t.Errorf("%d lines, want 3 at level DEBUG:\n%s", n, log.String())
 	}
+	b, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, refusingAddr(t))
+	if n := bytesFrom(serve(t, b, nil)); n > 0 {
+		t.Error("read something from nobody")
+	}
+	<-results
+	b.Close()
+	if !strings.Contains(log.String(), `level=WARN msg="lbproxy: connection ended" app=test end=dial-failed`) {
+		t.Errorf("no warning of the upstream's trouble:\n%s", log.String())
+	}
 }
 
 // slowClose is a conn whose Close says goodbye at length.

@@ -284,7 +284,7 @@ var mutants = []mutant{
 		new: "forever"},
 	{file: "ratelimit.go", what: "what others let in is not taken back",
 		old: "if !agreed {",
-		new: "if false {"},
+		new: "if !agreed && false {"},
 	{file: "ratelimit.go", what: "it is taken back from one too many",
 		old: "a[:asked].close(",
 		new: "a.close("},
