@@ -1,6 +1,9 @@
 package lbproxy
 
-import "testing"
+import (
+	"runtime"
+	"testing"
+)
 
 func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
 	before := openPipes()
@@ -33,5 +36,31 @@ func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
 	pool.put(late)
 	if n := openPipes() - before; n != 0 {
 		t.Errorf("closed: %d descriptors are open", n)
+	}
+}
+
+// What was written to a peer that has reset the connection is not waited for, and nothing more can be written.
+func TestNothingIsUnsentToAPeerThatIsGone(t *testing.T) {
+	l := listen(t)
+	peer := dial(t, l.Addr().String())
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	go c.Write(make([]byte, 64<<20)) // far more than the systems take
+	for unsent(c) == 0 {
+		runtime.Gosched()
+	}
+	peer.SetLinger(0)
+	peer.Close()
+	for reset := false; !reset; reset, _ = wasReset(c) {
+		runtime.Gosched()
+	}
+	if n := unsent(c); n != 0 {
+		t.Errorf("%d bytes are said to be on their way", n)
+	}
+	if n, err := direct(c).Write([]byte("x")); n != 0 || err == nil {
+		t.Errorf("writing: %d, %v; want an error", n, err)
 	}
 }
