@@ -675,6 +675,37 @@ func TestAnAnswerThatWasSentBeforeAResetIsNotLost(t *testing.T) {
 	}
 }
 
+// The upstream has reset the connection, and the client does not read what came before that.
+func TestWhatNobodyReadsIsNotWaitedForLong(t *testing.T) {
+	stuck := make(chan bool)
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		for b := make([]byte, 64<<10); ; {
+			c.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+			if _, err := c.Write(b); err != nil {
+				break
+			}
+		}
+		c.SetLinger(0)
+		close(stuck)
+	}))
+	c := dial(t, serve(t, a, nil))
+	<-stuck
+	late := time.After(10 * time.Second)
+	for {
+		c.Write([]byte("x")) // so that the reset is noticed
+		select {
+		case r := <-results:
+			if r.End != EndUpstreamError {
+				t.Errorf("%+v", r)
+			}
+			return
+		case <-late:
+			t.Fatal("it is still waited for")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
 // The caller's context governs a session to its end, also when one side has ended its stream before.
 func TestAContextEndsAHalfClosedSession(t *testing.T) {
 	for name, half := range map[string]func(client, upstream *duplexConn){

@@ -183,6 +183,9 @@ func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
 // silent are the reasons for which no alert is sent.
 var silent = map[Reason]bool{NotTLS: true, HandshakeTooLarge: true, ClientAlert: true, ClientGone: true}
 
+// alerts are those that only crypto/tls sends, before it asks us.
+var alerts = map[Reason]string{OldTLS: "protocol version", NoCertificate: "certificate required"}
+
 func TestCertificateTable(t *testing.T) {
 	l := newLab(t, withSpend)
 	var in []row
@@ -200,6 +203,9 @@ func TestCertificateTable(t *testing.T) {
 			var op *net.OpError
 			if told := errors.As(err, &op) && op.Op == "remote error"; err == nil || told == silent[r.reason] {
 				t.Errorf("it reads %v; want an alert: %v", err, !silent[r.reason])
+			}
+			if want := alerts[r.reason]; !strings.Contains(fmt.Sprint(err), want) {
+				t.Errorf("it reads %v; want %q", err, want)
 			}
 			c.Close()
 			l.checkRow(t, r, l.log.of(t, c.LocalAddr()), 0)
