@@ -33,6 +33,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy"
 )
 
 // A row is a client of the certificate table. It asks for web, which alice may reach.
@@ -744,6 +746,25 @@ func TestLimitsAreSharedByAppsAndKeptByReloads(t *testing.T) {
 	must(t, l.server.Reload(l.with(func(c *Config) { c.Users[0].Limit = &Limit{Open: 100} })))
 	refused("db")
 	l.in(t, "web", &l.alice)
+}
+
+func TestEachPartOfALimitCounts(t *testing.T) {
+	open, data := lbproxy.Event{Kind: lbproxy.EventOpen}, lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1000}
+	for _, l := range []Limit{{Burst: 1, Every: time.Hour}, {Open: 1}, {BytesPerSecond: 1}} {
+		m := l.manager()
+		first, held, second := m.Report(t.Context(), open), m.Report(t.Context(), data), m.Report(t.Context(), open)
+		if first.Exceeded || second.Exceeded != (l.BytesPerSecond == 0) || (held.Wait > 0) != (l.BytesPerSecond > 0) {
+			t.Errorf("%+v: %+v, %+v, %+v", l, first, held, second)
+		}
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	snap := newLab(t, nil).server.current.Load()
+	want := Handshake{Timeout: 10 * time.Second, MaxConcurrent: 256, MaxPerAddress: 16, MaxBytes: 16 << 10}
+	if got := snap.gate.Handshake; got != want || snap.drain != 30*time.Second {
+		t.Errorf("%+v, drain %v; want %+v, 30s", got, snap.drain, want)
+	}
 }
 
 func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
