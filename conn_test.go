@@ -675,6 +675,32 @@ func TestAnAnswerThatWasSentBeforeAResetIsNotLost(t *testing.T) {
 	}
 }
 
+// A reader that takes a while for what came before the reset is not made to wait for the reset.
+func TestTheResetComesWhenWhatWasReadIsDelivered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		upstreams := make(chan *duplexConn, 1)
+		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+			ours, theirs := duplex()
+			upstreams <- theirs
+			return ours, nil
+		}}, "u:1")
+		c := serveFake(t.Context(), a, Conn{})
+		upstream := <-upstreams
+		upstream.Write([]byte("answer"))
+		upstream.SetLinger(0)
+		upstream.Close()
+		c.Write([]byte("x")) // so that the reset is noticed
+		start := time.Now()
+		time.Sleep(100 * time.Millisecond)
+		if b, err := io.ReadAll(c); string(b) != "answer" || err != syscall.ECONNRESET {
+			t.Errorf("client got %q, %v; want the answer, then a reset", b, err)
+		}
+		if r := <-c.result; r.End != EndUpstreamError || time.Since(start) != 100*time.Millisecond {
+			t.Errorf("%+v after %v", r, time.Since(start))
+		}
+	})
+}
+
 // The upstream has reset the connection, and the client does not read what came before that.
 func TestWhatNobodyReadsIsNotWaitedForLong(t *testing.T) {
 	stuck := make(chan bool)

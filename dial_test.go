@@ -528,8 +528,8 @@ func TestATLSEndWaitsForASlowReader(t *testing.T) {
 				c.(*duplexConn).CloseWrite()
 				io.Copy(io.Discard, c)
 			})}, "u:1")
-			client, ours := duplex() // which has no buffer: what is written waits for the reader
-			proxy, c := tls.Server(ours, serverTLS), tls.Client(client, clientTLS)
+			client, ours := duplex()                                                              // which has no buffer: what is written waits for the reader
+			proxy, c := tls.Server(ours, serverTLS), newTLSConn(tls.Client, client, clientTLS, 0) // which tells a cut
 			go proxy.Handshake()
 			if err := c.Handshake(); err != nil {
 				t.Fatal(err)

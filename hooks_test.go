@@ -69,6 +69,9 @@ func TestEventsTellTheStoryOfAConnection(t *testing.T) {
 		j.count(EventOpen) != 1 || j.count(EventClose) != 1 {
 		t.Errorf("first %+v, last %+v", first, last)
 	}
+	if n := j.count(EventData); n > size/firstGrain {
+		t.Errorf("%d events for %d bytes, though nothing was slowed", n, size)
+	}
 	if bytes[Upload] != size || bytes[Download] != size || r.Sent != size || r.Received != size {
 		t.Errorf("bytes by events %v, by %+v", bytes, r)
 	}

@@ -694,6 +694,33 @@ func ended2(c *tls.Conn) error {
 	return err
 }
 
+// Who comes while a reload ends sessions is judged by the new set already: else nobody would end theirs.
+func TestReloadIsInForceBeforeItEndsSessions(t *testing.T) {
+	l := newLab(t, nil)
+	old := l.server.current.Load()
+	inForce := false
+	revoked := &session{app: "web", id: &Identity{User: &User{Name: "alice"}}, cancel: func(error) { inForce = l.server.current.Load() != old }}
+	l.server.liveMu.Lock()
+	l.server.live[revoked] = struct{}{}
+	l.server.liveMu.Unlock()
+	must(t, l.server.Reload(l.with(func(c *Config) { c.Users = nil })))
+	if !inForce {
+		t.Error("the session was ended, or not, before the new set was in force")
+	}
+	l.server.liveMu.Lock()
+	delete(l.server.live, revoked)
+	l.server.liveMu.Unlock()
+}
+
+func TestIdleTimeoutIsThatOfTheApp(t *testing.T) {
+	l := newLab(t, func(l *lab) { l.config.Apps[0].IdleTimeout = 200 * time.Millisecond })
+	c := l.dial(t, "web", &l.alice)
+	must(t, ended(c))
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(lbproxy.EndIdleTimeout) {
+		t.Errorf("line %v, want %s", e, lbproxy.EndIdleTimeout)
+	}
+}
+
 func TestReloadThatFailsChangesNothing(t *testing.T) {
 	l := newLab(t, nil)
 	c := l.in(t, "web", &l.alice)
@@ -702,7 +729,7 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 	free.Close()
 	err = l.server.Reload(l.with(func(c *Config) {
 		c.Users = nil
-		c.Apps = append([]App{{ID: "new", Listen: free.Addr().String(), Upstreams: c.Apps[0].Upstreams}}, c.Apps...)
+		c.Apps = append([]App{{ID: "new", Listen: free.Addr().String(), HealthCheck: &HealthCheck{}, Upstreams: c.Apps[0].Upstreams}}, c.Apps...)
 		c.Apps[1].Listen = l.web.Addr().String()
 	}))
 	if err == nil || !strings.Contains(err.Error(), `app "web"`) {
@@ -1062,6 +1089,18 @@ func (r *records) write(kind byte, text []byte) error {
 	return err
 }
 
+// It is neither in the system's queue nor with anybody who would close it.
+func TestAConnectionThatNobodyHasTakenIsClosedWithThePort(t *testing.T) {
+	s, err := bind("127.0.0.1:0")
+	must(t, err)
+	c, err := net.Dial("tcp", s.Addr().String())
+	must(t, err)
+	defer c.Close()
+	<-time.After(50 * time.Millisecond) // for it to be accepted
+	must(t, s.Close())
+	must(t, ended(c))
+}
+
 func TestCloseEndsHandshakes(t *testing.T) {
 	l := newLab(t, nil)
 	c, err := net.Dial("tcp", l.addr("web"))
@@ -1091,6 +1130,9 @@ func (s *Server) gated() int {
 func TestRunDrains(t *testing.T) {
 	l := newLab(t, nil)
 	c, addr := l.in(t, "web", &l.alice), l.addr("web")
+	if err := l.server.Run(t.Context()); err == nil || errors.Is(err, ErrServerClosed) {
+		t.Errorf("Run while it runs = %v", err)
+	}
 	l.stop()
 	for { // until it does not listen any more
 		d, err := net.Dial("tcp", addr)
