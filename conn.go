@@ -389,7 +389,7 @@ func exhausted(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
 }
 
-func (s *session) dial(conf *Upstream) (c net.Conn, err error) {
+func (s *session) dial(conf *Upstream) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
 	defer cancel()
 	s.mu.Lock()
@@ -398,7 +398,12 @@ func (s *session) dial(conf *Upstream) (c net.Conn, err error) {
 		cancel()
 	}
 	s.mu.Unlock()
-	raw, err := s.app.opts.DialContext(ctx, "tcp", conf.Addr)
+	return s.app.dial(ctx, conf)
+}
+
+// dial connects to an upstream, and speaks TLS to it if that is what conf says.
+func (a *LBProxyApp) dial(ctx context.Context, conf *Upstream) (c net.Conn, err error) {
+	raw, err := a.opts.DialContext(ctx, "tcp", conf.Addr)
 	switch {
 	case err != nil:
 		return nil, err // raw may be a nil *tls.Conn

@@ -3,7 +3,6 @@ package lbproxy
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -271,21 +270,9 @@ func (c *checker) log(level slog.Level, msg string, args ...any) {
 
 // dial is the default Check.
 func (c *checker) dial(ctx context.Context, u Upstream) error {
-	conn, err := c.app.opts.DialContext(ctx, "tcp", u.Addr)
-	if err != nil {
-		return err
+	conn, err := c.app.dial(ctx, &u)
+	if err == nil {
+		conn.Close()
 	}
-	if conn == nil {
-		return errNilDialed
-	}
-	defer conn.Close()
-	if u.TLS == nil {
-		return nil
-	}
-	t := tls.Client(conn, u.TLS)
-	if err := t.HandshakeContext(ctx); err != nil {
-		return fmt.Errorf("TLS: %w", err)
-	}
-	t.Close()
-	return nil
+	return err
 }
