@@ -883,17 +883,19 @@ func TestTLSConnGathersWhatALargeWriteSends(t *testing.T) {
 }
 
 func TestTLSConnSaysWhenWhatWasGatheredDidNotLeave(t *testing.T) {
-	client, server, wire := tlsPair(t, 0)
-	go io.Copy(io.Discard, client)
-	if err := server.Handshake(); err != nil {
-		t.Fatal(err)
-	}
-	wire.failFrom = wire.writes + 2
-	if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil || err.Error() != "broken wire" {
-		t.Errorf("%d, %v", n, err)
-	}
-	if n, err := server.Write(make([]byte, 10)); n != 0 || err == nil {
-		t.Errorf("afterwards: %d, %v", n, err)
+	for which := 1; which <= 4; which++ { // of the writes that it takes
+		client, server, wire := tlsPair(t, 0)
+		go io.Copy(io.Discard, client)
+		if err := server.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		wire.failFrom = wire.writes + which
+		if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil || err.Error() != "broken wire" {
+			t.Errorf("write %d fails: %d, %v", which, n, err)
+		}
+		if n, err := server.Write(make([]byte, 10)); n != 0 || err == nil {
+			t.Errorf("afterwards: %d, %v", n, err)
+		}
 	}
 }
 

@@ -518,6 +518,23 @@ func TestATLSStreamThatEndsWithoutSayingSoIsCut(t *testing.T) {
 	}
 }
 
+// It gets a reset, which is below TLS, rather than a goodbye.
+func TestATLSClientThatIsCutDoesNotSeeAnEnd(t *testing.T) {
+	serverTLS, clientTLS := tlsConfigs(t)
+	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
+	c := tls.Client(dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{Client: TLSServer(c, serverTLS, 0)}, nil
+	})), clientTLS)
+	ping(t, c)
+	a.Close()
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("it reads %v, want a reset", err)
+	}
+	if r := <-results; r.End != EndClosed {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestATLSEndWaitsForASlowReader(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	serverTLS.SessionTicketsDisabled = true     // the handshake is over when both say so
