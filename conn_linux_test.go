@@ -1,6 +1,8 @@
 package lbproxy
 
 import (
+	"io"
+	"net"
 	"runtime"
 	"testing"
 )
@@ -62,5 +64,16 @@ func TestNothingIsUnsentToAPeerThatIsGone(t *testing.T) {
 	}
 	if n, err := direct(c).Write([]byte("x")); n != 0 || err == nil {
 		t.Errorf("writing: %d, %v; want an error", n, err)
+	}
+}
+
+func TestNoPipeIsKeptWhenCloseReturns(t *testing.T) {
+	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 8<<20) }))
+	io.Copy(io.Discard, dial(t, serve(t, a, nil)))
+	a.Close()
+	a.pipes.mu.Lock()
+	defer a.pipes.mu.Unlock()
+	if a.pipes.all == 0 || len(a.pipes.free) > 0 {
+		t.Errorf("%d pipes were made, %d are kept", a.pipes.all, len(a.pipes.free))
 	}
 }
