@@ -755,7 +755,7 @@ func (p *pump) finish() {
 			// buffers are full for so long. This takes that deadline away again.
 			defer time.AfterFunc(time.Second, func() { bottom(p.dst).SetWriteDeadline(time.Time{}) }).Stop()
 		}
-		if err := c.CloseWrite(); err != nil {
+		if err := p.closeWrite(c); err != nil {
 			s.broke(q, err)
 		}
 		return

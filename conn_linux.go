@@ -1,6 +1,7 @@
 package lbproxy
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -110,6 +111,14 @@ func (p *pump) send(b []byte) (int, error) {
 		return p.dst.Write(b)
 	}
 	return p.to.Write(b)
+}
+
+// closeWrite ends the stream to dst, which is c.
+func (p *pump) closeWrite(c closeWriter) error {
+	if !p.toTCP() {
+		return c.CloseWrite()
+	}
+	return p.to.CloseWrite()
 }
 
 // readTLSNow is readNow for a TLSConn. crypto/tls goes on where it was after an error that is temporary, such as that of
@@ -235,6 +244,14 @@ func (w *tcpWriter) writeNow(fd uintptr) bool {
 		}
 	}
 	return true
+}
+
+func (w *tcpWriter) CloseWrite() error {
+	err := w.raw.Control(func(fd uintptr) { w.errno = shutdownFD(fd) })
+	if err != nil || w.errno == 0 {
+		return err
+	}
+	return opError("close", "shutdown", w.Conn, w.errno)
 }
 
 // direct is c by readFD and writeFD, if it is TCP. There may be one reader and one writer at a time.
@@ -441,6 +458,27 @@ func (pp *pipePool) close() {
 	pp.free, pp.spare = nil, 0
 	if pp.timer != nil {
 		pp.timer.Stop()
+	}
+}
+
+// inheritKeepAlive has connections get net's keep-alive from their listener.
+func inheritKeepAlive(lc *net.ListenConfig) {
+	lc.KeepAlive = -1 // not for each
+	lc.Control = func(_, _ string, c syscall.RawConn) error {
+		var wrong error
+		err := c.Control(func(fd uintptr) {
+			for _, option := range []struct{ level, name, value int }{
+				{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
+				{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 15},
+				{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, 15},
+				{syscall.IPPROTO_TCP, syscall.TCP_KEEPCNT, 9},
+			} {
+				if wrong == nil {
+					wrong = os.NewSyscallError("setsockopt", syscall.SetsockoptInt(int(fd), option.level, option.name, option.value))
+				}
+			}
+		})
+		return cmp.Or(err, wrong)
 	}
 }
 

@@ -1,9 +1,12 @@
 package lbproxy
 
 import (
+	"errors"
 	"io"
 	"net"
 	"runtime"
+	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -68,12 +71,90 @@ func TestNothingIsUnsentToAPeerThatIsGone(t *testing.T) {
 }
 
 func TestNoPipeIsKeptWhenCloseReturns(t *testing.T) {
-	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 8<<20) }))
-	io.Copy(io.Discard, dial(t, serve(t, a, nil)))
+	enough := make(chan struct{})
+	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		for b := make([]byte, 1<<20); ; {
+			select {
+			case <-enough:
+				return
+			default:
+				c.Write(b)
+			}
+		}
+	}))
+	c := dial(t, serve(t, a, nil))
+	pipes := func() (all, free int) {
+		a.pipes.mu.Lock()
+		defer a.pipes.mu.Unlock()
+		return a.pipes.all, len(a.pipes.free)
+	}
+	for all := 0; all == 0; all, _ = pipes() { // until it is taken for bulk, which takes two full reads in a row
+		if _, err := io.CopyN(io.Discard, c, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(enough)
+	io.Copy(io.Discard, c) // and the pipe is kept for a while
 	a.Close()
-	a.pipes.mu.Lock()
-	defer a.pipes.mu.Unlock()
-	if a.pipes.all == 0 || len(a.pipes.free) > 0 {
-		t.Errorf("%d pipes were made, %d are kept", a.pipes.all, len(a.pipes.free))
+	if _, free := pipes(); free > 0 {
+		t.Errorf("%d pipes are kept", free)
+	}
+}
+
+// What a listener by Listen accepts has the keep-alive that net would give it.
+func TestListenersConnectionsInheritKeepAlive(t *testing.T) {
+	options := func(listen func() (net.Listener, error)) (got [4]int) {
+		l, err := listen()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		dial(t, l.Addr().String())
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		rawTCP(c).Control(func(fd uintptr) {
+			got[0], _ = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
+			for i, name := range []int{syscall.TCP_KEEPIDLE, syscall.TCP_KEEPINTVL, syscall.TCP_KEEPCNT} {
+				got[1+i], _ = syscall.GetsockoptInt(int(fd), syscall.IPPROTO_TCP, name)
+			}
+		})
+		return got
+	}
+	got := options(func() (net.Listener, error) { return Listen("127.0.0.1:0") })
+	if want := options(func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }); got != want || want[0] != 1 {
+		t.Errorf("on, idle, interval, count are %v, want %v", got, want)
+	}
+	if _, err := Listen("127.0.0.1:66000"); err == nil || !strings.Contains(err.Error(), "66000: invalid port") {
+		t.Errorf("port 66000: %v", err)
+	}
+}
+
+// The end of a stream fails as it does in net.
+func TestCloseWriteOfWhatIsOver(t *testing.T) {
+	l, err := Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	peer := dial(t, l.Addr().String())
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	w := newTCPWriter(c, rawTCP(c))
+	peer.SetLinger(0)
+	peer.Close()
+	c.Read(make([]byte, 1)) // until it has been reset
+	want := c.(*net.TCPConn).CloseWrite()
+	if err := w.CloseWrite(); !errors.Is(err, syscall.ENOTCONN) || err.Error() != want.Error() {
+		t.Errorf("reset: %v, want %v", err, want)
+	}
+	c.Close()
+	if err := w.CloseWrite(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("closed: %v", err)
 	}
 }

@@ -16,6 +16,11 @@ func direct(c net.Conn) io.ReadWriter { return c }
 
 func (p *pump) send(b []byte) (int, error) { return p.dst.Write(b) }
 
+func (p *pump) closeWrite(c closeWriter) error { return c.CloseWrite() }
+
+// inheritKeepAlive does nothing: net sets it on each connection.
+func inheritKeepAlive(*net.ListenConfig) {}
+
 // pipePool is for splicing, which there is none of here.
 type pipePool struct{}
 

@@ -11,6 +11,11 @@ func readFD(fd uintptr, b []byte) (int, syscall.Errno) { return told(syscall.Rea
 
 func writeFD(fd uintptr, b []byte) (int, syscall.Errno) { return told(syscall.Write(int(fd), b)) }
 
+func shutdownFD(fd uintptr) syscall.Errno {
+	_, errno := told(0, syscall.Shutdown(int(fd), syscall.SHUT_WR))
+	return errno
+}
+
 func told(n int, err error) (int, syscall.Errno) {
 	errno, _ := err.(syscall.Errno)
 	return n, errno

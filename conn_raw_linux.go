@@ -21,6 +21,12 @@ func writeFD(fd uintptr, b []byte) (int, syscall.Errno) {
 	return transfer(syscall.SYS_SENDTO, fd, b, syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL)
 }
 
+// shutdownFD ends a socket's stream, which on a loopback interface has the peer's system do its part as well.
+func shutdownFD(fd uintptr) syscall.Errno {
+	_, _, errno := syscall.RawSyscall(syscall.SYS_SHUTDOWN, fd, syscall.SHUT_WR, 0)
+	return errno
+}
+
 func transfer(call, fd uintptr, b []byte, flags uintptr) (int, syscall.Errno) {
 	n, _, errno := syscall.RawSyscall6(call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
 	return int(n), errno

@@ -5,7 +5,7 @@
 //	if err != nil {
 //		log.Fatal(err)
 //	}
-//	l, err := net.Listen("tcp", ":5432")
+//	l, err := lbproxy.Listen(":5432")
 //	if err != nil {
 //		log.Fatal(err)
 //	}

@@ -1,9 +1,10 @@
 package mtlsserver
 
 import (
-	"context"
 	"net"
 	"sync"
+
+	"github.com/danielepagano/lbproxy"
 )
 
 // A port is an address that is bound. Proxies have shares of it, so that it can pass from one to the next without being
@@ -27,9 +28,7 @@ type accepted struct {
 
 // bind returns the first share of a new port.
 func bind(addr string) (*share, error) {
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // what is known here of splicing and resets is known of TCP
-	l, err := lc.Listen(context.Background(), "tcp", addr)
+	l, err := lbproxy.Listen(addr)
 	if err != nil {
 		return nil, err
 	}

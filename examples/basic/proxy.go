@@ -27,7 +27,7 @@ func newApp(conf config, log *slog.Logger) (*lbproxy.LBProxyApp, error) {
 
 // serve serves clients until a signal comes and every connection has ended. A second signal breaks them.
 func serve(app *lbproxy.LBProxyApp, conf config, log *slog.Logger, signals <-chan os.Signal, stdout io.Writer) error {
-	l, err := net.Listen("tcp", conf.listen)
+	l, err := lbproxy.Listen(conf.listen)
 	if err != nil {
 		return fmt.Errorf("%w: choose another -listen", err)
 	}
