@@ -555,6 +555,7 @@ func TestATLSEndWaitsForASlowReader(t *testing.T) {
 			go func() { r, _ := a.ServeConn(t.Context(), Conn{Client: proxy}); result <- r }()
 			if ended {
 				c.CloseWrite()
+				time.Sleep(time.Second) // the upstream has been told, and the upload is over
 			}
 			io.ReadFull(c, make([]byte, 6))
 			time.Sleep(time.Minute) // crypto/tls would give up after 5 s

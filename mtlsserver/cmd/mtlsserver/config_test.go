@@ -198,6 +198,7 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "duplicate key in a map", edit: `"appLimits": {>"appLimits": {"web": {"open": 5}, `, want: []string{
 			`config.json:12: users[0].appLimits["web"]: again in line 12: keep one`}},
 		{name: "number in quotes", edit: `"weight": 2>"weight": "2"`, want: []string{`config.json:5: apps[0].upstreams[0].weight: want a whole number, got "2"`}},
+		{name: "null for a number", edit: `"weight": 2>"weight": null`, want: []string{`config.json:5: apps[0].upstreams[0].weight: want a whole number, got null`}},
 		{name: "fraction", edit: `"weight": 2>"weight": 2.5`, want: []string{`config.json:5: apps[0].upstreams[0].weight: want a whole number, got 2.5`}},
 		{name: "exponent", edit: `: 10485760>: 1e7`, want: []string{`config.json:11: users[0].limit.bytesPerSecond: want a whole number, got 1e7`}},
 		{name: "too large a number", edit: `: 10485760>: 99999999999999999999`, want: []string{`users[0].limit.bytesPerSecond: want a whole number, got 99999999999999999999`}},
