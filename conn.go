@@ -727,7 +727,7 @@ func (p *pump) finish() {
 	s, q := p.session, p.other()
 	if q.writing.Load() {
 		reset, known := wasReset(p.src)
-		if reset {
+		if reset && q.writing.Load() { // still: a socket that both of us have ended since looks the same
 			s.broke(p, errReset) // q's write took the error, and left us what looks like an end
 			return
 		}

@@ -1,11 +1,13 @@
 package lbproxy
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 )
@@ -156,5 +158,94 @@ func TestCloseWriteOfWhatIsOver(t *testing.T) {
 	c.Close()
 	if err := w.CloseWrite(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("closed: %v", err)
+	}
+}
+
+// A lateEnd has the upload write and end its stream at the very time when somebody asks what is below it.
+type lateEnd struct {
+	net.Conn
+	writing, asked chan struct{}
+	once           sync.Once
+}
+
+func (c *lateEnd) Write(b []byte) (int, error) {
+	close(c.writing)
+	<-c.asked
+	return c.Conn.Write(b)
+}
+
+func (c *lateEnd) CloseWrite() error { return c.Conn.(*net.TCPConn).CloseWrite() }
+
+func (c *lateEnd) NetConn() net.Conn {
+	c.once.Do(func() {
+		close(c.asked)
+		for over := false; !over; over, _ = wasReset(c.Conn) {
+			runtime.Gosched()
+		}
+	})
+	return c.Conn
+}
+
+func TestAnEndOfBothSidesIsNotTakenForAReset(t *testing.T) {
+	writing := make(chan struct{})
+	upstream := upstreamDoing(t, func(c *net.TCPConn) {
+		<-writing
+		c.CloseWrite()
+		io.Copy(io.Discard, c)
+	})
+	a, results := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := new(net.Dialer).DialContext(ctx, network, addr)
+		return &lateEnd{Conn: c, writing: writing, asked: make(chan struct{})}, err
+	}}, upstream)
+	c := dial(t, serve(t, a, nil))
+	c.Write([]byte("x"))
+	c.CloseWrite()
+	if b, err := io.ReadAll(c); err != nil {
+		t.Errorf("client reads %q, %v; want the end", b, err)
+	}
+	if r := <-results; r.End != EndDone {
+		t.Errorf("%+v", r)
+	}
+}
+
+// A heldError takes the error of a reset in a write, which leaves reading with what looks like an end, but is late to return it.
+type heldError struct {
+	net.Conn
+	writing, taken, release chan struct{}
+}
+
+func (c *heldError) Write(b []byte) (int, error) {
+	close(c.writing)
+	for reset := false; !reset; reset, _ = wasReset(c.Conn) {
+		runtime.Gosched()
+	}
+	n, err := c.Conn.Write(b)
+	close(c.taken)
+	<-c.release
+	return n, err
+}
+
+func (c *heldError) Read(b []byte) (int, error) {
+	<-c.taken
+	return c.Conn.Read(b)
+}
+
+func (c *heldError) NetConn() net.Conn { return c.Conn }
+
+func TestAResetThatAWriteMetIsNotTakenForAnEnd(t *testing.T) {
+	writing, release := make(chan struct{}), make(chan struct{})
+	upstream := upstreamDoing(t, func(c *net.TCPConn) { <-writing; c.SetLinger(0) }) // and it is closed
+	a, results := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := new(net.Dialer).DialContext(ctx, network, addr)
+		return &heldError{Conn: c, writing: writing, taken: make(chan struct{}), release: release}, err
+	}}, upstream)
+	c := dial(t, serve(t, a, nil))
+	c.Write([]byte("x"))
+	if b, err := io.ReadAll(c); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("client reads %q, %v; want a reset", b, err)
+	}
+	close(release)
+	if r := <-results; r.End != EndUpstreamError || r.Err != errReset {
+		t.Errorf("%+v", r)
 	}
 }
