@@ -73,3 +73,43 @@ func TestAPortHasNoErrorsInStore(t *testing.T) {
 		}
 	})
 }
+
+// A slowListener is closed before it hands out what it has accepted.
+type slowListener struct {
+	net.Listener
+	has, closed chan struct{}
+}
+
+func (l *slowListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	close(l.has)
+	<-l.closed
+	return c, err
+}
+
+func (l *slowListener) Close() error {
+	defer close(l.closed)
+	return l.Listener.Close()
+}
+
+// It is neither in the system's queue nor with anybody who would close it.
+func TestAConnectionThatNobodyHasTakenIsClosedWithThePort(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	slow := &slowListener{l, make(chan struct{}), make(chan struct{})}
+	s := newPort(slow).share()
+	over := make(chan error)
+	go func() {
+		_, err := s.Accept()
+		over <- err
+	}()
+	c, err := net.Dial("tcp", l.Addr().String())
+	must(t, err)
+	defer c.Close()
+	<-slow.has
+	must(t, s.Close())
+	if err := <-over; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept returns %v", err)
+	}
+	must(t, ended(c))
+}

@@ -1089,18 +1089,6 @@ func (r *records) write(kind byte, text []byte) error {
 	return err
 }
 
-// It is neither in the system's queue nor with anybody who would close it.
-func TestAConnectionThatNobodyHasTakenIsClosedWithThePort(t *testing.T) {
-	s, err := bind("127.0.0.1:0")
-	must(t, err)
-	c, err := net.Dial("tcp", s.Addr().String())
-	must(t, err)
-	defer c.Close()
-	<-time.After(50 * time.Millisecond) // for it to be accepted
-	must(t, s.Close())
-	must(t, ended(c))
-}
-
 func TestCloseEndsHandshakes(t *testing.T) {
 	l := newLab(t, nil)
 	c, err := net.Dial("tcp", l.addr("web"))
