@@ -131,7 +131,7 @@ func (s *Server) sweep(verdict func(*session) error) {
 	}
 }
 
-// watch ends the sessions whose certificate expires, until the server is stopped. It goes by the wall clock, which may be
+// watch ends the sessions whose certificate expires, until there are none any more. It goes by the wall clock, which may be
 // set, and which goes on while the machine sleeps.
 func (s *Server) watch() {
 	every := time.NewTicker(time.Second / 2)
@@ -139,7 +139,7 @@ func (s *Server) watch() {
 	for {
 		select {
 		case <-every.C:
-		case <-s.closing.Done():
+		case <-s.over.Done():
 			return
 		}
 		now := time.Now().Round(0)

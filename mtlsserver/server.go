@@ -32,6 +32,10 @@ type Server struct {
 	close   func()          // by this, which is called under mu
 	serving sync.WaitGroup  // nothing is added when the server has been stopped, but by stop itself
 
+	over     context.Context // ends when the server has been stopped and nothing is served any more,
+	end      func()          // by this
+	watching sync.WaitGroup
+
 	mu      sync.Mutex // never held over a handshake, a hook or a line of log
 	ran     bool
 	proxies map[string]*proxy                // by app id
@@ -51,6 +55,7 @@ func New(c *Config, opts *Options) (*Server, error) {
 		live:    map[*session]struct{}{},
 	}
 	s.closing, s.close = context.WithCancel(context.Background())
+	s.over, s.end = context.WithCancel(context.Background())
 	if opts != nil && opts.Logger != nil {
 		s.log = opts.Logger
 	}
@@ -80,7 +85,7 @@ func (s *Server) Run(ctx context.Context) error {
 	ran, closed := s.ran, s.closing.Err() != nil
 	if !ran && !closed {
 		s.ran = true
-		s.serving.Go(s.watch)
+		s.watching.Go(s.watch)
 	}
 	s.mu.Unlock()
 	switch {
@@ -125,4 +130,6 @@ func (s *Server) stop(end func(*lbproxy.LBProxyApp)) {
 	}
 	s.mu.Unlock()
 	s.serving.Wait()
+	s.end()
+	s.watching.Wait()
 }

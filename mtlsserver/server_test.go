@@ -559,6 +559,23 @@ func TestExpiryEndsTheConnection(t *testing.T) {
 	must(t, echoed(other))
 }
 
+// A drain may take long, and a certificate that expires meanwhile ends its connection as ever.
+func TestExpiryEndsTheConnectionDuringADrain(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, func(l *lab) { l.config.DrainTimeout = time.Hour })
+	tmpl := leafOf(0xa11ce)
+	tmpl.NotAfter = time.Now().Add(3 * time.Second).Truncate(time.Second)
+	cert := l.ca.issue(t, tmpl)
+	c, other := l.in(t, "web", &cert), l.in(t, "web", &l.alice)
+	l.stop()
+	<-l.server.closing.Done()
+	must(t, ended(c))
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Expired) || e["user"] != "alice" {
+		t.Errorf("line %v, want %s", e, Expired)
+	}
+	must(t, echoed(other))
+}
+
 func TestReloadsUnderLoad(t *testing.T) {
 	l := newLab(t, nil)
 	broken := []*Config{
