@@ -130,10 +130,8 @@ func (r *report) check() *materials {
 		if app.HealthCheck != nil {
 			r.positive(key+".healthCheck", *app.HealthCheck)
 		}
-		_, port, err := net.SplitHostPort(app.Listen)
-		n, portErr := net.LookupPort("tcp", port)
-		switch {
-		case err != nil || portErr != nil || port == "":
+		switch n := portOf(app.Listen); {
+		case n < 0:
 			r.add(key+".listen", `%q: want host:port, such as "127.0.0.1:9443", port 0 for any that is free`, app.Listen)
 		case n != 0:
 			r.unique(listens, key+".listen", app.Listen)
@@ -161,6 +159,16 @@ func (r *report) check() *materials {
 	r.positive("handshake", c.Handshake)
 	r.positive("", *c)
 	return m
+}
+
+// portOf returns the port of a "host:port", 0 if that is any that is free, or -1 if it is no such text.
+func portOf(listen string) int {
+	_, port, err := net.SplitHostPort(listen)
+	n, portErr := net.LookupPort("tcp", port)
+	if err != nil || portErr != nil || port == "" {
+		return -1
+	}
+	return n
 }
 
 // upstreams has lbproxy say what is wrong with those of an app.

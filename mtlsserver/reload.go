@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"reflect"
-	"strings"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
@@ -98,7 +97,7 @@ func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream) (*proxy, error
 // it up, or of what it binds.
 func (s *Server) listen(conf App) (*share, error) {
 	for id, p := range s.proxies {
-		if p.conf.Listen == conf.Listen && (id == conf.ID || !strings.HasSuffix(conf.Listen, ":0")) {
+		if p.conf.Listen == conf.Listen && (id == conf.ID || portOf(conf.Listen) != 0) {
 			return p.listener.port.share(), nil
 		}
 	}

@@ -686,6 +686,25 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 	must(t, greeted(l.dial(t, "www", &l.alice), "web"))
 }
 
+// Port 0 can be written in several ways. However it is, what one app got is not given to another.
+func TestReloadKeepsAppsWithAnyPortApart(t *testing.T) {
+	for _, port := range []string{"0", "00", "+0"} {
+		l := newLab(t, func(l *lab) {
+			l.config.Apps[0].Listen, l.config.Apps[1].Listen = "127.0.0.1:"+port, "127.0.0.1:"+port
+		})
+		before := l.server.Addrs()
+		for i := range 16 { // maps have no order
+			must(t, l.server.Reload(l.with(func(c *Config) { c.Apps[1].IdleTimeout = time.Duration(i+1) * time.Minute })))
+			after := l.server.Addrs()
+			for id, addr := range before {
+				if after[id].String() != addr.String() {
+					t.Fatalf("port %q: %s listens on %v, did on %v", port, id, after[id], addr)
+				}
+			}
+		}
+	}
+}
+
 func TestReloadKeepsTheCountsOfUpstreams(t *testing.T) {
 	l := newLab(t, nil)
 	l.in(t, "web", &l.alice)
