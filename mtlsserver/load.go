@@ -47,7 +47,12 @@ func Load(path string) (*Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &report{config: &Config{source: source{file: path, dir: dir, text: text}}}
+	return load(source{file: path, dir: dir, text: text})
+}
+
+// load is Load of what has been read.
+func load(s source) (*Config, error) {
+	r := &report{config: &Config{source: s}}
 	if r.parse() {
 		r.check()
 	}
@@ -58,11 +63,24 @@ func Load(path string) (*Config, error) {
 }
 
 // AddUser returns the text that c was loaded from with a user in it who has u's name, serials and apps. If there is
-// one of that name, who must have the same apps, only the serials are added. Every other byte stays as it is.
+// one of that name, who must have the same apps, only the serials are added. Every other byte stays as it is. It fails
+// as Load would if it were given that text in place of the file's.
 func (c *Config) AddUser(u User) ([]byte, error) {
 	if c.file == "" {
 		return nil, errors.New("mtlsserver: AddUser: the Config is not from a file: add to its Users")
 	}
+	text, err := c.withUser(u)
+	if err == nil {
+		_, err = load(source{file: c.file, dir: c.dir, text: text})
+	}
+	if err != nil {
+		return nil, err
+	}
+	return text, nil
+}
+
+// withUser is AddUser, whatever comes of it.
+func (c *Config) withUser(u User) ([]byte, error) {
 	i := slices.IndexFunc(c.Users, func(known User) bool { return known.Name == u.Name })
 	if i < 0 {
 		entry, err := json.Marshal(User{Name: u.Name, Serials: u.Serials, Apps: u.Apps})

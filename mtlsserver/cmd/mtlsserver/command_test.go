@@ -324,6 +324,31 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	}
 }
 
+// The configuration may be a link to a file elsewhere. Then that is what changes, and what it names is still looked for
+// where the link is, as by all who load it.
+func TestIssueFollowsALink(t *testing.T) {
+	dir, other := folder(t), t.TempDir()
+	config, real := filepath.Join(dir, "config.json"), filepath.Join(other, "real.json")
+	write(t, other, "real.json", []byte(contents(t, dir)["config.json"]))
+	if err := os.Remove(config); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(real, config); err != nil {
+		t.Skip(err)
+	}
+	must(t, "check", "-config", config)
+	must(t, "issue", "-dir", dir, "-name", "carol", "-apps", "web")
+	if c, err := mtlsserver.Load(config); err != nil || c.Users[len(c.Users)-1].Name != "carol" {
+		t.Errorf("carol is not in: %v", err)
+	}
+	if to, err := os.Readlink(config); err != nil || to != real {
+		t.Errorf("the link leads to %q, %v", to, err)
+	}
+	if files := contents(t, other); len(files) != 1 || !strings.Contains(files["real.json"], "carol") {
+		t.Errorf("where it leads there are %d files", len(files))
+	}
+}
+
 func TestIssueThatFails(t *testing.T) {
 	for _, row := range []struct {
 		name  string
@@ -331,7 +356,7 @@ func TestIssueThatFails(t *testing.T) {
 		spoil func(t *testing.T, dir string)
 		want  string
 	}{
-		{"no such app", []string{"-name", "carol", "-apps", "web,mail"}, nil, `users[2].apps[1]: there is no app "mail": want one of ["db" "web"]`},
+		{"no such app", []string{"-name", "carol", "-apps", "web,mail"}, nil, `config.json:14: users[2].apps[1]: there is no app "mail": want one of ["db" "web"]`},
 		{"other apps", []string{"-name", "alice", "-apps", "web"}, nil, `-apps: user "alice" has apps ["db" "web"], not ["web"]`},
 		{"a path", []string{"-name", "../carol", "-apps", "web"}, nil, `-name "../carol": want letters`},
 		{"a flag", []string{"-name", "-carol", "-apps", "web"}, nil, `-name "-carol": want letters`},

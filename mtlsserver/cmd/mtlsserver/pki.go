@@ -197,10 +197,10 @@ func exists(dir, name string) bool {
 	return err == nil
 }
 
-// enter puts user into a config file. Others see that as it was or as it will be, and two who do this do it one after
-// the other.
-func enter(user mtlsserver.User, path string) error {
-	path, err := filepath.EvalSymlinks(path)
+// enter puts user into a config file, or what that is a link to. Others see that as it was or as it will be, and of two
+// who do this at once one fails.
+func enter(user mtlsserver.User, config string) error {
+	path, err := filepath.EvalSymlinks(config)
 	if err != nil {
 		return err
 	}
@@ -213,11 +213,8 @@ func enter(user mtlsserver.User, path string) error {
 	if err != nil {
 		return fmt.Errorf("%w: another issue is at work, or was cut off: then remove that file", err)
 	}
-	err = rewrite(f, user, path, info.Mode().Perm())
+	err = rewrite(f, user, config, info.Mode().Perm())
 	if err = errors.Join(err, f.Close()); err == nil {
-		_, err = mtlsserver.Load(next)
-	}
-	if err == nil {
 		err = os.Rename(next, path)
 	}
 	if err != nil {
