@@ -213,7 +213,7 @@ func enter(user mtlsserver.User, config string) error {
 	if err != nil {
 		return fmt.Errorf("%w: another issue is at work, or was cut off: then remove that file", err)
 	}
-	err = rewrite(f, user, config, info.Mode().Perm())
+	err = rewrite(f, user, config, info)
 	if err = errors.Join(err, f.Close()); err == nil {
 		err = os.Rename(next, path)
 	}
@@ -223,8 +223,8 @@ func enter(user mtlsserver.User, config string) error {
 	return err
 }
 
-// rewrite writes to f what is in a config file, with user in it.
-func rewrite(f *os.File, user mtlsserver.User, path string, mode fs.FileMode) error {
+// rewrite writes to f what is in a config file, with user in it, and makes it that file's owner's, with its mode.
+func rewrite(f *os.File, user mtlsserver.User, path string, info fs.FileInfo) error {
 	config, err := mtlsserver.Load(path)
 	if err != nil {
 		return err
@@ -234,5 +234,5 @@ func rewrite(f *os.File, user mtlsserver.User, path string, mode fs.FileMode) er
 		return fmt.Errorf("-apps: %w", err)
 	}
 	_, err = f.Write(text)
-	return errors.Join(err, f.Chmod(mode), f.Sync())
+	return errors.Join(err, keepOwner(f, info), f.Chmod(info.Mode().Perm()), f.Sync())
 }
