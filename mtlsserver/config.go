@@ -194,12 +194,15 @@ func (r *report) upstreams(key string, upstreams []Upstream) (all []lbproxy.Upst
 
 func (r *report) upstreamTLS(key string, t *UpstreamTLS) *tls.Config {
 	conf := &tls.Config{ServerName: t.ServerName}
+	if t.ServerName == "" && r.config.written(key+".serverName") {
+		r.add(key+".serverName", "empty: give a name, or leave it out for the host of addr")
+	}
 	if t.CA != "" || r.config.written(key+".ca") {
 		if ca := r.ca(key+".ca", t.CA); ca != nil {
 			conf.RootCAs = poolOf(ca)
 		}
 	}
-	if t.Cert != "" || t.Key != "" {
+	if t.Cert != "" || t.Key != "" || r.config.written(key+".cert") || r.config.written(key+".key") {
 		conf.Certificates = []tls.Certificate{r.pair(key, t.Cert, t.Key, x509.ExtKeyUsageClientAuth)}
 	}
 	return conf

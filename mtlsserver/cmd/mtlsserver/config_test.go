@@ -235,6 +235,11 @@ func TestBadConfigurations(t *testing.T) {
 			`config.json:5: apps[0].upstreams[0]: Addr "127.0.0.1:8001": Weight -2: want 0`, `config.json:6: apps[0].upstreams[1]: Addr "127.0.0.1:8009": MaxConns -1 is negative`}},
 		{name: "upstream's CA missing", edit: `{"ca": "ca.pem">{"ca": "no.pem"`, want: []string{`config.json:6: apps[0].upstreams[1].tls.ca: "…no.pem": no such file`}},
 		{name: "upstream's CA empty", edit: `{"ca": "ca.pem">{"ca": ""`, want: []string{`config.json:6: apps[0].upstreams[1].tls.ca: missing: name its file`}},
+		{name: "upstream's certificate and key empty", edit: `"cert": "client.pem", "key": "client.key">"cert": "", "key": ""`, want: []string{
+			`config.json:6: apps[0].upstreams[1].tls.cert: missing: name its file`, `config.json:6: apps[0].upstreams[1].tls.key: missing: name its file`}},
+		{name: "upstream's key alone and empty", edit: `"cert": "client.pem", "key": "client.key">"key": ""`, want: []string{
+			`config.json:6: apps[0].upstreams[1].tls.cert: missing: name its file`, `config.json:6: apps[0].upstreams[1].tls.key: missing: name its file`}},
+		{name: "upstream's name empty", edit: `"web.internal">""`, want: []string{`config.json:6: apps[0].upstreams[1].tls.serverName: empty: give a name, or leave it out for the host of addr`}},
 		{name: "upstream's key missing", edit: `, "key": "client.key"`, want: []string{`config.json:6: apps[0].upstreams[1].tls.key: missing: name its file`}},
 		{name: "server certificate for an upstream", edit: `"client.pem", "key": "client.key">"server.pem", "key": "server.key"`, want: []string{
 			`config.json:6: apps[0].upstreams[1].tls.cert: "…server.pem": its extended key usage lacks clientAuth: make one that has it`}},
