@@ -36,8 +36,10 @@ It exits 0 when all went well, 2 when the command line, the configuration or an 
 `
 
 func main() {
-	signals := make(chan os.Signal, 100) // one that finds no room is lost, and the last of many may be SIGTERM
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
+	signals := make(chan os.Signal, 100)            // one that finds no room is lost, and the last of many may be SIGTERM
+	if len(os.Args) < 2 || os.Args[1] != "serial" { // that may wait for what it is to read; no other leaves things half done
+		signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
+	}
 	signal.Ignore(syscall.SIGPIPE) // that nobody reads the log any more is no reason to end
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
 }
