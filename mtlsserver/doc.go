@@ -20,10 +20,11 @@
 // Anyone may connect. Until a client has proved that it holds the key of a certificate which the configured CA itself
 // issued for a user who may reach this app, it costs at most some kilobytes for some seconds ([Handshake]), no upstream
 // is dialled for it and nobody's limit charged, also not when it shows a certificate that is somebody else's. It learns
-// that it is refused (the alert bad_certificate, or a reset), not why; the log says that. With TLS 1.3 a client learns
-// of it when it first reads, not from its handshake. A client that is let in reaches that app and nothing else, within
-// its user's limits, until its certificate, serial, user, right or CA is gone: then both sides of its connections are
-// reset, whether it reads or not. Whoever has the CA's key is everyone, and whoever can write the configuration or its
+// that it is refused, by an alert or a reset, and of why no more than crypto/tls says by itself, such as
+// certificate_required or unknown_ca: what is decided here is always bad_certificate, and the log says what it was.
+// With TLS 1.3 a client learns of it when it first reads, not from its handshake. A client that is let in reaches that
+// app and nothing else, within its user's limits, until its certificate, serial, user, right or CA is gone: then both
+// sides of its connections are reset, whether it reads or not. Whoever has the CA's key is everyone, and whoever can write the configuration or its
 // files is the administrator. Who holds only a certificate, without its key, can learn whether it is on the list. That
 // an address, or many, use up all handshakes that may be in progress at once is bounded, not prevented.
 //
