@@ -36,9 +36,22 @@ It exits 0 when all went well, 2 when the command line, the configuration or an 
 `
 
 func main() {
-	signals := make(chan os.Signal, 100)            // one that finds no room is lost, and the last of many may be SIGTERM
+	signals := make(chan os.Signal)
 	if len(os.Args) < 2 || os.Args[1] != "serial" { // that may wait for what it is to read; no other leaves things half done
-		signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
+		// A signal that finds no room is lost: one to reload may be, beside another; of those to end it, two count.
+		reloads, ends := make(chan os.Signal, 1), make(chan os.Signal, 2)
+		signal.Notify(reloads, syscall.SIGHUP)
+		signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
+		go func() {
+			for {
+				select {
+				case sig := <-reloads:
+					signals <- sig
+				case sig := <-ends:
+					signals <- sig
+				}
+			}
+		}()
 	}
 	signal.Ignore(syscall.SIGPIPE) // that nobody reads the log any more is no reason to end
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
