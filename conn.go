@@ -623,6 +623,7 @@ type pump struct {
 	platform           // how conns are moved here; see move
 
 	writing atomic.Bool // it is in a write to dst
+	ending  atomic.Bool // or in what ends the stream to dst, which may write, too
 	ended   bool        // belongs to session.mu
 }
 
@@ -725,15 +726,16 @@ func (p *pump) limit(b []byte) []byte {
 // finish passes the clean end of src on to dst.
 func (p *pump) finish() {
 	s, q := p.session, p.other()
-	if q.writing.Load() {
+	for n := 0; n < 10 && (q.writing.Load() || q.ending.Load()); n++ {
 		reset, known := wasReset(p.src)
 		if reset && q.writing.Load() { // still: a socket that both of us have ended since looks the same
 			s.broke(p, errReset) // q's write took the error, and left us what looks like an end
 			return
 		}
-		for n := 0; n < 10 && !known && q.writing.Load(); n++ {
-			time.Sleep(time.Millisecond) // for the write to come back with the error, if there is one
+		if known && !reset {
+			break
 		}
+		time.Sleep(time.Millisecond) // for q to come back with the error, if there is one
 	}
 	s.mu.Lock()
 	over, last, connected := s.end != "", q.ended, s.server != nil
@@ -755,9 +757,11 @@ func (p *pump) finish() {
 			// buffers are full for so long. This takes that deadline away again.
 			defer time.AfterFunc(time.Second, func() { bottom(p.dst).SetWriteDeadline(time.Time{}) }).Stop()
 		}
+		p.ending.Store(true)
 		if err := p.closeWrite(c); err != nil {
 			s.broke(q, err)
 		}
+		p.ending.Store(false)
 		return
 	}
 	if last {

@@ -2,12 +2,14 @@ package lbproxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 )
@@ -246,6 +248,81 @@ func TestAResetThatAWriteMetIsNotTakenForAnEnd(t *testing.T) {
 	}
 	close(release)
 	if r := <-results; r.End != EndUpstreamError || r.Err != errReset {
+		t.Errorf("%+v", r)
+	}
+}
+
+// A lateGoodbye takes the error of a reset in the write of a TLS connection's goodbye. It returns it when somebody asks
+// what is below, or the upstream has come to an end.
+type lateGoodbye struct {
+	net.Conn
+	armed               atomic.Bool
+	writing, taken, end chan struct{}
+	asked               sync.Once
+}
+
+func (c *lateGoodbye) Write(b []byte) (int, error) {
+	if !c.armed.Load() {
+		return c.Conn.Write(b)
+	}
+	close(c.writing)
+	for reset := false; !reset; reset, _ = wasReset(c.Conn) {
+		runtime.Gosched()
+	}
+	n, err := c.Conn.Write(b)
+	close(c.taken)
+	<-c.end
+	return n, err
+}
+
+func (c *lateGoodbye) Read(b []byte) (int, error) {
+	if c.armed.Load() {
+		<-c.taken
+	}
+	return c.Conn.Read(b)
+}
+
+func (c *lateGoodbye) ask() { c.asked.Do(func() { close(c.end) }) }
+
+func (c *lateGoodbye) NetConn() net.Conn {
+	select {
+	case <-c.taken:
+		c.ask()
+	default:
+	}
+	return c.Conn
+}
+
+func TestAResetThatAGoodbyeMetIsNotTakenForAnEnd(t *testing.T) {
+	serverTLS, clientTLS := tlsConfigs(t)
+	below := make(chan *lateGoodbye, 1)
+	got := make(chan error, 1)
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		c.CloseWrite()
+		_, err := io.Copy(io.Discard, c)
+		got <- err
+		b := <-below
+		b.ask()
+	}))
+	writing := make(chan struct{})
+	raw := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		b := &lateGoodbye{Conn: c, writing: writing, taken: make(chan struct{}), end: make(chan struct{})}
+		tc := tls.Server(b, serverTLS)
+		err := tc.Handshake()
+		b.armed.Store(true)
+		below <- b
+		return nil, Conn{Client: tc}, err
+	}))
+	if err := tls.Client(raw, clientTLS).Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	<-writing
+	raw.SetLinger(0)
+	raw.Close()
+	if err := <-got; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("upstream reads %v, want a reset", err)
+	}
+	if r := <-results; r.End != EndClientError {
 		t.Errorf("%+v", r)
 	}
 }
