@@ -752,6 +752,12 @@ func (p *pump) finish() {
 		return // closing comes next, and says the same
 	}
 	if c, ok := p.dst.(closeWriter); ok {
+		if h, ok := p.dst.(interface{ Handshake() error }); ok { // of TLS, in which no stream ends before that is done
+			if err := h.Handshake(); err != nil {
+				s.broke(q, err)
+				return
+			}
+		}
 		if isLayer {
 			// crypto/tls gives its goodbye 5 s, CloseWrite as well as Close, and breaks the stream if a slow reader's
 			// buffers are full for so long. This takes that deadline away again.

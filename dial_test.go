@@ -697,3 +697,34 @@ func TestAnUpstreamRemovedWhileItIsDialled(t *testing.T) {
 		a.SetUpstreams([]Upstream{{Addr: "a:1"}})
 	}
 }
+
+// A TLS client may shake hands after its upstream has ended its stream.
+func TestAnEndThatComesBeforeTheHandshakeWaitsForIt(t *testing.T) {
+	serverTLS, clientTLS := tlsConfigs(t)
+	for name, server := range map[string]func(net.Conn) net.Conn{
+		"tls.Conn": func(c net.Conn) net.Conn { return tls.Server(c, serverTLS) },
+		"TLSConn":  func(c net.Conn) net.Conn { return TLSServer(c, serverTLS, 0) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			ended := make(chan struct{})
+			a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+				c.CloseWrite()
+				close(ended)
+				io.Copy(io.Discard, c)
+			}))
+			raw := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+				return nil, Conn{Client: server(c)}, nil
+			}))
+			<-ended
+			time.Sleep(20 * time.Millisecond)
+			c := tls.Client(raw, clientTLS)
+			if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("client reads %v, want the end", err)
+			}
+			c.Close()
+			if r := <-results; r.End != EndDone {
+				t.Errorf("%+v", r)
+			}
+		})
+	}
+}
