@@ -639,20 +639,24 @@ func (p *pump) run() {
 	}()
 	for {
 		n, readErr, writeErr := p.move()
+		switch { // first, for a RateLimitManager may take its time
+		case writeErr != nil:
+			s.broke(p.other(), writeErr)
+			p.writing.Store(false)
+		case readErr != nil && readErr != io.EOF:
+			s.broke(p, readErr)
+		}
 		if n > 0 {
 			p.account(n)
 		}
 		switch {
 		case writeErr != nil:
-			s.broke(p.other(), writeErr)
-			p.writing.Store(false)
 			p.discard()
 			return
 		case readErr == io.EOF:
 			p.finish()
 			return
 		case readErr != nil:
-			s.broke(p, readErr)
 			return
 		}
 	}

@@ -668,3 +668,48 @@ func TestTheClientIsClosedWhateverHappens(t *testing.T) {
 		}
 	}
 }
+
+// A goneConn, which hides what it is, fails in a write, of which a part has left. What a read finds then looks like an end.
+type goneConn struct {
+	*duplexConn
+	failed chan struct{}
+}
+
+func (c *goneConn) Write(b []byte) (int, error) {
+	close(c.failed)
+	return 1, syscall.ECONNRESET
+}
+
+func (c *goneConn) Read(b []byte) (int, error) {
+	<-c.failed
+	return 0, io.EOF
+}
+
+// What a limit says of the bytes that left before an error does not put the error off.
+func TestALimitDoesNotPutAnErrorOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		got := make(chan error, 1)
+		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
+			c.Write([]byte("answer"))
+			_, err := c.Read(make([]byte, 1))
+			got <- err
+		})}, "u:1")
+		_, ours := duplex()
+		start := time.Now()
+		r, _ := a.ServeConn(t.Context(), Conn{
+			Client: &goneConn{ours, make(chan struct{})},
+			RateLimit: limitFunc(func(e Event) Decision {
+				if e.Kind == EventData {
+					return Decision{Wait: time.Minute}
+				}
+				return Decision{}
+			}),
+		})
+		if err := <-got; err != syscall.ECONNRESET {
+			t.Errorf("upstream reads %v, want a reset", err)
+		}
+		if r.End != EndClientError || r.Received != 1 || time.Since(start) > time.Second {
+			t.Errorf("%+v", r)
+		}
+	})
+}
