@@ -222,7 +222,12 @@ func (s *session) unwind() {
 			s.unwatch()
 		}
 	}()
-	defer s.wg.Wait()
+	defer func() {
+		s.wg.Wait()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.endWith(EndDone, nil) // and nothing that happens from here on is the reason
+	}()
 	if !s.completed {
 		s.abort(EndCanceled, errPanicked) // which ends the upload, too
 	}
@@ -573,7 +578,6 @@ func (s *session) closeConns() {
 // finish takes the session out of the counts, reports it, and passes on a hook's panic in the upload.
 func (s *session) finish() {
 	s.mu.Lock()
-	s.endWith(EndDone, nil)
 	s.hungUp = true // nothing is left to be
 	s.mu.Unlock()
 	s.app.exit(s, s.end == EndRateLimited && s.attempts == 0, s.end == EndNoUpstream || s.end == EndDialFailed)

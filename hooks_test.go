@@ -713,3 +713,36 @@ func TestALimitDoesNotPutAnErrorOff(t *testing.T) {
 		}
 	})
 }
+
+// Nothing that happens when both sides have ended their streams changes why it is over.
+func TestWhatHappensAfterTheEndIsNotTheReason(t *testing.T) {
+	for _, what := range []string{"idle", "close"} {
+		synctest.Test(t, func(t *testing.T) {
+			release := make(chan struct{})
+			a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
+			c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) Decision {
+				if e.Kind == EventClose {
+					<-release
+				}
+				return Decision{}
+			})})
+			ping(t, c)
+			c.CloseWrite()
+			if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+				t.Error(err)
+			}
+			c.Close()
+			synctest.Wait()
+			if what == "idle" {
+				time.Sleep(time.Hour)
+			} else {
+				go a.Close()
+			}
+			synctest.Wait()
+			close(release)
+			if r := <-c.result; r.End != EndDone || r.Err != nil {
+				t.Errorf("%s: %+v", what, r)
+			}
+		})
+	}
+}
