@@ -628,7 +628,8 @@ type pump struct {
 
 	writing atomic.Bool // it is in a write to dst
 	ending  atomic.Bool // or in what ends the stream to dst, which may write, too
-	ended   bool        // belongs to session.mu
+	atEnd   bool        // src has ended its stream; belongs to session.mu
+	ended   bool        // run has come to its end; belongs to session.mu
 }
 
 // run moves bytes until src has ended or something is broken.
@@ -745,16 +746,19 @@ func (p *pump) finish() {
 		}
 		time.Sleep(time.Millisecond) // for q to come back with the error, if there is one
 	}
-	s.mu.Lock()
-	over, last, connected := s.end != "", q.ended, s.server != nil
-	s.mu.Unlock()
-	if p.dst == nil && !over {
-		if _, ok := p.src.(closeWriter); !ok && !connected {
+	if p.dst == nil {
+		if _, ok := p.src.(closeWriter); !ok && !s.isConnected() {
 			s.broke(p, errGone) // having no half-close, this client has closed
 			return
 		}
-		over = !p.awaitServer()
+		if !p.awaitServer() {
+			return
+		}
 	}
+	s.mu.Lock()
+	p.atEnd = true
+	over, last, both := s.end != "", q.ended, q.atEnd
+	s.mu.Unlock()
 	_, isLayer := p.dst.(layer)
 	if over || last && !isLayer {
 		return // closing comes next, and says the same
@@ -778,14 +782,16 @@ func (p *pump) finish() {
 		p.ending.Store(false)
 		return
 	}
-	if last {
+	if both {
 		return
 	}
 	s.mu.Lock()
-	s.endWith(q.sourceError(), fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other side has ended its stream, and go on", p.dst))
+	first := s.endWith(q.sourceError(), fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other side has ended its stream, and go on", p.dst))
 	s.mu.Unlock()
-	reset(p.src) // what it was sent is cut; what it sent is whole
-	s.wg.Go(func() { s.deliverThenReset(p, true) })
+	if first {
+		reset(p.src) // what it was sent is cut; what it sent is whole
+		s.wg.Go(func() { s.deliverThenReset(p, true) })
+	}
 }
 
 type closeWriter interface{ CloseWrite() error }

@@ -746,3 +746,66 @@ func TestWhatHappensAfterTheEndIsNotTheReason(t *testing.T) {
 		})
 	}
 }
+
+// A slowCloser is slow to return from telling its peer that the stream has ended.
+type slowCloser struct {
+	*duplexConn
+	held chan struct{}
+}
+
+func (c slowCloser) CloseWrite() error {
+	err := c.duplexConn.CloseWrite()
+	<-c.held
+	return err
+}
+
+// What cannot be half-closed need not be when the other stream has ended, be that known for an instant only.
+func TestNoHalfCloseIsNeededWhenTheOtherStreamHasJustEnded(t *testing.T) {
+	t.Run("still being passed on", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+				ours, theirs := net.Pipe()
+				go theirs.Close()
+				return ours, nil
+			}}, "u:1")
+			client, ours := duplex()
+			held, result := make(chan struct{}), make(chan Result)
+			go func() {
+				r, _ := a.ServeConn(t.Context(), Conn{Client: slowCloser{ours, held}})
+				result <- r
+			}()
+			if _, err := client.Read(make([]byte, 1)); err != io.EOF {
+				t.Error(err)
+			}
+			client.CloseWrite()
+			synctest.Wait()
+			close(held)
+			if r := <-result; r.End != EndDone || ours.reset.Load() {
+				t.Errorf("%+v, reset %v", r, ours.reset.Load())
+			}
+		})
+	})
+	t.Run("while it was waited for", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			a, _ := newApp(t, Options{}, "u:1")
+			client, ours := duplex()
+			server, _ := net.Pipe()
+			client.CloseWrite()
+			s := newSession(a, Conn{Client: ours})
+			s.up.src = ours
+			s.wg.Go(s.upload)
+			synctest.Wait() // it waits for the upstream
+			s.mu.Lock()
+			s.server = server
+			s.down.atEnd, s.down.ended = true, true
+			close(s.connected)
+			s.mu.Unlock()
+			s.wg.Wait()
+			if s.end != "" || ours.reset.Load() {
+				t.Errorf("%s, %v", s.end, s.err)
+			}
+			client.Close()
+			ours.Close()
+		})
+	})
+}
