@@ -136,7 +136,8 @@ type session struct {
 	attempts  int
 	up, down  pump
 	wg        sync.WaitGroup
-	connected chan struct{} // closed when server is set, or will not be
+	hanging   sync.WaitGroup // hangUp closes what there is
+	connected chan struct{}  // closed when server is set, or will not be
 
 	last    atomic.Int64 // when bytes last moved, since start
 	waiting atomic.Int32 // directions that a RateLimitManager holds
@@ -523,9 +524,13 @@ func (s *session) hangUp() {
 	s.mu.Lock()
 	client, server, done := s.conn.Client, s.server, s.hungUp
 	s.hungUp = true
+	if !done {
+		s.hanging.Add(1)
+	}
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	if !done {
+		defer s.hanging.Done()
 		reset(client)
 		reset(server)
 	}
@@ -580,6 +585,7 @@ func (s *session) finish() {
 	s.mu.Lock()
 	s.hungUp = true // nothing is left to be
 	s.mu.Unlock()
+	s.hanging.Wait()
 	s.app.exit(s, s.end == EndRateLimited && s.attempts == 0, s.end == EndNoUpstream || s.end == EndDialFailed)
 	s.report()
 	if s.panicked != nil {

@@ -809,3 +809,37 @@ func TestNoHalfCloseIsNeededWhenTheOtherStreamHasJustEnded(t *testing.T) {
 		})
 	})
 }
+
+// A slowReset is slow to be reset.
+type slowReset struct {
+	*duplexConn
+	resetting, release chan struct{}
+}
+
+func (c *slowReset) SetLinger(int) error {
+	close(c.resetting)
+	<-c.release
+	return nil
+}
+
+// A session is over when all that ends it is.
+func TestASessionIsNotOverWhileItIsReset(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := &slowReset{resetting: make(chan struct{}), release: make(chan struct{})}
+		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: func(context.Context, string, string) (net.Conn, error) {
+			u.duplexConn, _ = duplex()
+			return u, nil
+		}}, "u:1")
+		c := serveFake(t.Context(), a, Conn{})
+		<-u.resetting // for it is idle
+		u.Close()     // as the peer might
+		synctest.Wait()
+		select {
+		case <-c.result:
+			t.Error("ServeConn has returned")
+		default:
+		}
+		close(u.release)
+		c.Close()
+	})
+}

@@ -380,6 +380,7 @@ func (s *session) admit(f AdmitFunc) context.Context {
 			s.up.ended = true // there is no pump, but what admit wrote, such as a TLS alert
 			s.up.dst = accepted
 			s.deliverThenReset(&s.up, false)
+			s.hanging.Wait()
 			s.app.exit(s, true, false)
 		}
 	}()
