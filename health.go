@@ -222,6 +222,7 @@ func (p *prober) check(ctx context.Context) (chan error, error) {
 	var err error
 	select {
 	case err = <-result:
+		<-result // it has returned, and the channel is closed next: the next check need not wait, however soon
 	case <-ctx.Done():
 	}
 	if ctx.Err() != nil {

@@ -887,3 +887,21 @@ func TestShutdownDoesNotWaitForAHungCheckLongerThanItsContext(t *testing.T) {
 		}
 	})
 }
+
+// A check whose result is known has returned, so that the next one, be it due at once, does not fail for that.
+func TestACheckWithAResultHasReturned(t *testing.T) {
+	a, _ := newApp(t, Options{}, "u:1")
+	hc, _ := HealthCheck{Check: func(context.Context, Upstream) error { return nil }}.complete()
+	p := &prober{checker: newChecker(a, hc), conf: &Upstream{Addr: "u:1"}}
+	for range 10_000 {
+		check, err := p.check(t.Context())
+		select {
+		case _, more := <-check:
+			if !more && err == nil {
+				continue
+			}
+		default:
+		}
+		t.Fatalf("it seems to be in progress, with %v", err)
+	}
+}
