@@ -703,7 +703,10 @@ func (p *pump) account(n int) {
 	}
 	e := s.event(EventData)
 	e.Direction, e.Bytes = p.direction, int64(n)
+	s.waiting.Add(1) // it may block
 	d := s.conn.RateLimit.Report(s.ctx, e)
+	s.touch()
+	s.waiting.Add(-1)
 	if d.Exceeded {
 		s.abort(EndRateLimited, ErrRateLimited)
 		return

@@ -507,27 +507,33 @@ func TestASlowReaderIsNotIdle(t *testing.T) {
 }
 
 func TestWhatALimitHoldsIsNotIdle(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
-		c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) Decision {
-			if e.Kind == EventData && e.Direction == Upload {
+	for _, blocks := range []bool{false, true} { // or says how long to wait
+		synctest.Test(t, func(t *testing.T) {
+			a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
+			c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) Decision {
+				switch {
+				case e.Kind != EventData || e.Direction != Upload:
+					return Decision{}
+				case blocks:
+					time.Sleep(time.Hour)
+					return Decision{}
+				}
 				return Decision{Wait: time.Hour}
+			})})
+			start := time.Now()
+			ping(t, c)
+			time.Sleep(time.Hour + 50*time.Second) // it is held no more, and not idle for long enough
+			c.Write([]byte("y"))
+			c.CloseWrite()
+			if b, err := io.ReadAll(c); string(b) != "y" || err != nil || time.Since(start) < 2*time.Hour {
+				t.Errorf("read %q, %v after %v", b, err, time.Since(start))
 			}
-			return Decision{}
-		})})
-		start := time.Now()
-		ping(t, c)
-		time.Sleep(time.Hour + 50*time.Second) // it is held no more, and not idle for long enough
-		c.Write([]byte("y"))
-		c.CloseWrite()
-		if b, err := io.ReadAll(c); string(b) != "y" || err != nil || time.Since(start) < 2*time.Hour {
-			t.Errorf("read %q, %v after %v", b, err, time.Since(start))
-		}
-		c.Close()
-		if r := <-c.result; r.End != EndDone {
-			t.Errorf("%+v", r)
-		}
-	})
+			c.Close()
+			if r := <-c.result; r.End != EndDone {
+				t.Errorf("%+v", r)
+			}
+		})
+	}
 }
 
 type limitFunc func(Event) Decision
