@@ -223,12 +223,7 @@ func (s *session) unwind() {
 			s.unwatch()
 		}
 	}()
-	defer func() {
-		s.wg.Wait()
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.endWith(EndDone, nil) // and nothing that happens from here on is the reason
-	}()
+	defer s.wg.Wait()
 	if !s.completed {
 		s.abort(EndCanceled, errPanicked) // which ends the upload, too
 	}
@@ -574,6 +569,11 @@ func (s *session) isHungUp() bool {
 
 // closeConns closes both sides: politely, unless they have been reset.
 func (s *session) closeConns() {
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.endWith(EndDone, nil) // and nothing that happens from here on is the reason
+	}()
 	if s.server != nil {
 		s.server.Close()
 	}
