@@ -24,9 +24,10 @@
 // certificate_required or unknown_ca: what is decided here is always bad_certificate, and the log says what it was.
 // With TLS 1.3 a client learns of it when it first reads, not from its handshake. A client that is let in reaches that
 // app and nothing else, within its user's limits, until its certificate, serial, user, right or CA is gone: then both
-// sides of its connections are reset, whether it reads or not. Whoever has the CA's key is everyone, and whoever can write the configuration or its
-// files is the administrator. Who holds only a certificate, without its key, can learn whether it is on the list. That
-// an address, or many, use up all handshakes that may be in progress at once is bounded, not prevented.
+// sides of its connections are reset, whether it reads or not. Whoever has the CA's key is everyone, and whoever can
+// write the configuration or its files is the administrator. Who holds only a certificate, without its key, can learn
+// whether it is on the list. That an address, or many, use up all handshakes that may be in progress at once is bounded,
+// not prevented.
 //
 // Not here: certificate revocation lists and OCSP, as the list of users is a list of who is allowed; intermediate CAs,
 // as a serial names one certificate only of one issuer; TLS 1.2; session resumption, as a ticket would outlive what it
