@@ -326,3 +326,26 @@ func TestAResetThatAGoodbyeMetIsNotTakenForAnEnd(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// A below is a layer that has no half-close.
+type below struct{ net.Conn }
+
+func (b below) NetConn() net.Conn { return b.Conn }
+
+func TestAWholeAnswerEndsWellThoughTheClientCannotHalfClose(t *testing.T) {
+	const size = 2 << 20
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		sendPattern(c, size)
+		c.CloseWrite()
+		io.Copy(io.Discard, c)
+	}))
+	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{Client: below{c}}, nil
+	}))
+	if got := readAll(c); got != pattern(size) {
+		t.Errorf("got %s, want %s", got, pattern(size))
+	}
+	if r := <-results; r.End != EndClientError { // for it might have gone on
+		t.Errorf("%+v", r)
+	}
+}
