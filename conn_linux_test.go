@@ -36,15 +36,15 @@ func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
 	pool.spare = len(pool.free)
 	pool.mu.Unlock()
 	pool.trim()
-	if n := openPipes() - before; n != 0 || pool.all != 0 {
-		t.Errorf("trimmed: %d descriptors are open, %d pipes counted", n, pool.all)
+	if n := pipesSince(before); n != 0 || pool.all != 0 {
+		t.Errorf("trimmed: %d pipes are open, %d counted", n, pool.all)
 	}
 	late, early := pool.get(), pool.get()
 	pool.put(early)
 	pool.close()
 	pool.put(late)
-	if n := openPipes() - before; n != 0 {
-		t.Errorf("closed: %d descriptors are open", n)
+	if n := pipesSince(before); n != 0 {
+		t.Errorf("closed: %d pipes are open", n)
 	}
 }
 
