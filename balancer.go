@@ -37,9 +37,9 @@ type upstream struct {
 	until    time.Time     // cooling: when the next trial is due
 	queued   *list.Element // cooling: its place in balancer.cooling
 
-	// catchingUp is set when a trial or health checks find it working again, until another upstream is as little loaded that is
-	// not itself catching up or due for a trial: meanwhile it gets at most every second connection, so that
-	// recovery is not a stampede.
+	// catchingUp is set when a trial or health checks find it working again, until another upstream is as little
+	// loaded that is not itself catching up or due for a trial: meanwhile it gets at most every second connection, so
+	// that recovery is not a stampede.
 	catchingUp bool
 
 	total, failed  uint64

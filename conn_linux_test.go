@@ -210,7 +210,8 @@ func TestAnEndOfBothSidesIsNotTakenForAReset(t *testing.T) {
 	}
 }
 
-// A heldError takes the error of a reset in a write, which leaves reading with what looks like an end, but is late to return it.
+// A heldError takes the error of a reset in a write, which leaves reading with what looks like an end, but is late to
+// return it.
 type heldError struct {
 	net.Conn
 	writing, taken, release chan struct{}

@@ -669,7 +669,8 @@ func TestTheClientIsClosedWhateverHappens(t *testing.T) {
 	}
 }
 
-// A goneConn, which hides what it is, fails in a write, of which a part has left. What a read finds then looks like an end.
+// A goneConn, which hides what it is, fails in a write, of which a part has left. What a read finds then looks like an
+// end.
 type goneConn struct {
 	*duplexConn
 	failed chan struct{}
