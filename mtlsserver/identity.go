@@ -82,7 +82,8 @@ type Identity struct {
 }
 
 // An Authenticator decides who a client is and what it may reach. It serves any listener whose tls.Config has
-// RequireAndVerifyClientCert and, as ClientCAs, CA alone.
+// RequireAndVerifyClientCert, as ClientCAs CA alone, as MinVersion VersionTLS13, and SessionTicketsDisabled: with tickets,
+// clients that use them are refused by turns, for Identify takes no session that was resumed.
 type Authenticator struct {
 	CA    *x509.Certificate
 	Users Users
