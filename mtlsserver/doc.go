@@ -37,6 +37,8 @@
 //
 // Each connection that was accepted has one line, "connection", when it is over: app, client, reason and duration; after
 // its client has proved who it is also user, serial, upstream, sent and received; claimed_serial if it was refused for
-// what it claims; detail, which is an error's text, printable and cut short. The reason is a [Reason] or an
-// lbproxy.EndReason. A flood of clients is a flood of lines: to thin those out is for the handler of [Options].Logger.
+// what it claims; detail, which is an error's text, printable and cut short. The duration is a [time.Duration], which
+// slog's JSONHandler writes as nanoseconds. The reason is a [Reason] or an lbproxy.EndReason; client-error with
+// "unexpected EOF" is a client that stopped without saying so in TLS (close_notify), as many do. A flood of clients is a
+// flood of lines: to thin those out is for the handler of [Options].Logger.
 package mtlsserver
