@@ -233,8 +233,10 @@ func (u *Upstream) check() (host, wrong string) {
 // An AdmitFunc decides whether and how c is served: handshake, authentication, authorization, limits. It may block; its
 // goroutine is for this connection, but will be used for others when it has returned. The Conn it returns is served; a
 // nil Client in it means c. An error refuses c, which is then reset, when what was written to it has arrived or a second
-// is over. A deadline that is left on c goes on to count. The context it returns governs the session and its cause
-// becomes [Result.Err]; nil means the one it was given, which ends when the app is closed, as does c.
+// is over. (Arrived at the client's system: a client whose dial has not returned by then may see only that fail. Who has
+// something to say reads from c first.) A deadline that is left on c goes on to count. The context it returns governs the
+// session: when it ends, so does the session, and its cause becomes [Result.Err]. nil means the one it was given, which
+// ends when the app is closed, as does c.
 type AdmitFunc func(ctx context.Context, c net.Conn) (context.Context, Conn, error)
 
 // Listen returns a listener on addr, a "host:port", for Serve. Any other will do, too. This one is for plain TCP, not

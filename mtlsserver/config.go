@@ -27,8 +27,8 @@ type Config struct {
 	source // what Load read, if it was Load that made it
 }
 
-// Files are paths of PEM files, relative to the file that Load read, if it was Load that made the Config. Key must not
-// be readable by other users of the machine, CA holds exactly one certificate: the issuer of all clients.
+// Files are paths of PEM files, relative to the file that Load read, if it was Load that made the Config. Key must not be
+// readable by other users of the machine, CA holds exactly one certificate: the issuer of all clients.
 type Files struct {
 	Cert string `json:"cert"`
 	Key  string `json:"key"`
