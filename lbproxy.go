@@ -57,7 +57,10 @@ type Upstream struct {
 
 // Options change how an app works. A nil *Options and the zero Options mean the defaults.
 type Options struct {
-	// DialContext dials an upstream. It must return when ctx ends. nil means that of a zero net.Dialer.
+	// DialContext dials an upstream. It must return when ctx ends. network is "tcp", addr the upstream's Addr. ctx has
+	// the values of the session's, by which a function can learn for whom it dials. It may return any connection, such as
+	// one to a Unix socket that it knows by Addr; what was said of Conn.Client and methods holds for that, too. nil means
+	// that of a zero net.Dialer.
 	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// DialTimeout bounds each attempt to reach an upstream, TLS handshake included. 0 means 5 seconds.
