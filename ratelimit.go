@@ -291,7 +291,8 @@ func idle(m RateLimitManager) bool {
 	return !ok || i.Idle()
 }
 
-// ClientLimits keeps one [RateLimitManager] per client. It is safe for concurrent use.
+// ClientLimits keeps one [RateLimitManager] per client. It is made by [NewClientLimits]; the zero value is of no use. It is
+// safe for concurrent use.
 type ClientLimits struct {
 	max      int
 	newLimit func(client string) RateLimitManager
