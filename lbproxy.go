@@ -258,6 +258,9 @@ func Listen(addr string) (net.Listener, error) {
 // descriptors, is taken to pass: Serve logs it, waits 5 ms to 1 s, and accepts again. A panic in a connection's
 // goroutine is logged and ends only that connection.
 //
+// A listener of crypto/tls leaves the handshake to the relay: by then an upstream has been dialled, and a client that
+// says nothing is held until Options.IdleTimeout. It is better made in admit, with a deadline, as in [TLSServer]'s example.
+//
 // Serve may be called for several listeners. It returns while connections may still be open; Shutdown and Close
 // wait for them.
 func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
