@@ -21,8 +21,10 @@ type Conn struct {
 	// out from its methods: CloseWrite() error, to be told that the upstream's stream has ended while its own goes on;
 	// NetConn() net.Conn, if it is a layer over another conn, as TLS is; SetLinger(int) error, at the bottom, to be
 	// reset. A wrapper of a TCP connection should have the first two: without, its peer may lose the end of what it was
-	// sent, which Result.Err then tells. (So it does of a net.Pipe, as in tests: it has no CloseWrite.) crypto/tls takes a client's FIN without close_notify for the end of
-	// its stream; a Client whose Read returns io.ErrUnexpectedEOF then, as a TLSConn's does, has it taken for cut.
+	// sent, which Result.Err then tells. (A net.Pipe, as in tests, has no CloseWrite either: a session over one in which
+	// only one side has ended its stream does not end as EndDone.) crypto/tls takes a client's FIN without close_notify
+	// for the end of its stream; a Client whose Read returns io.ErrUnexpectedEOF then, as a TLSConn's does, has it taken
+	// for cut.
 	Client net.Conn
 
 	// ClientID says who this is, in events, results and logs. It may be empty.

@@ -59,8 +59,8 @@ type Upstream struct {
 type Options struct {
 	// DialContext dials an upstream. It must return when ctx ends. network is "tcp", addr the upstream's Addr. ctx has
 	// the values of the session's, by which a function can learn for whom it dials. It may return any connection, such as
-	// one to a Unix socket that it knows by Addr; what was said of Conn.Client and methods holds for that, too. nil means
-	// that of a zero net.Dialer.
+	// one to a Unix socket that it knows by Addr; its methods count as those of Conn.Client do. nil means that of a
+	// zero net.Dialer.
 	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// DialTimeout bounds each attempt to reach an upstream, TLS handshake included. 0 means 5 seconds.
