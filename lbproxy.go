@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -222,6 +223,8 @@ func (u *Upstream) check() (host, wrong string) {
 		return "", addrErr.Err + ": want host:port"
 	case host == "":
 		return "", "missing host: want host:port"
+	case strings.ContainsAny(host, " \t\r\n"):
+		return "", "a space in the host: want host:port"
 	case u.Weight < 0 || u.Weight > maxWeight:
 		return "", fmt.Sprintf("Weight %d: want 0 (which means 1) to %d", u.Weight, maxWeight)
 	case u.MaxConns < 0:

@@ -227,6 +227,7 @@ func TestBadOptionsAreRefusedByNameAndValue(t *testing.T) {
 		{"db", up(Upstream{Addr: "10.0.0.1"}), nil, `app "db": upstream 1: Addr "10.0.0.1": missing port`},
 		{"db", up(Upstream{Addr: "10.0.0.1:"}), nil, `Addr "10.0.0.1:": port ""`},
 		{"db", up(Upstream{Addr: ":80"}), nil, `Addr ":80": missing host`},
+		{"db", up(Upstream{Addr: " a:80"}), nil, `Addr " a:80": a space in the host`},
 		{"db", up(Upstream{Addr: "::1:80"}), nil, `Addr "::1:80": too many colons`},
 		{"db", up(Upstream{Addr: "h:0"}), nil, `port "0": want 1 to 65535`},
 		{"db", up(Upstream{Addr: "h:65536"}), nil, `port "65536"`},

@@ -291,8 +291,8 @@ func idle(m RateLimitManager) bool {
 	return !ok || i.Idle()
 }
 
-// ClientLimits keeps one [RateLimitManager] per client. It is made by [NewClientLimits]; the zero value is of no use. It is
-// safe for concurrent use.
+// ClientLimits keeps one [RateLimitManager] per client. It is made by [NewClientLimits]; the zero value refuses all. It
+// is safe for concurrent use.
 type ClientLimits struct {
 	max      int
 	newLimit func(client string) RateLimitManager
@@ -305,7 +305,7 @@ type ClientLimits struct {
 // NewClientLimits returns a ClientLimits that has newLimit make a manager for each client and remembers at most
 // max clients (0 or less: none). For calls newLimit for each client that is not remembered, so perhaps more than
 // once for a client, of whose managers then one is used. newLimit must be safe for concurrent use; nil from it
-// means no limit for that client.
+// means no limit for that client, nil in place of it refuses all.
 //
 // When max is reached, an idle client is forgotten to make room: one that has no connection open and whose
 // manager, if it has a method Idle() bool, returns true. [TokenBucket], [Bandwidth] and [All] have that method, so
@@ -323,6 +323,9 @@ func (l *ClientLimits) For(client string) RateLimitManager {
 	l.mu.Unlock()
 	if c != nil {
 		return c
+	}
+	if l.newLimit == nil {
+		return new(OpenLimit) // which refuses all
 	}
 	limit := l.newLimit(client)
 	if limit == nil {

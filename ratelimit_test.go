@@ -783,6 +783,14 @@ func TestNilClientLimitIsNone(t *testing.T) {
 	}
 }
 
+func TestClientLimitsWithoutNewLimitRefuseAll(t *testing.T) {
+	for _, l := range []*ClientLimits{new(ClientLimits), NewClientLimits(9, nil)} {
+		if letsIn(l.For("ann")) {
+			t.Error("ann was let in")
+		}
+	}
+}
+
 func TestClientIsRememberedFromItsFirstOpen(t *testing.T) {
 	l := NewClientLimits(2, rateOpenLimits(1))
 	early, twin := l.For("ann"), l.For("ann")

@@ -163,9 +163,9 @@ func (r *report) check() *materials {
 
 // portOf returns the port of a "host:port", 0 if that is any that is free, or -1 if it is no such text.
 func portOf(listen string) int {
-	_, port, err := net.SplitHostPort(listen)
+	host, port, err := net.SplitHostPort(listen)
 	n, portErr := net.LookupPort("tcp", port)
-	if err != nil || portErr != nil || port == "" {
+	if err != nil || portErr != nil || port == "" || strings.ContainsAny(host, " \t\r\n") {
 		return -1
 	}
 	return n
@@ -184,8 +184,8 @@ func (r *report) upstreams(key string, upstreams []Upstream) (all []lbproxy.Upst
 		if u.TLS != nil {
 			one.TLS = r.upstreamTLS(key+".tls", u.TLS)
 		}
+		r.positive(key, u) // first: lbproxy would say that 0 is right, which must not be written here
 		valid(key, "upstream 0: ", one)
-		r.positive(key, u)
 		all = append(all, one)
 	}
 	valid(key, "", all...) // what it finds if each is right: two have the same Addr, or there are none
@@ -216,10 +216,13 @@ func (r *report) rights(key string, u *User, ids map[string]string) {
 	if len(u.Apps) == 0 {
 		r.add(key+".apps", "none: give the id of one at least, or remove the user")
 	}
+	seen := map[string]string{}
 	for i, id := range u.Apps {
+		key := fmt.Sprintf("%s.apps[%d]", key, i)
 		if _, ok := ids[id]; !ok {
-			r.add(fmt.Sprintf("%s.apps[%d]", key, i), "there is no app %q: want one of %q", id, slices.Sorted(maps.Keys(ids)))
+			r.add(key, "there is no app %q: want one of %q", id, slices.Sorted(maps.Keys(ids)))
 		}
+		r.unique(seen, key, id)
 	}
 	if u.Limit != nil {
 		r.limit(key+".limit", *u.Limit)

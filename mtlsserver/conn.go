@@ -108,7 +108,7 @@ func (s *Server) line(level slog.Level, l *session, reason Reason, d time.Durati
 		slog.String("reason", string(reason)), slog.Duration("duration", d),
 	}, more...)
 	if err != nil {
-		attrs = append(attrs, slog.String("detail", clean(err.Error(), 200)))
+		attrs = append(attrs, slog.String("detail", clean(strings.ReplaceAll(err.Error(), "\n", "; "), 200)))
 	}
 	s.log.LogAttrs(context.Background(), level, "connection", attrs...)
 }

@@ -77,6 +77,10 @@ func refusalOf(err error, cs tls.ConnectionState) *Refusal {
 		return because(HandshakeTimeout)
 	case isOp && op.Op == "remote error":
 		return because(ClientAlert)
+	case isOp && op.Op == "local error" && len(cs.PeerCertificates) == 0 && strings.HasSuffix(text, "bad record MAC"):
+		return because(ClientAlert) // one in the clear, as OpenSSL sends it: crypto/tls tries to decrypt that
+	case isOp && op.Op == "local error": // what the client sent is against the protocol
+		return because(HandshakeFailed)
 	case isOp, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return because(ClientGone)
 	case len(cs.PeerCertificates) > 0: // they were found good, and then something was wrong

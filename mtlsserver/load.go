@@ -147,6 +147,10 @@ func (r *report) parse() bool {
 			c.newlines = append(c.newlines, i)
 		}
 	}
+	if bytes.HasPrefix(c.text, []byte("\xef\xbb\xbf")) {
+		r.add("", "it begins with a byte order mark: save it without")
+		return false
+	}
 	var all json.RawMessage
 	err := json.Unmarshal(c.text, &all) // checks the syntax to the end, and bounds the depth
 	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {

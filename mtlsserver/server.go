@@ -109,7 +109,7 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 	})
 	if n := cut.Load(); n > 0 {
-		return fmt.Errorf("mtlsserver: %d connections were still open and have been cut", n)
+		return fmt.Errorf("mtlsserver: connections still open at the drainTimeout, and cut: %d", n)
 	}
 	return nil
 }

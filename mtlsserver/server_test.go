@@ -134,6 +134,10 @@ func certificateTable(t *testing.T, l *lab) []row {
 			conf.RootCAs = x509.NewCertPool()
 			return tls.Client(c, conf)
 		}, reason: ClientAlert, only: true},
+		{name: "client trusts another CA and says so in the clear", cert: good(nil), client: func(c net.Conn, conf *tls.Config) net.Conn {
+			conf.RootCAs = x509.NewCertPool()
+			return tls.Client(clearAlert{c}, conf)
+		}, reason: ClientAlert, only: true},
 		{name: "gone in the handshake", client: func(c net.Conn, _ *tls.Config) net.Conn {
 			c.(*net.TCPConn).CloseWrite()
 			return c
@@ -157,6 +161,35 @@ func (c *bytewise) Write(b []byte) (n int, err error) {
 		n++
 	}
 	return n, err
+}
+
+// clearAlert sends an alert, unknown_ca, in place of what would be encrypted, as clients with OpenSSL do.
+type clearAlert struct{ net.Conn }
+
+func (c clearAlert) Write(b []byte) (int, error) {
+	const changeCipherSpec = 20 // after it all is encrypted
+	if b[0] != changeCipherSpec {
+		return c.Conn.Write(b)
+	}
+	_, err := c.Conn.Write(append(slices.Clone(b[:6]), 21, 3, 3, 0, 2, 2, 48))
+	return len(b), err
+}
+
+func TestABrokenHelloIsAnsweredByAnAlert(t *testing.T) {
+	l := newLab(t, nil)
+	c, err := net.Dial("tcp", l.addr("web"))
+	must(t, err)
+	defer c.Close()
+	_, err = c.Write([]byte{22, 3, 1, 0, 8, 1, 0, 0, 4, 'j', 'u', 'n', 'k'})
+	must(t, err)
+	c.SetDeadline(time.Now().Add(patience))
+	if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, []byte{21, 3, 1, 0, 2, 2, 50}) {
+		t.Errorf("the client reads %v, %v; want the alert decode_error, and the end", got, err)
+	}
+	c.Close()
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(HandshakeFailed) {
+		t.Errorf("line %v, want reason %s", e, HandshakeFailed)
+	}
 }
 
 // withSpend gives alice limits that a connection would leave a mark on for good.
@@ -1188,7 +1221,7 @@ func TestRunCutsWhatDoesNotEndInTime(t *testing.T) {
 	must(t, ended(c))
 	err := <-l.ran
 	l.ran <- nil
-	if err == nil || !strings.Contains(err.Error(), "1 connections") {
+	if err == nil || !strings.Contains(err.Error(), "cut: 1") {
 		t.Errorf("Run = %v, want it to tell of 1 connection", err)
 	}
 }

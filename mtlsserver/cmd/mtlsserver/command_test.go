@@ -161,7 +161,7 @@ func TestDrainTimeout(t *testing.T) {
 	}
 	defer c.Close()
 	s.stop(t, 0)
-	if log := s.errs.all(); !has(log, "msg=draining…msg=drained err=…1 connections") {
+	if log := s.errs.all(); !has(log, "msg=draining…msg=stopped err=…drainTimeout, and cut: 1") {
 		t.Errorf("log: %s", log)
 	}
 }
@@ -313,7 +313,10 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	must(t, "check", "-config", config)
 
 	// What is printed is the entry, and nothing else is touched.
-	entry := must(t, "issue", "-dir", dir, "-name", "carol", "-apps", "web", "-print")
+	code, entry, made := try("issue", "-dir", dir, "-name", "carol", "-apps", "web", "-print")
+	if code != 0 || !has(made, "Made …carol.pem and …carol.key.") {
+		t.Errorf("issue -print: exit code %d, %q", code, made)
+	}
 	var user mtlsserver.User
 	if err := json.Unmarshal([]byte(entry), &user); err != nil || user.Name != "carol" || len(user.Serials) != 1 ||
 		user.Serials[0] != serial("carol") || len(user.Apps) != 1 || user.Apps[0] != "web" {

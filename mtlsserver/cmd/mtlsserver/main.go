@@ -88,7 +88,7 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 		flags.StringVar(&i.name, "name", "", required)
 		flags.Var(&i.apps, "apps", required)
 		flags.BoolVar(&i.print, "print", false, "")
-		do = func(string) error { return i.issue(stdout) }
+		do = func(string) error { return i.issue(stdout, stderr) }
 	case "serial":
 		want, do = "CERT.pem", func(path string) error { return printSerial(path, stdout) }
 	case "check":
@@ -194,7 +194,9 @@ func (s *server) serve() error {
 		select {
 		case err := <-done:
 			if err != nil {
-				s.log.Warn("drained", "err", err)
+				s.log.Warn("stopped", "err", err)
+			} else {
+				s.log.Info("stopped")
 			}
 			return nil
 		case sig := <-s.signals:
@@ -228,7 +230,9 @@ func (s *server) reload(srv *mtlsserver.Server) {
 		err = s.explain(srv.Reload(config))
 	}
 	if err != nil {
-		s.log.Error("reload failed, the configuration stays as it was", "problems", strings.Split(err.Error(), "\n"))
+		for problem := range strings.SplitSeq(err.Error(), "\n") {
+			s.log.Error("reload failed, the configuration stays as it was", "problem", problem)
+		}
 		return
 	}
 	s.log.Info("reloaded", "config", s.config)
@@ -237,10 +241,18 @@ func (s *server) reload(srv *mtlsserver.Server) {
 
 // explain says what to do about an address that cannot be had.
 func (s *server) explain(err error) error {
-	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "listen" {
-		return fmt.Errorf("%s: %w: change that app's listen, or end what has the address", s.config, err)
+	if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "listen" {
+		return err
 	}
-	return err
+	remedy := "change that app's listen, or end what has the address"
+	_, unknown := errors.AsType[*net.DNSError](err)
+	switch {
+	case unknown || errors.Is(err, syscall.EADDRNOTAVAIL):
+		remedy = "change that app's listen to an address of this machine"
+	case errors.Is(err, os.ErrPermission):
+		remedy = "change that app's listen to a port that this user may bind, such as one above 1023"
+	}
+	return fmt.Errorf("%s: %w: %s", s.config, err, remedy)
 }
 
 func printSerial(path string, stdout io.Writer) error {

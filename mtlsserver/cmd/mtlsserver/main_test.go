@@ -66,7 +66,7 @@ func (p *process) await(t *testing.T, texts ...string) string {
 			plain := line
 			var fields map[string]any
 			if json.Unmarshal([]byte(line), &fields) == nil {
-				plain += fmt.Sprint(fields["problems"])
+				plain += fmt.Sprint(fields["problem"])
 			}
 			all := true
 			for _, text := range texts {

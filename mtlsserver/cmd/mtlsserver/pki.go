@@ -151,7 +151,7 @@ type issuer struct {
 	print     bool
 }
 
-func (i *issuer) issue(stdout io.Writer) error {
+func (i *issuer) issue(stdout, stderr io.Writer) error {
 	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.@"
 	if strings.Trim(i.name, letters) != "" || strings.ContainsAny(i.name[:1], "-.") {
 		return fmt.Errorf("-name %q: want letters, digits and -_.@, as it names files", i.name)
@@ -179,7 +179,9 @@ func (i *issuer) issue(stdout io.Writer) error {
 		return err
 	}
 	user := mtlsserver.User{Name: i.name, Serials: []string{"0x" + string(serial)}, Apps: i.apps}
+	made := fmt.Sprintf("Made %[1]s.pem and %[1]s.key", filepath.Join(i.dir, stem))
 	if i.print {
+		fmt.Fprintln(stderr, made+".") // stdout is for the entry alone
 		return json.NewEncoder(stdout).Encode(user)
 	}
 	config := filepath.Join(i.dir, "config.json")
@@ -187,8 +189,8 @@ func (i *issuer) issue(stdout io.Writer) error {
 		remove(i.dir, files)
 		return err
 	}
-	fmt.Fprintf(stdout, "Made %[1]s.pem and %[1]s.key, and entered user %[2]q with serial %[3]s in %[4]s.\n"+
-		"A server that is running takes it up at SIGHUP.\n", filepath.Join(i.dir, stem), i.name, user.Serials[0], config)
+	fmt.Fprintf(stdout, "%s, and entered user %q with serial %s in %s.\nA server that is running takes it up at SIGHUP.\n",
+		made, i.name, user.Serials[0], config)
 	return nil
 }
 
