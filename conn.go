@@ -958,7 +958,7 @@ func (c *TLSConn) HandshakeContext(ctx context.Context) error {
 // NetConn returns the connection that TLS is spoken over.
 func (c *TLSConn) NetConn() net.Conn { return c.wire.Conn }
 
-// Read is that of tls.Conn, but that it tells a cut.
+// Read is that of tls.Conn, except that it tells a cut from an end.
 func (c *TLSConn) Read(b []byte) (int, error) {
 	if c.wire.bounded.Load() {
 		if err := c.Handshake(); err != nil {

@@ -124,6 +124,38 @@ func ExampleNew() {
 	// up <nil>
 }
 
+// The upstream is told who the client is, by the PROXY protocol: a line in front of what the client sends.
+func ExampleOptions_dialContext() {
+	type clientKey struct{}
+	red := startUpstream("red")
+	defer red.Close()
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, &lbproxy.Options{
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			c, err := new(net.Dialer).DialContext(ctx, network, addr)
+			if client, ok := ctx.Value(clientKey{}).(net.Conn); ok && err == nil { // a health check is for no client
+				from, to := client.RemoteAddr().(*net.TCPAddr), client.LocalAddr().(*net.TCPAddr)
+				fmt.Fprintf(c, "PROXY TCP4 %s %s %d %d\r\n", from.IP, to.IP, from.Port, to.Port) // if it fails, so does what follows
+			}
+			return c, err
+		},
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	l := listen()
+	go app.Serve(l, func(ctx context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
+		return context.WithValue(ctx, clientKey{}, c), lbproxy.Conn{}, nil
+	})
+
+	c := connect(l)
+	defer c.Close()
+	fmt.Println(strings.Fields(c.ask(""))[:6])
+	// Output:
+	// [red got PROXY TCP4 127.0.0.1 127.0.0.1]
+}
+
 // Serve calls admit for each connection: to refuse it, to say who it is, to limit it. A TLS server would do its
 // handshake there.
 func ExampleLBProxyApp_Serve() {

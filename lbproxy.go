@@ -91,7 +91,7 @@ type Options struct {
 
 	// OnDone is called once for every connection that ServeConn was given, directly or by Serve, in the connection's
 	// goroutine, when everything about it is over and out of all counts, which is a little after the client sees
-	// its end. Shutdown and Close wait for it, so it must not call them.
+	// its end. Shutdown and Close wait for it, so it must not call them. What admit refused was never given to ServeConn.
 	OnDone func(Result)
 }
 
@@ -178,9 +178,9 @@ func orDefault(d, def time.Duration) time.Duration {
 	return d
 }
 
-// SetUpstreams replaces the upstreams. One whose Addr stays keeps its connections, counters and state; one that is
-// removed gets no new connections, and those it has go on to their end. If any upstream is not valid nothing
-// changes. The slice is copied.
+// SetUpstreams replaces the upstreams. One whose Addr stays keeps its connections, counters and state, and what else is
+// new about it holds from the next connection on; one that is removed gets no new connections, and those it has go on to
+// their end. If any upstream is not valid nothing changes. The slice is copied.
 func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	if len(upstreams) == 0 {
 		return fmt.Errorf("lbproxy: app %q: no upstreams: give at least one", a.id)
@@ -245,8 +245,8 @@ func (u *Upstream) check() (host, wrong string) {
 // ends when the app is closed, as does c.
 type AdmitFunc func(ctx context.Context, c net.Conn) (context.Context, Conn, error)
 
-// Listen returns a listener on addr, a "host:port", for Serve. Any other will do, too. This one is for plain TCP, not
-// MPTCP, and on Linux its connections inherit the keep-alive that net gives to each (after 15 s of silence, and lost when
+// Listen returns a listener on addr, a "host:port", for Serve. Any other listener will do, too. This one is for plain TCP,
+// not MPTCP, and on Linux its connections inherit the keep-alive that net gives to each (after 15 s of silence, and lost when
 // 9 probes, 15 s apart, are not answered), which spares each of them four system calls.
 func Listen(addr string) (net.Listener, error) {
 	var lc net.ListenConfig

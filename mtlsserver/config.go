@@ -80,10 +80,10 @@ type User struct {
 
 // A Limit bounds what a user does. Fields that are zero set no bound; Burst and Every go together.
 type Limit struct {
-	Burst          int           `json:"burst"` // connections opened at once,
-	Every          time.Duration `json:"every"` // and the time in which one more is regained
-	Open           int           `json:"open"`  // connections open at once
-	BytesPerSecond int64         `json:"bytesPerSecond"`
+	Burst          int           `json:"burst"`          // connections opened at once,
+	Every          time.Duration `json:"every"`          // and the time in which one more is regained
+	Open           int           `json:"open"`           // connections open at once
+	BytesPerSecond int64         `json:"bytesPerSecond"` // both directions together
 }
 
 // Handshake bounds what clients may use up before it is known who they are.

@@ -71,6 +71,57 @@ func Example() {
 	// <nil>
 }
 
+// Who a client is and what it may reach, for a listener of one's own. The client is told of a refusal by
+// VerifyConnection; but that it holds its key is known only after the handshake.
+func ExampleAuthenticator() {
+	dir, err := os.MkdirTemp("", "mtlsserver")
+	check(err)
+	defer os.RemoveAll(dir)
+	ca := certify(dir, "ca", 1, nil, 0)
+	server := certify(dir, "server", 2, &ca, x509.ExtKeyUsageServerAuth)
+	client := certify(dir, "alice", 0xa11ce, &ca, x509.ExtKeyUsageClientAuth)
+	roots := x509.NewCertPool()
+	roots.AddCert(ca.Leaf)
+
+	auth := mtlsserver.Authenticator{CA: ca.Leaf, Users: mtlsserver.StaticUsers{
+		"a11ce": {Name: "alice", Apps: []string{"web"}},
+	}}
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
+		Certificates: []tls.Certificate{server}, MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true,
+		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: roots,
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			_, err := auth.Identify(cs, "web")
+			return err
+		},
+	})
+	check(err)
+	defer l.Close()
+	go func() {
+		c, err := tls.Dial("tcp", l.Addr().String(), &tls.Config{
+			ServerName: "localhost", RootCAs: roots, Certificates: []tls.Certificate{client},
+		})
+		check(err)
+		defer c.Close()
+		io.Copy(io.Discard, c)
+	}()
+
+	c, err := l.Accept()
+	check(err)
+	defer c.Close()
+	check(c.(*tls.Conn).Handshake())
+	for _, app := range []string{"web", "db"} {
+		id, err := auth.Identify(c.(*tls.Conn).ConnectionState(), app)
+		if err != nil {
+			fmt.Println(err)
+			continue
+		}
+		fmt.Println(id.User.Name, "may reach", app)
+	}
+	// Output:
+	// alice may reach web
+	// mtlsserver: refused: app-not-allowed
+}
+
 // certify makes a certificate, signed by its own key if there is no ca, and writes it and the key into dir.
 func certify(dir, name string, serial int64, ca *tls.Certificate, usage x509.ExtKeyUsage) tls.Certificate {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

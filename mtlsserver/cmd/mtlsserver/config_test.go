@@ -109,6 +109,25 @@ func try(args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), err.String()
 }
 
+func TestREADMEsConfigurationIsGood(t *testing.T) {
+	readme, err := os.ReadFile("../../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(readme), "```json\n")
+	text, _, found := strings.Cut(text, "```")
+	if !found {
+		t.Fatal("README.md has no JSON")
+	}
+	dir := folder(t)
+	write(t, dir, "proxy.pem", pems()["client.pem"])
+	write(t, dir, "proxy.key", pems()["client.key"])
+	write(t, dir, "config.json", []byte(text))
+	if code, _, stderr := try("check", "-config", filepath.Join(dir, "config.json")); code != 0 {
+		t.Errorf("exit code %d: %s", code, stderr)
+	}
+}
+
 func TestGoodConfiguration(t *testing.T) {
 	config := filepath.Join(folder(t), "config.json")
 	if code, stdout, stderr := try("check", "-config", config); code != 0 || stderr != "" || !strings.Contains(stdout, "no problems") {

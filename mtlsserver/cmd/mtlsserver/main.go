@@ -1,4 +1,13 @@
-// Command mtlsserver is a TCP load balancer that knows its clients by certificate. mtlsserver -h says how to use it.
+// Command mtlsserver is a TCP load balancer that knows its clients by certificate.
+//
+//	mtlsserver init DIR [-host NAME,IP]
+//	mtlsserver issue -dir DIR -name NAME -apps ID,ID [-print]
+//	mtlsserver serial CERT.pem
+//	mtlsserver check -config FILE
+//	mtlsserver run -config FILE [-log json|text] [-v]
+//
+// mtlsserver -h says what each does. What a configuration may have in it is that of [mtlsserver.Config], in JSON; the
+// lines of the log are described in that package, too.
 package main
 
 import (
@@ -28,11 +37,12 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
   mtlsserver serial CERT.pem
         print the serial of a certificate as the user list wants it
   mtlsserver check -config FILE
-        print every problem of a configuration
+        print every problem of a configuration (it binds nothing: whether an address can be had, run tells)
   mtlsserver run -config FILE [-log json|text] [-v]
         serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a second one ends at once
 
-It exits 0 when all went well, 2 when the command line, the configuration or an address is wrong.
+It exits 0 when all went well, also if a drain had to cut connections, which the log tells; 2 when the command line, the
+configuration or an address is wrong.
 `
 
 func main() {
