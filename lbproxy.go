@@ -190,7 +190,7 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	for i, u := range upstreams {
 		host, wrong := u.check()
 		if first, twice := place[u.Addr]; wrong == "" && twice {
-			wrong = fmt.Sprintf("upstream %d has it already", first)
+			wrong = fmt.Sprintf("upstream %d has it already: give it once", first)
 		}
 		if wrong != "" {
 			return fmt.Errorf("lbproxy: app %q: upstream %d: Addr %q: %s", a.id, i, u.Addr, wrong)

@@ -67,10 +67,10 @@ func certificate(text []byte, only bool) (*x509.Certificate, error) {
 		return nil, errors.New("want a certificate in PEM")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
-	if err == nil {
-		err = inDate(cert)
-	}
 	if err != nil {
+		return nil, fmt.Errorf("%w: make a new one, or copy it anew", err)
+	}
+	if err := inDate(cert); err != nil {
 		return nil, err
 	}
 	return cert, nil

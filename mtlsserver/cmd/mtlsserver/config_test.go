@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -251,7 +252,7 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "upstream without port", edit: `127.0.0.1:5432>127.0.0.1`, want: []string{`config.json:7: apps[1].upstreams[0]: Addr "127.0.0.1": missing port in address: want host:port`}},
 		{name: "upstream without host", edit: `127.0.0.1:5432>:5432`, want: []string{`config.json:7: apps[1].upstreams[0]: Addr ":5432": missing host`}},
 		{name: "upstream with a space", edit: `127.0.0.1:5432> 127.0.0.1:5432`, want: []string{`config.json:7: apps[1].upstreams[0]: Addr " 127.0.0.1:5432": a space in the host`}},
-		{name: "upstreams that are the same", edit: `127.0.0.1:8002>127.0.0.1:8001`, want: []string{`config.json:5: apps[0].upstreams: upstream 1: Addr "127.0.0.1:8001": upstream 0 has it already`}},
+		{name: "upstreams that are the same", edit: `127.0.0.1:8002>127.0.0.1:8001`, want: []string{`config.json:5: apps[0].upstreams: upstream 1: Addr "127.0.0.1:8001": upstream 0 has it already: give it once`}},
 		{name: "two bad upstreams", edit: `2, "maxConns": 100>-2},
 			{"addr": "127.0.0.1:8009", "maxConns": -1`, want: []string{
 			`config.json:5: apps[0].upstreams[0].weight: -2: want more than 0`, `config.json:6: apps[0].upstreams[1].maxConns: -1: want more than 0`}},
@@ -296,6 +297,16 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "no certificate named", edit: `"cert": "server.pem", `, want: []string{"config.json:2: tls.cert: missing: name its file"}},
 		{name: "no CA named", edit: `, "ca": "ca.pem"`, want: []string{"config.json:2: tls.ca: missing: name its file"}},
 		{name: "empty CA named", edit: `"ca": "ca.pem">"ca": ""`, want: []string{"config.json:2: tls.ca: missing: name its file"}},
+		{name: "no such CA", edit: `"ca": "ca.pem">"ca": "no.pem"`, want: []string{`config.json:2: tls.ca: "…no.pem": no such file…: name a file that can be read`}},
+		{name: "CA that may not be read", spoil: func(t *testing.T, dir string) {
+			if runtime.GOOS == "windows" || os.Getuid() == 0 {
+				t.Skip("everything may be read")
+			}
+			if err := os.Chmod(filepath.Join(dir, "ca.pem"), 0); err != nil {
+				t.Fatal(err)
+			}
+		}, want: []string{`config.json:2: tls.ca: "…ca.pem": permission denied: name a file that can be read`, "config.json:6: "}},
+		{name: "CA that is broken", spoil: swap("ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")})), want: []string{`config.json:2: tls.ca: "…ca.pem": x509: malformed certificate: make a new one`, "config.json:6: "}},
 		{name: "no such key", edit: `"server.key">"no.key"`, want: []string{`config.json:2: tls.key: "…no.key": no such file`}},
 		{name: "the key itself", edit: `"server.key">` + fmt.Sprintf("%q", pems()["server.key"]), want: []string{`config.json:2: tls.key: want the name of a file, got what belongs into one`}},
 		{name: "a folder for a key", edit: `"server.key">"."`, want: []string{`config.json:2: tls.key: "…": not a file: name one`}},
@@ -313,7 +324,7 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "encrypted key", spoil: swap("server.key", pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte("secret")})), want: []string{
 			`config.json:2: tls.key: "…server.key": tls: failed…not encrypted`}},
 		{name: "key for a certificate", edit: `"server.pem">"server.key"`, want: []string{`config.json:2: tls.cert: "…server.key": want a certificate in PEM`}},
-		{name: "broken certificate", spoil: swap("server.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")})), want: []string{`config.json:2: tls.cert: "…server.pem": x509: malformed certificate`}},
+		{name: "broken certificate", spoil: swap("server.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")})), want: []string{`config.json:2: tls.cert: "…server.pem": x509: malformed certificate: make a new one, or copy it anew`}},
 		{name: "expired certificate", spoil: badServer(expired(serverTemplate())), want: []string{`config.json:2: tls.cert: "…server.pem": expired at 20…Z: make a new one`}},
 		{name: "empty certificate", spoil: swap("server.pem", nil), want: []string{`config.json:2: tls.cert: "…server.pem": want a certificate in PEM`}},
 		{name: "certificate without usage", spoil: badServer(noUsage), want: []string{`config.json:2: tls.cert: "…server.pem": its extended key usage lacks serverAuth: make one`}},
@@ -390,7 +401,10 @@ func edited(t *testing.T, edit string) string {
 	return strings.NewReplacer(", ,", ",", "{, ", "{", ", }", "}").Replace(changed)
 }
 
-// verify checks that there are as many lines as wanted, with the parts that are wanted, and no secret.
+// remedy is what a line of the output says what to do by.
+var remedy = regexp.MustCompile(`: (add|change|chmod|give|it is required|keep|make|mend|name|remove|save|set|use|want|write) ?`)
+
+// verify checks that there are as many lines as wanted, with the parts that are wanted and a remedy each, and no secret.
 func verify(t *testing.T, text string, want []string) {
 	t.Helper()
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
@@ -401,6 +415,9 @@ func verify(t *testing.T, text string, want []string) {
 	for i, line := range lines {
 		if !has(line, want[i]) {
 			t.Errorf("line %d: %s\nwant: %s", i+1, line, want[i])
+		}
+		if !remedy.MatchString(line) {
+			t.Errorf("line %d does not say what to do: %s", i+1, line)
 		}
 	}
 	noSecrets(t, text)
