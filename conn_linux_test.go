@@ -105,6 +105,36 @@ func TestNoPipeIsKeptWhenCloseReturns(t *testing.T) {
 	}
 }
 
+// A limit that does not slow a stream does not keep it from being spliced, and is told of each chunk.
+func TestALimitLeavesBulkSpliced(t *testing.T) {
+	const size = 64 << 20
+	var j journal
+	limit := All(&j, &Bandwidth{BytesPerSecond: 1 << 50}, &OpenLimit{Max: 1})
+	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, size) }))
+	c := dial(t, serve(t, a, func(context.Context, net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{RateLimit: limit}, nil
+	}))
+	if n, err := io.Copy(io.Discard, c); n != size || err != nil {
+		t.Fatalf("%d bytes, %v", n, err)
+	}
+	c.Close()
+	if r := <-results; r.End != EndDone || r.Received != size {
+		t.Errorf("%+v", r)
+	}
+	a.pipes.mu.Lock()
+	defer a.pipes.mu.Unlock()
+	if a.pipes.all == 0 {
+		t.Error("no pipe was used")
+	}
+	sum := int64(0)
+	for _, e := range j.events {
+		sum += e.Bytes
+	}
+	if sum != size {
+		t.Errorf("the limit was told of %d bytes, want %d", sum, size)
+	}
+}
+
 // What a listener by Listen accepts has the keep-alive that net would give it.
 func TestListenersConnectionsInheritKeepAlive(t *testing.T) {
 	options := func(listen func() (net.Listener, error)) (got [4]int) {

@@ -388,17 +388,19 @@ func TestHooksMayCallTheApp(t *testing.T) {
 			return dialFake(echoFake)(ctx, network, addr)
 		},
 	}, "a:1", "b:1")
-	var limits *ClientLimits
-	limits = NewClientLimits(1, func(client string) RateLimitManager {
+	calls := 0
+	limits := NewClientLimits(1, func(string) RateLimitManager {
 		call()
-		limits.For(client + "'")
-		return limitFunc(func(Event) Decision { call(); return Decision{} })
+		return limitFunc(func(Event) Decision { calls++; call(); return Decision{} })
 	})
-	c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(Event) Decision { call(); return Decision{} })})
+	c := serveFake(t.Context(), a, Conn{RateLimit: limits.For("ann"), OnDone: func(Result) { call() }})
 	ping(t, c)
 	c.Close()
 	if r := <-results; r.End != EndDone || r.Attempts != 2 {
 		t.Errorf("%+v", r)
+	}
+	if calls != 4 {
+		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, and at the end", calls)
 	}
 }
 
