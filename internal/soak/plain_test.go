@@ -168,8 +168,9 @@ func (f *plainFront) admit(ctx context.Context, raw net.Conn) (context.Context, 
 	if c == nil {
 		return nil, lbproxy.Conn{}, fmt.Errorf("soak: nobody connects from %v", raw.RemoteAddr())
 	}
-	ctx, c.cancel = context.WithCancelCause(context.WithValue(ctx, connKey{}, c))
-	conn := lbproxy.Conn{Client: raw, ClientID: fmt.Sprint(id % 64)}
+	ctx, cancel := context.WithCancelCause(context.WithValue(ctx, connKey{}, c))
+	c.cancel = cancel
+	conn := lbproxy.Conn{Client: raw, ClientID: fmt.Sprint(id % 64), OnDone: func(lbproxy.Result) { cancel(nil) }}
 	switch {
 	case c.kind == overLimit:
 		c.audit.RateLimitManager = lbproxy.All(f.limits.For(conn.ClientID), new(lbproxy.TokenBucket))

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -79,6 +80,7 @@ type run struct {
 	mu       sync.Mutex
 	kinds    map[kind]uint64 // what was injected
 	slowest  *conn
+	grown    int64   // bytes in the heap after the last connection, more than before the first
 	later    []*conn // to be judged when no upstream can have them any more
 	failures []string
 }
@@ -188,6 +190,7 @@ func TestSoak(t *testing.T) {
 	bare := settled()
 	r := newRun(t, total)
 	resting := settled()
+	heap := heapInUse()
 	t.Logf("seed %d", r.seed)
 	fmt.Fprintf(os.Stderr, "soak: seed %d\n", r.seed)
 
@@ -242,11 +245,17 @@ func TestSoak(t *testing.T) {
 			return len(wrong) == 0
 		}
 	}
-	if !eventually(5*time.Second, asBefore(resting)) {
+	if eventually(5*time.Second, asBefore(resting)) {
+		r.judgeLater(time.Now()) // nobody can have them any more
+	} else {
 		r.fail("%v after the last connection: %s", time.Since(last).Round(time.Millisecond), strings.Join(wrong, "; "))
 		pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
 	}
 	took := time.Since(last)
+	r.grown = heapInUse() - heap
+	if most := 1<<20 + 20*int64(r.next.Load()); r.grown > most { // what would be kept of each connection
+		r.fail("the heap has %d bytes more than before the first connection, want at most %d", r.grown, most)
+	}
 	r.mtls.stop()
 	r.plain.stop()
 	for _, s := range r.servers() {
@@ -288,6 +297,20 @@ func warmUp(t testing.TB) {
 // inventory counts what must be the same afterwards.
 func inventory() map[string]int {
 	return map[string]int{"goroutines": runtime.NumGoroutine(), "descriptors": descriptors()}
+}
+
+// heapInUse is what the heap holds once collecting finds no more to free.
+func heapInUse() int64 {
+	for last := int64(math.MaxInt64); ; {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		now := int64(m.HeapAlloc)
+		if now >= last {
+			return last
+		}
+		last = now
+	}
 }
 
 // settled returns the inventory when it no longer changes: goroutines that were begun have got to where they stay.
@@ -487,6 +510,7 @@ func (r *run) judgeLater(before time.Time) {
 			r.judge(c, nil)
 		}
 	}
+	clear(due) // those that are still to come are in the same array
 }
 
 // progress prints a line.
@@ -523,6 +547,7 @@ func (r *run) figures(t *testing.T, settled time.Duration) {
 	row("connections that were held up by that", r.lateOnes.Load())
 	row("waits for a port or descriptor of a client", r.waited.Load())
 	row("counts exact after the last connection, in", settled.Round(time.Millisecond))
+	row("heap then, more than before, KiB", r.grown>>10)
 	row("took", time.Since(r.begun).Round(time.Millisecond))
 	t.Log(b.String())
 }
