@@ -116,6 +116,11 @@ func checkFinal(t *testing.T, way int, line string, e map[string]any) {
 	if len(line) > maxLine {
 		t.Fatalf("%d bytes: %s", len(line), line)
 	}
+	for _, key := range []string{"time", "app", "client", "reason", "duration"} {
+		if text, _ := e[key].(string); text == "" && key != "duration" || e[key] == nil {
+			t.Fatalf("%s is %q: %s", key, text, line)
+		}
+	}
 	for key, value := range e {
 		if text := fmt.Sprint(value); strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
 			t.Fatalf("%s is %q", key, text)
