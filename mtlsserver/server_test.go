@@ -927,6 +927,7 @@ func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
 	l := newLab(t, func(l *lab) { l.config.Handshake.Timeout = 2 * time.Second })
 	const hostile, addresses = 500, 10
 	var silent []net.Conn
+	var slow sync.WaitGroup
 	for i := range hostile {
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(2+i%addresses))}}
 		c, err := d.Dial("tcp", l.addr("web"))
@@ -939,9 +940,8 @@ func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
 		must(t, err)
 		defer c.Close()
 		if i%2 == 0 {
-			if _, err := c.Write([]byte{22, 3, 1}); err != nil { // the first bytes of a hello
-				continue // what is left to read then is an end
-			}
+			slow.Go(func() { dribble(t, c) })
+			continue
 		}
 		silent = append(silent, c)
 	}
@@ -953,6 +953,7 @@ func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
 	for _, c := range silent {
 		must(t, ended(c))
 	}
+	slow.Wait()
 	l.stop()
 	must(t, <-l.ran)
 	l.ran <- nil
@@ -962,6 +963,22 @@ func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
 	}
 	if n := count[string(HandshakeTimeout)] + count[string(TooManyFromAddress)]; n != hostile || count[string(HandshakeTimeout)] < 16*addresses {
 		t.Errorf("reasons %v", count)
+	}
+}
+
+// dribble sends a hello a byte at a time, now and then, which must not put the end off. It ends when c has.
+func dribble(t *testing.T, c net.Conn) {
+	every := time.NewTicker(50 * time.Millisecond)
+	defer every.Stop()
+	text := []byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3} // how a long one begins
+	for late := time.Now().Add(patience); ; text = []byte{0} {
+		if _, err := c.Write(text); err != nil {
+			return // a read would find what looks like an end
+		}
+		if <-every.C; time.Now().After(late) {
+			t.Error("a slow handshake was let go on")
+			return
+		}
 	}
 }
 
