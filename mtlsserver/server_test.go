@@ -1161,31 +1161,14 @@ func TestCloseDoesNotWaitForAClientThatDoesNotRead(t *testing.T) {
 // While it writes, crypto/tls answers no KeyUpdate, and while it answers one that is not read it does not close.
 func TestRevokingDoesNotWaitForAClientThatFloodsKeyUpdatesAndDoesNotRead(t *testing.T) {
 	l := newLab(t, nil)
-	var secrets bytes.Buffer
-	raw, err := net.Dial("tcp", l.addr("web"))
-	must(t, err)
-	defer raw.Close()
-	raw.(*net.TCPConn).SetReadBuffer(4096)
-	conf := l.clientConfig(&l.alice)
-	conf.KeyLogWriter = &secrets
-	c := tls.Client(raw, conf)
-	must(t, greeted(c, "web"))
-	if suite := c.ConnectionState().CipherSuite; suite != tls.TLS_AES_128_GCM_SHA256 {
-		t.Skipf("no flood is written here for %s", tls.CipherSuiteName(suite))
-	}
-	_, secret, _ := strings.Cut(secrets.String(), "CLIENT_TRAFFIC_SECRET_0 ")
-	_, secret, _ = strings.Cut(secret, " ")
-	secret, _, _ = strings.Cut(secret, "\n")
-	key, err := hex.DecodeString(secret)
-	must(t, err)
-	flood := &records{Writer: raw}
-	flood.use(t, key)
+	raw, flood := l.records(t)
+	var err error
 	for text := make([]byte, 8<<10); err == nil; {
 		raw.SetWriteDeadline(time.Now().Add(time.Second))
 		err = flood.write(23, text)
 		if err == nil {
 			err = flood.write(22, []byte{24, 0, 0, 1, 1}) // KeyUpdate, update_requested
-			flood.use(t, flood.expand(t, "traffic upd", sha256.Size))
+			flood.update(t)
 		}
 	}
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -1197,6 +1180,55 @@ func TestRevokingDoesNotWaitForAClientThatFloodsKeyUpdatesAndDoesNotRead(t *test
 	if d := time.Since(start); e["reason"] != string(Revoked) || d > time.Second {
 		t.Errorf("after %v: line %v, want %s", d, e, Revoked)
 	}
+}
+
+// KeyUpdates and nothing else, or several in a record, are no way to keep the server busy.
+func TestAFloodOfKeyUpdatesEndsTheConnection(t *testing.T) {
+	l := newLab(t, nil)
+	for _, at := range []int{1, 2, 100} { // in a record
+		raw, flood := l.records(t)
+		go io.Copy(io.Discard, raw) // it does read
+		raw.SetDeadline(time.Now().Add(patience))
+		for err := error(nil); err == nil; {
+			err = flood.write(22, bytes.Repeat([]byte{24, 0, 0, 1, 0}, at)) // update_not_requested
+			for range at {
+				flood.update(t)
+			}
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%d in a record are taken without end", at)
+			}
+		}
+		e := l.log.of(t, raw.LocalAddr())
+		if e["reason"] != "client-error" || e["user"] != "alice" || strings.Contains(e["detail"], "MAC") { // it was no KeyUpdate
+
+			t.Errorf("%d in a record: line %v, want client-error", at, e)
+		}
+	}
+	l.in(t, "web", &l.alice)
+}
+
+// records makes a connection as alice and returns it with what its next records are written by.
+func (l *lab) records(t *testing.T) (net.Conn, *records) {
+	var secrets bytes.Buffer
+	raw, err := net.Dial("tcp", l.addr("web"))
+	must(t, err)
+	t.Cleanup(func() { raw.Close() })
+	raw.(*net.TCPConn).SetReadBuffer(4096)
+	conf := l.clientConfig(&l.alice)
+	conf.KeyLogWriter = &secrets
+	c := tls.Client(raw, conf)
+	must(t, greeted(c, "web"))
+	if suite := c.ConnectionState().CipherSuite; suite != tls.TLS_AES_128_GCM_SHA256 {
+		t.Skipf("no records are written here for %s", tls.CipherSuiteName(suite))
+	}
+	_, secret, _ := strings.Cut(secrets.String(), "CLIENT_TRAFFIC_SECRET_0 ")
+	_, secret, _ = strings.Cut(secret, " ")
+	secret, _, _ = strings.Cut(secret, "\n")
+	key, err := hex.DecodeString(secret)
+	must(t, err)
+	r := &records{Writer: raw}
+	r.use(t, key)
+	return raw, r
 }
 
 // Records are written as TLS 1.3 with TLS_AES_128_GCM_SHA256 has them.
@@ -1216,6 +1248,9 @@ func (r *records) use(t *testing.T, secret []byte) {
 	must(t, err)
 	r.iv = r.expand(t, "iv", 12)
 }
+
+// update goes on to the next secret, as after a KeyUpdate.
+func (r *records) update(t *testing.T) { r.use(t, r.expand(t, "traffic upd", sha256.Size)) }
 
 // expand is HKDF-Expand-Label (RFC 8446, section 7.1).
 func (r *records) expand(t *testing.T, label string, size byte) []byte {
