@@ -184,18 +184,10 @@ func smallBuffers(c net.Conn) error {
 	return errors.Join(tcp.SetReadBuffer(64<<10), tcp.SetWriteBuffer(64<<10))
 }
 
-func TestAProcessShortOfMemoryServesOn(t *testing.T) {
-	slow := 300
-	if testing.Short() || memoryFactor > 1 { // with the race detector there is no telling what is short
-		slow = 50
-	}
-	const (
-		limit = 24 // MiB: less than 300 connections need
-		fast  = 4
-		bulk  = 16 << 20
-	)
+// child starts a child with an upstream that sends without end, and returns where it listens, over TCP and over TLS.
+func child(t *testing.T, env ...string) (addrs [2]string, pid int) {
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "GOMEMLIMIT="+fmt.Sprint(limit*memoryFactor)+"MiB", childVariable+"="+serverDoing(t, func(c *net.TCPConn) {
+	cmd.Env = append(append(os.Environ(), env...), childVariable+"="+serverDoing(t, func(c *net.TCPConn) {
 		smallBuffers(c)
 		for sent := int64(0); ; {
 			n, err := c.Write(stream{}.at(sent, 256<<10))
@@ -217,39 +209,53 @@ func TestAProcessShortOfMemoryServesOn(t *testing.T) {
 			t.Errorf("the child: %v\n%s", err, stderr.String())
 		}
 	})
-	var addrs [2]string
 	lines := bufio.NewReader(stdout)
 	for i := range addrs {
 		line, err := lines.ReadString('\n')
 		must(t, err)
 		addrs[i] = strings.TrimSpace(line)
 	}
+	return addrs, cmd.Process.Pid
+}
 
-	// reader connects over TCP and TLS in turns, and receives n bytes.
-	reader := func(i int, n int64) (net.Conn, error) {
-		c, err := net.DialTimeout("tcp", addrs[i%2], patience)
-		if err != nil {
-			return nil, err
-		}
-		t.Cleanup(func() { c.Close() })
-		smallBuffers(c)
-		c.SetDeadline(time.Now().Add(giveUp))
-		if i%2 == 1 {
-			c = tls.Client(c, &tls.Config{InsecureSkipVerify: true})
-		}
-		buffer := make([]byte, 32<<10)
-		for got := int64(0); got < n; {
-			m, err := c.Read(buffer)
-			if err != nil {
-				return c, fmt.Errorf("after %d bytes: %w", got, err)
-			}
-			if wrong := (stream{}).check(got, buffer[:m]); wrong != "" {
-				return c, errors.New(wrong)
-			}
-			got += int64(m)
-		}
-		return c, nil
+// reader connects to a child, over TCP and TLS in turns, and receives n bytes.
+func reader(t *testing.T, addrs [2]string, i int, n int64) (net.Conn, error) {
+	c, err := net.DialTimeout("tcp", addrs[i%2], patience)
+	if err != nil {
+		return nil, err
 	}
+	t.Cleanup(func() { c.Close() })
+	smallBuffers(c)
+	c.SetDeadline(time.Now().Add(giveUp))
+	if i%2 == 1 {
+		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true})
+	}
+	buffer := make([]byte, 32<<10)
+	for got := int64(0); got < n; {
+		m, err := c.Read(buffer)
+		if err != nil {
+			return c, fmt.Errorf("after %d bytes: %w", got, err)
+		}
+		if wrong := (stream{}).check(got, buffer[:m]); wrong != "" {
+			return c, errors.New(wrong)
+		}
+		got += int64(m)
+	}
+	return c, nil
+}
+
+func TestAProcessShortOfMemoryServesOn(t *testing.T) {
+	slow := 300
+	if testing.Short() || memoryFactor > 1 { // with the race detector there is no telling what is short
+		slow = 50
+	}
+	const (
+		limit = 24 // MiB: less than 300 connections need
+		fast  = 4
+		bulk  = 16 << 20
+	)
+	addrs, pid := child(t, "GOMEMLIMIT="+fmt.Sprint(limit*memoryFactor)+"MiB")
+	reader := func(i int, n int64) (net.Conn, error) { return reader(t, addrs, i, n) }
 	var slowOnes []net.Conn
 	for i := range slow { // they have had something, and read no more; what they are sent fills all buffers there are
 		c, err := reader(i, 100_000)
@@ -267,7 +273,7 @@ func TestAProcessShortOfMemoryServesOn(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	resident := residentMiB(cmd.Process.Pid)
+	resident := residentMiB(pid)
 	t.Logf("the child has %d MiB of memory with %d connections whose clients do not read", resident, slow)
 	if most := 3 * limit * memoryFactor; resident > most {
 		t.Errorf("the child has %d MiB of memory, want at most %d", resident, most)
