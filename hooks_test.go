@@ -388,10 +388,10 @@ func TestHooksMayCallTheApp(t *testing.T) {
 			return dialFake(echoFake)(ctx, network, addr)
 		},
 	}, "a:1", "b:1")
-	calls := 0
+	var calls atomic.Int32 // both directions' pumps ask
 	limits := NewClientLimits(1, func(string) RateLimitManager {
 		call()
-		return limitFunc(func(Event) Decision { calls++; call(); return Decision{} })
+		return limitFunc(func(Event) Decision { calls.Add(1); call(); return Decision{} })
 	})
 	c := serveFake(t.Context(), a, Conn{RateLimit: limits.For("ann"), OnDone: func(Result) { call() }})
 	ping(t, c)
@@ -399,8 +399,8 @@ func TestHooksMayCallTheApp(t *testing.T) {
 	if r := <-results; r.End != EndDone || r.Attempts != 2 {
 		t.Errorf("%+v", r)
 	}
-	if calls != 4 {
-		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, and at the end", calls)
+	if n := calls.Load(); n != 4 {
+		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, and at the end", n)
 	}
 }
 
