@@ -361,6 +361,39 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 	}
 }
 
+// What crypto/tls keeps for each connection is more than a small buffer, and much less than a large one.
+func TestIdleTLSConnectionsHoldNoLargeBuffers(t *testing.T) {
+	const conns, bulk = 40, 1 << 20
+	serverTLS, clientTLS := tlsConfigs(t)
+	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
+		if n, err := io.CopyN(io.Discard, c, bulk); n != bulk || err != nil {
+			return
+		}
+		c.Write([]byte("x"))
+		c.Read(make([]byte, 1))
+	}))
+	addr := serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+		return nil, Conn{Client: TLSServer(c, serverTLS, 0)}, nil
+	})
+	come := func() {
+		c := tls.Client(dial(t, addr), clientTLS)
+		sendPattern(c, bulk)
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	come() // what only the first allocates
+	before := memoryInUse()
+	for range conns {
+		come()
+	}
+	grown := memoryInUse() - before
+	const most = largeBuffer * 5 / 4 // they have 50 KiB, and one of those buffers more would be too much
+	if grown > conns*most {
+		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns, most)
+	}
+}
+
 // A connection that breaks while bulk is on its way leaves nothing of it to the next.
 func TestWhatABrokenConnectionLeavesIsNotTheNextOnes(t *testing.T) {
 	const size = 4 << 20
@@ -704,6 +737,30 @@ func TestTheResetComesWhenWhatWasReadIsDelivered(t *testing.T) {
 		}
 		if r := <-c.result; r.End != EndUpstreamError || time.Since(start) != 100*time.Millisecond {
 			t.Errorf("%+v after %v", r, time.Since(start))
+		}
+	})
+}
+
+func TestWhatNobodyReadsIsWaitedForASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		upstreams := make(chan *duplexConn, 1)
+		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+			ours, theirs := duplex()
+			upstreams <- theirs
+			return ours, nil
+		}}, "u:1")
+		c := serveFake(t.Context(), a, Conn{})
+		upstream := <-upstreams
+		upstream.Write([]byte("answer"))
+		upstream.SetLinger(0)
+		upstream.Close()
+		c.Write([]byte("x")) // so that the reset is noticed
+		start := time.Now()
+		if r := <-c.result; r.End != EndUpstreamError || r.Received != 0 || time.Since(start) != time.Second {
+			t.Errorf("%+v after %v", r, time.Since(start))
+		}
+		if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
+			t.Errorf("client reads %v, want a reset", err)
 		}
 	})
 }

@@ -148,6 +148,31 @@ func TestABlackHoleCostsADialTimeoutThenTheNextUpstreamServes(t *testing.T) {
 	})
 }
 
+func TestDialTimeoutIs5SecondsAndFailTimeout10IfNotGiven(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if addr == "hole:1" {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return dialFake(echoFake)(ctx, network, addr)
+		}}, "hole:1", "good:1")
+		begun := time.Now()
+		for _, step := range []struct{ at, served time.Duration }{
+			{0, 5 * time.Second}, {15*time.Second - 1, 15*time.Second - 1}, {15 * time.Second, 20 * time.Second},
+			{30*time.Second - 1, 30*time.Second - 1}, {30 * time.Second, 35 * time.Second},
+		} {
+			time.Sleep(step.at - time.Since(begun))
+			c := serveFake(t.Context(), a, Conn{})
+			ping(t, c)
+			if at := time.Since(begun); at != step.served {
+				t.Errorf("who came at %v was served at %v, want %v", step.at, at, step.served)
+			}
+			defer c.Close()
+		}
+	})
+}
+
 func TestAllUpstreamsRefuse(t *testing.T) {
 	refused := &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 	var dialled []string
