@@ -12,7 +12,8 @@ import (
 // the original block for a moment, and an Accept that does so then is not ended by Close.)
 type port struct {
 	net.Listener
-	asked     chan struct{} // for another connection; what is accepted unasked would be an error of long ago to whoever asks
+	turn      chan bool     // has whether a connection has been asked for, but while a share accepts: then that has it
+	ask       chan struct{} // for a connection; what is accepted unasked would be an error of long ago to whoever asks
 	accepted  chan accepted
 	closing   chan struct{} // closed with the last share
 	accepting sync.WaitGroup
@@ -36,16 +37,19 @@ func bind(addr string) (*share, error) {
 }
 
 func newPort(l net.Listener) *port {
-	p := &port{Listener: l, asked: make(chan struct{}), accepted: make(chan accepted), closing: make(chan struct{})}
+	p := &port{
+		Listener: l, turn: make(chan bool, 1), ask: make(chan struct{}), accepted: make(chan accepted), closing: make(chan struct{}),
+	}
+	p.turn <- false
 	p.accepting.Go(p.accept)
 	return p
 }
 
-// accept hands connections, and what goes wrong, to those who wait for them, until the last share is closed.
+// accept hands a connection, or what goes wrong, to whoever accepts, each time it is asked, until the last share is closed.
 func (p *port) accept() {
 	for {
 		select {
-		case <-p.asked:
+		case <-p.ask:
 		case <-p.closing:
 			return
 		}
@@ -76,21 +80,34 @@ type share struct {
 	closed chan struct{}
 }
 
+// Accept waits for its turn: of two that accept at once, one could get what the other has asked for.
 func (s *share) Accept() (net.Conn, error) {
 	select {
 	case <-s.closed: // before all else: what comes now is for those who still listen
 		return nil, net.ErrClosed
 	default:
 	}
-	for asked := s.asked; ; {
+	asked := false
+	select {
+	case asked = <-s.turn:
+	case <-s.closed:
+		return nil, net.ErrClosed
+	}
+	defer func() { s.turn <- asked }()
+	if !asked {
 		select {
-		case asked <- struct{}{}:
-			asked = nil
-		case a := <-s.accepted:
-			return a.Conn, a.err
+		case s.ask <- struct{}{}:
+			asked = true
 		case <-s.closed:
 			return nil, net.ErrClosed
 		}
+	}
+	select {
+	case a := <-s.accepted:
+		asked = false
+		return a.Conn, a.err
+	case <-s.closed: // the next one gets what this one has asked for
+		return nil, net.ErrClosed
 	}
 }
 

@@ -27,6 +27,61 @@ func TestAClosedShareAcceptsNothing(t *testing.T) {
 	}
 }
 
+// A fedListener accepts what is put into it.
+type fedListener struct {
+	net.Listener
+	conns  chan net.Conn
+	closed chan struct{}
+}
+
+func (l *fedListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *fedListener) Close() error { close(l.closed); return nil }
+
+// Whoever takes a connection that another share has asked for, and then is closed, does not leave that one waiting.
+func TestEachShareThatAcceptsIsServedInTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &fedListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		p := newPort(l)
+		gone := p.share()
+		accepting := map[*share]bool{}
+		accepted := make(chan *share)
+		accept := func(s *share) {
+			go func() {
+				if _, err := s.Accept(); err == nil {
+					accepted <- s
+				}
+			}()
+			synctest.Wait()
+		}
+		accept(gone)
+		for range 3 {
+			s := p.share()
+			accepting[s] = true
+			accept(s)
+		}
+		must(t, gone.Close()) // which has asked
+		for len(accepting) > 0 {
+			l.conns <- nil
+			synctest.Wait()
+			select {
+			case s := <-accepted:
+				delete(accepting, s)
+				must(t, s.Close())
+			default:
+				t.Fatalf("%d accept, and there is a connection, but none gets it", len(accepting))
+			}
+		}
+	})
+}
+
 // A listenerUntil fails until a time, and then is silent.
 type listenerUntil struct {
 	net.Listener
