@@ -864,7 +864,13 @@ func (p *pump) write(b []byte) (int, error) {
 		return 0, net.ErrClosed
 	}
 	p.writing.Store(true)
-	n, err := p.send(b)
+	var n int
+	var err error
+	if c, ok := p.dst.(*TLSConn); ok {
+		n, err = c.write(b, p)
+	} else {
+		n, err = p.send(b)
+	}
 	switch {
 	case n < 0 || n > len(b):
 		return 0, errBadCount
@@ -875,6 +881,11 @@ func (p *pump) write(b []byte) (int, error) {
 		p.writing.Store(false) // else run does that, when the error is known
 	}
 	return n, err
+}
+
+func (p *pump) dropBuffer() {
+	p.buf.free()
+	p.buf = nil
 }
 
 // A buffer is what bytes pass through. It is pooled, small or large.
@@ -974,7 +985,10 @@ func (c *TLSConn) Read(b []byte) (int, error) {
 
 // Write is that of tls.Conn. If one of more than 16 KiB fails, how many bytes of b have left is not known, and 0 is
 // returned.
-func (c *TLSConn) Write(b []byte) (int, error) {
+func (c *TLSConn) Write(b []byte) (int, error) { return c.write(b, nil) }
+
+// write is Write, but that p drops its buffer, which b is in, before a wait for the peer to take what is large.
+func (c *TLSConn) write(b []byte, p *pump) (int, error) {
 	const record = 16 << 10 // the most that one holds
 	if len(b) <= record || !c.resumable {
 		return c.Conn.Write(b)
@@ -984,6 +998,9 @@ func (c *TLSConn) Write(b []byte) (int, error) {
 	}
 	c.wire.gather()
 	n, err := c.Conn.Write(b)
+	if p != nil {
+		p.dropBuffer()
+	}
 	if e := c.wire.flush(); e != nil {
 		err = e
 	}

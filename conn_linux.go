@@ -142,11 +142,6 @@ func (p *pump) readTLSNow(fd uintptr) bool {
 	return true // an error that comes after bytes comes again
 }
 
-func (p *pump) dropBuffer() {
-	p.buf.free()
-	p.buf = nil
-}
-
 // readError is what n and errno say when reading, or the call instead of it, came to nothing.
 func (p *pump) readError(call string) error {
 	if p.errno == 0 {

@@ -897,9 +897,13 @@ func TestEachConnectionGivesBackItsCountWhenItEnds(t *testing.T) {
 type countedConn struct {
 	net.Conn
 	writes, failFrom int
+	onWrite          func() // nil: nothing
 }
 
 func (c *countedConn) Write(b []byte) (int, error) {
+	if c.onWrite != nil {
+		c.onWrite()
+	}
 	if c.writes++; c.failFrom > 0 && c.writes >= c.failFrom {
 		return 0, errors.New("broken wire")
 	}
@@ -960,6 +964,24 @@ func TestTLSConnSaysWhenWhatWasGatheredDidNotLeave(t *testing.T) {
 		if n, err := server.Write(make([]byte, 10)); n != 0 || err == nil {
 			t.Errorf("afterwards: %d, %v", n, err)
 		}
+	}
+}
+
+// What is gathered is a second copy of what is written. While the peer does not take it, it is the only one.
+func TestAPumpHoldsOneBufferWhileTLSWaits(t *testing.T) {
+	client, server, wire := tlsPair(t, 0)
+	go io.Copy(io.Discard, client)
+	if err := server.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	p := &pump{dst: server, buf: newBuffer(largeBuffer)}
+	wire.onWrite = func() {
+		if p.buf != nil {
+			t.Error("the pump keeps its buffer")
+		}
+	}
+	if n, err := p.write(*p.buf); n != largeBuffer || err != nil {
+		t.Errorf("%d, %v", n, err)
 	}
 }
 

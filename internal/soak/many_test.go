@@ -104,30 +104,35 @@ func TestReadersOfAKilobyteASecondCostABoundedAmountOfMemory(t *testing.T) {
 	if testing.Short() {
 		readers, seconds = 50, 2
 	}
-	addrs, pid := child(t)
-	for i := range 2 { // what the first ones make it have
-		c, err := reader(t, addrs, i, 1<<20)
-		must(t, err)
-		c.Close()
-	}
-	before := residentMiB(pid)
-	var reading sync.WaitGroup
-	for i := range readers {
-		c, err := reader(t, addrs, i, 200_000) // enough to be taken for bulk
-		must(t, err)
-		reading.Go(func() {
-			for range seconds {
-				if _, err := io.ReadFull(c, make([]byte, 1<<10)); err != nil {
-					t.Errorf("reader %d: %v", i, err)
-				}
-				time.Sleep(time.Second)
+	for kind, name := range []string{"TCP", "TLS"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			addrs, pid := child(t)
+			reader := func(n int64) net.Conn {
+				c, err := reader(t, addrs, kind, n)
+				must(t, err)
+				return c
+			}
+			reader(1 << 20).Close() // what the first one makes it have
+			before := residentMiB(pid)
+			var reading sync.WaitGroup
+			for i := range readers {
+				c := reader(200_000) // enough to be taken for bulk
+				reading.Go(func() {
+					for range seconds {
+						if _, err := io.ReadFull(c, make([]byte, 1<<10)); err != nil {
+							t.Errorf("reader %d: %v", i, err)
+						}
+						time.Sleep(time.Second)
+					}
+				})
+			}
+			reading.Wait()
+			grown := residentMiB(pid) - before
+			t.Logf("%d slow readers: %d MiB, which is %d KiB for each", readers, grown, grown<<10/readers)
+			if most := most * memoryFactor; grown<<20 > readers*most {
+				t.Errorf("the child has grown by %d MiB: %d KiB for each of %d readers, want at most %d", grown, grown<<10/readers, readers, most>>10)
 			}
 		})
-	}
-	reading.Wait()
-	grown := residentMiB(pid) - before
-	t.Logf("%d slow readers: %d MiB, which is %d KiB for each", readers, grown, grown<<10/readers)
-	if most := most * memoryFactor; grown<<20 > readers*most {
-		t.Errorf("the child has grown by %d MiB: %d KiB for each of %d readers, want at most %d", grown, grown<<10/readers, readers, most>>10)
 	}
 }

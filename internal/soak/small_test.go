@@ -160,7 +160,7 @@ func childMain() {
 			if err := smallBuffers(c); err != nil || !overTLS {
 				return nil, lbproxy.Conn{}, err
 			}
-			t := tls.Server(c, conf)
+			t := lbproxy.TLSServer(c, conf, 0)
 			return nil, lbproxy.Conn{Client: t}, t.HandshakeContext(ctx)
 		}
 		l, err := net.Listen("tcp", "127.0.0.1:0")
