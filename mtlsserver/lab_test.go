@@ -31,22 +31,33 @@ import (
 	"time"
 )
 
-// TestMain fails if a goroutine is left over.
+// TestMain fails if a goroutine or a descriptor is left over.
 func TestMain(m *testing.M) {
-	before := runtime.NumGoroutine()
+	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
+		l.Close() // the runtime's poller has descriptors for good
+	}
+	before, files := runtime.NumGoroutine(), openFiles()
 	code := m.Run()
 	if f := flag.Lookup("test.fuzz"); f != nil && f.Value.String() != "" {
 		os.Exit(code) // package testing leaves some itself
 	}
-	for late, again := time.After(5*time.Second), time.Tick(10*time.Millisecond); code == 0 && runtime.NumGoroutine() > before; {
+	for late, again := time.After(5*time.Second), time.Tick(10*time.Millisecond); code == 0 && (runtime.NumGoroutine() > before || openFiles() > files); {
+		runtime.GC() // which closes the pipes that io.Copy keeps in a pool
 		select {
 		case <-again:
 		case <-late:
+			fmt.Fprintf(os.Stderr, "left behind: %d descriptors, and perhaps goroutines\n", openFiles()-files)
 			pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
 			code = 1
 		}
 	}
 	os.Exit(code)
+}
+
+// openFiles is how many descriptors the process has, where that can be told.
+func openFiles() int {
+	entries, _ := os.ReadDir("/proc/self/fd")
+	return len(entries)
 }
 
 // patience is how long a test waits for what must happen.
