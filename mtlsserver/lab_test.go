@@ -24,6 +24,7 @@ import (
 	"runtime"
 	"runtime/pprof"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -179,7 +180,8 @@ func writePEM(t testing.TB, dir, name string, cert tls.Certificate) (certFile, k
 type book struct {
 	mu    sync.Mutex
 	lines []entry
-	more  chan struct{} // closed when there is another line
+	told  map[string]bool // the numbers of those that of has returned
+	more  chan struct{}   // closed when there is another line
 }
 
 // An entry is a line's attributes, its message under "msg".
@@ -197,6 +199,7 @@ func (b *book) Handle(_ context.Context, r slog.Record) error {
 	})
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	e["number"] = strconv.Itoa(len(b.lines))
 	b.lines = append(b.lines, e)
 	close(b.more)
 	b.more = make(chan struct{})
@@ -228,10 +231,18 @@ func (b *book) await(t testing.TB, what string, match func(entry) bool) entry {
 	}
 }
 
-// of awaits the final line of the connection from addr.
+// of awaits the final line of the connection from addr. Another one, to another app, may have come from there before.
 func (b *book) of(t testing.TB, addr net.Addr) entry {
 	t.Helper()
-	return b.await(t, "of "+addr.String(), func(e entry) bool { return e["msg"] == "connection" && e["client"] == addr.String() })
+	e := b.await(t, "of "+addr.String(), func(e entry) bool {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return e["msg"] == "connection" && e["client"] == addr.String() && !b.told[e["number"]]
+	})
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.told[e["number"]] = true
+	return e
 }
 
 // An upstream answers each connection with its name and a newline, and then with what it is sent.
@@ -295,7 +306,7 @@ type lab struct {
 // newLab starts a server, with a configuration that change, if not nil, has adapted.
 func newLab(t testing.TB, change func(*lab)) *lab {
 	t.Helper()
-	l := &lab{ca: newAuthority(t, "ca"), dir: t.TempDir(), log: &book{more: make(chan struct{})}, ran: make(chan error, 1)}
+	l := &lab{ca: newAuthority(t, "ca"), dir: t.TempDir(), log: &book{told: map[string]bool{}, more: make(chan struct{})}, ran: make(chan error, 1)}
 	l.web, l.db = newUpstream(t, "web", nil), newUpstream(t, "db", nil)
 	l.alice = l.ca.issue(t, leafOf(0xa11ce))
 	l.roots = x509.NewCertPool()
