@@ -354,7 +354,7 @@ func TestWrongFlags(t *testing.T) {
 		{"-upstream b:1,2", `invalid value "b:1,2" for flag -upstream: ` + wantUpstream},
 		{"-upstream b:1,", `invalid value "b:1," for flag -upstream: ` + wantUpstream},
 		{"-listen 127.0.0.1:0 -upstream b", `-upstream: lbproxy: app "basic": upstream 0: Addr "b": missing port in address: want host:port`},
-		{"-listen 127.0.0.1:0 -upstream b:1 -upstream b:1", `-upstream: lbproxy: app "basic": upstream 1: Addr "b:1": upstream 0 has it already`},
+		{"-listen 127.0.0.1:0 -upstream b:1 -upstream b:1", `-upstream: lbproxy: app "basic": upstream 1: Addr "b:1": upstream 0 has it already: give it once`},
 		{"-rate -1", `invalid value "-1" for flag -rate: ` + wantRate},
 		{"-rate NaN", `invalid value "NaN" for flag -rate: ` + wantRate},
 		{"-rate 1e-9", `invalid value "1e-9" for flag -rate: ` + wantRate},
