@@ -737,7 +737,7 @@ func TestCloseBreaksConnectionsAndDoesNotWaitForPeers(t *testing.T) {
 	const conns, most, tries = 200, 100 * time.Millisecond, 5
 	serverTLS, clientTLS := tlsConfigs(t)
 	var took [tries]time.Duration
-	for i := range took { // a machine that is busy with other things may be late, but not each time
+	for i := range took { // more than once, for a machine may be busy with other things
 		took[i] = closeUnderLoad(t, conns, serverTLS, clientTLS)
 		if took[i] <= most {
 			return
@@ -746,8 +746,30 @@ func TestCloseBreaksConnectionsAndDoesNotWaitForPeers(t *testing.T) {
 	t.Errorf("Close took %v, want at most %v", took, most)
 }
 
-// closeUnderLoad returns how long Close takes when there are so many connections, plain and TLS ones, whose upstreams send
-// all they can to clients that do not read. What the system has in its queues is bounded: throwing it away takes time, too.
+// lateness returns a function that returns for how long, since then, a goroutine that only sleeps was not run when it
+// should have been. Who waits for processors, and not for anything else, is as late.
+func lateness() func() time.Duration {
+	const nap = time.Millisecond
+	stop, sum := make(chan struct{}), make(chan time.Duration)
+	go func() {
+		late := time.Duration(0)
+		for {
+			began := time.Now()
+			select {
+			case <-time.After(nap):
+				late += max(0, time.Since(began)-2*nap)
+			case <-stop:
+				sum <- late + max(0, time.Since(began)-2*nap)
+				return
+			}
+		}
+	}()
+	return func() time.Duration { close(stop); return <-sum }
+}
+
+// closeUnderLoad returns how long Close takes, apart from waiting for processors, when there are so many connections, plain
+// and TLS ones, whose upstreams send all they can to clients that do not read. What the system has in its queues is
+// bounded: throwing it away takes time, too.
 func closeUnderLoad(t *testing.T, conns int, serverTLS, clientTLS *tls.Config) time.Duration {
 	bounded := func(c net.Conn) net.Conn {
 		c.(*net.TCPConn).SetReadBuffer(64 << 10)
@@ -792,9 +814,9 @@ func closeUnderLoad(t *testing.T, conns int, serverTLS, clientTLS *tls.Config) t
 	for range conns {
 		<-stuck
 	}
-	start := time.Now()
+	late, start := lateness(), time.Now()
 	a.Close()
-	took := time.Since(start)
+	took := time.Since(start) - late()
 	wantCounts(t, a, uint64(conns), 0, 0)
 	for range conns {
 		if r := <-results; r.End != EndClosed || r.Err != ErrAppClosed {

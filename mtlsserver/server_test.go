@@ -597,7 +597,7 @@ func TestExpiryEndsTheConnection(t *testing.T) {
 	cert := l.ca.issue(t, tmpl)
 	c, other := l.in(t, "web", &cert), l.in(t, "web", &l.alice)
 	must(t, ended(c))
-	if now := time.Now(); now.Before(tmpl.NotAfter.Add(-50*time.Millisecond)) || now.After(tmpl.NotAfter.Add(time.Second)) {
+	if now := time.Now(); now.Before(tmpl.NotAfter.Add(-50*time.Millisecond)) || now.After(tmpl.NotAfter.Add(time.Second+time.Second/2)) { // half of it for a machine that is busy
 		t.Errorf("ended %v after the certificate did", now.Sub(tmpl.NotAfter))
 	}
 	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Expired) || e["user"] != "alice" {
