@@ -78,10 +78,8 @@ func TestAProcessOutOfDescriptorsServesAgainWhenSomeAreFree(t *testing.T) {
 		c.Close()
 	}
 	late, start := lateness(), time.Now()
-	for !served() { // those that were waiting come first, and some take what there is without having enough
-		if time.Since(start) > 20*time.Second {
-			break
-		}
+	for !served() && time.Since(start) < 20*time.Second {
+		// those that were waiting come first, and some take what there is without having enough
 	}
 	if took := time.Since(start) - late(); took > 1500*time.Millisecond {
 		t.Errorf("not served before %v, want at most the second that Serve waits, and half a second more", took)

@@ -715,22 +715,27 @@ func TestAnAnswerThatWasSentBeforeAResetIsNotLost(t *testing.T) {
 	}
 }
 
+// answeredThenReset returns a client whose upstream has answered and then reset the connection, of which nothing is read yet.
+func answeredThenReset(t *testing.T) served {
+	upstreams := make(chan *duplexConn, 1)
+	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		ours, theirs := duplex()
+		upstreams <- theirs
+		return ours, nil
+	}}, "u:1")
+	c := serveFake(t.Context(), a, Conn{})
+	upstream := <-upstreams
+	upstream.Write([]byte("answer"))
+	upstream.SetLinger(0)
+	upstream.Close()
+	c.Write([]byte("x")) // so that the reset is noticed
+	return c
+}
+
 // A reader that takes a while for what came before the reset is not made to wait for the reset.
 func TestTheResetComesWhenWhatWasReadIsDelivered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		upstreams := make(chan *duplexConn, 1)
-		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-			ours, theirs := duplex()
-			upstreams <- theirs
-			return ours, nil
-		}}, "u:1")
-		c := serveFake(t.Context(), a, Conn{})
-		upstream := <-upstreams
-		upstream.Write([]byte("answer"))
-		upstream.SetLinger(0)
-		upstream.Close()
-		c.Write([]byte("x")) // so that the reset is noticed
-		start := time.Now()
+		c, start := answeredThenReset(t), time.Now()
 		time.Sleep(100 * time.Millisecond)
 		if b, err := io.ReadAll(c); string(b) != "answer" || err != syscall.ECONNRESET {
 			t.Errorf("client got %q, %v; want the answer, then a reset", b, err)
@@ -743,19 +748,7 @@ func TestTheResetComesWhenWhatWasReadIsDelivered(t *testing.T) {
 
 func TestWhatNobodyReadsIsWaitedForASecond(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		upstreams := make(chan *duplexConn, 1)
-		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-			ours, theirs := duplex()
-			upstreams <- theirs
-			return ours, nil
-		}}, "u:1")
-		c := serveFake(t.Context(), a, Conn{})
-		upstream := <-upstreams
-		upstream.Write([]byte("answer"))
-		upstream.SetLinger(0)
-		upstream.Close()
-		c.Write([]byte("x")) // so that the reset is noticed
-		start := time.Now()
+		c, start := answeredThenReset(t), time.Now()
 		if r := <-c.result; r.End != EndUpstreamError || r.Received != 0 || time.Since(start) != time.Second {
 			t.Errorf("%+v after %v", r, time.Since(start))
 		}

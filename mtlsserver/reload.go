@@ -12,10 +12,10 @@ import (
 
 // Reload replaces the configuration by c, which must not be changed afterwards. If anything is wrong with it or with a
 // file it names, or an address cannot be bound, nothing changes: that includes a server certificate that has expired
-// meanwhile, so renew it in time. Else connections that c does not allow are being
-// reset when Reload returns. All others live on, and so do listeners whose app and address are the same, what users have
-// spent of limits that are the same, and the counts of upstreams of apps that are otherwise the same. A changed limit,
-// idleTimeout or healthCheck is for connections that begin from now on.
+// meanwhile, so renew it in time. Else connections that c does not allow are being reset when Reload returns. All others
+// live on, and so do listeners whose app and address are the same, what users have spent of limits that are the same, and
+// the counts of upstreams of apps that are otherwise the same. A changed limit, idleTimeout or healthCheck is for
+// connections that begin from now on.
 func (s *Server) Reload(c *Config) error {
 	m, err := c.materials()
 	if err != nil {

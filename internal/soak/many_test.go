@@ -1,7 +1,6 @@
 package soak
 
 import (
-	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -45,14 +44,7 @@ func TestAThousandStalledConnectionsAreGoneAfterTheIdleTimeout(t *testing.T) {
 	must(t, err)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
-	served := make(chan error, 1)
-	go func() { served <- a.Serve(l, nil) }()
-	t.Cleanup(func() {
-		a.Close()
-		if err := <-served; !errors.Is(err, lbproxy.ErrAppClosed) {
-			t.Error(err)
-		}
-	})
+	serve(t, a, l)
 	var lag lag
 	stop := make(chan struct{})
 	var watching sync.WaitGroup

@@ -74,14 +74,7 @@ func TestAFullAcceptQueueDelaysAndLosesNothing(t *testing.T) {
 		l.Close()
 		t.Skip("there is no way to make the queue small")
 	}
-	served := make(chan error, 1)
-	go func() { served <- a.Serve(l, nil) }()
-	t.Cleanup(func() {
-		a.Close()
-		if err := <-served; !errors.Is(err, lbproxy.ErrAppClosed) {
-			t.Error(err)
-		}
-	})
+	serve(t, a, l)
 
 	dial := func(patience time.Duration) net.Conn {
 		c, err := net.DialTimeout("tcp", l.Addr().String(), patience)
@@ -176,6 +169,18 @@ func childMain() {
 		}
 	}
 	os.Exit(0)
+}
+
+// serve has a serve what l accepts, until the test ends.
+func serve(t *testing.T, a *lbproxy.LBProxyApp, l net.Listener) {
+	served := make(chan error, 1)
+	go func() { served <- a.Serve(l, nil) }()
+	t.Cleanup(func() {
+		a.Close()
+		if err := <-served; !errors.Is(err, lbproxy.ErrAppClosed) {
+			t.Error(err)
+		}
+	})
 }
 
 // smallBuffers bounds what the system keeps for c: megabytes for each connection, else, of what all of it has for TCP.
