@@ -50,8 +50,8 @@ func run(out io.Writer) (err error) {
 			{ID: "db", Listen: "127.0.0.1:0", Upstreams: []mtlsserver.Upstream{upstreams.add("db-1")}},
 		},
 		Users: []mtlsserver.User{
-			{Name: "reporting", Serials: []string{"0x4d2"}, Apps: []string{"web"}},
-			{Name: "alice", Serials: []string{"A1:1C:E0"}, Apps: []string{"web", "db"}},
+			{Name: "reporting", Serials: []mtlsserver.UserSerial{{Serial: "0x4d2"}}, Apps: []string{"web"}},
+			{Name: "alice", Serials: []mtlsserver.UserSerial{{Serial: "A1:1C:E0"}}, Apps: []string{"web", "db"}},
 		},
 	}
 	if upstreams.err != nil {

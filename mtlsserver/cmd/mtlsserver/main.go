@@ -104,7 +104,10 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 	case "check":
 		config := flags.String("config", "", required)
 		do = func(string) error {
-			_, err := mtlsserver.Load(*config)
+			c, err := mtlsserver.Load(*config)
+			if err == nil {
+				err = c.Validate()
+			}
 			if err == nil {
 				fmt.Fprintf(stdout, "%s: no problems found\n", *config)
 			}
@@ -237,7 +240,8 @@ func (s *server) ready(srv *mtlsserver.Server, config *mtlsserver.Config, w io.W
 func (s *server) reload(srv *mtlsserver.Server) {
 	config, err := mtlsserver.Load(s.config)
 	if err == nil {
-		err = s.explain(srv.Reload(config))
+		_, err = srv.Reload(config)
+		err = s.explain(err)
 	}
 	if err != nil {
 		for problem := range strings.SplitSeq(err.Error(), "\n") {
@@ -245,7 +249,6 @@ func (s *server) reload(srv *mtlsserver.Server) {
 		}
 		return
 	}
-	s.log.Info("reloaded", "config", s.config)
 	s.ready(srv, config, io.Discard) // whoever waited for the server to be ready need not be reading any more
 }
 
