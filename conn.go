@@ -3,6 +3,7 @@ package lbproxy
 import (
 	"container/list"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -270,6 +271,7 @@ type session struct {
 
 	client   net.Conn  // what is relayed: conn.Client as admit left it
 	upstream *upstream // what it is counted on
+	unlost   func()    // ends what CloseOnDown waits for; nil: nothing
 	opened   bool      // the RateLimit is owed an EventClose
 	attempts int
 	keep     bool // client outlives the relay, for OnRefused
@@ -332,7 +334,7 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 	if ctx.Err() != nil {
 		c.abort(&ending{EndCanceled, context.Cause(ctx)})
 	} else if ctx.Done() != nil {
-		defer s.watch(ctx)()
+		defer after(ctx, func() { c.abort(&ending{EndCanceled, context.Cause(ctx)}) })()
 	}
 	s.serve(true)
 	if p := s.outcome.Panic; p != nil {
@@ -347,15 +349,15 @@ func isNil(c net.Conn) bool {
 	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
 }
 
-// watch aborts the session when ctx ends, until the function it returns has returned.
-func (s *session) watch(ctx context.Context) (unwatch func()) {
+// after calls f when ctx ends, until the function it returns has returned.
+func after(ctx context.Context, f func()) (stop func()) {
 	done := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
+	stopped := context.AfterFunc(ctx, func() {
 		defer close(done)
-		s.conn.abort(&ending{EndCanceled, context.Cause(ctx)})
+		f()
 	})
 	return func() {
-		if !stop() {
+		if !stopped() {
 			<-done
 		}
 	}
@@ -510,41 +512,44 @@ func (s *session) giveUp(e *ending) {
 // connect finds an upstream that answers.
 func (s *session) connect() (net.Conn, *ending) {
 	b := &s.app.balancer
-	var tried map[*upstream]bool
+	var search search
 	var errs []error
+	var none error
 	for s.ctx.Err() == nil {
-		u, conf := b.acquire(tried, time.Now())
-		if u == nil {
+		p, err := b.acquire(&search, time.Now())
+		if err != nil {
+			none = err
 			break
 		}
-		s.upstream = u
+		s.upstream = p.u
 		s.attempts++
-		s.setState(ConnDialing, conf.Addr)
-		server, changed, err := s.try(u, conf)
+		s.setState(ConnDialing, p.conf.Addr)
+		server, changed, err := s.try(p)
 		if err == nil {
-			s.setState(ConnOpen, conf.Addr)
+			s.setState(ConnOpen, p.conf.Addr)
 			if changed {
-				s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", conf.Addr))
+				s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
+			}
+			if s.app.opts.CloseOnDown && p.lost != nil {
+				s.unlost = after(p.lost, func() { s.conn.abort(&ending{EndUpstreamError, context.Cause(p.lost)}) })
 			}
 			return server, nil
 		}
 		s.upstream = nil
-		b.release(u)
+		b.release(p.u)
 		if changed {
-			s.app.log(slog.LevelWarn, "lbproxy: upstream failed and is skipped", slog.String("upstream", conf.Addr),
-				slog.Duration("for", b.failTimeout), slog.String("err", err.Error()))
+			s.app.log(slog.LevelWarn, "lbproxy: upstream failed and is skipped",
+				slog.String("upstream", p.conf.Addr), slog.Duration("for", b.failTimeout),
+				slog.String("err", err.Error()))
 		}
-		errs = append(errs, &DialError{App: s.app.id, Addr: conf.Addr, Err: err})
+		errs = append(errs, &DialError{App: s.app.id, Addr: p.conf.Addr, Err: err})
 		if exhausted(err) {
 			break
 		}
-		if tried == nil {
-			tried = map[*upstream]bool{}
-		}
-		tried[u] = true
+		search.add(p.u)
 	}
 	if errs == nil {
-		return nil, &ending{EndNoUpstream, ErrNoUpstream}
+		return nil, &ending{EndNoUpstream, none}
 	}
 	return nil, &ending{EndDialFailed, errors.Join(errs...)}
 }
@@ -555,17 +560,19 @@ func (s *session) setState(state ConnState, addr string) {
 	s.state, s.addr = state, addr
 }
 
-// try dials u once and tells the balancer how that went, also when the dialer panics.
-func (s *session) try(u *upstream, conf *Upstream) (c net.Conn, changed bool, err error) {
+// try dials p once and tells the balancer how that went, also when the dialer panics.
+func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
 	v := unknown
-	defer func() { changed = s.app.balancer.settle(u, v, time.Now()) }()
+	defer func() { changed = s.app.balancer.settle(p.u, v, err, time.Now()) }()
 	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
 	defer cancel()
-	c, err = s.app.dial(ctx, conf, s.conn)
-	if err == nil {
-		v = works
-	} else if !ourFault(err) && s.ctx.Err() == nil {
-		v = fails
+	if p.lost != nil {
+		defer context.AfterFunc(p.lost, cancel)()
+	}
+	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
+	v, err = p.judge(err)
+	if v == fails && s.ctx.Err() != nil {
+		v = unknown
 	}
 	return c, false, err
 }
@@ -618,6 +625,9 @@ func (s *session) finish() {
 	defer s.app.leave()
 	defer s.log()
 	s.settle()
+	if s.unlost != nil {
+		s.unlost()
+	}
 	if s.upstream != nil {
 		s.app.balancer.release(s.upstream)
 	}
@@ -693,7 +703,7 @@ func (s *session) log() {
 	case EndNoUpstream, EndDialFailed, EndUpstreamError:
 		level = slog.LevelWarn
 	}
-	s.app.lines.add(s.ctx, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
+	s.app.lines.Add(s.ctx, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
 }
 
 func (s *session) event(kind EventKind) Event {
@@ -766,4 +776,29 @@ func (c *Conn) readProxyHeader() error {
 		c.ServerAddr = net.TCPAddrFromAddrPort(h.Dest)
 	}
 	return nil
+}
+
+// proxyHeader describes c to an upstream.
+func (c *Conn) proxyHeader() proxyproto.Header {
+	h := proxyproto.Header{ClientID: c.ClientID}
+	from, to := c.ClientAddr, c.ServerAddr
+	if from == nil {
+		from = c.Client.RemoteAddr()
+	}
+	if to == nil {
+		to = c.Client.LocalAddr()
+	}
+	source, ok1 := from.(*net.TCPAddr)
+	dest, ok2 := to.(*net.TCPAddr)
+	if ok1 && ok2 {
+		h.Source, h.Dest = source.AddrPort(), dest.AddrPort()
+	}
+	if t, ok := c.Client.(interface{ ConnectionState() tls.ConnectionState }); ok {
+		state := t.ConnectionState()
+		h.TLS = &proxyproto.TLSInfo{Version: tls.VersionName(state.Version), Verified: c.Verified}
+		if len(state.PeerCertificates) > 0 {
+			h.TLS.CN = state.PeerCertificates[0].Subject.CommonName
+		}
+	}
+	return h
 }

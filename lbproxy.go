@@ -3,7 +3,6 @@ package lbproxy
 import (
 	"container/list"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"iter"
@@ -12,10 +11,10 @@ import (
 	"net"
 	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
+	"github.com/danielepagano/lbproxy/internal/logqueue"
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
@@ -41,33 +40,6 @@ func (e *DialError) Error() string {
 }
 
 func (e *DialError) Unwrap() error { return e.Err }
-
-// An Upstream is a server that connections are forwarded to.
-type Upstream struct {
-	// Addr is "host:port". It identifies the upstream and is unique within an app. A host name is
-	// resolved at each dial.
-	Addr string
-
-	// Weight is the upstream's capacity relative to the others, at most a million. 0 means 1.
-	Weight int
-
-	// MaxConns is the most connections it gets at once, dials included. 0 means no bound.
-	MaxConns int
-
-	// TLS, if set, makes the app speak TLS to the upstream; its Certificates prove the proxy to
-	// it. An empty ServerName is taken from Addr, as in tls.Dial. A stream that the upstream ends
-	// without close_notify counts as cut. nil means plain TCP.
-	TLS *tls.Config
-
-	// ProxyProtocol is the version, 1 or 2, of the PROXY protocol header that the upstream is sent
-	// first, before TLS and within the DialTimeout: it names the client's address and the one the
-	// client connected to. 0 means none. Version 2 also tells the client's TLS version,
-	// Conn.Verified and the certificate's common name, as HAProxy's send-proxy-v2-ssl-cn does, and
-	// Conn.ClientID as type 0xE0, at most 1 KiB of it. Addresses of different families are sent as
-	// UNKNOWN in version 1 and as IPv4-mapped IPv6 in version 2; addresses that are not TCP as
-	// UNKNOWN and LOCAL, like those of a health check. The header is not counted in Sent.
-	ProxyProtocol int
-}
 
 // Options change how an app works. A nil *Options and the zero Options mean the defaults.
 type Options struct {
@@ -96,6 +68,17 @@ type Options struct {
 	// judged by its dials.
 	HealthCheck *HealthCheck
 
+	// OnUpstream is called for every change of an upstream, also of the set that SetUpstreams gives;
+	// not for the upstreams that New is given. One goroutine for the app calls it, in the order of
+	// the changes. While it runs, changes of one upstream are merged into the newest, so that at
+	// most one for each waits. It may block, and call the app: nothing waits for it, neither
+	// Shutdown nor Close. A panic is logged. nil means no call.
+	OnUpstream func(UpstreamChange)
+
+	// CloseOnDown resets an upstream's connections when health checks find it down. Their
+	// Result.End is EndUpstreamError. By default they go on for as long as they can.
+	CloseOnDown bool
+
 	// MaxConns is the most connections that Serve holds at once, those not yet admitted included.
 	// At the limit Serve stops accepting until one ends, and clients wait in the listen queue;
 	// each listener may hold one more. 0 means no bound.
@@ -123,7 +106,7 @@ type LBProxyApp struct {
 	balancer balancer
 	checker  *checker // nil: no health checks
 	engine   *relay.Engine
-	lines    logLines
+	lines    logqueue.Lines
 	slots    chan struct{}   // holds an element for each connection of Serve; nil: no bound
 	ctx      context.Context // ends with ErrAppClosed when the app has been closed
 	cancel   context.CancelCauseFunc
@@ -193,6 +176,7 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		}
 		a.checker = newChecker(a, hc)
 	}
+	a.balancer.changes = newChanges(a)
 	if err := a.SetUpstreams(upstreams); err != nil { // the last thing, as it begins the checks
 		return nil, err
 	}
@@ -237,34 +221,9 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	if a.checker != nil {
 		a.checker.set(confs)
 	} else {
-		a.balancer.set(confs)
+		a.balancer.set(confs, time.Now())
 	}
 	return nil
-}
-
-// check returns Addr's host, or what is wrong with u.
-func (u *Upstream) check() (host, wrong string) {
-	const maxWeight = 1_000_000 // (open+1)*weight must not overflow
-	host, port, err := net.SplitHostPort(u.Addr)
-	var addrErr *net.AddrError
-	switch {
-	case errors.As(err, &addrErr):
-		return "", addrErr.Err + ": want host:port"
-	case host == "":
-		return "", "missing host: want host:port"
-	case strings.ContainsAny(host, " \t\r\n"):
-		return "", "a space in the host: want host:port"
-	case u.Weight < 0 || u.Weight > maxWeight:
-		return "", fmt.Sprintf("Weight %d: want 0 (which means 1) to %d", u.Weight, maxWeight)
-	case u.ProxyProtocol < 0 || u.ProxyProtocol > 2:
-		return "", fmt.Sprintf("ProxyProtocol %d: want 1, 2, or 0 for none", u.ProxyProtocol)
-	case u.MaxConns < 0:
-		return "", fmt.Sprintf("MaxConns %d is negative: use 0 for no bound", u.MaxConns)
-	}
-	if n, err := net.LookupPort("tcp", port); err != nil || n == 0 {
-		return "", fmt.Sprintf("port %q: want 1 to 65535 or the name of a service", port)
-	}
-	return host, ""
 }
 
 // An AdmitFunc decides whether and how c, which Serve has accepted, is served: handshake,
@@ -421,20 +380,6 @@ type Stats struct {
 	Upstreams []UpstreamStats
 }
 
-// UpstreamStats is what an upstream has done and is doing.
-type UpstreamStats struct {
-	Addr           string
-	Weight         int
-	Open           int    // connections now, dials included
-	Total          uint64 // connections it was chosen for
-	Failed         uint64 // of those: dials that failed for a reason that is the upstream's
-	Sent, Received uint64 // bytes to and from it
-
-	// State is "up", "cooling" (passed over after a failed dial), "down" (by its health checks: it gets nothing), or
-	// "draining" (removed, still serving).
-	State string
-}
-
 // Stats returns a consistent snapshot: the upstreams never have more connections open than the app.
 // It is cheap enough to be called every second; its cost depends on the number of upstreams only.
 func (a *LBProxyApp) Stats() Stats {
@@ -448,7 +393,7 @@ func (a *LBProxyApp) Stats() Stats {
 	for _, end := range endReasons {
 		s.Ends[end] = a.ends[end]
 	}
-	s.Upstreams, s.Sent, s.Received = a.balancer.stats()
+	s.Upstreams, s.Sent, s.Received = a.balancer.snapshot()
 	return s
 }
 
@@ -514,7 +459,7 @@ func (a *LBProxyApp) Shutdown(ctx context.Context) error {
 	}
 	a.cancel(ErrAppClosed)
 	a.ended()
-	a.lines.flush(100 * time.Millisecond)
+	a.lines.Flush(100 * time.Millisecond)
 	if a.checker == nil {
 		return nil
 	}
@@ -671,15 +616,13 @@ func (a *LBProxyApp) endLastWord(c net.Conn) {
 // lastWord lets hook write to a refused client, and closes it when that has arrived.
 func (a *LBProxyApp) lastWord(c net.Conn, hook func(net.Conn, error), err error) {
 	defer a.endLastWord(c)
-	defer c.Close()
-	defer relay.Reset(c) // unless the client has ended its stream, too, it is cut after a second
+	defer relay.LastWord(c)
 	defer func() {
 		if p := recover(); p != nil {
 			a.logPanic("Conn.OnRefused", p, string(debug.Stack()))
 		}
 	}()
 	hook(refusedConn{c}, err)
-	relay.LastWord(c)
 }
 
 // A refusedConn is what an OnRefused writes to.
@@ -704,7 +647,7 @@ func (a *LBProxyApp) logger() *slog.Logger {
 
 // log queues a line about the app.
 func (a *LBProxyApp) log(level slog.Level, msg string, attrs ...slog.Attr) {
-	a.lines.add(context.Background(), a.logger(), level, msg, func() []slog.Attr {
+	a.lines.Add(context.Background(), a.logger(), level, msg, func() []slog.Attr {
 		return append([]slog.Attr{slog.String("app", a.id)}, attrs...)
 	})
 }
@@ -713,90 +656,6 @@ func (a *LBProxyApp) log(level slog.Level, msg string, attrs ...slog.Attr) {
 func (a *LBProxyApp) logPanic(hook string, p any, stack string) {
 	a.log(slog.LevelError, "lbproxy: panic in a hook",
 		slog.String("hook", hook), slog.String("panic", fmt.Sprint(p)), slog.String("stack", stack))
-}
-
-// logLines writes an app's log on a goroutine of its own, so that nobody waits for a logger that
-// blocks. The goroutine runs while there are lines.
-type logLines struct {
-	mu      sync.Mutex
-	waiting []logLine
-	dropped int           // since the last line was written
-	idle    chan struct{} // closed when the goroutine ends; nil while there is none
-}
-
-type logLine struct {
-	ctx     context.Context
-	handler slog.Handler
-	record  slog.Record
-}
-
-const maxLogLines = 4096 // that wait
-
-// add queues a line if l is enabled for its level.
-func (q *logLines) add(ctx context.Context, l *slog.Logger, level slog.Level, msg string, attrs func() []slog.Attr) {
-	if !l.Enabled(ctx, level) {
-		return
-	}
-	line := logLine{ctx, l.Handler(), slog.NewRecord(time.Now(), level, msg, 0)}
-	line.record.AddAttrs(attrs()...)
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if len(q.waiting) >= maxLogLines {
-		q.dropped++
-		return
-	}
-	q.waiting = append(q.waiting, line)
-	if q.idle == nil {
-		q.idle = make(chan struct{})
-		go q.write()
-	}
-}
-
-// write writes lines until none is left.
-func (q *logLines) write() {
-	for {
-		q.mu.Lock()
-		lines, dropped := q.waiting, q.dropped
-		q.waiting, q.dropped = nil, 0
-		if len(lines) == 0 {
-			close(q.idle)
-			q.idle = nil
-			q.mu.Unlock()
-			return
-		}
-		q.mu.Unlock()
-		for _, line := range lines {
-			line.write()
-		}
-		if dropped > 0 {
-			last := lines[len(lines)-1]
-			last.record = slog.NewRecord(time.Now(), slog.LevelError, "lbproxy: log lines were dropped", 0)
-			last.record.AddAttrs(slog.Int("lines", dropped))
-			last.write()
-		}
-	}
-}
-
-// write hands the line to its handler. If that panics, nobody is left to tell.
-func (l *logLine) write() {
-	defer func() { _ = recover() }()
-	_ = l.handler.Handle(l.ctx, l.record)
-}
-
-// flush waits until all lines are written, for d at most.
-func (q *logLines) flush(d time.Duration) {
-	q.mu.Lock()
-	idle := q.idle
-	q.mu.Unlock()
-	if idle == nil {
-		return
-	}
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-idle:
-	case <-t.C:
-	}
 }
 
 // closeOnce lets Serve and Shutdown close a listener without regard to each other.

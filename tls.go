@@ -107,7 +107,7 @@ func (c *TLSConn) hold() net.Conn {
 	if t == nil {
 		return c
 	}
-	t.SetCloseNotify(relay.CloseNotify(c.CloseNotify))
+	t.CloseNotify = relay.CloseNotify(c.CloseNotify)
 	return t
 }
 

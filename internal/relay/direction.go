@@ -240,7 +240,7 @@ func (d *direction) writePieces(p []byte, b *buffer) (written int, err error) {
 func checkCount(n, size int, err error) (int, error) {
 	switch {
 	case n < 0 || n > size:
-		return 0, errBadCount
+		return 0, ErrBadCount
 	case n < size && err == nil:
 		err = io.ErrShortWrite
 	}
@@ -352,7 +352,7 @@ func (d *direction) passEnd() {
 
 // discard reads from until it ends or is closed.
 func (d *direction) discard() {
-	for {
+	for !d.relay.released.Load() {
 		_, err := d.read()
 		d.freeBuffer()
 		if err != nil {

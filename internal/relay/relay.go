@@ -70,7 +70,7 @@ var (
 	errReset    = errors.New("lbproxy: connection reset by peer")
 	errGone     = errors.New("lbproxy: client closed before an upstream was reached")
 	errNoServer = errors.New("lbproxy: no upstream was reached")
-	errBadCount = errors.New("lbproxy: conn returned an impossible count")
+	ErrBadCount = errors.New("lbproxy: conn returned an impossible count")
 )
 
 // lingerTime bounds how long a relay goes on to deliver what came from a side that has failed.
@@ -97,8 +97,9 @@ type Relay struct {
 	up, down direction
 	client   end
 
-	last atomic.Int64 // clock at which bytes last moved
-	held atomic.Int32 // directions that the handler holds; while there are any it is not idle
+	last     atomic.Int64 // clock at which bytes last moved
+	released atomic.Bool  // client outlives the relay
+	held     atomic.Int32 // directions that the handler holds; while there are any it is not idle
 	swept
 
 	// mu guards what follows. It is not held over I/O, the handler, or a method of a conn.
@@ -379,7 +380,11 @@ func (r *Relay) finish() {
 		if r.server.conn != nil {
 			r.server.conn.Close()
 		}
-		r.client.conn.Close()
+		if r.released.Load() {
+			r.client.conn.SetReadDeadline(time.Time{})
+		} else {
+			r.client.conn.Close()
+		}
 		if !r.drop() {
 			return // Abort came
 		}

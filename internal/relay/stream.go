@@ -167,7 +167,7 @@ func (p plain) read(b []byte) (int, error) {
 	for range 100 {
 		n, err := p.Read(b)
 		if n < 0 || n > len(b) {
-			return 0, errBadCount
+			return 0, ErrBadCount
 		}
 		if n > 0 || err != nil {
 			return n, err
