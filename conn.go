@@ -252,7 +252,6 @@ var endReasons = []EndReason{
 func (e EndReason) String() string { return string(e) }
 
 var (
-	errPanicked  = errors.New("lbproxy: a hook panicked")
 	errNilDialed = errors.New("Options.DialContext returned neither a conn nor an error")
 )
 
@@ -349,6 +348,11 @@ func isNil(c net.Conn) bool {
 	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
 }
 
+// isSame reports whether a and b are the same, also when they are of a type that == panics on.
+func isSame(a, b net.Conn) bool {
+	return a != nil && b != nil && reflect.ValueOf(a).Comparable() && a == b
+}
+
 // after calls f when ctx ends, until the function it returns has returned.
 func after(ctx context.Context, f func()) (stop func()) {
 	done := make(chan struct{})
@@ -381,7 +385,7 @@ func (s *session) logPanic() {
 // admit asks f and reports whether it let the connection in. If not, what f wrote to the client,
 // such as a TLS alert, has a second to arrive, and the session is over.
 func (s *session) admit(f AdmitFunc) (ok bool) {
-	e := &ending{EndCanceled, errPanicked} // unless f returns
+	e := &ending{EndCanceled, relay.ErrPanicked} // unless f returns
 	defer func() {
 		if !ok {
 			relay.Linger(s.raw, s.ctx.Done())
@@ -409,7 +413,7 @@ func (s *session) refuse(e *ending) {
 // serve asks the RateLimitManager, connects, and starts the relay. It returns when the session is
 // over if wait is set, else when the relay has taken over.
 func (s *session) serve(wait bool) {
-	e := &ending{EndCanceled, errPanicked} // unless the hooks return
+	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
 	defer func() {
 		if e != nil {
 			s.giveUp(e)
@@ -490,8 +494,7 @@ func (s *session) giveUp(e *ending) {
 	if s.relay == nil {
 		s.keep = lastWord && s.ctx.Err() == nil && s.app.reserveLastWord(s.client)
 		if !s.keep {
-			relay.Reset(s.raw)
-			s.client.Close()
+			relay.Reset(s.client)
 		}
 		s.refuse(e)
 		return
@@ -628,12 +631,15 @@ func (s *session) finish() {
 	if s.unlost != nil {
 		s.unlost()
 	}
+	if !s.keep && !isSame(s.raw, s.client) {
+		s.raw.Close() // admit has replaced or wrapped it
+	}
 	if s.upstream != nil {
 		s.app.balancer.release(s.upstream)
 	}
 	s.app.exit(s)
 	if s.keep {
-		go s.app.lastWord(s.client, s.conn.OnRefused, s.result.Err)
+		go s.lastWord()
 	}
 	defer s.report()
 	if s.opened {
@@ -641,12 +647,32 @@ func (s *session) finish() {
 	}
 }
 
+// lastWord lets OnRefused write to the client, and closes it when that has arrived.
+func (s *session) lastWord() {
+	defer s.app.endLastWord(s.client)
+	defer s.raw.Close()
+	defer relay.LastWord(s.client)
+	defer s.logPanic()
+	s.conn.OnRefused(refusedConn{s.client}, s.result.Err)
+}
+
+// A refusedConn is what an OnRefused writes to.
+type refusedConn struct{ net.Conn }
+
+func (c refusedConn) Read([]byte) (int, error) {
+	return 0, errors.New("lbproxy: a refused client cannot be read from")
+}
+
+func (c refusedConn) Write(b []byte) (int, error) {
+	c.Conn.SetWriteDeadline(time.Now().Add(time.Second))
+	return c.Conn.Write(b)
+}
+
 // settle decides what the Result is, and lets go of the connection.
 func (s *session) settle() {
 	c := s.conn
 	end, err := s.verdict()
 	c.mu.Lock()
-	connected := s.state == ConnOpen
 	c.info = ConnInfo{
 		Upstream: s.addr, Start: s.start, Sent: s.outcome.Sent, Received: s.outcome.Received, State: ConnOver,
 	}
@@ -658,7 +684,7 @@ func (s *session) settle() {
 		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
 		End: end, Err: err,
 	}
-	if connected {
+	if s.outcome.Connected {
 		s.result.Upstream = s.addr
 	}
 	if t, ok := c.Client.(*TLSConn); ok && !s.keep {
@@ -679,8 +705,10 @@ func (s *session) verdict() (EndReason, error) {
 		return EndUpstreamError, o.Err
 	case o.Quiet:
 		return EndClientClosed, o.Err
+	case o.Failed == relay.Client:
+		return EndClientError, o.Err
 	}
-	return EndClientError, o.Err
+	return EndCanceled, o.Err // a hook panicked
 }
 
 // report calls the OnDone hooks.

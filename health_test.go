@@ -642,7 +642,7 @@ func TestPassedChecksDoNotEndCoolingButBeingFoundUpDoes(t *testing.T) {
 		w.set(nil, "a:1")
 		time.Sleep(5 * time.Second)
 		wantStates(t, "found down and up while it was cooling", a, "up up")
-		wantLines(t, log, map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is passed over": 2, "works again": 0})
+		wantLines(t, log, map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is skipped": 2, "works again": 0})
 	})
 }
 

@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"maps"
 	"net"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -611,30 +610,6 @@ func (a *LBProxyApp) endLastWord(c net.Conn) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.lastWords, c)
-}
-
-// lastWord lets hook write to a refused client, and closes it when that has arrived.
-func (a *LBProxyApp) lastWord(c net.Conn, hook func(net.Conn, error), err error) {
-	defer a.endLastWord(c)
-	defer relay.LastWord(c)
-	defer func() {
-		if p := recover(); p != nil {
-			a.logPanic("Conn.OnRefused", p, string(debug.Stack()))
-		}
-	}()
-	hook(refusedConn{c}, err)
-}
-
-// A refusedConn is what an OnRefused writes to.
-type refusedConn struct{ net.Conn }
-
-func (c refusedConn) Read([]byte) (int, error) {
-	return 0, errors.New("lbproxy: a refused client cannot be read from")
-}
-
-func (c refusedConn) Write(b []byte) (int, error) {
-	c.Conn.SetWriteDeadline(time.Now().Add(time.Second))
-	return c.Conn.Write(b)
 }
 
 // logger returns where lines go.

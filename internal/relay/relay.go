@@ -59,6 +59,7 @@ type Verdict struct {
 // An Outcome is how a relay has ended.
 type Outcome struct {
 	Sent, Received int64 // bytes written to the server, and to the client
+	Connected      bool  // Connect was given a server in time
 	Failed         Side  // whose side failed; NoSide if the cause is that of Abort or a Verdict
 	Quiet          bool  // with Failed == Client: it left TLS without close_notify, nothing under way
 	Err            error // the first cause; nil: both streams ended well
@@ -66,7 +67,7 @@ type Outcome struct {
 }
 
 var (
-	errPanicked = errors.New("lbproxy: a hook panicked")
+	ErrPanicked = errors.New("lbproxy: a hook panicked")
 	errReset    = errors.New("lbproxy: connection reset by peer")
 	errGone     = errors.New("lbproxy: client closed before an upstream was reached")
 	errNoServer = errors.New("lbproxy: no upstream was reached")
@@ -345,7 +346,7 @@ func (r *Relay) panicking(p any) {
 		r.panicked = p
 	}
 	r.mu.Unlock()
-	r.Abort(errPanicked)
+	r.Abort(ErrPanicked)
 }
 
 // drop gives back a reference, and reports whether the caller has to call finish.
@@ -396,5 +397,5 @@ func (r *Relay) finish() {
 		r.handler.Over(nil)
 	}
 	sent, received := r.Counts()
-	r.handler.Done(Outcome{sent, received, r.failed, r.quiet, r.cause, r.panicked})
+	r.handler.Done(Outcome{sent, received, r.server.conn != nil, r.failed, r.quiet, r.cause, r.panicked})
 }

@@ -698,7 +698,7 @@ func TestPanicInMovedAborts(t *testing.T) {
 			readCut(t, client)
 			o := h.wait(t)
 			err, ok := o.Panic.(error)
-			if o.Err != errPanicked || !ok || !errors.Is(err, boom) || !strings.Contains(err.Error(), "relay_test.go") {
+			if o.Err != ErrPanicked || !ok || !errors.Is(err, boom) || !strings.Contains(err.Error(), "relay_test.go") {
 				t.Errorf("%+v", o)
 			}
 		})
@@ -771,12 +771,12 @@ func TestBadConnsAreErrors(t *testing.T) {
 		want           error
 	}{
 		{name: "short write to the server", server: oddConn{write: func(b []byte) (int, error) { return len(b) - 1, nil }}, failed: Server, want: io.ErrShortWrite},
-		{name: "negative write to the server", server: oddConn{write: func(b []byte) (int, error) { return -1, nil }}, failed: Server, want: errBadCount},
-		{name: "write of too much", server: oddConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: errBadCount},
+		{name: "negative write to the server", server: oddConn{write: func(b []byte) (int, error) { return -1, nil }}, failed: Server, want: ErrBadCount},
+		{name: "write of too much", server: oddConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: ErrBadCount},
 		{name: "short write to the client", client: oddConn{write: func(b []byte) (int, error) { return 0, nil }}, failed: Client, want: io.ErrShortWrite},
 		{name: "write error", client: oddConn{write: func(b []byte) (int, error) { return 0, boom }}, failed: Client, want: boom},
-		{name: "negative read", client: oddConn{read: func(b []byte) (int, error) { return -1, nil }}, failed: Client, want: errBadCount},
-		{name: "read of too much", server: oddConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: errBadCount},
+		{name: "negative read", client: oddConn{read: func(b []byte) (int, error) { return -1, nil }}, failed: Client, want: ErrBadCount},
+		{name: "read of too much", server: oddConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: ErrBadCount},
 		{name: "reads of nothing", server: oddConn{read: func(b []byte) (int, error) { return 0, nil }}, failed: Server, want: io.ErrNoProgress},
 		{name: "read error", server: oddConn{read: func(b []byte) (int, error) { return 0, boom }}, failed: Server, want: boom},
 	} {
