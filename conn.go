@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
 // A Conn is a client's connection and what goes with it.
@@ -248,10 +250,14 @@ func (s *session) open() (wait time.Duration, ok bool) {
 	}
 	d := s.conn.RateLimit.Report(s.ctx, s.event(EventOpen))
 	if d.Exceeded {
-		s.abort(EndRateLimited, ErrRateLimited)
+		s.abort(EndRateLimited, cmp.Or(d.Err, ErrRateLimited))
 	}
 	s.opened = !d.Exceeded
-	s.up.grain, s.down.grain = firstGrain, firstGrain
+	s.up.pacer.Chunk = firstGrain
+	if d.Chunk > 0 {
+		s.up.pacer.Chunk = min(firstGrain, d.Chunk)
+	}
+	s.down.pacer = s.up.pacer
 	return d.Wait, s.opened
 }
 
@@ -629,10 +635,10 @@ type pump struct {
 	direction Direction
 	src, dst  net.Conn // dst is nil in an upload that has had nothing to write yet
 	moved     int64    // bytes written to dst
-	grain     int      // most bytes to move at once, where a RateLimitManager makes it wait; 0: no limit
-	buf       *buffer  // what read uses
-	lastRead  int      // bytes the last read returned
-	platform           // how conns are moved here; see move
+	pacer     relay.Pacer
+	buf       *buffer // what read uses
+	lastRead  int     // bytes the last read returned
+	platform          // how conns are moved here; see move
 
 	writing atomic.Bool // it is in a write to dst
 	ending  atomic.Bool // or in what ends the stream to dst, which may write, too
@@ -710,23 +716,13 @@ func (p *pump) account(n int) {
 	s.touch()
 	s.waiting.Add(-1)
 	if d.Exceeded {
-		s.abort(EndRateLimited, ErrRateLimited)
+		s.abort(EndRateLimited, cmp.Or(d.Err, ErrRateLimited))
 		return
 	}
-	p.pace(n, d.Wait)
-	s.pause(d.Wait)
-}
-
-// pace chooses the grain such that waits are short: a stream held to a rate is to flow, not to come in lumps.
-func (p *pump) pace(n int, wait time.Duration) {
-	const short = 20 * time.Millisecond
-	switch {
-	case wait > short:
-		p.grain = max(int(int64(n)*int64(short)/int64(wait)), 512)
-	case p.grain > 0 && wait < short/2:
-		if p.grain *= 2; p.grain > maxGrain {
-			p.grain = 0
-		}
+	if pause := p.pacer.Moved(n, d.Wait, d.Chunk); pause > 0 {
+		began := time.Now()
+		s.pause(pause)
+		p.pacer.Paused(time.Since(began))
 	}
 }
 
@@ -737,10 +733,7 @@ const (
 
 // limit is the part of b that may be filled at once.
 func (p *pump) limit(b []byte) []byte {
-	if p.grain > 0 && p.grain < len(b) {
-		return b[:p.grain]
-	}
-	return b
+	return b[:p.pacer.Limit(len(b))]
 }
 
 // finish passes the clean end of src on to dst.

@@ -327,11 +327,7 @@ func (p *pump) fillNow(fd uintptr) bool {
 	if p.pipe = p.session.app.pipes.get(); p.pipe == nil {
 		return true
 	}
-	most := maxGrain
-	if p.grain > 0 {
-		most = p.grain
-	}
-	p.spliceFD(int(fd), p.pipe.w, most)
+	p.spliceFD(int(fd), p.pipe.w, p.pacer.Limit(maxGrain))
 	if p.errno == syscall.EAGAIN {
 		p.session.app.pipes.put(p.pipe)
 		return false
