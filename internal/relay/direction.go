@@ -18,7 +18,7 @@ type direction struct {
 	phase    atomic.Int32 // set to ended under Relay.mu; may be read by anybody
 	atEnd    bool         // from has ended its stream, which is being passed on; guarded by Relay.mu
 
-	pacer     pacer
+	pacer     Pacer
 	buf       *buffer // what try has read into: n bytes, and then err
 	n         int
 	err       error
@@ -37,9 +37,6 @@ const (
 )
 
 const (
-	// maxChunk is the most that moves at once, and so the most that one call of Moved is about.
-	maxChunk = 1 << 20
-
 	// writePiece is the most that is written at once to a conn of which the system does not say how
 	// much is still queued: then each write that returns is a sign that a slow reader is not idle.
 	writePiece = 16 << 10
@@ -178,7 +175,7 @@ func (d *direction) read() (int, error) {
 // try reads what there is, or returns false if that is nothing.
 func (d *direction) try() bool {
 	d.buf = newBuffer(d.bufferSize())
-	d.n, d.err = d.from.stream.read((*d.buf)[:d.pacer.limit(len(*d.buf))])
+	d.n, d.err = d.from.stream.read((*d.buf)[:d.pacer.Limit(len(*d.buf))])
 	if d.err == errWait {
 		d.freeBuffer()
 		return false
@@ -257,9 +254,10 @@ func (d *direction) account(n int) {
 		r.Abort(v.Err)
 		return
 	}
-	d.pacer.moved(n, v.Wait, v.Chunk)
-	if v.Wait > 0 {
-		r.pause(v.Wait)
+	if wait := d.pacer.Moved(n, v.Wait, v.Chunk); wait > 0 {
+		began := clock()
+		r.pause(wait)
+		d.pacer.Paused(time.Duration(clock() - began))
 	}
 	now := clock()
 	r.last.Store(now) // before it is no longer held, or it might look idle for a moment
@@ -357,33 +355,6 @@ func (d *direction) discard() {
 		d.freeBuffer()
 		if err != nil {
 			return
-		}
-	}
-}
-
-// A pacer chooses how much moves at once, such that waits are short: a stream that is held to a
-// rate is to flow, not to come in lumps.
-type pacer struct {
-	chunk int // the most; 0: no bound
-}
-
-func (p *pacer) limit(n int) int {
-	if p.chunk > 0 {
-		return min(n, p.chunk)
-	}
-	return n
-}
-
-func (p *pacer) moved(n int, wait time.Duration, hint int) {
-	const short = 20 * time.Millisecond
-	switch {
-	case hint > 0:
-		p.chunk = hint
-	case wait > short:
-		p.chunk = max(int(int64(n)*int64(short)/int64(wait)), 512)
-	case p.chunk > 0 && wait < short/2:
-		if p.chunk *= 2; p.chunk > maxChunk {
-			p.chunk = 0
 		}
 	}
 }
