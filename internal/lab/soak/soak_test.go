@@ -179,6 +179,7 @@ func TestSoak(t *testing.T) {
 	bare := settled()
 	r := newRun(t, total)
 	resting := settled()
+	streamOf(0, 0).At(0, 1) // makes what all streams are cut from
 	heap := proxytest.HeapInUse()
 	t.Logf("seed %d", r.seed)
 	fmt.Fprintf(os.Stderr, "soak: seed %d\n", r.seed)
