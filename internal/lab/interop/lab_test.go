@@ -371,9 +371,11 @@ func (o *origin) serve(c *net.TCPConn) error {
 				length, _ = strconv.ParseInt(value, 10, 64)
 			case "connection":
 				keep = value != "close"
+			case "x-wait":
+				<-time.After(answerDelay)
 			}
 		}
-		status, body := "200 OK", []byte(nil)
+		var body []byte
 		if method == "GET" {
 			n, _ := strconv.ParseInt(strings.TrimPrefix(path, "/"), 10, 64)
 			var b bytes.Buffer
@@ -389,8 +391,7 @@ func (o *origin) serve(c *net.TCPConn) error {
 			}
 			body = fmt.Append(nil, got)
 		}
-		_, err = fmt.Fprintf(c, "HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s", status, len(body), body)
-		if err != nil {
+		if _, err = fmt.Fprintf(c, "%s%s", answerHead(int64(len(body))), body); err != nil {
 			return err
 		}
 		if !keep {
@@ -399,6 +400,10 @@ func (o *origin) serve(c *net.TCPConn) error {
 			return err
 		}
 	}
+}
+
+func answerHead(size int64) string {
+	return fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", size)
 }
 
 // take returns how connections ended since the last call.
