@@ -37,6 +37,7 @@ func init() {
 // serveUntilStdinEnds serves upstream over TCP and over TLS, and prints where.
 func serveUntilStdinEnds(upstream string) error {
 	config, _ := proxytest.TLSConfigs()
+	handshake := lbproxy.HandshakeTLS(config, nil)
 	a, err := lbproxy.New("child", []lbproxy.Upstream{{Addr: upstream}}, &lbproxy.Options{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			c, err := new(net.Dialer).DialContext(ctx, network, addr)
@@ -51,12 +52,12 @@ func serveUntilStdinEnds(upstream string) error {
 	}
 	served := make(chan error)
 	for _, overTLS := range []bool{false, true} {
-		admit := func(ctx context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
-			if err := smallBuffers(c); err != nil || !overTLS {
-				return nil, lbproxy.Conn{}, err
+		admit := func(_ context.Context, c *lbproxy.Conn) error { return smallBuffers(c.Client) }
+		if overTLS {
+			plain := admit
+			admit = func(ctx context.Context, c *lbproxy.Conn) error {
+				return errors.Join(plain(ctx, c), handshake(ctx, c))
 			}
-			t := lbproxy.TLSServer(c, config, 0)
-			return nil, lbproxy.Conn{Client: t}, t.HandshakeContext(ctx)
 		}
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"flag"
 	"fmt"
 	"io"
@@ -17,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/danielepagano/lbproxy"
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
@@ -451,7 +451,8 @@ func TestClientIsAddress(t *testing.T) {
 		{&net.UnixAddr{Name: "a.sock"}, ""},
 		{nil, ""},
 	} {
-		_, c, err := admit(context.Background(), remoteConn{remote: tt.remote})
+		c := &lbproxy.Conn{Client: remoteConn{remote: tt.remote}}
+		err := admit(t.Context(), c)
 		if c.ClientID != tt.want || (err != nil) != (tt.want == "") {
 			t.Errorf("client at %v: %q, %v, want %q", tt.remote, c.ClientID, err, tt.want)
 		}

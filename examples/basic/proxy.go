@@ -102,14 +102,15 @@ func (l limits) admit() lbproxy.AdmitFunc {
 		return nil
 	}
 	clients := lbproxy.NewClientLimits(maxClients, l.manager)
-	return func(_ context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
-		addr, ok := c.RemoteAddr().(*net.TCPAddr)
+	return func(_ context.Context, c *lbproxy.Conn) error {
+		addr, ok := c.Client.RemoteAddr().(*net.TCPAddr)
 		if !ok {
-			return nil, lbproxy.Conn{}, fmt.Errorf("client address %v: want TCP", c.RemoteAddr())
+			return fmt.Errorf("client address %v: want TCP", c.Client.RemoteAddr())
 		}
 		// Where we listen on IPv6 as well, 10.0.0.1 may come as ::ffff:10.0.0.1.
 		ip := addr.AddrPort().Addr().Unmap().String()
-		return nil, lbproxy.Conn{Client: c, ClientID: ip, RateLimit: clients.For(ip)}, nil
+		c.ClientID, c.RateLimit = ip, clients.For(ip)
+		return nil
 	}
 }
 

@@ -74,7 +74,7 @@ func run(out io.Writer) error {
 		}
 		client.Write(make([]byte, visit.bytes)) // should that fail, it shows in the outcome
 		client.CloseWrite()
-		r, _ := app.ServeConn(context.Background(), lbproxy.Conn{
+		r, _ := app.ServeConn(context.Background(), &lbproxy.Conn{
 			Client: conn, ClientID: visit.client, RateLimit: limits.For(visit.client),
 		})
 		client.Close()
