@@ -19,6 +19,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 )
 
 var errSick = errors.New("sick")
@@ -1079,4 +1080,25 @@ func TestACheckWithAResultHasReturned(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// An upstream that stays up must not hold on to the connections that it has served.
+func TestCloseOnDownForgetsConnectionsThatHaveEnded(t *testing.T) {
+	a, _ := newCheckedApp(t, HealthCheck{Interval: time.Hour}, Options{DialContext: dialFake(echoFake), CloseOnDown: true}, "a:1")
+	var clients []weak.Pointer[duplexConn]
+	for range 10 {
+		client, ours := duplex()
+		clients = append(clients, weak.Make(ours))
+		client.Close()
+		if r, err := a.ServeConn(t.Context(), Conn{Client: ours}); err != nil {
+			t.Fatalf("%+v", r)
+		}
+	}
+	deadline := time.Now().Add(20 * time.Second)
+	for slices.ContainsFunc(clients, func(c weak.Pointer[duplexConn]) bool { return c.Value() != nil }) {
+		if time.Now().After(deadline) {
+			t.Fatal("a connection that has ended is still in memory")
+		}
+		runtime.GC()
+	}
 }
