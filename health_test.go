@@ -347,7 +347,7 @@ func TestChecksFindAServerThatIsGoneAndBack(t *testing.T) {
 
 // Checks that misbehave.
 
-func TestAHungCheckHasFailedAtItsTimeoutAndDelaysNoOther(t *testing.T) {
+func TestHungCheckFailsAtItsTimeoutAndDelaysNoOther(t *testing.T) {
 	for _, obeys := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			release := make(chan bool)
@@ -395,7 +395,7 @@ func TestAHungCheckHasFailedAtItsTimeoutAndDelaysNoOther(t *testing.T) {
 	}
 }
 
-func TestACheckThatNeverReturnsFallsLikeOneThatFails(t *testing.T) {
+func TestCheckThatNeverReturnsCountsAsFailed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan bool)
 		var checks atomic.Int32
@@ -521,7 +521,7 @@ func TestCheckGetsItsOwnCopyOfTheUpstream(t *testing.T) {
 
 // What becomes of connections.
 
-func TestDownUpstreamsAreNotDialledAndWhenAllAreThereIsNone(t *testing.T) {
+func TestDownUpstreamsAreNotDialed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		var dialled []string
@@ -804,7 +804,7 @@ func TestADrainingUpstreamIsChecked(t *testing.T) {
 		time.Sleep(time.Minute)
 		wantStates(t, "both drain", a, "down up")
 		s := a.Stats().Upstreams[0]
-		if s.Err != errSick || !s.Drain || time.Since(s.Since) < 30*time.Second || time.Since(s.Since) > 50*time.Second {
+		if s.Err != errSick || !s.Drain || time.Since(s.Since) < 45*time.Second || time.Since(s.Since) > 51*time.Second {
 			t.Errorf("%+v at %v", s, time.Now())
 		}
 		c := serveFake(t.Context(), a, Conn{})
@@ -1058,7 +1058,7 @@ func TestShutdownDoesNotWaitForAHungCheckLongerThanItsContext(t *testing.T) {
 }
 
 // A check whose result is known has returned, so that the next one, be it due at once, does not fail for that.
-func TestACheckWithAResultHasReturned(t *testing.T) {
+func TestCheckWithAResultHasReturned(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	hc, _ := HealthCheck{Check: func(context.Context, Upstream) error { return nil }}.complete()
 	p := &prober{checker: newChecker(a, hc), conf: &Upstream{Addr: "u:1"}}
