@@ -183,7 +183,7 @@ func wantBal[T any](t *testing.T, what string, got, want T) {
 	}
 }
 
-func TestLeastLoadedForItsWeightIsChosenAndTiesGoToTheEarlier(t *testing.T) {
+func TestLeastLoadedByWeightIsChosenAndTiesGoBySliceOrder(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
 		upstreams []Upstream
@@ -295,7 +295,7 @@ func TestFailedUpstreamCoolsUntilOneTrialDecides(t *testing.T) {
 	wantBal(t, "dials failed", f.find("a:1").failed, 2)
 }
 
-func TestStandingChangesAreReportedOnce(t *testing.T) {
+func TestSettleReportsFailureAndRecoveryOnce(t *testing.T) {
 	f := newBalFarm(balNamed(1)...)
 	u := f.find("a:1")
 	for i, step := range []struct {
@@ -309,7 +309,7 @@ func TestStandingChangesAreReportedOnce(t *testing.T) {
 	}
 }
 
-func TestTrialThatToldNothingIsFollowedByAnother(t *testing.T) {
+func TestInconclusiveTrialIsRepeated(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.says["a:1"] = fails
 	f.connect()
@@ -342,7 +342,7 @@ func TestOneTrialAtATimeThoughAnOlderDialTellsNothing(t *testing.T) {
 	wantBal(t, "the next trial", f.take(), "a:1")
 }
 
-func TestWhenAllAreCoolingTheLongestFailedIsTriedFirstAndEachOnce(t *testing.T) {
+func TestAllCoolingTriesTheLongestFailedFirstAndEachOnce(t *testing.T) {
 	f := newBalFarm(balNamed(4)...)
 	for _, u := range f.heap {
 		f.says[u.conf.Addr] = fails
@@ -361,14 +361,14 @@ func TestWhenAllAreCoolingTheLongestFailedIsTriedFirstAndEachOnce(t *testing.T) 
 	wantBal(t, "and is used", f.connect(), "b:1")
 }
 
-func TestCoolingUpstreamThatIsFullIsNoLastResort(t *testing.T) {
+func TestFullCoolingUpstreamIsNotTried(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a:1", MaxConns: 1}, Upstream{Addr: "b:1"})
 	f.settle(f.begin("a:1"), fails, f.now) // and has not been released yet
 	f.says["b:1"] = fails
 	wantBal(t, "tried", f.connect(), "b:1")
 }
 
-func TestNegativeFailTimeoutPassesNoneOver(t *testing.T) {
+func TestNegativeFailTimeoutSkipsNoUpstream(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.failTimeout = -1
 	f.says["a:1"] = fails
@@ -438,7 +438,7 @@ func TestRecoveredUpstreamGetsAtMostEverySecondConnectionUntilItIsLevel(t *testi
 	}
 }
 
-func TestRecoveredUpstreamThatIsLevelIsOneLikeAnyOther(t *testing.T) {
+func TestSlowStartEndsWhenTheUpstreamIsLevel(t *testing.T) {
 	f := newBalFarm(balNamed(3)...)
 	f.fill("b:1", 4)
 	f.fill("c:1", 4)
@@ -455,7 +455,7 @@ func TestRecoveredUpstreamThatIsLevelIsOneLikeAnyOther(t *testing.T) {
 	wantBal(t, "plain least connections", f.takes(5), []string{"a:1", "a:1", "a:1", "a:1", "a:1"})
 }
 
-func TestRecoveredUpstreamIsHeldBackThoughOthersRecoverToo(t *testing.T) {
+func TestSlowStartHoldsWhileOthersRecoverToo(t *testing.T) {
 	for _, second := range []verdict{fails, works} {
 		f := newBalFarm(balNamed(3)...)
 		f.fill("c:1", 200)
@@ -479,7 +479,7 @@ func TestRecoveredUpstreamIsHeldBackThoughOthersRecoverToo(t *testing.T) {
 	}
 }
 
-func TestNewSetOfTheSameUpstreamsDoesNotLetARecoveredOneGoFaster(t *testing.T) {
+func TestNewSetDoesNotShortenSlowStart(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.fill("b:1", 100)
 	f.says["a:1"] = fails
@@ -493,7 +493,7 @@ func TestNewSetOfTheSameUpstreamsDoesNotLetARecoveredOneGoFaster(t *testing.T) {
 	}
 }
 
-func TestRecoveredUpstreamIsBetterThanNoneAndThanOneThatIsPassedOver(t *testing.T) {
+func TestSlowStartIsBetterThanNoneAndThanCooling(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 1}, Upstream{Addr: "c:1"})
 	f.says["a:1"] = fails
 	f.says["c:1"] = fails
@@ -517,7 +517,7 @@ func TestOurOwnErrorNeverCountsAgainstAnUpstream(t *testing.T) {
 	wantBal(t, "chosen", f.find("a:1").total, 100)
 }
 
-func TestUnknownVerdictDoesNotEndTheCooling(t *testing.T) {
+func TestInconclusiveDialDoesNotEndCooling(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	u, _ := f.acquire(nil, f.now) // dials a for long
 	f.says["a:1"] = fails
@@ -528,7 +528,7 @@ func TestUnknownVerdictDoesNotEndTheCooling(t *testing.T) {
 	wantBal(t, "chosen", f.take(), "b:1")
 }
 
-func TestDownUpstreamIsNotEvenALastResort(t *testing.T) {
+func TestDownUpstreamIsNeverChosen(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 3})
 	f.mark("a:1", true)
 	wantBal(t, "state", f.state("a:1"), "down")
@@ -545,7 +545,7 @@ func TestDownUpstreamIsNotEvenALastResort(t *testing.T) {
 	wantBal(t, "up again", f.takes(2), []string{"a:1", "a:1"})
 }
 
-func TestNoDialEndsOrOutlastsBeingDown(t *testing.T) {
+func TestDialsDoNotChangeTheDownState(t *testing.T) {
 	for _, before := range []string{"up", "cooling", "due", "on trial"} {
 		for _, v := range []verdict{works, fails, unknown} {
 			f := newBalFarm(balNamed(2)...)
@@ -577,7 +577,7 @@ func TestNoDialEndsOrOutlastsBeingDown(t *testing.T) {
 	}
 }
 
-func TestUpstreamUpAgainGetsAtMostEverySecondConnectionUntilItIsLevel(t *testing.T) {
+func TestUpstreamFoundUpAgainIsInSlowStart(t *testing.T) {
 	f := newBalFarm(balNamed(3)...)
 	f.mark("a:1", true)
 	f.takes(400)
@@ -587,7 +587,7 @@ func TestUpstreamUpAgainGetsAtMostEverySecondConnectionUntilItIsLevel(t *testing
 	}
 }
 
-func TestDownUpstreamStaysSoInANewSetButNotIfItIsAddedAgain(t *testing.T) {
+func TestDownStateSurvivesANewSetButNotRemoval(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.fill("a:1", 2)
 	f.mark("a:1", true)
@@ -717,7 +717,7 @@ func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
 	wantBal(t, "stats in slice order", []string{f.stats()[0].Addr, f.stats()[1].Addr}, []string{"b", "a"})
 }
 
-func TestStatsListDrainingUpstreamsLastByAddr(t *testing.T) {
+func TestStatsListRemovedUpstreamsLastByAddr(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "z"}, Upstream{Addr: "m"}, Upstream{Addr: "k"}, Upstream{Addr: "b"})
 	f.takes(4)
 	f.setUpstreams(Upstream{Addr: "x"}, Upstream{Addr: "b"})
@@ -820,7 +820,8 @@ func TestBiasCountsAsOpenConnectionsInChoosingAlone(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a", Weight: 2}, Upstream{Addr: "b"}, Upstream{Addr: "c", MaxConns: 1})
 	bias := map[string]float64{"a": 2.5, "c": 0.25, "nobody": 9}
 	f.setPeers(Peers{Bias: bias})
-	bias["b"] = 100                                              // the map was copied
+	bias["b"] = 100 // the map was copied
+	f.arrange()
 	wantBal(t, "loads", f.takes(5), strings.Fields("b c a b a")) // 3.5/2 1 1.25; 1.75 2 1.25; 1.75 2 -; 2.25 2; 2.25 3
 	wantBal(t, "open", []int{f.stats()[0].Open, f.stats()[1].Open, f.stats()[2].Open}, []int{2, 2, 1})
 	f.setPeers(Peers{Bias: map[string]float64{"a": math.Inf(1), "b": math.Inf(1)}})

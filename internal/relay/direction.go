@@ -15,6 +15,7 @@ type direction struct {
 	name     Direction
 	from, to *end         // to is nil in an upload that has not needed its server yet
 	moved    atomic.Int64 // bytes written to to
+	before   int64        // bytes that the other direction had moved when to was last written to
 	phase    atomic.Int32 // set to ended under Relay.mu; may be read by anybody
 	atEnd    bool         // from has ended its stream, which is being passed on; guarded by Relay.mu
 
@@ -40,6 +41,9 @@ const (
 	// writePiece is the most that is written at once to a conn of which the system does not say how
 	// much is still queued: then each write that returns is a sign that a slow reader is not idle.
 	writePiece = 16 << 10
+
+	// quietTime without an answer is enough for a connection to be quiet: see isQuiet.
+	quietTime = 200 * time.Millisecond
 )
 
 // run copies until from has ended or something has failed.
@@ -208,6 +212,7 @@ func (d *direction) write(n int) (int, error) {
 			return 0, net.ErrClosed
 		}
 	}
+	d.before = d.other().moved.Load()
 	d.phase.Store(writing)
 	n, err := d.writePieces((*b)[:n], b)
 	if err == nil {
@@ -270,7 +275,12 @@ func (d *direction) account(n int) {
 func (d *direction) judge(err error) error {
 	quiet := false
 	if t, ok := d.from.stream.(*TLS); ok && t.atBoundary {
-		quiet = d.isQuiet()
+		// The peer may have got what the other direction has written before that came to know.
+		for n := 0; n < 10 && !quiet; n++ {
+			if quiet = d.isQuiet(); !quiet {
+				time.Sleep(time.Millisecond)
+			}
+		}
 		if t.wire.end == io.EOF && (t.CloseNotify == Optional || t.CloseNotify == Idle && quiet) {
 			return io.EOF
 		}
@@ -279,8 +289,9 @@ func (d *direction) judge(err error) error {
 	return err
 }
 
-// isQuiet reports whether nothing is under way: d has delivered all, the other direction has
-// nothing to deliver, and both peers' systems have acknowledged everything.
+// isQuiet reports whether nothing is under way: the other direction has nothing to deliver, both
+// peers' systems have acknowledged everything, and d's last bytes had an answer, or nothing has moved
+// for some time. Without that, an upload whose client is killed would look quiet.
 func (d *direction) isQuiet() bool {
 	q := d.other()
 	d.relay.mu.Lock()
@@ -297,7 +308,8 @@ func (d *direction) isQuiet() bool {
 			return false
 		}
 	}
-	return q.from.unsent() == 0 && d.from.unsent() == 0
+	answered := q.moved.Load() > d.before || clock()-d.relay.last.Load() > int64(quietTime)
+	return answered && q.from.unsent() == 0 && d.from.unsent() == 0
 }
 
 // passEnd passes the end of the stream from from on to to.
