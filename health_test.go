@@ -1084,15 +1084,16 @@ func TestCheckWithAResultHasReturned(t *testing.T) {
 
 // An upstream that stays up must not hold on to the connections that it has served.
 func TestCloseOnDownForgetsConnectionsThatHaveEnded(t *testing.T) {
-	a, _ := newCheckedApp(t, HealthCheck{Interval: time.Hour}, Options{DialContext: dialFake(echoFake), CloseOnDown: true}, "a:1")
+	a, results := newCheckedApp(t, HealthCheck{Interval: time.Hour}, Options{DialContext: dialFake(echoFake), CloseOnDown: true}, "a:1")
 	var clients []weak.Pointer[duplexConn]
 	for range 10 {
 		client, ours := duplex()
 		clients = append(clients, weak.Make(ours))
 		client.Close()
-		if r, err := a.ServeConn(t.Context(), Conn{Client: ours}); err != nil {
+		if r, err := a.ServeConn(t.Context(), &Conn{Client: ours}); err != nil {
 			t.Fatalf("%+v", r)
 		}
+		<-results // which has the Conn, and so its Client
 	}
 	deadline := time.Now().Add(20 * time.Second)
 	for slices.ContainsFunc(clients, func(c weak.Pointer[duplexConn]) bool { return c.Value() != nil }) {
