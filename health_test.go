@@ -1084,7 +1084,9 @@ func TestCheckWithAResultHasReturned(t *testing.T) {
 
 // An upstream that stays up must not hold on to the connections that it has served.
 func TestCloseOnDownForgetsConnectionsThatHaveEnded(t *testing.T) {
-	a, results := newCheckedApp(t, HealthCheck{Interval: time.Hour}, Options{DialContext: dialFake(echoFake), CloseOnDown: true}, "a:1")
+	a, results := newApp(t, Options{
+		HealthCheck: &HealthCheck{Interval: time.Hour}, DialContext: dialFake(echoFake), CloseOnDown: true,
+	}, "a:1")
 	var clients []weak.Pointer[duplexConn]
 	for range 10 {
 		client, ours := duplex()
