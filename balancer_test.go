@@ -787,11 +787,11 @@ func TestTiesGoToTheFirstFromTheAppsPlaceAmongItsPeers(t *testing.T) {
 		{0, 0, "a b c d e a"}, // alone
 		{0, 1, "a b c d e a"},
 		{0, 2, "a b c d e a"},
-		{1, 2, "c d e a b c"},             // 5*1/2 is 2
-		{2, 3, "d e a b c d"},             // 5*2/3 is 3
-		{99, 100, "e a b c d e"},          // 5*99/100 is 4
-		{1, math.MaxInt, "a b c d e a"},   // nearly 0
-		{1 << 62, 1<<62 + 1, "e a b c d"}, // nearly 5, and 5<<62 overflows
+		{1, 2, "c d e a b c"},                       // 5*1/2 is 2
+		{2, 3, "d e a b c d"},                       // 5*2/3 is 3
+		{99, 100, "e a b c d e"},                    // 5*99/100 is 4
+		{1, math.MaxInt, "a b c d e a"},             // nearly 0
+		{math.MaxInt - 1, math.MaxInt, "e a b c d"}, // nearly 5; 5*Index overflows
 	} {
 		f := newBalFarm(balNamed(5)...)
 		f.setPeers(Peers{Index: tc.index, Count: tc.count})
