@@ -1084,13 +1084,20 @@ func TestCheckWithAResultHasReturned(t *testing.T) {
 
 // An upstream that stays up must not hold on to the connections that it has served.
 func TestCloseOnDownForgetsConnectionsThatHaveEnded(t *testing.T) {
-	a, _ := newCheckedApp(t, HealthCheck{Interval: time.Hour}, Options{DialContext: dialFake(echoFake), CloseOnDown: true}, "a:1")
+	a, err := New("test", []Upstream{{Addr: "a:1"}}, &Options{ // newApp would keep the results
+		HealthCheck: &HealthCheck{Interval: time.Hour}, DialContext: dialFake(echoFake),
+		CloseOnDown: true, Logger: quiet,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
 	var clients []weak.Pointer[duplexConn]
 	for range 10 {
 		client, ours := duplex()
 		clients = append(clients, weak.Make(ours))
 		client.Close()
-		if r, err := a.ServeConn(t.Context(), Conn{Client: ours}); err != nil {
+		if r, err := a.ServeConn(t.Context(), &Conn{Client: ours}); err != nil {
 			t.Fatalf("%+v", r)
 		}
 	}
