@@ -805,7 +805,7 @@ func (c *Conn) readProxyHeader() error {
 	c.Client.SetReadDeadline(time.Now().Add(3 * time.Second))
 	h, err := proxyproto.Read(c.Client)
 	if err != nil {
-		return fmt.Errorf("lbproxy: PROXY header from %v: %w", c.Client.RemoteAddr(), err)
+		return fmt.Errorf("lbproxy: client %v: %w", c.Client.RemoteAddr(), err)
 	}
 	c.Client.SetReadDeadline(time.Time{})
 	if !h.Local && h.Source.IsValid() {
@@ -817,7 +817,6 @@ func (c *Conn) readProxyHeader() error {
 
 // proxyHeader describes c to an upstream.
 func (c *Conn) proxyHeader() proxyproto.Header {
-	h := proxyproto.Header{ClientID: c.ClientID}
 	from, to := c.ClientAddr, c.ServerAddr
 	if from == nil {
 		from = c.Client.RemoteAddr()
@@ -825,14 +824,12 @@ func (c *Conn) proxyHeader() proxyproto.Header {
 	if to == nil {
 		to = c.Client.LocalAddr()
 	}
-	source, ok1 := from.(*net.TCPAddr)
-	dest, ok2 := to.(*net.TCPAddr)
-	if ok1 && ok2 {
-		h.Source, h.Dest = source.AddrPort(), dest.AddrPort()
+	h := proxyproto.Header{
+		Source: proxyproto.AddrPort(from), Dest: proxyproto.AddrPort(to), ClientID: c.ClientID,
 	}
 	if t, ok := c.Client.(interface{ ConnectionState() tls.ConnectionState }); ok {
 		state := t.ConnectionState()
-		h.TLS = &proxyproto.TLSInfo{Version: tls.VersionName(state.Version), Verified: c.Verified}
+		h.TLS = &proxyproto.TLS{Version: state.Version, Verified: c.Verified}
 		if len(state.PeerCertificates) > 0 {
 			h.TLS.CN = state.PeerCertificates[0].Subject.CommonName
 		}
