@@ -39,7 +39,7 @@ type conn struct {
 	upstreamDone chan struct{} // closed when down is complete
 	outcome      chan outcome  // what the proxy says has become of it
 	results      atomic.Int32  // how often it said so
-	cancel       context.CancelCauseFunc
+	abort        func(error)
 	dials        atomic.Int32
 	audit        audit
 	started      time.Time
@@ -146,7 +146,7 @@ func (e *end) run(s script) {
 		case hold:
 			<-e.conn.clientDone
 		case cancel:
-			e.conn.cancel(errCanceled)
+			e.conn.abort(errCanceled)
 		}
 	}
 }

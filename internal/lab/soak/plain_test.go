@@ -159,21 +159,18 @@ func (l *flakyListener) Accept() (net.Conn, error) {
 	return l.Listener.Accept()
 }
 
-type connKey struct{}
-
-// admit lets everyone in, with the limits and the context that belong to the connection.
-func (f *plainFront) admit(ctx context.Context, raw net.Conn) (context.Context, lbproxy.Conn, error) {
-	id, ok := idOf(raw.RemoteAddr())
+// admit admits everyone, with the limits of the connection.
+func (f *plainFront) admit(_ context.Context, conn *lbproxy.Conn) error {
+	id, ok := idOf(conn.Client.RemoteAddr())
 	if !ok {
-		return nil, lbproxy.Conn{}, nil
+		return nil
 	}
 	c := f.run.find(id)
 	if c == nil {
-		return nil, lbproxy.Conn{}, fmt.Errorf("soak: nobody connects from %v", raw.RemoteAddr())
+		return fmt.Errorf("soak: nobody connects from %v", conn.Client.RemoteAddr())
 	}
-	ctx, cancel := context.WithCancelCause(context.WithValue(ctx, connKey{}, c))
-	c.cancel = cancel
-	conn := lbproxy.Conn{Client: raw, ClientID: fmt.Sprint(id % 64), OnDone: func(lbproxy.Result) { cancel(nil) }}
+	c.abort = conn.Abort
+	conn.ClientID, conn.Value = fmt.Sprint(id%64), c
 	switch {
 	case c.kind == overLimit:
 		c.audit.RateLimitManager = lbproxy.All(f.limits.For(conn.ClientID), new(lbproxy.TokenBucket))
@@ -183,16 +180,16 @@ func (f *plainFront) admit(ctx context.Context, raw net.Conn) (context.Context, 
 		// There are more clients than are remembered, so some newcomers are refused while all those are busy: not here.
 		c.audit.RateLimitManager = lbproxy.All(f.all, f.limits.For(fmt.Sprint(id%16)))
 	default:
-		return ctx, conn, nil
+		return nil
 	}
 	c.audit.cutAt = int64(c.limitedBytes)
 	conn.RateLimit = &c.audit
-	return ctx, conn, nil
+	return nil
 }
 
 // dial injects the faults of the connection that an upstream is dialled for.
 func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	c, _ := ctx.Value(connKey{}).(*conn)
+	c, _ := lbproxy.ConnFromContext(ctx).Value.(*conn)
 	if c == nil || int(c.dials.Add(1)) > c.dialFaults {
 		return f.dialer.DialContext(ctx, network, addr)
 	}
@@ -294,21 +291,23 @@ func (f *plainFront) settled() (wrong []string) {
 		if s.Open != 0 {
 			wrong = append(wrong, fmt.Sprintf("app %s has %d connections open", id, s.Open))
 		}
-		said := book{results: s.Accepted, refused: s.Refused, failed: s.Failed}
+		said := book{s.Accepted, s.Refused, s.Failed, s.Sent, s.Received}
+		ended := uint64(0)
+		for _, n := range s.Ends {
+			ended += n
+		}
+		if ended != s.Accepted || s.NotAdmitted != 0 {
+			wrong = append(wrong, fmt.Sprintf("app %s: %d accepted, %d ended, %d not admitted",
+				id, s.Accepted, ended, s.NotAdmitted))
+		}
 		for _, u := range s.Upstreams {
 			if u.Open != 0 || u.Removed {
-				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open and is %s", id, u.Addr, u.Open, u.State))
+				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open, removed %v", id, u.Addr, u.Open, u.Removed))
 			}
-			said.sent += u.Sent
-			said.received += u.Received
 			failedDials += u.Failed
 		}
-		want := f.books[id]
-		if id == "web" { // upstreams that were removed took their counts with them
-			want.sent, want.received = said.sent, said.received
-		}
-		if said != want {
-			wrong = append(wrong, fmt.Sprintf("app %s: the stats add up to %+v, the results to %+v", id, said, want))
+		if want := f.books[id]; said != want {
+			wrong = append(wrong, fmt.Sprintf("app %s: the stats say %+v, the results %+v", id, said, want))
 		}
 		if id == "dial" && failedDials != f.refused {
 			wrong = append(wrong, fmt.Sprintf("app dial: %d dials failed by the upstreams' fault, want %d", failedDials, f.refused))

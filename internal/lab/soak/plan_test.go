@@ -243,7 +243,8 @@ func (g *generator) fill() {
 	case goneEarly:
 		g.client = []script{{{send, k}, {reset, 0}}}
 		g.upstream = []script{{{send, j}}, {{recvEnd, 0}}}
-		g.broken(either, broken, lbproxy.EndClientError, lbproxy.EndReason(mtlsserver.ClientGone))
+		g.broken(either, broken, lbproxy.EndClientError, lbproxy.EndClientClosed,
+			lbproxy.EndReason(mtlsserver.ClientGone))
 		g.reach = perhaps
 	case vanish:
 		g.client = []script{{{recv, 1 + j}, {shut, 0}}}
@@ -397,7 +398,7 @@ func (g *generator) holding(k, j int, ends ...lbproxy.EndReason) {
 // clientReset has the client sent j bytes and reset the connection after k.
 func (g *generator) clientReset(k, j int) {
 	g.upstream = []script{{{send, j}}, {{recvEnd, 0}}}
-	g.broken(either, broken, lbproxy.EndClientError)
+	g.broken(either, broken, lbproxy.EndClientError, lbproxy.EndClientClosed)
 	g.exact = true
 	switch g.IntN(7) {
 	case 0, 1: // without having read what it was sent, but for the first byte
@@ -440,7 +441,7 @@ func (g *generator) cutTLS(k, j int) {
 	if g.mtls && g.chance(60) {
 		g.client = []script{{{recv, 1}, {send, k}, {cut, 0}, {recvEnd, 0}}}
 		g.upstream = []script{{{send, 1 + j}}, {{recvEnd, 0}}}
-		g.broken(broken, broken, lbproxy.EndClientError)
+		g.broken(broken, broken, lbproxy.EndClientError, lbproxy.EndClientClosed)
 	} else {
 		g.app = "tls"
 		g.client = []script{{{send, k}}, {{recvEnd, 0}}}
