@@ -37,6 +37,28 @@ func TestMedian(t *testing.T) {
 	}
 }
 
+func TestQuantiles(t *testing.T) {
+	var l latencies
+	if got := l.quantile(0.5); got != 0 {
+		t.Errorf("of none: %v", got)
+	}
+	for i := range 1000 {
+		l.add(time.Duration(i+1) * time.Microsecond)
+	}
+	l.add(-1)
+	for q, want := range map[float64]time.Duration{
+		0: 0, 0.5: 500 * time.Microsecond, 0.99: 990 * time.Microsecond, 0.999: time.Millisecond,
+	} {
+		if got := l.quantile(q); got < want || got > want+want/14+time.Microsecond {
+			t.Errorf("quantile %v of 1 to 1000 µs: %v, want %v", q, got, want)
+		}
+	}
+	l.reset()
+	if got := l.quantile(1); got != 0 {
+		t.Errorf("after reset: %v", got)
+	}
+}
+
 func TestTable(t *testing.T) {
 	micros := func(n ...int) (samples []sample) {
 		for _, n := range n {
@@ -91,12 +113,15 @@ func TestBaselineIsMeasured(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.stop()
-	for _, w := range slices.Concat(works["conn"], works["ping"], works["bulk"]) {
+	for _, w := range slices.Concat(works["conn"], works["nagle"], works["ping"], works["beside"], works["bulk"]) {
 		var s sample
 		for window := 20 * time.Millisecond; window < patience; window *= 2 {
 			if s = p.measure(w, window); s.err != errNothingDone && (s.cpu > 0 || cannotMeasure != "") {
 				break
 			}
+		}
+		if w.ops == 1 && (s.p50 <= 0 || s.p999 < s.p50) {
+			t.Errorf("%s: p50 %v, p99.9 %v", w.name, s.p50, s.p999)
 		}
 		if s.errs > 0 || s.rate <= 0 || s.cpu <= 0 && cannotMeasure == "" {
 			t.Errorf("%s: %+v", w.name, s)
@@ -111,7 +136,7 @@ func TestBaselineIsMeasured(t *testing.T) {
 func TestEachProxyHasItsRounds(t *testing.T) {
 	b := &bench{log: io.Discard, rounds: 3, window: time.Millisecond, works: []string{"ping"}}
 	nobody := func(name string) *process {
-		return &process{name: name, dial: b.dialer("127.0.0.1:1"), cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
+		return &process{name: name, dial: b.dialer("127.0.0.1:1", true), cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
 	}
 	rows, err := b.takeRounds(t.Context(), []*process{nobody("a"), nobody("b")})
 	if err != nil || len(rows) != 4 || rows[0].proxy != "a" || rows[1].proxy != "b" || rows[0].work != rows[1].work || len(rows[3].samples) != 3 {
@@ -125,7 +150,7 @@ func TestEachProxyHasItsRounds(t *testing.T) {
 }
 
 func TestErrorsCount(t *testing.T) {
-	p := &process{dial: (&bench{}).dialer("127.0.0.1:1"), cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
+	p := &process{dial: (&bench{}).dialer("127.0.0.1:1", true), cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
 	s := p.measure(works["conn"][0], 10*time.Millisecond) // nobody is there
 	if s.errs < 2 || s.err == nil || s.rate != 0 {
 		t.Errorf("%+v, want errors and no rate", s)

@@ -71,7 +71,7 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(log)
 	flags.IntVar(&b.rounds, "rounds", 0, "`rounds` of which the median is taken (default 5; 15 with -scale)")
-	list := flags.String("work", "", "`what` to measure, some of conn,ping,bulk,idle (default all; conn with -scale)")
+	list := flags.String("work", "", "`what` to measure, some of conn,nagle,ping,beside,bulk,idle (default all; conn with -scale)")
 	flags.IntVar(&b.idle, "idle", 0, "idle `connections` to hold, at most 9000 (default 3000; 9000 with -scale)")
 	flags.BoolVar(&b.mtls, "mtls", false, "measure mtlsserver: TLS 1.3 with client certificates")
 	flags.BoolVar(&b.scale, "scale", false, "measure lbproxy with many idle connections, and with 10000 upstreams")
@@ -80,7 +80,10 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
-	rounds, idle, all := 5, 3000, "conn,ping,bulk,idle"
+	rounds, idle, all := 5, 3000, "conn,ping,beside,bulk,idle"
+	if b.mtls {
+		all = "conn,nagle,ping,beside,bulk,idle"
+	}
 	if b.window = time.Second; b.scale {
 		rounds, idle, all = 15, maxIdle, "conn"
 	}
@@ -90,7 +93,7 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	b.rounds, b.idle, b.works = cmp.Or(b.rounds, rounds), cmp.Or(b.idle, idle), strings.Split(cmp.Or(*list, all), ",")
 	for _, name := range b.works {
 		if works[name] == nil && name != "idle" {
-			return nil, fmt.Errorf("-work %s: there is no %q, want some of conn,ping,bulk,idle", *list, name)
+			return nil, fmt.Errorf("-work %s: there is no %q, want some of conn,nagle,ping,beside,bulk,idle", *list, name)
 		}
 	}
 	if flags.NArg() > 0 || b.rounds < 1 || b.idle < 1 || b.idle > maxIdle {
@@ -211,7 +214,10 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 	var t strings.Builder
 	t.WriteString(b.heading(versions))
 	if len(rows) > 0 {
-		t.WriteString(table(rows, []column{{"CPU µs", cpu, 1, true}, {"a second", rate, 0, false}}, base) + "\n")
+		t.WriteString(table(rows, []column{
+			{"CPU µs", cpu, 1, true}, {"a second", rate, 0, false},
+			{"p50 ms", p50, 2, false}, {"p99", p99, 2, false}, {"p99.9", p999, 2, false},
+		}, base) + "\n")
 	}
 	if len(resting) > 0 {
 		t.WriteString(table(resting, []column{{"KiB", resident, 1, true}, {"descriptors", descriptors, 2, false}}, base) + "\n")

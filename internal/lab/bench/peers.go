@@ -224,7 +224,8 @@ func firstLine(program, arg string) string {
 type process struct {
 	name string
 	cmd  *exec.Cmd
-	dial func() (net.Conn, error)
+
+	dial, dialNagle func() (net.Conn, error)
 }
 
 // start has a peer listen, in front of upstreams.
@@ -254,7 +255,7 @@ func (b *bench) start(p peer, upstreams []string) (*process, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	run := &process{name: p.name, cmd: cmd, dial: b.dialer(addr)}
+	run := &process{name: p.name, cmd: cmd, dial: b.dialer(addr, true), dialNagle: b.dialer(addr, false)}
 	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		c, err := run.dial()
 		if err == nil {
@@ -283,13 +284,25 @@ func stopAll(running *[]*process) {
 	}
 }
 
-// dialer returns what clients connect by.
-func (b *bench) dialer(addr string) func() (net.Conn, error) {
-	dialer := &net.Dialer{Timeout: patience}
-	if b.certs == "" {
-		return func() (net.Conn, error) { return dialer.Dial("tcp", addr) }
+// dialer returns what clients connect by: with TCP_NODELAY, as is usual in Go, or without.
+func (b *bench) dialer(addr string, noDelay bool) func() (net.Conn, error) {
+	return func() (net.Conn, error) {
+		raw, err := net.DialTimeout("tcp", addr, patience)
+		if err != nil {
+			return nil, err
+		}
+		raw.(*net.TCPConn).SetNoDelay(noDelay)
+		if b.certs == "" {
+			return raw, nil
+		}
+		c := tls.Client(raw, b.client)
+		raw.SetDeadline(time.Now().Add(patience))
+		if err := c.Handshake(); err != nil {
+			raw.Close()
+			return nil, err
+		}
+		return c, nil
 	}
-	return func() (net.Conn, error) { return tls.DialWithDialer(dialer, "tcp", addr, b.client) }
 }
 
 // clientTLS is the same for all peers. X25519 is what all of them have.

@@ -36,6 +36,9 @@ func (r row) median(of func(sample) float64) float64 {
 }
 
 func cpu(s sample) float64         { return float64(s.cpu) / float64(time.Microsecond) }
+func p50(s sample) float64         { return float64(s.p50) / float64(time.Millisecond) }
+func p99(s sample) float64         { return float64(s.p99) / float64(time.Millisecond) }
+func p999(s sample) float64        { return float64(s.p999) / float64(time.Millisecond) }
 func rate(s sample) float64        { return s.rate }
 func resident(s sample) float64    { return s.resident / 1024 }
 func descriptors(s sample) float64 { return s.descriptors }
