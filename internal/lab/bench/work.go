@@ -38,8 +38,8 @@ const (
 	sink              // read without end
 )
 
-// Round trips beside bulk are made by so many clients, each of which sends a message so often whether
-// the one before is back or not: 2,000 a second in all.
+// Round trips beside bulk are made by so many clients, each of which sends a message so often
+// whether the one before is back or not: 2,000 a second in all.
 const (
 	pacedClients = 8
 	pace         = 4 * time.Millisecond
@@ -49,7 +49,8 @@ const (
 var works = map[string][]work{
 	"conn": {{name: "connection, 32 at once", clients: 32, ops: 1, client: (*load).connect}},
 	"nagle": {
-		{name: "connection, Nagle on, 1 client", clients: 1, ops: 1, client: (*load).connect, nagle: true},
+		{name: "connection, Nagle on, 1 client", clients: 1, ops: 1, client: (*load).connect,
+			nagle: true},
 	},
 	"ping": {
 		{name: "round trip, 1 client", clients: 1, ops: 1, client: (*load).ping},
@@ -114,7 +115,8 @@ type sample struct {
 
 var errNothingDone = errors.New("nothing got done")
 
-// measure has clients do w by way of p, and looks at what they do in window, when they have got going.
+// measure has clients do w by way of p, and looks at what they do in window, when they have got
+// going.
 func (p *process) measure(w work, window time.Duration) sample {
 	begin, warm := time.Now(), window/4
 	l := &load{dial: p.dial, until: begin.Add(warm + window + 20*time.Millisecond)}
@@ -292,8 +294,9 @@ func (l *load) stream(
 	}
 }
 
-// hold opens n connections by way of p that echo one message each and then rest. It gives up after a few errors: a proxy
-// that is out of descriptors has each connection wait. The caller closes them.
+// hold opens n connections by way of p that echo one message each and then rest. It gives up after
+// a few errors: a proxy that is out of descriptors has each connection wait. The caller closes
+// them.
 func (p *process) hold(ctx context.Context, n int, f *fails) (conns []net.Conn) {
 	l := &load{dial: p.dial}
 	for len(conns) < n && f.n < 3 && ctx.Err() == nil {
@@ -320,7 +323,8 @@ func (p *process) idle(ctx context.Context, n int, settle time.Duration) sample 
 	time.Sleep(settle)
 	r, d := memory(pids)
 	each := float64(max(len(conns), 1))
-	return sample{resident: (r - resident) / each, descriptors: (d - descriptors) / each, errs: f.n, err: f.first}
+	return sample{resident: (r - resident) / each, descriptors: (d - descriptors) / each, errs: f.n,
+		err: f.first}
 }
 
 func closeAll(conns []net.Conn) {

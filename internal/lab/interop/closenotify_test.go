@@ -164,8 +164,8 @@ func giveUp(t *testing.T, cmd *exec.Cmd) {
 	}
 }
 
-// dial connects as alice. The connection below TLS can be closed without close_notify, as the system
-// closes it when a program exits.
+// dial connects as alice. The connection below TLS can be closed without close_notify, as the
+// system closes it when a program exits.
 func (m *mtls) dial(t *testing.T) (c *tls.Conn, raw *net.TCPConn) {
 	t.Helper()
 	cert, err := tls.LoadX509KeyPair(m.file("alice.pem"), m.file("alice.key"))
@@ -191,8 +191,8 @@ func readAnswer(t *testing.T, c net.Conn, size int64) {
 	}
 }
 
-// A client that ends its stream by FIN alone gets an answer that comes later, unless close_notify is
-// required.
+// A client that ends its stream by FIN alone gets an answer that comes later, unless close_notify
+// is required.
 func TestAnswerAfterAFINWithoutCloseNotify(t *testing.T) {
 	const size = 300_006
 	for _, closeNotify := range []string{"required", "idle", "optional"} {

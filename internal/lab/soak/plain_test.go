@@ -30,9 +30,12 @@ const nobody = "127.0.0.1:1"
 // A panicLog is where lbproxy logs. It says when something has panicked, and nothing else.
 type panicLog struct{ run *run }
 
-func (l panicLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelError }
-func (l panicLog) WithAttrs([]slog.Attr) slog.Handler               { return l }
-func (l panicLog) WithGroup(string) slog.Handler                    { return l }
+func (l panicLog) Enabled(_ context.Context,
+	level slog.Level) bool {
+	return level >= slog.LevelError
+}
+func (l panicLog) WithAttrs([]slog.Attr) slog.Handler { return l }
+func (l panicLog) WithGroup(string) slog.Handler      { return l }
 
 func (l panicLog) Handle(_ context.Context, line slog.Record) error {
 	line.Attrs(func(a slog.Attr) bool {
@@ -71,7 +74,8 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 	f := &plainFront{
 		run: r, apps: map[string]*lbproxy.LBProxyApp{}, addrs: map[string]string{},
 		limits: lbproxy.NewClientLimits(40, func(string) lbproxy.RateLimitManager {
-			return lbproxy.All(&lbproxy.OpenLimit{Max: 1 << 20}, &lbproxy.TokenBucket{Burst: 1 << 20, Every: time.Nanosecond})
+			return lbproxy.All(&lbproxy.OpenLimit{Max: 1 << 20},
+				&lbproxy.TokenBucket{Burst: 1 << 20, Every: time.Nanosecond})
 		}),
 		all:   &lbproxy.Bandwidth{BytesPerSecond: 300 << 20, Burst: 1 << 20},
 		few:   &lbproxy.OpenLimit{Max: 1},
@@ -89,8 +93,11 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		{"slow", r.slow, lbproxy.Options{}},
 		{"limits", r.web, lbproxy.Options{}},
 		{"idle", r.web, lbproxy.Options{IdleTimeout: idleTimeout}},
-		{"dial", r.web[:dialUpstreams], lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond}},
-		{"hole", r.web[:dialUpstreams], lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond, DialTimeout: dialTimeout}},
+		{"dial", r.web[:dialUpstreams],
+			lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond}},
+		{"hole", r.web[:dialUpstreams],
+			lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond,
+				DialTimeout: dialTimeout}},
 		{"kill", r.mortal, lbproxy.Options{FailTimeout: 20 * time.Millisecond}},
 	} {
 		app.opts.Logger, app.opts.OnDone = slog.New(panicLog{r}), f.done
@@ -125,8 +132,8 @@ func (f *plainFront) upstreams(servers []*server) (all []lbproxy.Upstream) {
 	return all
 }
 
-// fullQueue returns the address of a listener whose queue is full, so that who dials it waits; "" if there is no way to
-// make one. What it takes is to be closed.
+// fullQueue returns the address of a listener whose queue is full, so that who dials it waits; ""
+// if there is no way to make one. What it takes is to be closed.
 func fullQueue(t testing.TB) (addr string, hole []io.Closer) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	proxytest.Must(t, err)
@@ -177,7 +184,8 @@ func (f *plainFront) admit(_ context.Context, conn *lbproxy.Conn) error {
 	case c.kind == someLimit:
 		c.audit.RateLimitManager = lbproxy.All(f.all, f.few)
 	case c.app == "limits":
-		// There are more clients than are remembered, so some newcomers are refused while all those are busy: not here.
+		// There are more clients than are remembered, so some newcomers are refused while all those are
+		// busy: not here.
 		c.audit.RateLimitManager = lbproxy.All(f.all, f.limits.For(fmt.Sprint(id%16)))
 	default:
 		return nil
@@ -193,7 +201,10 @@ func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, 
 	if c == nil || int(c.dials.Add(1)) > c.dialFaults {
 		return f.dialer.DialContext(ctx, network, addr)
 	}
-	failed := func(err error) (net.Conn, error) { return nil, &net.OpError{Op: "dial", Net: network, Err: err} }
+	failed := func(err error) (net.Conn, error) {
+		return nil,
+			&net.OpError{Op: "dial", Net: network, Err: err}
+	}
 	switch c.kind {
 	case refuse, refuseAll:
 		addr = nobody
@@ -247,8 +258,8 @@ func (f *plainFront) note(r *lbproxy.Result) {
 	f.books[r.App] = b
 }
 
-// reshuffle gives the app web other upstreams: some of those there are, in another order, with other weights, and now
-// and then one that refuses.
+// reshuffle gives the app web other upstreams: some of those there are, in another order, with
+// other weights, and now and then one that refuses.
 func (f *plainFront) reshuffle() {
 	all := f.upstreams(f.run.web)
 	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
@@ -302,7 +313,8 @@ func (f *plainFront) settled() (wrong []string) {
 		}
 		for _, u := range s.Upstreams {
 			if u.Open != 0 || u.Removed {
-				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open, removed %v", id, u.Addr, u.Open, u.Removed))
+				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open, removed "+
+					"%v", id, u.Addr, u.Open, u.Removed))
 			}
 			failedDials += u.Failed
 		}
@@ -310,7 +322,8 @@ func (f *plainFront) settled() (wrong []string) {
 			wrong = append(wrong, fmt.Sprintf("app %s: the stats say %+v, the results %+v", id, said, want))
 		}
 		if id == "dial" && failedDials != f.refused {
-			wrong = append(wrong, fmt.Sprintf("app dial: %d dials failed by the upstreams' fault, want %d", failedDials, f.refused))
+			wrong = append(wrong, fmt.Sprintf("app dial: %d dials failed by the upstreams' fault, want "+
+				"%d", failedDials, f.refused))
 		}
 	}
 	return wrong
