@@ -450,13 +450,22 @@ func (s *session) open() (delay time.Duration, chunk int, failed *ending) {
 	}
 	d := limit.Report(s.ctx, s.event(EventOpen))
 	if d.Exceeded {
-		return 0, 0, &ending{EndRateLimited, ErrRateLimited}
+		return 0, 0, d.refusal()
 	}
 	s.opened = true
-	if d.Chunk <= 0 {
-		d.Chunk = firstChunk
+	chunk = firstChunk
+	if d.Chunk > 0 {
+		chunk = min(chunk, d.Chunk)
 	}
-	return d.Wait, d.Chunk, nil
+	return d.Wait, chunk, nil
+}
+
+// refusal is the ending that d, which has Exceeded set, asks for.
+func (d *Decision) refusal() *ending {
+	if d.Err != nil {
+		return &ending{EndRateLimited, d.Err}
+	}
+	return &ending{EndRateLimited, ErrRateLimited}
 }
 
 // firstChunk bounds what moves before the RateLimitManager has been told of any bytes.
@@ -595,7 +604,7 @@ func (s *session) Moved(d relay.Direction, n int) relay.Verdict {
 	e.App, e.ClientID = s.app.id, s.conn.ClientID
 	answer := limit.Report(s.ctx, e)
 	if answer.Exceeded {
-		return relay.Verdict{Err: &ending{EndRateLimited, ErrRateLimited}}
+		return relay.Verdict{Err: answer.refusal()}
 	}
 	return relay.Verdict{Wait: answer.Wait, Chunk: answer.Chunk}
 }
