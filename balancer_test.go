@@ -2,6 +2,7 @@ package lbproxy
 
 import (
 	"container/list"
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -47,11 +48,35 @@ func (f *balFarm) setUpstreams(upstreams ...Upstream) {
 	for i := range confs {
 		confs[i].Weight = max(confs[i].Weight, 1)
 	}
-	f.set(confs)
+	f.set(confs, f.now)
 }
 
 // mark has health checks find an upstream down, or up again.
-func (f *balFarm) mark(addr string, down bool) { f.balancer.mark(f.find(addr), down) }
+func (f *balFarm) mark(addr string, down bool) {
+	if down {
+		f.markDown(f.find(addr), errSick, f.now)
+	} else {
+		f.markUp(f.find(addr), f.now)
+	}
+}
+
+// acquire is the balancer's for tests that ask for no reason.
+func (f *balFarm) acquire(tried map[*upstream]bool, now time.Time) (*upstream, *Upstream) {
+	p, _ := f.balancer.acquire(&search{tried: tried}, now)
+	return p.u, p.conf
+}
+
+// settle is the balancer's; what failed was sick.
+func (f *balFarm) settle(u *upstream, v verdict, now time.Time) (changed bool) {
+	return f.balancer.settle(u, v, balErr(v), now)
+}
+
+func balErr(v verdict) error {
+	if v == works {
+		return nil
+	}
+	return errSick
+}
 
 // find returns the upstream of the current set with that Addr.
 func (f *balFarm) find(addr string) *upstream {
@@ -137,8 +162,12 @@ func (f *balFarm) connect() string {
 
 func (f *balFarm) state(addr string) string {
 	for _, s := range f.stats() {
-		if s.Addr == addr {
-			return s.State
+		switch {
+		case s.Addr != addr:
+		case s.Removed:
+			return "removed"
+		default:
+			return string(s.State)
 		}
 	}
 	return "gone"
@@ -563,7 +592,7 @@ func TestDownUpstreamStaysSoInANewSetButNotIfItIsAddedAgain(t *testing.T) {
 	wantBal(t, "state", f.state("a:1"), "down")
 	wantBal(t, "chosen", f.takes(2), []string{"c:1", "c:1"})
 	f.setUpstreams(Upstream{Addr: "c:1"})
-	wantBal(t, "state", f.state("a:1"), "draining")
+	wantBal(t, "state", f.state("a:1"), "removed")
 	f.setUpstreams(balNamed(2)...)
 	wantBal(t, "state", f.state("a:1"), "up")
 	wantBal(t, "open", f.find("a:1").open, 2)
@@ -581,7 +610,7 @@ func TestKeptUpstreamsKeepConnectionsStateAndCounters(t *testing.T) {
 	f.setUpstreams(balNamed(4)...)
 	after := f.stats()
 	wantBal(t, "the kept ones", after[:3], before)
-	wantBal(t, "the new one", after[3], UpstreamStats{Addr: "d:1", Weight: 1, State: "up"})
+	wantBal(t, "the new one", after[3], UpstreamStats{Addr: "d:1", Weight: 1, State: StateUp, Since: f.now})
 	wantBal(t, "chosen: c still cools", f.takes(3), []string{"d:1", "d:1", "b:1"})
 
 	f.now = f.now.Add(balFail)
@@ -598,15 +627,17 @@ func TestRemovedUpstreamDrainsAndOldConnectionsReleaseTheOldOne(t *testing.T) {
 	f.setUpstreams(Upstream{Addr: "b:1"}, Upstream{Addr: "c:1"})
 	wantBal(t, "chosen", f.takes(2), []string{"b:1", "c:1"})
 	for n := 3; n > 0; n-- {
-		wantBal(t, "stats", f.stats()[2:], []UpstreamStats{{Addr: "a:1", Weight: 1, Open: n, Total: 3, State: "draining"}})
+		wantBal(t, "stats", f.stats()[2:], []UpstreamStats{
+			{Addr: "a:1", Weight: 1, Open: n, Total: 3, State: StateUp, Since: f.now, Removed: true},
+		})
 		f.release(old[n-1])
 	}
 	wantBal(t, "drained", f.state("a:1"), "gone")
-	wantBal(t, "what is left", len(f.draining), 0)
+	wantBal(t, "what is left", len(f.removed), 0)
 	wantBal(t, "open on the others", []int{f.stats()[0].Open, f.stats()[1].Open}, []int{1, 1})
 
 	f.setUpstreams(Upstream{Addr: "a:1"})
-	wantBal(t, "as new", f.stats()[0], UpstreamStats{Addr: "a:1", Weight: 1, State: "up"})
+	wantBal(t, "as new", f.stats()[0], UpstreamStats{Addr: "a:1", Weight: 1, State: StateUp, Since: f.now})
 }
 
 func TestUpstreamRemovedWhileIdleIsGoneAtOnce(t *testing.T) {
@@ -627,13 +658,13 @@ func TestUpstreamAddedAgainWhileDrainingIsTheSame(t *testing.T) {
 	f.acquire(nil, f.now)
 	f.setUpstreams(Upstream{Addr: "b:1"})
 	f.setUpstreams(Upstream{Addr: "b:1"}, Upstream{Addr: "c:1"}) // again, while a drains
-	wantBal(t, "state", f.state("a:1"), "draining")
+	wantBal(t, "state", f.state("a:1"), "removed")
 	f.setUpstreams(balNamed(2)...)
 	if f.find("a:1") != u {
 		t.Fatal("it is another one")
 	}
 	wantBal(t, "open", f.stats()[0].Open, 1)
-	wantBal(t, "draining", f.state("c:1"), "gone")
+	wantBal(t, "c", f.state("c:1"), "gone")
 	wantBal(t, "chosen", f.takes(2), []string{"a:1", "b:1"})
 	f.release(u)
 	f.release(u)
@@ -649,7 +680,7 @@ func TestDialOfARemovedUpstreamChangesNothing(t *testing.T) {
 		trial, _ := f.acquire(nil, f.now)
 		f.setUpstreams(Upstream{Addr: "b:1"})
 		wantBal(t, "changed", f.settle(trial, v, f.now), false)
-		wantBal(t, "state", f.state("a:1"), "draining")
+		wantBal(t, "state", f.state("a:1"), "removed")
 		wantBal(t, "waiting to recover", f.cooling.Len(), 0)
 		f.release(trial)
 		wantBal(t, "chosen", f.takes(2), []string{"b:1", "b:1"})
@@ -712,7 +743,7 @@ func TestHugeCountsAndWeightsDoNotOverflow(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a", Weight: 1_000_000}, Upstream{Addr: "b", Weight: 1_000_000})
 	f.find("a").open = 1<<31 - 3
 	f.find("b").open = 1<<31 - 4
-	f.set([]Upstream{*f.find("a").conf, *f.find("b").conf})
+	f.set([]Upstream{*f.find("a").conf, *f.find("b").conf}, f.now)
 	wantBal(t, "chosen", f.takes(2), []string{"b", "a"})
 }
 
@@ -720,7 +751,8 @@ func TestHugeCountsAndWeightsDoNotOverflow(t *testing.T) {
 type balModel struct {
 	failTimeout time.Duration
 	set         []*balModelUpstream // in slice order
-	draining    []*balModelUpstream
+	removed     []*balModelUpstream
+	peers       Peers
 	resting     *balModelUpstream // it is catching up and has just been chosen
 }
 
@@ -733,16 +765,41 @@ type balModelUpstream struct {
 	dialling   int
 	total      uint64
 	failed     uint64
+	bias       float64
+	since      time.Time
+	err        error
 }
 
-func (u *balModelUpstream) load() float64    { return float64(u.open+1) / float64(u.Weight) } // exact enough for small numbers
+// load is exact enough for small numbers.
+func (u *balModelUpstream) load() float64    { return (float64(u.open+1) + u.bias) / float64(u.Weight) }
 func (u *balModelUpstream) full() bool       { return u.MaxConns != 0 && u.open >= u.MaxConns }
-func (u *balModelUpstream) usable() bool     { return !u.full() && u.state != "down" }
+func (u *balModelUpstream) usable() bool     { return !u.full() && u.state != "down" && !u.Drain }
 func (u *balModelUpstream) passedOver() bool { return u.state == "cooling" || u.state == "on trial" }
 
-// min returns the least of those upstreams that are among, the earlier one of equals.
+// enter has u in that state because of err.
+func (u *balModelUpstream) enter(state string, err error, now time.Time) {
+	was := u.public()
+	u.state, u.err = state, err
+	if u.public() != was {
+		u.since = now
+	}
+}
+
+func (u *balModelUpstream) public() UpstreamState {
+	switch u.state {
+	case "up":
+		return StateUp
+	case "down":
+		return StateDown
+	}
+	return StateCooling
+}
+
+// min returns the least of those upstreams that are among; of equals the first one from the app's
+// place among its peers on.
 func (m *balModel) min(among func(*balModelUpstream) bool, less func(u, v *balModelUpstream) bool) (least *balModelUpstream) {
-	for _, u := range m.set {
+	first := len(m.set) * m.peers.Index / max(m.peers.Count, 1)
+	for _, u := range append(m.set[first:len(m.set):len(m.set)], m.set[:first]...) {
 		if among(u) && (least == nil || less(u, least)) {
 			least = u
 		}
@@ -813,11 +870,12 @@ func (m *balModel) settle(u *balModelUpstream, v verdict, now time.Time) (change
 	}
 	switch v {
 	case works:
-		u.state = "up"
+		u.enter("up", nil, now)
 		u.catchingUp = u.catchingUp || was != "up"
 	case fails:
 		if m.failTimeout > 0 {
-			u.state, u.until, u.catchingUp = "cooling", now.Add(m.failTimeout), false
+			u.enter("cooling", errSick, now)
+			u.until, u.catchingUp = now.Add(m.failTimeout), false
 		}
 	case unknown:
 		if was == "on trial" && u.dialling == 0 {
@@ -827,54 +885,85 @@ func (m *balModel) settle(u *balModelUpstream, v verdict, now time.Time) (change
 	return (was == "up") != (u.state == "up")
 }
 
-func (m *balModel) mark(u *balModelUpstream, down bool) {
-	u.state, u.catchingUp = "up", !down
-	if down {
-		u.state = "down"
+func (m *balModel) mark(u *balModelUpstream, down bool, now time.Time) {
+	if u.catchingUp = !down; down {
+		u.enter("down", errSick, now)
+	} else {
+		u.enter("up", nil, now)
 	}
 }
 
 func (m *balModel) release(u *balModelUpstream) {
 	u.open--
-	m.draining = slices.DeleteFunc(m.draining, func(u *balModelUpstream) bool { return u.open == 0 })
+	m.removed = slices.DeleteFunc(m.removed, func(u *balModelUpstream) bool { return u.open == 0 })
 }
 
-func (m *balModel) replace(confs []Upstream) {
-	old := append(m.set, m.draining...)
-	m.set, m.draining = nil, nil
+func (m *balModel) replace(confs []Upstream, now time.Time) {
+	old := append(m.set, m.removed...)
+	wasRemoved := m.removed
+	m.set, m.removed = nil, nil
 	for _, c := range confs {
-		u := &balModelUpstream{state: "up"}
+		u := &balModelUpstream{state: "up", since: now}
 		if i := slices.IndexFunc(old, func(u *balModelUpstream) bool { return u.Addr == c.Addr }); i >= 0 {
 			u = old[i]
+			if slices.Contains(wasRemoved, u) {
+				u.since = now
+			}
 		}
 		u.Upstream = c
+		u.bias = m.peers.Bias[c.Addr]
 		m.set = append(m.set, u)
 	}
 	for _, u := range old {
 		if !slices.Contains(m.set, u) {
-			u.state = "up"
+			u.enter("up", nil, now)
+			u.catchingUp = false
 			if u.open > 0 {
-				m.draining = append(m.draining, u)
+				m.removed = append(m.removed, u)
 			}
 		}
 	}
-	slices.SortFunc(m.draining, func(u, v *balModelUpstream) int { return strings.Compare(u.Addr, v.Addr) })
+	slices.SortFunc(m.removed, func(u, v *balModelUpstream) int { return strings.Compare(u.Addr, v.Addr) })
+}
+
+func (m *balModel) setPeers(p Peers) {
+	m.peers = p
+	for _, u := range m.set {
+		u.bias = p.Bias[u.Addr]
+	}
 }
 
 func (m *balModel) stats() (all []UpstreamStats) {
-	for _, u := range append(m.set[:len(m.set):len(m.set)], m.draining...) {
-		s := UpstreamStats{Addr: u.Addr, Weight: u.Weight, Open: u.open, Total: u.total, Failed: u.failed, State: "up"}
-		switch {
-		case slices.Contains(m.draining, u):
-			s.State = "draining"
-		case u.state == "down":
-			s.State = "down"
-		case u.state != "up":
-			s.State = "cooling"
-		}
-		all = append(all, s)
+	for _, u := range append(m.set[:len(m.set):len(m.set)], m.removed...) {
+		all = append(all, UpstreamStats{
+			Addr: u.Addr, Weight: u.Weight, Open: u.open, Total: u.total, Failed: u.failed,
+			State: u.public(), Since: u.since, Err: u.err, Drain: u.Drain,
+			Removed: slices.Contains(m.removed, u),
+		})
 	}
 	return all
+}
+
+// none is the text of the error when there is no upstream for a connection that has tried none.
+func (m *balModel) none() string {
+	count := map[string]int{}
+	for _, u := range m.set {
+		switch {
+		case u.Drain:
+			count["draining"]++
+		case u.state == "down":
+			count["down"]++
+		case u.full():
+			count["full"]++
+		}
+	}
+	var why []string
+	for _, what := range []string{"full", "down", "draining"} {
+		if n := count[what]; n > 0 {
+			why = append(why, fmt.Sprint(n, " ", what))
+		}
+	}
+	return "lbproxy: no upstream available: " + strings.Join(why, ", ")
 }
 
 // A balTwin does everything to a balancer and to a model of it, and compares what they say.
@@ -889,14 +978,14 @@ type balTwin struct {
 type balTwinConn struct {
 	u        *upstream
 	m        *balModelUpstream
-	tried    map[*upstream]bool
+	search   search
 	triedToo map[*balModelUpstream]bool
 }
 
 const (
 	balConnected, balDialling = 0, 1
 
-	balOperations = 34 // what choose is asked for when an operation begins
+	balOperations = 35 // what choose is asked for when an operation begins
 )
 
 // run does operations until the choices end: choose(n) returns one of 0 to n-1, or -1 when there are no more.
@@ -926,6 +1015,10 @@ func (w *balTwin) run(choose func(n int) int, checkEach int) {
 			w.now = w.now.Add(time.Duration(max(choose(8), 0)) * time.Second)
 		case op < 33:
 			w.mark(max(choose(len(w.m.set)), 0), choose(3) == 0)
+		case op < 34:
+			if choose(4) == 0 {
+				w.setPeers(choose)
+			}
 		default:
 			if choose(8) == 0 { // sets change less often than connections come
 				w.set(choose)
@@ -953,12 +1046,19 @@ func (w *balTwin) remove(which int, choose func(n int) int) *balTwinConn {
 }
 
 func (w *balTwin) acquire(c *balTwinConn) {
-	u, conf := w.b.acquire(c.tried, w.now)
+	p, err := w.b.acquire(&c.search, w.now)
 	m := w.m.acquire(c.triedToo, w.now)
+	u := p.u
+	if (u == nil) != (err != nil) || err != nil && !errors.Is(err, ErrNoUpstream) {
+		w.t.Fatalf("chose %+v, and says %v", u, err)
+	}
 	switch {
 	case u == nil && m == nil:
+		if want := w.m.none(); len(c.triedToo) == 0 && err.Error() != want {
+			w.t.Fatalf("no upstream: says %q, want %q", err, want)
+		}
 		return
-	case u == nil || m == nil || u.conf.Addr != m.Addr || conf != u.conf || c.tried[u]:
+	case u == nil || m == nil || u.conf.Addr != m.Addr || p.conf != u.conf || c.search.tried[u]:
 		w.t.Fatalf("chose %+v, want %+v", u, m)
 	}
 	c.u, c.m = u, m
@@ -966,7 +1066,7 @@ func (w *balTwin) acquire(c *balTwinConn) {
 }
 
 func (w *balTwin) settle(c *balTwinConn, v verdict, again bool) {
-	if got, want := w.b.settle(c.u, v, w.now), w.m.settle(c.m, v, w.now); got != want {
+	if got, want := w.b.settle(c.u, v, balErr(v), w.now), w.m.settle(c.m, v, w.now); got != want {
 		w.t.Fatalf("settle %d of %s: changed is %v, want %v", v, c.m.Addr, got, want)
 	}
 	if v == works {
@@ -974,10 +1074,11 @@ func (w *balTwin) settle(c *balTwinConn, v verdict, again bool) {
 		return
 	}
 	w.release(c)
-	if c.tried == nil {
-		c.tried, c.triedToo = map[*upstream]bool{}, map[*balModelUpstream]bool{}
+	if c.triedToo == nil {
+		c.triedToo = map[*balModelUpstream]bool{}
 	}
-	c.tried[c.u], c.triedToo[c.m] = true, true
+	c.search.add(c.u)
+	c.triedToo[c.m] = true
 	if again {
 		w.acquire(c)
 	}
@@ -989,24 +1090,39 @@ func (w *balTwin) release(c *balTwinConn) {
 }
 
 // mark has health checks find an upstream down or up, if that is news.
-func (w *balTwin) mark(place int, down bool) {
-	m := w.m.set[place]
-	i := slices.IndexFunc(w.b.heap, func(u *upstream) bool { return u.place == place })
-	if down != (m.state == "down") {
-		w.m.mark(m, down)
-		w.b.mark(w.b.heap[i], down)
+func (w *balTwin) mark(index int, isDown bool) {
+	m := w.m.set[index]
+	i := slices.IndexFunc(w.b.heap, func(u *upstream) bool { return u.index == index })
+	switch u := w.b.heap[i]; {
+	case isDown == (m.state == "down"):
+		return
+	case isDown:
+		w.b.markDown(u, errSick, w.now)
+	default:
+		w.b.markUp(u, w.now)
 	}
+	w.m.mark(m, isDown, w.now)
+}
+
+func (w *balTwin) setPeers(choose func(n int) int) {
+	count := max(choose(10), 0)
+	p := Peers{Count: count, Index: max(choose(max(count, 1)), 0), Bias: map[string]float64{}}
+	for i := range max(choose(5), 0) {
+		p.Bias[string(rune('a'+i))] = float64(max(choose(12), 0)) / 4
+	}
+	w.b.setPeers(p)
+	w.m.setPeers(p)
 }
 
 func (w *balTwin) set(choose func(n int) int) {
 	var confs []Upstream
 	for n, i := 1+max(choose(8), 0), max(choose(8), 0); len(confs) < n; i++ {
 		addr := string(rune('a' + i*5%8)) // any n neighbours differ
-		confs = append(confs, Upstream{Addr: addr, Weight: 1 + max(choose(3), 0), MaxConns: []int{0, 0, 2, 5}[max(choose(4), 0)]})
+		confs = append(confs, Upstream{Addr: addr, Weight: 1 + max(choose(3), 0), MaxConns: []int{0, 0, 2, 5}[max(choose(4), 0)], Drain: choose(6) == 0})
 	}
-	w.m.replace(confs)
-	for i, u := range w.b.set(confs) {
-		if u.conf != &confs[i] || u.place != i {
+	w.m.replace(confs, w.now)
+	for i, u := range w.b.set(confs, w.now) {
+		if u.conf != &confs[i] || u.index != i {
 			w.t.Fatalf("set returned %+v as number %d, want %+v", u, i, confs[i])
 		}
 	}
@@ -1021,26 +1137,26 @@ func (w *balTwin) check() {
 	waiting := map[*list.Element]bool{}
 	for i, u := range b.heap {
 		sum += u.open
-		if u.at != i {
-			w.t.Fatalf("heap[%d].at is %d", i, u.at)
+		if u.heapIndex != i {
+			w.t.Fatalf("heap[%d].heapIndex is %d", i, u.heapIndex)
 		}
 		if parent := b.heap[max(i-1, 0)/2]; u.before(parent) {
 			w.t.Fatalf("heap[%d] %+v comes before its parent %+v", i, u, parent)
 		}
-		if (u.queued != nil) != (u.state == cooling) {
-			w.t.Fatalf("%s: state %d, queued %v", u.conf.Addr, u.state, u.queued)
+		if (u.coolingElem != nil) != (u.phase == cooling) {
+			w.t.Fatalf("%s: phase %d, coolingElem %v", u.conf.Addr, u.phase, u.coolingElem)
 		}
-		if u.queued != nil {
-			waiting[u.queued] = true
+		if u.coolingElem != nil {
+			waiting[u.coolingElem] = true
 		}
 		if u.open < 0 {
 			w.t.Fatalf("%s: %d connections", u.conf.Addr, u.open)
 		}
 	}
-	for addr, u := range b.draining {
+	for addr, u := range b.removed {
 		sum += u.open
-		if u.conf.Addr != addr || u.at != -1 || u.open <= 0 {
-			w.t.Fatalf("draining %s: %+v", addr, u)
+		if u.conf.Addr != addr || u.heapIndex != -1 || u.open <= 0 {
+			w.t.Fatalf("removed %s: %+v", addr, u)
 		}
 	}
 	if sum != w.live() {
@@ -1099,6 +1215,11 @@ func FuzzBalancer(f *testing.F) {
 	})
 }
 
+func balAcquire(b *balancer, now time.Time) *upstream {
+	p, _ := b.acquire(nil, now)
+	return p.u
+}
+
 // balUnderLoad returns a balancer in the middle of its work, and its connections: they are spread as they are when
 // each ends at a time of its own.
 func balUnderLoad(upstreams int) (*balancer, []*upstream) {
@@ -1107,16 +1228,16 @@ func balUnderLoad(upstreams int) (*balancer, []*upstream) {
 		confs[i] = Upstream{Addr: fmt.Sprintf("10.0.%d.%d:1", i/256, i%256), Weight: 1 + i%3}
 	}
 	b := &balancer{failTimeout: balFail}
-	b.set(confs)
+	b.set(confs, time.Time{})
 	random := rand.New(rand.NewPCG(1, 2))
 	live := make([]*upstream, max(1024, 8*upstreams))
 	for i := range live {
-		live[i], _ = b.acquire(nil, time.Time{})
+		live[i] = balAcquire(b, time.Time{})
 	}
 	for range 4 * len(live) {
 		i := random.IntN(len(live))
 		b.release(live[i])
-		live[i], _ = b.acquire(nil, time.Time{})
+		live[i] = balAcquire(b, time.Time{})
 	}
 	random.Shuffle(len(live), func(i, j int) { live[i], live[j] = live[j], live[i] })
 	return b, live
@@ -1132,7 +1253,7 @@ func BenchmarkAcquire(b *testing.B) {
 			for i := 0; b.Loop(); i++ {
 				end := &live[i%len(live)]
 				bal.release(*end)
-				*end, _ = bal.acquire(nil, now)
+				*end = balAcquire(bal, now)
 			}
 		})
 		b.Run(fmt.Sprintf("upstreams=%d/settle", n), func(b *testing.B) {
@@ -1142,8 +1263,8 @@ func BenchmarkAcquire(b *testing.B) {
 			for i := 0; b.Loop(); i++ {
 				end := &live[i%len(live)]
 				bal.release(*end)
-				*end, _ = bal.acquire(nil, now)
-				bal.settle(*end, works, now)
+				*end = balAcquire(bal, now)
+				bal.settle(*end, works, nil, now)
 			}
 		})
 	}
@@ -1164,7 +1285,7 @@ func BenchmarkAcquireParallel(b *testing.B) {
 				for i := 0; pb.Next(); i++ {
 					end := &own[i%len(own)]
 					bal.release(*end)
-					*end, _ = bal.acquire(nil, now)
+					*end = balAcquire(bal, now)
 				}
 			})
 		})

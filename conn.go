@@ -11,7 +11,6 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -133,6 +132,7 @@ type session struct {
 	unwatch   func()          // the caller's; nil if it is not watched
 	opened    bool            // the RateLimit owes an EventClose
 	completed bool            // serve has come to its end without a panic
+	unlost    func()          // stops CloseOnDown; nil if there is nothing to stop
 	upstream  *upstream       // what the connection is counted on, if anything
 	addr      string          // of it
 	attempts  int
@@ -167,10 +167,15 @@ func newSession(a *LBProxyApp, c Conn) *session {
 
 // watch breaks the session when ctx ends. What it returns stops that, and when it returns it can no longer happen.
 func (s *session) watch(ctx context.Context) (unwatch func()) {
+	return after(ctx, func() { s.cut(ctx) })
+}
+
+// after calls f when ctx ends. What it returns stops that, and when it returns f is not running.
+func after(ctx context.Context, f func()) (unwatch func()) {
 	done := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(done)
-		s.cut(ctx)
+		f()
 	})
 	return func() {
 		if !stop() {
@@ -223,6 +228,9 @@ func (s *session) unwind() {
 	defer func() {
 		if s.unwatch != nil {
 			s.unwatch()
+		}
+		if s.unlost != nil {
+			s.unlost()
 		}
 	}()
 	defer s.wg.Wait()
@@ -330,101 +338,72 @@ func (s *session) uploadPanicked(p any) {
 // connect finds an upstream that answers, or ends the session.
 func (s *session) connect() {
 	b := &s.app.balancer
-	var tried map[*upstream]bool
+	var search search
 	var errs []error
+	var none error
 	for !s.isOver() {
-		u, conf := b.acquire(tried, time.Now())
-		if u == nil {
+		p, err := b.acquire(&search, time.Now())
+		if err != nil {
+			none = err
 			break
 		}
-		s.upstream, s.addr = u, conf.Addr
+		s.upstream, s.addr = p.u, p.conf.Addr
 		s.attempts++
-		server, changed, err := s.try(u, conf)
+		server, changed, err := s.try(p)
 		if err == nil {
 			s.connectedTo(server)
+			if s.app.opts.CloseOnDown && p.lost != nil {
+				s.unlost = after(p.lost, func() { s.abort(EndUpstreamError, context.Cause(p.lost)) })
+			}
 			if changed {
-				s.app.log().Info("lbproxy: upstream works again", "app", s.app.id, "upstream", conf.Addr)
+				s.app.log().Info("lbproxy: upstream works again", "app", s.app.id, "upstream", s.addr)
 			}
 			return
 		}
 		s.upstream = nil
-		b.release(u)
+		b.release(p.u)
 		if changed {
-			s.app.log().Warn("lbproxy: upstream failed and is passed over", "app", s.app.id, "upstream", conf.Addr,
+			s.app.log().Warn("lbproxy: upstream failed and is passed over", "app", s.app.id, "upstream", s.addr,
 				"for", b.failTimeout, "err", err)
 		}
-		errs = append(errs, &DialError{App: s.app.id, Addr: conf.Addr, Err: err})
+		errs = append(errs, &DialError{App: s.app.id, Addr: s.addr, Err: err})
 		if exhausted(err) {
 			break
 		}
-		if tried == nil {
-			tried = map[*upstream]bool{}
-		}
-		tried[u] = true
+		search.add(p.u)
 	}
 	if errs == nil {
-		s.abort(EndNoUpstream, ErrNoUpstream)
+		s.abort(EndNoUpstream, none)
 	} else {
 		s.abort(EndDialFailed, errors.Join(errs...))
 	}
 }
 
-// try dials u once and lets the balancer know how that went, even if the dialer panics.
-func (s *session) try(u *upstream, conf *Upstream) (c net.Conn, changed bool, err error) {
+// try dials p once and lets the balancer know how that went, even if the dialer panics.
+func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
 	v := unknown
-	defer func() { changed = s.app.balancer.settle(u, v, time.Now()) }()
-	c, err = s.dial(conf)
-	if err == nil {
-		v = works
-	} else if !ourFault(err) && !s.isOver() {
-		v = fails
+	defer func() { changed = s.app.balancer.settle(p.u, v, err, time.Now()) }()
+	c, err = s.dial(p)
+	v, err = p.judge(err)
+	if v == fails && s.isOver() {
+		v = unknown
 	}
 	return c, false, err
 }
 
-// ourFault reports whether a dial's error says nothing about the upstream.
-func ourFault(err error) bool {
-	return exhausted(err) || errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, context.Canceled)
-}
-
-// exhausted reports whether a dial failed because this machine has run out of something. The next one would, too.
-func exhausted(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
-}
-
-func (s *session) dial(conf *Upstream) (net.Conn, error) {
+func (s *session) dial(p pick) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
 	defer cancel()
+	if p.lost != nil {
+		defer context.AfterFunc(p.lost, cancel)()
+	}
 	s.mu.Lock()
 	s.undial = cancel
 	if s.end != "" {
 		cancel()
 	}
 	s.mu.Unlock()
-	return s.app.dial(ctx, conf)
-}
-
-// dial connects to an upstream, and speaks TLS to it if that is what conf says.
-func (a *LBProxyApp) dial(ctx context.Context, conf *Upstream) (c net.Conn, err error) {
-	raw, err := a.opts.DialContext(ctx, "tcp", conf.Addr)
-	switch {
-	case err != nil:
-		return nil, err // raw may be a nil *tls.Conn
-	case raw == nil:
-		return nil, errNilDialed
-	case conf.TLS == nil:
-		return raw, nil
-	}
-	defer func() { // also when a hook in conf.TLS panics
-		if c == nil {
-			discard(raw)
-		}
-	}()
-	t := newTLSConn(tls.Client, raw, conf.TLS, 0)
-	if err := t.HandshakeContext(ctx); err != nil {
-		return nil, fmt.Errorf("TLS: %w", err)
-	}
-	return t, nil
+	return p.conf.dial(ctx, s.app.opts.DialContext)
 }
 
 // connectedTo makes server the other side, unless the session is over: then it breaks server.

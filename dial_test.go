@@ -223,7 +223,7 @@ func TestAllUpstreamsFull(t *testing.T) {
 	first := serveFake(t.Context(), a, Conn{})
 	ping(t, first)
 	second := serveFake(t.Context(), a, Conn{})
-	if r := <-second.result; r.End != EndNoUpstream || r.Err != ErrNoUpstream || r.Attempts != 0 {
+	if r := <-second.result; r.End != EndNoUpstream || !errors.Is(r.Err, ErrNoUpstream) || r.Attempts != 0 {
 		t.Errorf("%+v", r)
 	}
 	first.Close()
@@ -445,7 +445,7 @@ func TestADialOfASessionThatIsOverIsCanceled(t *testing.T) {
 	s := newSession(a, Conn{Client: ours})
 	s.ctx = t.Context()
 	s.abort(EndCanceled, context.Canceled)
-	if _, err := s.dial(&Upstream{Addr: "a:1"}); err == nil || !canceled {
+	if _, err := s.dial(pick{conf: &Upstream{Addr: "a:1"}}); err == nil || !canceled {
 		t.Errorf("%v; the dialer was told: %v", err, canceled)
 	}
 }
@@ -689,8 +689,8 @@ func TestSetUpstreamsWhileInUse(t *testing.T) {
 	note()
 	want := []string{
 		"a:1 2 up, b:1 1 up, ",
-		"b:1 1 up, c:1 0 up, a:1 2 draining, ",
-		"b:1 2 up, c:1 1 up, a:1 2 draining, ",
+		"b:1 1 up, c:1 0 up, a:1 2 up, ",
+		"b:1 2 up, c:1 1 up, a:1 2 up, ",
 		"c:1 1 up, a:1 2 up, b:1 2 up, ",
 		"c:1 2 up, a:1 2 up, b:1 2 up, ",
 		"c:1 0 up, a:1 0 up, b:1 0 up, ",

@@ -337,14 +337,14 @@ func ExampleLBProxyApp_SetUpstreams() {
 	fmt.Println(bob.ask("bob"))
 	fmt.Println(ann.ask("ann again"))
 	for _, u := range app.Stats().Upstreams {
-		fmt.Println(u.State, u.Open)
+		fmt.Println("open:", u.Open, "removed:", u.Removed)
 	}
 	// Output:
 	// red got ann
 	// green got bob
 	// red got ann again
-	// up 1
-	// draining 1
+	// open: 1 removed: false
+	// open: 1 removed: true
 }
 
 // Upstreams are checked by a function of ours. A dial would find nothing wrong with red, which is under maintenance.

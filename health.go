@@ -98,6 +98,7 @@ type prober struct {
 }
 
 func newChecker(a *LBProxyApp, hc HealthCheck) *checker {
+	a.balancer.checked = true
 	c := &checker{HealthCheck: hc, app: a, probers: map[string]*prober{}, ended: make(chan struct{})}
 	if c.Check == nil {
 		c.Check = c.dial
@@ -109,7 +110,7 @@ func newChecker(a *LBProxyApp, hc HealthCheck) *checker {
 func (c *checker) set(confs []Upstream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	ups := c.app.balancer.set(confs)
+	ups := c.app.balancer.set(confs, time.Now())
 	if c.stopped {
 		return
 	}
@@ -251,7 +252,11 @@ func (p *prober) mark(ctx context.Context, u *upstream, down bool, err error) {
 	p.mu.Lock()
 	removed := ctx.Err() != nil
 	if !removed {
-		p.app.balancer.mark(u, down)
+		if down {
+			p.app.balancer.markDown(u, err, time.Now())
+		} else {
+			p.app.balancer.markUp(u, time.Now())
+		}
 	}
 	p.mu.Unlock()
 	switch {
@@ -271,7 +276,7 @@ func (c *checker) log(level slog.Level, msg string, args ...any) {
 
 // dial is the default Check.
 func (c *checker) dial(ctx context.Context, u Upstream) error {
-	conn, err := c.app.dial(ctx, &u)
+	conn, err := u.dial(ctx, c.app.opts.DialContext)
 	if err == nil {
 		conn.Close()
 	}

@@ -75,7 +75,7 @@ func newCheckedApp(t *testing.T, hc HealthCheck, opts Options, addrs ...string) 
 func states(a *LBProxyApp) string {
 	var s []string
 	for _, u := range a.Stats().Upstreams {
-		s = append(s, u.State)
+		s = append(s, string(u.State)+map[bool]string{true: " (removed)"}[u.Removed])
 	}
 	return strings.Join(s, " ")
 }
@@ -551,7 +551,7 @@ func TestDownUpstreamsAreNotDialledAndWhenAllAreThereIsNone(t *testing.T) {
 			if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
 				t.Errorf("the client reads %v, want a reset", err)
 			}
-			if r := <-c.result; r.End != EndNoUpstream || r.Err != ErrNoUpstream || r.Attempts != 0 {
+			if r := <-c.result; r.End != EndNoUpstream || !errors.Is(r.Err, ErrNoUpstream) || r.Attempts != 0 {
 				t.Errorf("%+v", r)
 			}
 		}
@@ -731,7 +731,7 @@ func TestACheckOfARemovedUpstreamIsCanceledAndItsResultIgnored(t *testing.T) {
 		a.SetUpstreams([]Upstream{{Addr: "b:1"}})
 		n := w.count("a:1")
 		time.Sleep(time.Minute)
-		wantStates(t, "removed", a, "up draining")
+		wantStates(t, "removed", a, "up up (removed)")
 		if w.count("a:1") != n {
 			t.Error("a is checked while it drains")
 		}

@@ -310,9 +310,9 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 			if dials > 0 { // nor is an upstream stuck in its trial
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				u, _ := a.balancer.acquire(nil, time.Now())
-				a.balancer.settle(u, works, time.Now())
-				a.balancer.release(u)
+				p, _ := a.balancer.acquire(nil, time.Now())
+				a.balancer.settle(p.u, works, nil, time.Now())
+				a.balancer.release(p.u)
 			}
 			client.Close()
 		})
@@ -604,9 +604,9 @@ func TestNoConnIsLeftOpenWhenAHookPanicsAfterTheDial(t *testing.T) {
 				InsecureSkipVerify: true,
 				VerifyConnection:   func(tls.ConnectionState) error { panic("boom") },
 			}}[what]})
-			u, _ := a.balancer.acquire(nil, time.Now()) // so that there is something to log: it works again
-			a.balancer.settle(u, fails, time.Now())
-			a.balancer.release(u)
+			p, _ := a.balancer.acquire(nil, time.Now()) // so that there is something to log: it works again
+			a.balancer.settle(p.u, fails, errSick, time.Now())
+			a.balancer.release(p.u)
 			_, ours := duplex()
 			caught := make(chan any)
 			go func() {

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 // What ended a connection, or kept it from being served. They are found in [Result.Err] and in what functions
@@ -50,6 +51,10 @@ type Upstream struct {
 	// MaxConns is the most connections it gets at once, dials included; a full one is passed over. 0 means no bound.
 	MaxConns int
 
+	// Drain keeps new connections from it. Its open ones go on; it is still checked, counted and
+	// shown. When all upstreams drain or cannot take a connection, clients get ErrNoUpstream.
+	Drain bool
+
 	// TLS, if set, has TLS spoken to the upstream; its Certificates prove the proxy to it. If ServerName is empty
 	// it is taken from Addr, as in tls.Dial. A stream that the upstream ends without saying so in TLS (close_notify)
 	// counts as cut. nil means plain TCP.
@@ -78,6 +83,17 @@ type Options struct {
 	// HealthCheck has upstreams checked while nobody is connecting, too. An app that has it must be closed, by
 	// Shutdown or Close, for its checks begin with New. nil means no checks: an upstream is judged by its dials.
 	HealthCheck *HealthCheck
+
+	// OnUpstream is called for every change of an upstream, also of the set that SetUpstreams gives;
+	// not for the upstreams that New is given. One goroutine for the app calls it, in the order of
+	// the changes. While it runs, changes of one upstream are merged into the newest, so that at
+	// most one for each waits. It may block, and call the app: nothing waits for it, neither
+	// Shutdown nor Close. A panic is logged. nil means no call.
+	OnUpstream func(UpstreamChange)
+
+	// CloseOnDown resets an upstream's connections when health checks find it down. Their
+	// Result.End is EndUpstreamError. By default they go on for as long as they can.
+	CloseOnDown bool
 
 	// MaxConns is the most connections that Serve holds at once, those not yet admitted included. At that number
 	// it accepts no more until one ends, but for one that each listener may have in hand; clients wait in the
@@ -165,6 +181,7 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		}
 		a.checker = newChecker(a, hc)
 	}
+	a.balancer.changes = newChanges(a)
 	if err := a.SetUpstreams(upstreams); err != nil { // the last thing, as it begins the checks
 		return nil, err
 	}
@@ -208,7 +225,7 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	if a.checker != nil {
 		a.checker.set(confs)
 	} else {
-		a.balancer.set(confs)
+		a.balancer.set(confs, time.Now())
 	}
 	return nil
 }
@@ -223,14 +240,16 @@ func (u *Upstream) check() (host, wrong string) {
 		return "", addrErr.Err + ": want host:port"
 	case host == "":
 		return "", "missing host: want host:port"
-	case strings.ContainsAny(host, " \t\r\n"):
+	case strings.ContainsFunc(host, unicode.IsSpace):
 		return "", "a space in the host: want host:port"
+	case strings.ContainsRune(host, '/'), strings.ContainsFunc(host, unicode.IsControl):
+		return "", "a slash or a control character in the host: want host:port"
 	case u.Weight < 0 || u.Weight > maxWeight:
 		return "", fmt.Sprintf("Weight %d: want 0 (which means 1) to %d", u.Weight, maxWeight)
 	case u.MaxConns < 0:
 		return "", fmt.Sprintf("MaxConns %d is negative: use 0 for no bound", u.MaxConns)
 	}
-	if n, err := net.LookupPort("tcp", port); err != nil || n == 0 {
+	if n, err := net.LookupPort("tcp", port); err != nil || n == 0 || port[0] == '+' { // which it takes
 		return "", fmt.Sprintf("port %q: want 1 to 65535 or the name of a service", port)
 	}
 	return host, ""
@@ -431,7 +450,7 @@ type Stats struct {
 	Refused  uint64 // of those: not admitted, or over a rate limit when they opened
 	Failed   uint64 // of those: let in, but no upstream could be reached
 
-	// Upstreams are the current ones in slice order, then those that are draining.
+	// Upstreams are the current ones in slice order, then the removed ones that still serve.
 	Upstreams []UpstreamStats
 }
 
@@ -444,9 +463,11 @@ type UpstreamStats struct {
 	Failed         uint64 // of those: dials that failed for a reason that is the upstream's
 	Sent, Received uint64 // bytes to and from it
 
-	// State is "up", "cooling" (passed over after a failed dial), "down" (by its health checks: it gets nothing), or
-	// "draining" (removed, still serving).
-	State string
+	State   UpstreamState
+	Since   time.Time // when State began
+	Err     error     // why it is cooling or down: of the last dial or check; nil if it is up
+	Drain   bool      // as configured
+	Removed bool      // from the set; it goes when its connections have ended
 }
 
 // Stats returns a consistent snapshot: the upstreams never have more connections open than the app. It is cheap

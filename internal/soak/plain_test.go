@@ -293,7 +293,7 @@ func (f *plainFront) settled() (wrong []string) {
 		}
 		said := book{results: s.Accepted, refused: s.Refused, failed: s.Failed}
 		for _, u := range s.Upstreams {
-			if u.Open != 0 || u.State == "draining" {
+			if u.Open != 0 || u.Removed {
 				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open and is %s", id, u.Addr, u.Open, u.State))
 			}
 			said.sent += u.Sent

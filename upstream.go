@@ -1,0 +1,356 @@
+package lbproxy
+
+import (
+	"container/list"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// An UpstreamState says whether an upstream gets connections.
+type UpstreamState string
+
+const (
+	StateUp      UpstreamState = "up"      // it gets connections, unless it is full or draining
+	StateCooling UpstreamState = "cooling" // a dial failed: skipped for [Options].FailTimeout
+	StateDown    UpstreamState = "down"    // its health checks failed: it gets no connection
+)
+
+// An UpstreamChange is a change of one upstream: of its state, of [Upstream].Drain, or of the set
+// it is in. A removed upstream counts as up, since nothing that was known against it applies any
+// more.
+type UpstreamChange struct {
+	App, Addr string
+	From      UpstreamState // empty: it was added
+	To        UpstreamState // equal to From if only Drain or Removed changed, or it changed back
+	Drain     bool          // what holds now, whether or not it changed
+	Removed   bool          // likewise; connections may still be open on it
+	Err       error         // why it is cooling or down; nil otherwise
+	Time      time.Time     // of the change; of the last one, if several were merged
+}
+
+// changes calls a hook for every change of an app's upstreams, one after the other, in the order of
+// their Times. Nobody waits for the hook: while it runs, changes wait here, merged so that there is
+// at most one for each Addr.
+type changes struct {
+	app  *LBProxyApp
+	hook func(UpstreamChange)
+
+	mu      sync.Mutex // may be taken while balancer.mu is held; no other lock is taken under it
+	waiting list.List  // of UpstreamChange, the oldest in front
+	byAddr  map[string]*list.Element
+	running bool // a goroutine is in run; it goes when nothing waits
+}
+
+// newChanges returns what calls Options.OnUpstream, or nil if that is nil.
+func newChanges(a *LBProxyApp) *changes {
+	if a.opts.OnUpstream == nil {
+		return nil
+	}
+	return &changes{app: a, hook: a.opts.OnUpstream, byAddr: map[string]*list.Element{}}
+}
+
+// add queues ch and returns at once. It does nothing if c is nil.
+func (c *changes) add(ch UpstreamChange) {
+	if c == nil {
+		return
+	}
+	ch.App = c.app.id
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if older := c.byAddr[ch.Addr]; older != nil {
+		ch.From = c.waiting.Remove(older).(UpstreamChange).From
+	}
+	c.byAddr[ch.Addr] = c.waiting.PushBack(ch)
+	if !c.running {
+		c.running = true
+		go c.run()
+	}
+}
+
+// run calls the hook until nothing waits. Close does not wait for it: a hook that blocks for ever
+// must not keep an app from closing, and a hook may call Close.
+func (c *changes) run() {
+	finished := false
+	defer func() {
+		if finished {
+			return
+		}
+		p := recover() // nil: the hook called runtime.Goexit
+		go c.run()     // before logging, which may block
+		c.app.logHookPanic("Options.OnUpstream", p)
+	}()
+	for {
+		ch, ok := c.next()
+		if !ok {
+			finished = true
+			return
+		}
+		c.hook(ch)
+	}
+}
+
+// next takes the oldest change. If there is none, the goroutine that asks must end.
+func (c *changes) next() (ch UpstreamChange, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	front := c.waiting.Front()
+	if front == nil {
+		c.running = false
+		return ch, false
+	}
+	ch = c.waiting.Remove(front).(UpstreamChange)
+	delete(c.byAddr, ch.Addr)
+	return ch, true
+}
+
+// logHookPanic logs that a hook panicked with p. It must be called while the panic is recovered
+// from, for the stack. That the logger may panic, too, is nobody's concern any more.
+func (a *LBProxyApp) logHookPanic(hook string, p any) {
+	defer func() { _ = recover() }()
+	a.log().Log(context.Background(), slog.LevelError, "lbproxy: panic in a hook",
+		"app", a.id, "hook", hook, "panic", p, "stack", string(debug.Stack()))
+}
+
+// An upstream is one server as the balancer sees it.
+type upstream struct {
+	// What before compares comes first, so that it shares a cache line. refresh derives rank and
+	// load from the other fields.
+	rank  rank
+	phase phase
+	load  float64   // (open + 1 + bias) / Weight
+	order int       // among equals: its index, counted from the app's place among its peers
+	until time.Time // cooling, ready, onTrial: when the cooling ends or ended
+
+	conf      *Upstream // as configured; replaced whole, never changed
+	index     int       // in the configured slice
+	heapIndex int       // in balancer.heap; -1: removed from the set
+	bias      float64   // Peers.Bias
+
+	open        int           // connections counted on it, dials included
+	dialing     int           // of those: not settled yet
+	coolingElem *list.Element // cooling: its element of balancer.cooling
+
+	// slowStart is set when an upstream is found working again, by a trial or by health checks.
+	// While it is, the upstream gets at most every second connection. It ends when another
+	// upstream that is up and not in slow start itself is as little loaded.
+	slowStart bool
+
+	since    time.Time               // when its State began
+	err      error                   // why it is not up
+	lost     context.Context         // ended by markDown; nil until a connection needs it
+	lose     context.CancelCauseFunc // ends lost
+	total    uint64
+	failed   uint64
+	sent     atomic.Uint64
+	received atomic.Uint64
+}
+
+type phase uint8
+
+const (
+	up phase = iota
+	cooling
+	ready
+	onTrial
+	down
+)
+
+// state is the phase as users see it: they need not know how a cooling upstream is tried again.
+func (p phase) state() UpstreamState {
+	switch p {
+	case up:
+		return StateUp
+	case down:
+		return StateDown
+	}
+	return StateCooling
+}
+
+type rank uint8
+
+const (
+	eligible rank = iota
+	lastResort
+	never
+)
+
+// refresh derives u's rank and load after a change of anything they depend on.
+//
+// The quotient of floats orders loads exactly: two fractions of connections below 2^31 and
+// weights up to a million differ by more than a rounding error, and equal ones round alike.
+func (u *upstream) refresh() {
+	u.load = (float64(u.open+1) + u.bias) / float64(u.conf.Weight)
+	switch {
+	case u.conf.Drain, u.phase == down, u.conf.MaxConns > 0 && u.open >= u.conf.MaxConns:
+		u.rank = never
+	case u.phase == up, u.phase == ready:
+		u.rank = eligible
+	default:
+		u.rank = lastResort
+	}
+}
+
+// before orders the heap: by rank, then by load, then by order. Among last resorts the upstream
+// that failed longest ago comes first: it is the most likely to be back, and those that a
+// connection has just tried are out of its way.
+func (u *upstream) before(v *upstream) bool {
+	switch {
+	case u.rank != v.rank:
+		return u.rank < v.rank
+	case u.rank == lastResort && !u.until.Equal(v.until):
+		return u.until.Before(v.until)
+	case u.load != v.load:
+		return u.load < v.load
+	}
+	return u.order < v.order
+}
+
+func (u *upstream) stats() UpstreamStats {
+	return UpstreamStats{
+		Addr: u.conf.Addr, Weight: u.conf.Weight, Open: u.open, Total: u.total, Failed: u.failed,
+		Sent: u.sent.Load(), Received: u.received.Load(), State: u.phase.state(), Since: u.since,
+		Err: u.err, Drain: u.conf.Drain, Removed: u.heapIndex < 0,
+	}
+}
+
+// upstreamHeap implements heap.Interface. The heap package only reorders it.
+type upstreamHeap []*upstream
+
+func (h upstreamHeap) Len() int           { return len(h) }
+func (h upstreamHeap) Less(i, j int) bool { return h[i].before(h[j]) }
+func (h upstreamHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].heapIndex, h[j].heapIndex = i, j
+}
+func (h upstreamHeap) Push(any) { panic("unused") }
+func (h upstreamHeap) Pop() any { panic("unused") }
+
+// A noUpstream is an ErrNoUpstream that says why no upstream was available.
+type noUpstream struct{ full, down, draining int }
+
+func (e *noUpstream) Error() string {
+	var why []string
+	for _, c := range []struct {
+		n    int
+		what string
+	}{{e.full, "full"}, {e.down, "down"}, {e.draining, "draining"}} {
+		if c.n > 0 {
+			why = append(why, fmt.Sprint(c.n, " ", c.what))
+		}
+	}
+	return ErrNoUpstream.Error() + ": " + strings.Join(why, ", ")
+}
+
+func (e *noUpstream) Is(target error) bool { return target == ErrNoUpstream }
+
+// errUpstreamDown ends dials to an upstream that is found down, and with Options.CloseOnDown its
+// connections.
+var errUpstreamDown = errors.New("lbproxy: health checks found the upstream down")
+
+// A verdict is what a dial says about an upstream.
+type verdict uint8
+
+const (
+	unknown verdict = iota // the dial failed for a reason that is not the upstream's
+	works
+	fails
+)
+
+// judge returns the verdict of a dial to p that returned err, and the error to report. A dial that
+// was given up since p was found down has no verdict: the checks have said it all.
+func (p pick) judge(err error) (verdict, error) {
+	switch {
+	case err == nil:
+		return works, nil
+	case p.lost != nil && p.lost.Err() != nil:
+		return unknown, context.Cause(p.lost)
+	case ourFault(err):
+		return unknown, err
+	}
+	return fails, err
+}
+
+// ourFault reports whether a dial's error says nothing about the upstream.
+func ourFault(err error) bool {
+	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, context.Canceled) || exhausted(err)
+}
+
+// exhausted reports whether a dial failed because this machine has run out of something, so that
+// the next dial would fail, too.
+//
+// Resolvers keep only the text of what they met, and the C library may answer anything when it
+// cannot open a socket or a file. So after a failed lookup what counts is whether a descriptor can
+// be had now.
+func exhausted(err error) bool {
+	for _, errno := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	var lookup *net.DNSError
+	if !errors.As(err, &lookup) || lookup.IsNotFound {
+		return false
+	}
+	f, err := os.Open(os.DevNull)
+	if err == nil {
+		f.Close()
+	}
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}
+
+// Dial connects to u as the default health check does: it dials Addr, makes a TLS handshake if
+// u.TLS is set, and returns the connection, which the caller must close. ctx bounds all of it. It
+// is for a [HealthCheck].Check that speaks the upstream's protocol.
+//
+// Dial knows no app: it uses a zero [net.Dialer], where the default check uses
+// [Options].DialContext.
+func (u Upstream) Dial(ctx context.Context) (net.Conn, error) {
+	if u.TLS != nil && u.TLS.ServerName == "" { // u did not come from an app
+		host, _, err := net.SplitHostPort(u.Addr)
+		if err != nil {
+			return nil, err
+		}
+		u.TLS = u.TLS.Clone()
+		u.TLS.ServerName = host
+	}
+	return u.dial(ctx, new(net.Dialer).DialContext)
+}
+
+// dial connects to u through dialContext, and speaks TLS to it if that is configured.
+func (u *Upstream) dial(ctx context.Context,
+	dialContext func(ctx context.Context, network, addr string) (net.Conn, error),
+) (c net.Conn, err error) {
+	raw, err := dialContext(ctx, "tcp", u.Addr)
+	switch {
+	case err != nil:
+		return nil, err // raw may be a nil pointer in a non-nil interface
+	case raw == nil:
+		return nil, errNilDialed
+	}
+	// HOOK(proxyproto): the PROXY header goes here, below TLS: for a check v1 UNKNOWN or v2 LOCAL,
+	// for a session its client's addresses.
+	if u.TLS == nil {
+		return raw, nil
+	}
+	defer func() {
+		if c == nil { // the handshake failed, or a hook in u.TLS panicked
+			discard(raw)
+		}
+	}()
+	t := newTLSConn(tls.Client, raw, u.TLS, 0)
+	if err := t.HandshakeContext(ctx); err != nil {
+		return nil, fmt.Errorf("TLS: %w", err)
+	}
+	return t, nil
+}
