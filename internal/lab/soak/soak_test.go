@@ -1,3 +1,5 @@
+//go:build linux
+
 package soak
 
 import (
@@ -6,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -19,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 var (
@@ -30,20 +33,7 @@ var (
 	seed     = flag.Uint64("seed", 0, "repeat the plans of the run with this seed; 0: make one up")
 )
 
-// TestMain fails if a goroutine is left over.
-func TestMain(m *testing.M) {
-	flag.Parse()
-	if os.Getenv(childVariable) != "" {
-		childMain()
-	}
-	before := runtime.NumGoroutine()
-	code := m.Run()
-	if code == 0 && !eventually(5*time.Second, func() bool { return runtime.NumGoroutine() <= before }) {
-		pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { proxytest.Main(m) }
 
 // eventually reports whether ok is true within d. It looks a hundred times at least: on a busy machine d may be over
 // before anything could happen.
@@ -186,11 +176,11 @@ func TestSoak(t *testing.T) {
 	case testing.Short():
 		total = 300
 	}
-	warmUp(t)
 	bare := settled()
 	r := newRun(t, total)
 	resting := settled()
-	heap := heapInUse()
+	streamOf(0, 0).At(0, 1) // makes what all streams are cut from
+	heap := proxytest.HeapInUse()
 	t.Logf("seed %d", r.seed)
 	fmt.Fprintf(os.Stderr, "soak: seed %d\n", r.seed)
 
@@ -252,7 +242,7 @@ func TestSoak(t *testing.T) {
 		pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
 	}
 	took := time.Since(last)
-	r.grown = heapInUse() - heap
+	r.grown = proxytest.HeapInUse() - heap
 	if most := 1<<20 + 20*int64(r.next.Load()); r.grown > most { // what would be kept of each connection
 		r.fail("the heap has %d bytes more than before the first connection, want at most %d", r.grown, most)
 	}
@@ -273,7 +263,7 @@ func TestSoak(t *testing.T) {
 	r.figures(t, took)
 
 	plain, mtls, faults := r.plainDone.Load(), r.mtlsDone.Load(), r.faults()
-	if *duration == 0 && !r.failed() && (plain+mtls < total || canName && faults < total/5) {
+	if *duration == 0 && !r.failed() && (plain+mtls < total || faults < total/5) {
 		t.Errorf("%d plain and %d mTLS connections and %d faults, want %d, and one fault to five of them", plain, mtls, faults, total)
 	}
 	for _, failure := range r.failures {
@@ -284,33 +274,9 @@ func TestSoak(t *testing.T) {
 	}
 }
 
-// warmUp makes the process have what it will have for good, such as the poller's descriptors.
-func warmUp(t testing.TB) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	c, err := net.Dial("tcp", l.Addr().String())
-	must(t, err)
-	c.Close()
-	l.Close()
-}
-
 // inventory counts what must be the same afterwards.
 func inventory() map[string]int {
-	return map[string]int{"goroutines": runtime.NumGoroutine(), "descriptors": descriptors()}
-}
-
-// heapInUse is what the heap holds once collecting finds no more to free.
-func heapInUse() int64 {
-	for last := int64(math.MaxInt64); ; {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		now := int64(m.HeapAlloc)
-		if now >= last {
-			return last
-		}
-		last = now
-	}
+	return map[string]int{"goroutines": runtime.NumGoroutine(), "descriptors": proxytest.Descriptors()}
 }
 
 // settled returns the inventory when it no longer changes: goroutines that were begun have got to where they stay.
@@ -349,9 +315,6 @@ func (r *run) work() {
 func (r *run) roomAgain() {
 	for _, mtls := range []bool{false, true} {
 		id := r.next.Add(1) - 1
-		if !canName && !mtls {
-			continue
-		}
 		g := &generator{rand.New(rand.NewPCG(r.seed, id)), &plan{id: id, mtls: mtls, kind: someLimit}}
 		g.fill()
 		g.ends = g.ends[:1] // which is not that it was over its limit
@@ -370,21 +333,16 @@ func (r *run) connect(c *conn) {
 
 	late := time.NewTimer(giveUp)
 	defer late.Stop()
-	var o *outcome
-	if canName {
-		select {
-		case got := <-c.outcome:
-			o = &got
-		case <-late.C:
-			r.fail("connection %d, %v: the proxy never said how it ended", c.id, c.plan)
-			return
-		}
+	var o outcome
+	select {
+	case o = <-c.outcome:
+	case <-late.C:
+		r.fail("connection %d, %v: the proxy never said how it ended", c.id, c.plan)
+		return
 	}
-	sure := c.reach == surely || c.kind == someLimit && o != nil && !c.limited(o)
+	sure := c.reach == surely || c.kind == someLimit && !c.limited(&o)
 	if !sure && !c.seen.Load() {
-		if o != nil {
-			c.outcome <- *o // for judgeLater
-		}
+		c.outcome <- o // for judgeLater
 		r.mu.Lock()
 		r.later = append(r.later, c)
 		r.mu.Unlock()
@@ -392,7 +350,7 @@ func (r *run) connect(c *conn) {
 	}
 	select {
 	case <-c.upstreamDone:
-		r.judge(c, o)
+		r.judge(c, &o)
 	case <-late.C:
 		r.fail("connection %d, %v: not over at the upstream, or never seen there (%v): the proxy says %+v", c.id, c.plan, c.seen.Load(), o)
 		r.conns.Delete(c.id)
@@ -406,10 +364,7 @@ func (r *run) client(c *conn) {
 		addr = r.mtls.addrs[c.app]
 	}
 	e := &c.up
-	dialer := net.Dialer{Deadline: c.started.Add(giveUp)}
-	if canName {
-		dialer.LocalAddr = addrOf(c.id)
-	}
+	dialer := net.Dialer{Deadline: c.started.Add(giveUp), LocalAddr: addrOf(c.id)}
 	var raw net.Conn
 	for {
 		if raw, e.readErr = dialer.Dial("tcp", addr); e.readErr == nil {
@@ -503,12 +458,8 @@ func (r *run) judgeLater(before time.Time) {
 	r.later = r.later[n:]
 	r.mu.Unlock()
 	for _, c := range due {
-		select {
-		case o := <-c.outcome:
-			r.judge(c, &o)
-		default:
-			r.judge(c, nil)
-		}
+		o := <-c.outcome
+		r.judge(c, &o)
 	}
 	clear(due) // those that are still to come are in the same array
 }

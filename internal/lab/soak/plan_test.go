@@ -1,9 +1,10 @@
+//go:build linux
+
 package soak
 
 import (
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"time"
 
@@ -63,10 +64,6 @@ var mtlsShares = []share{
 	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10}, {vanish, 5}, {vanishUp, 5},
 	{cutTLS, 40}, {stall, 10}, {slowAccept, 10}, {someLimit, 30}, {killed, 20}, {revoked, 40}, {stranger, 15}, {handshakeGone, 15},
 }
-
-// portable are the kinds there are where the system does not tell what became of a socket, and where clients cannot be
-// told apart by their addresses.
-var portable = []kind{bytewise, earlyFIN, cutTLS, stall, slowAccept, stranger, handshakeGone}
 
 // An op is something that one end of a connection does.
 type op int
@@ -172,9 +169,7 @@ func newPlan(seed, id uint64) *plan {
 	at := g.IntN(1000)
 	for _, s := range shares {
 		if at -= s.of; at < 0 {
-			if canName || slices.Contains(portable, s.kind) {
-				g.kind = s.kind
-			}
+			g.kind = s.kind
 			break
 		}
 	}
@@ -225,7 +220,7 @@ func (g *generator) fill() {
 	k, j := g.size(), g.size() // what is sent by the client, by the upstream
 	switch g.kind {
 	case normal:
-		if g.chance(10) && canName && !g.mtls {
+		if g.chance(10) && !g.mtls {
 			g.app = "limits"
 		}
 		g.exchange(k, j)

@@ -1,10 +1,10 @@
 // Bench measures what a proxy costs on the machine it runs on: lbproxy beside haproxy, nginx and two goroutines of
 // io.Copy for each connection.
 //
-//	go run ./internal/bench          # some minutes
-//	go run ./internal/bench -quick   # under a minute, and less exact
-//	go run ./internal/bench -mtls    # mtlsserver, and the others with TLS 1.3 and client certificates
-//	go run ./internal/bench -scale   # lbproxy alone: with many idle connections, and with many upstreams
+//	go run ./bench          # some minutes
+//	go run ./bench -quick   # under a minute, and less exact
+//	go run ./bench -mtls    # mtlsserver, and the others with TLS 1.3 and client certificates
+//	go run ./bench -scale   # lbproxy alone: with many idle connections, and with many upstreams
 //
 // All is on loopback. Clients and upstreams are in this process, whose own cost does not count: what is measured is the
 // CPU time of the proxy's processes for each operation. Rounds are interleaved, so that a machine that is busy for a

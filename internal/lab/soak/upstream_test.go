@@ -1,3 +1,5 @@
+//go:build linux
+
 package soak
 
 import (
@@ -9,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // A server is an upstream. It learns from a client's header which connection it has, and plays the upstream's scripts.
@@ -32,7 +36,7 @@ func newServer(t testing.TB, r *run, change func(*server)) *server {
 	if change != nil {
 		change(s)
 	}
-	must(t, s.start())
+	proxytest.Must(t, s.start())
 	s.addr = s.l.Addr().String() // from now on
 	return s
 }

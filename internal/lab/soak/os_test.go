@@ -1,18 +1,15 @@
+//go:build linux
+
 package soak
 
 import (
 	"net"
-	"os"
-	"strconv"
-	"strings"
 	"syscall"
 	"unsafe"
 )
 
-// canName says that a client's address tells which connection it has: on Linux all of 127.0.0.0/8 is loopback.
-const canName = true
-
-// addrOf is what client id connects from. No two of four million neighbours have the same.
+// addrOf is what client id connects from: all of 127.0.0.0/8 is loopback. No two of four million
+// neighbours have the same.
 func addrOf(id uint64) *net.TCPAddr {
 	return &net.TCPAddr{IP: net.IPv4(127, 64|byte(id>>16)&63, byte(id>>8), byte(id))}
 }
@@ -62,23 +59,4 @@ func setBacklog(l net.Listener, n int) bool {
 	err := error(syscall.EINVAL)
 	control(l.(syscall.Conn), func(fd int) { err = syscall.Listen(fd, n) })
 	return err == nil
-}
-
-// descriptors is how many this process has open.
-func descriptors() int {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return 0
-	}
-	return len(entries) - 1 // the one that ReadDir has
-}
-
-// residentMiB is how much memory a process has.
-func residentMiB(pid int) int {
-	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/statm")
-	if fields := strings.Fields(string(text)); len(fields) > 1 {
-		pages, _ := strconv.Atoi(fields[1])
-		return pages * os.Getpagesize() >> 20
-	}
-	return 0
 }

@@ -1,3 +1,5 @@
+//go:build linux
+
 package soak
 
 import (
@@ -16,6 +18,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // dialUpstreams is how many the app has in whose dials faults are injected.
@@ -95,9 +98,9 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 			app.opts.DialTimeout = giveUp
 		}
 		a, err := lbproxy.New(app.id, f.upstreams(app.servers), &app.opts)
-		must(t, err)
+		proxytest.Must(t, err)
 		l, err := net.Listen("tcp", "127.0.0.1:0")
-		must(t, err)
+		proxytest.Must(t, err)
 		f.apps[app.id], f.addrs[app.id] = a, l.Addr().String()
 		if app.id == "web" {
 			l = &flakyListener{Listener: l, run: r}
@@ -115,7 +118,7 @@ func (f *plainFront) upstreams(servers []*server) (all []lbproxy.Upstream) {
 	for _, s := range servers {
 		u := lbproxy.Upstream{Addr: s.addr}
 		if s.tls != nil {
-			u.TLS = &tls.Config{RootCAs: f.run.pki.roots}
+			u.TLS = &tls.Config{RootCAs: f.run.pki.Pool()}
 		}
 		all = append(all, u)
 	}
@@ -126,7 +129,7 @@ func (f *plainFront) upstreams(servers []*server) (all []lbproxy.Upstream) {
 // make one. What it takes is to be closed.
 func fullQueue(t testing.TB) (addr string, hole []io.Closer) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
+	proxytest.Must(t, err)
 	hole = append(hole, l)
 	if !setBacklog(l, 0) {
 		return "", hole

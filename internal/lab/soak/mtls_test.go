@@ -1,26 +1,20 @@
+//go:build linux
+
 package soak
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"fmt"
 	"log/slog"
-	"math/big"
-	mathrand "math/rand/v2"
+	"math/rand/v2"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
@@ -38,9 +32,7 @@ func revocableUser(i int) string { return fmt.Sprintf("revocable-%d", i) }
 
 // A pki is an authority and the certificates it has made.
 type pki struct {
-	key     *ecdsa.PrivateKey
-	cert    *x509.Certificate
-	roots   *x509.CertPool
+	*proxytest.Authority
 	server  tls.Certificate
 	files   mtlsserver.Files
 	serials map[string]string
@@ -48,73 +40,23 @@ type pki struct {
 }
 
 func newPKI(t testing.TB) *pki {
-	p := &pki{roots: x509.NewCertPool(), serials: map[string]string{}, clients: map[string]*tls.Config{}}
-	var err error
-	p.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	ca := certificate(1, "soak")
-	ca.IsCA, ca.KeyUsage = true, x509.KeyUsageCertSign
-	der, err := x509.CreateCertificate(rand.Reader, ca, ca, p.key.Public(), p.key)
-	must(t, err)
-	p.cert, err = x509.ParseCertificate(der)
-	must(t, err)
-	p.roots.AddCert(p.cert)
-
-	server := certificate(2, "server")
-	server.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
-	server.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)}
-	p.server = p.issue(t, server)
+	p := &pki{Authority: proxytest.NewAuthority(), serials: map[string]string{}, clients: map[string]*tls.Config{}}
+	p.server = p.Server()
 	dir := t.TempDir()
-	key, err := x509.MarshalPKCS8PrivateKey(p.server.PrivateKey)
-	must(t, err)
-	p.files = mtlsserver.Files{
-		Cert: writePEM(t, dir, "server.pem", "CERTIFICATE", p.server.Certificate[0]),
-		Key:  writePEM(t, dir, "server.key", "PRIVATE KEY", key),
-		CA:   writePEM(t, dir, "ca.pem", "CERTIFICATE", der),
-	}
-
+	p.files.Cert, p.files.Key = proxytest.WritePEM(t, dir, "server", p.server)
+	p.files.CA, _ = proxytest.WritePEM(t, dir, "ca", p.TLS())
 	names := []string{steadyUser, limitedUser, nobodyUser}
 	for i := range revocableUsers {
 		names = append(names, revocableUser(i))
 	}
-	for i, name := range names {
-		client := certificate(int64(100+i), name)
-		client.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
-		p.serials[name] = fmt.Sprintf("dec:%d", 100+i)
-		p.clients[name] = &tls.Config{
-			RootCAs: p.roots, ServerName: "127.0.0.1", Certificates: []tls.Certificate{p.issue(t, client)},
-			CurvePreferences: []tls.CurveID{tls.X25519}, // the default one costs more, and is not what this is about
-		}
+	for _, name := range names {
+		cert := p.Client(proxytest.Name(name))
+		p.serials[name] = fmt.Sprintf("dec:%d", cert.Leaf.SerialNumber)
+		p.clients[name] = p.ClientConfig(&cert)
+		// The default curve costs more, and is not what this is about.
+		p.clients[name].CurvePreferences = []tls.CurveID{tls.X25519}
 	}
 	return p
-}
-
-func certificate(serial int64, name string) *x509.Certificate {
-	return &x509.Certificate{
-		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: name}, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(48 * time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
-	}
-}
-
-func (p *pki) issue(t testing.TB, c *x509.Certificate) tls.Certificate {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	der, err := x509.CreateCertificate(rand.Reader, c, p.cert, key.Public(), p.key)
-	must(t, err)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-}
-
-func writePEM(t testing.TB, dir, name, kind string, der []byte) string {
-	path := filepath.Join(dir, name)
-	must(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
-	return path
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 // An mtlsFront is an mtlsserver.
@@ -142,7 +84,7 @@ func newMTLSFront(t testing.TB, r *run) *mtlsFront {
 	f := &mtlsFront{run: r, addrs: map[string]string{}, ran: make(chan error, 1), web: r.web, idle: time.Minute, apart: -1}
 	var err error
 	f.server, err = mtlsserver.New(f.config(), &mtlsserver.Options{Logger: slog.New(resultLog{r})})
-	must(t, err)
+	proxytest.Must(t, err)
 	for app, addr := range f.server.Addrs() {
 		f.addrs[app] = addr.String()
 	}
@@ -215,8 +157,8 @@ func (f *mtlsFront) client(c *conn) *tls.Config {
 func (f *mtlsFront) reload(round int) {
 	user := round % revocableUsers
 	f.web = slices.Clone(f.run.web)
-	mathrand.Shuffle(len(f.web), func(i, j int) { f.web[i], f.web[j] = f.web[j], f.web[i] })
-	f.web = f.web[:1+mathrand.IntN(len(f.web))]
+	rand.Shuffle(len(f.web), func(i, j int) { f.web[i], f.web[j] = f.web[j], f.web[i] })
+	f.web = f.web[:1+rand.IntN(len(f.web))]
 	if round%10 == 9 {
 		f.idle += time.Second
 	}
