@@ -19,11 +19,11 @@ const (
 )
 
 // follow takes a step of so many seconds, by what n proxies together have open. An upstream that is not up is
-// expected to have less, so it says nothing.
+// expected to have less, so its bias stays.
 func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) int, n int, seconds float64) {
 	var all, weights float64
 	for _, u := range upstreams {
-		if u.State == "up" {
+		if judged(u) {
 			all += float64(total(u.Addr))
 			weights += float64(u.Weight)
 		}
@@ -31,7 +31,7 @@ func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) 
 	known := map[string]bool{}
 	for _, u := range upstreams {
 		known[u.Addr] = true
-		if u.State != "up" {
+		if !judged(u) {
 			continue
 		}
 		fair := all * float64(u.Weight) / weights
@@ -43,6 +43,11 @@ func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) 
 		}
 	}
 	maps.DeleteFunc(b, func(addr string, _ float64) bool { return !known[addr] })
+}
+
+// judged reports whether an upstream gets new connections, so that what it has open says something.
+func judged(u lbproxy.UpstreamStats) bool {
+	return u.State == lbproxy.StateUp && !u.Drain && !u.Removed
 }
 
 // fade lets go of what is no longer known to be so.
