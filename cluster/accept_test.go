@@ -114,7 +114,8 @@ func TestFourProcessesShareBandwidth(t *testing.T) {
 		}
 		t.Logf("%.3f of the rate: %v", total, each)
 		why = fmt.Sprintf("%.3f of the rate: %v", total, each)
-		if total > 0.93 && total < 1.03 && even {
+		// At the start, before they know of each other, they may have a tenth of a second's worth too much.
+		if total > 0.93 && total < 1.01+0.1/length().Seconds() && even {
 			return
 		}
 	}

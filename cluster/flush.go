@@ -128,7 +128,7 @@ func (m *limiter) tick(now time.Time) *call {
 // due returns the call to make, if any, unless there is one in flight that will do. The caller holds mu.
 func (m *limiter) due(now time.Time) *call {
 	if m.store.client.Load() == nil {
-		m.moved = 0 // paid for at one part of the rate
+		m.moved, m.rate = 0, 0 // what the others could use is not known any more
 		return nil
 	}
 	news := m.change != 0 || m.heal || m.open > 0 && now.Sub(m.renewed) >= renewEvery

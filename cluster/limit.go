@@ -23,8 +23,9 @@ type Limit struct {
 	// that opens. The connections of a proxy that died stop counting after 6 seconds.
 	Open int
 
-	// BytesPerSecond is for both directions together. Proxies tell each other every 100 ms what they have
-	// moved, so that bursts of that length may be faster. Moving data never waits for the store.
+	// BytesPerSecond is for both directions together. Each proxy that could use an even part of it gets one,
+	// and more if others leave some. They tell each other every 100 ms what they could use, so for as long it
+	// may be exceeded when many begin at once. Moving data never waits for the store.
 	BytesPerSecond int64
 
 	// Exact has each opening ask the store. Else a proxy borrows as many openings as it used in the last
@@ -100,7 +101,9 @@ type limiter struct {
 	trip    *trip      // the call that everybody waits for, if there is one
 	waiting int        // who do
 	until   time.Time  // until then the store would refuse
-	moved   int64      // bytes the store is yet to be told of
+	moved   int64      // bytes since told
+	told    time.Time  // when the store was told last how many bytes a second it could be
+	rate    int64      // bytes a second that may be, as the store has said; 0: it has not
 	paid    time.Time  // when the bytes moved so far will have been paid for
 }
 
@@ -306,23 +309,42 @@ func (m *limiter) take(n int64) time.Duration {
 	if away && m.l.Outage == Open {
 		return 0
 	}
-	if m.paid.Before(now) {
-		m.paid = now
+	rate := m.rate
+	if away || rate == 0 {
+		rate = m.even()
 	}
-	cost := m.cost(n)
-	if away {
-		cost *= time.Duration(m.store.peers.Load())
-	} else {
+	if !away {
+		if m.moved == 0 && now.Sub(m.told) > flushEvery { // it has begun to move, or gone on after a rest
+			m.told = now
+			m.store.limits.hurry(m)
+		}
 		m.moved += n
 		m.activate()
 	}
-	m.paid = m.paid.Add(cost)
-	return m.paid.Sub(now)
+	if earliest := now.Add(-slack); m.paid.Before(earliest) {
+		m.paid = earliest
+	}
+	m.paid = m.paid.Add(time.Duration(float64(n) / float64(rate) * float64(time.Second)))
+	return max(m.paid.Sub(now), 0)
 }
 
-// cost is how long n bytes take.
-func (m *limiter) cost(n int64) time.Duration {
-	return time.Duration(float64(n) / float64(m.l.BytesPerSecond) * float64(time.Second))
+// even is an even part of the bytes a second.
+func (m *limiter) even() int64 { return max(m.l.BytesPerSecond/m.store.peers.Load(), 1) }
+
+// slack is what a stream may be late, for having slept a little too long, without losing the time.
+const slack = 20 * time.Millisecond
+
+// could is how many bytes a second may be of use: all there are, if nearly all that may be were used. -1 means all,
+// 0 that there was nothing to move. The caller holds mu.
+func (m *limiter) could(now time.Time) int64 {
+	if m.moved == 0 {
+		return 0
+	}
+	moved := float64(m.moved) / max(now.Sub(m.told), flushEvery/2).Seconds()
+	if m.rate == 0 || moved > 0.8*float64(m.rate) {
+		return -1
+	}
+	return int64(moved) + 1
 }
 
 // activate makes the flusher look at m. The caller holds mu.
@@ -352,11 +374,14 @@ func (m *limiter) ask(c *call) error {
 	}
 	spare := min(m.lent, c.wanted) // given back by a connection that another limit refused
 	m.lent -= spare
-	owed, moved := m.owed, m.moved
-	m.change, m.owed, m.moved = 0, 0, 0
+	owed, could := m.owed, m.could(time.Now())
+	m.change, m.owed = 0, 0
+	if could != 0 {
+		m.moved, m.told = 0, time.Now()
+	}
 	args := append([]string{m.member}, m.config[:]...)
 	args = append(args, strconv.Itoa(c.wanted-spare), strconv.Itoa(c.given), strconv.Itoa(owed), own,
-		strconv.Itoa(c.asks), strconv.FormatInt(moved, 10))
+		strconv.Itoa(c.asks), strconv.FormatInt(could, 10))
 	var t *trip
 	if c.exclusive {
 		t = &trip{done: make(chan struct{})}
@@ -386,8 +411,8 @@ func (m *limiter) ask(c *call) error {
 	if c.absolute {
 		m.heal, m.renewed = false, now
 	}
-	if moved > 0 {
-		m.paid = now.Add(answer.owing + m.cost(m.moved))
+	if could != 0 { // doubling at most, as others may begin at the same moment
+		m.rate = min(answer.rate, 2*max(m.rate, m.even()))
 	}
 	c.refused = answer.why != ""
 	if c.refused || answer.granted < c.wanted-spare {
@@ -407,9 +432,10 @@ func (m *limiter) hold(c *call, wait time.Duration) time.Duration {
 
 // An answer is what limit.lua returns.
 type answer struct {
-	granted     int
-	why         string
-	wait, owing time.Duration
+	granted int
+	why     string
+	wait    time.Duration
+	rate    int64
 }
 
 func (a *answer) read(values []rueidis.RedisMessage) error {
@@ -419,8 +445,8 @@ func (a *answer) read(values []rueidis.RedisMessage) error {
 	granted, err1 := values[0].AsInt64()
 	why, err2 := values[1].ToString()
 	wait, err3 := values[2].AsInt64()
-	owing, err4 := values[3].AsInt64()
-	*a = answer{int(granted), why, time.Duration(wait) * time.Microsecond, time.Duration(owing) * time.Microsecond}
+	rate, err4 := values[3].AsInt64()
+	*a = answer{int(granted), why, time.Duration(wait) * time.Microsecond, rate}
 	return cmp.Or(err1, err2, err3, err4)
 }
 
