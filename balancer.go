@@ -49,6 +49,8 @@ type balancer struct {
 
 	// How many of the set are draining, and how many others are down, for errNone.
 	draining, down int
+
+	sent, received uint64 // by upstreams that were removed and have no connections any more
 }
 
 // set makes confs, which are valid and complete, the current set, and returns its upstreams in the
@@ -95,6 +97,8 @@ func (b *balancer) set(confs []Upstream, now time.Time) []*upstream {
 		}
 		if u.open > 0 {
 			b.removed[addr] = u
+		} else {
+			b.retire(u)
 		}
 	}
 	b.arrange()
@@ -360,14 +364,22 @@ func (b *balancer) release(u *upstream) {
 	b.fix(u)
 	if u.heapIndex < 0 && u.open == 0 {
 		delete(b.removed, u.conf.Addr)
+		b.retire(u)
 	}
 }
 
-// stats describes every upstream: the current set in slice order, then the removed ones by Addr.
-func (b *balancer) stats() []UpstreamStats {
+// retire keeps the bytes of an upstream that is about to be forgotten. The caller holds b.mu.
+func (b *balancer) retire(u *upstream) {
+	b.sent += u.sent.Load()
+	b.received += u.received.Load()
+}
+
+// snapshot describes every upstream: the current set in slice order, then the removed ones by Addr.
+// sent and received are the bytes of all upstreams that ever were.
+func (b *balancer) snapshot() (all []UpstreamStats, sent, received uint64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	all := make([]UpstreamStats, len(b.heap), len(b.heap)+len(b.removed))
+	all = make([]UpstreamStats, len(b.heap), len(b.heap)+len(b.removed))
 	for _, u := range b.heap {
 		all[u.index] = u.stats()
 	}
@@ -377,7 +389,12 @@ func (b *balancer) stats() []UpstreamStats {
 	slices.SortFunc(all[len(b.heap):], func(x, y UpstreamStats) int {
 		return strings.Compare(x.Addr, y.Addr)
 	})
-	return all
+	sent, received = b.sent, b.received
+	for i := range all {
+		sent += all[i].Sent
+		received += all[i].Received
+	}
+	return all, sent, received
 }
 
 // Peers is what an app knows of other apps, in other processes, that spread connections over the

@@ -239,8 +239,7 @@ func (c *checker) runCheck(ctx context.Context, u Upstream, result chan<- error)
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v", p)
-			c.log(slog.LevelError, "lbproxy: panic in a health check",
-				"upstream", u.Addr, "panic", p, "stack", string(debug.Stack()))
+			c.app.logPanic("the health check of "+u.Addr, p, string(debug.Stack()))
 		}
 		result <- err
 	}()
@@ -262,21 +261,17 @@ func (p *prober) mark(ctx context.Context, u *upstream, down bool, err error) {
 	switch {
 	case removed:
 	case down:
-		p.log(slog.LevelWarn, "lbproxy: upstream is down by its health checks", "upstream", p.addr, "err", err)
+		p.app.log(slog.LevelWarn, "lbproxy: upstream is down by its health checks",
+			slog.String("upstream", p.addr), slog.String("err", err.Error()))
 	default:
-		p.log(slog.LevelInfo, "lbproxy: upstream is up again by its health checks", "upstream", p.addr)
+		p.app.log(slog.LevelInfo, "lbproxy: upstream is up again by its health checks",
+			slog.String("upstream", p.addr))
 	}
-}
-
-// log writes a line about a check. Nobody is there to be told that the logger panics, so that is let go.
-func (c *checker) log(level slog.Level, msg string, args ...any) {
-	defer func() { _ = recover() }()
-	c.app.log().Log(context.Background(), level, msg, append([]any{"app", c.app.id}, args...)...)
 }
 
 // dial is the default Check.
 func (c *checker) dial(ctx context.Context, u Upstream) error {
-	conn, err := u.dial(ctx, c.app.opts.DialContext)
+	conn, err := u.dial(ctx, c.app.opts.DialContext, nil)
 	if err == nil {
 		conn.Close()
 	}

@@ -531,7 +531,7 @@ func TestDownUpstreamsAreNotDialledAndWhenAllAreThereIsNone(t *testing.T) {
 			}
 			return dialFake(echoFake)(ctx, network, addr)
 		}}, "a:1", "b:1")
-		old := serveFake(t.Context(), a, Conn{})
+		old := serveFake(t.Context(), a, &Conn{})
 		ping(t, old)
 		w.set(errSick, "a:1")
 		time.Sleep(time.Minute)
@@ -539,7 +539,7 @@ func TestDownUpstreamsAreNotDialledAndWhenAllAreThereIsNone(t *testing.T) {
 		ping(t, old) // is left alone
 
 		dialled = nil
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		if r := <-c.result; r.End != EndDialFailed || r.Attempts != 1 {
 			t.Errorf("%+v", r)
 		}
@@ -547,7 +547,7 @@ func TestDownUpstreamsAreNotDialledAndWhenAllAreThereIsNone(t *testing.T) {
 		time.Sleep(time.Minute)
 		wantStates(t, "both are sick", a, "down down")
 		for range 3 {
-			c = serveFake(t.Context(), a, Conn{})
+			c = serveFake(t.Context(), a, &Conn{})
 			if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
 				t.Errorf("the client reads %v, want a reset", err)
 			}
@@ -573,7 +573,7 @@ func TestAnUpstreamFoundUpAgainIsNotStampeded(t *testing.T) {
 		time.Sleep(time.Minute)
 		open := func(n int) {
 			for range n {
-				ping(t, serveFake(t.Context(), a, Conn{}))
+				ping(t, serveFake(t.Context(), a, &Conn{}))
 			}
 		}
 		open(300)
@@ -607,7 +607,7 @@ func TestPassedChecksDoNotEndCoolingButBeingFoundUpDoes(t *testing.T) {
 				return dialFake(echoFake)(ctx, network, addr)
 			}}, "a:1", "b:1")
 		connect := func() Result {
-			c := serveFake(t.Context(), a, Conn{})
+			c := serveFake(t.Context(), a, &Conn{})
 			ping(t, c)
 			c.Close()
 			return <-c.result
@@ -642,7 +642,7 @@ func TestPassedChecksDoNotEndCoolingButBeingFoundUpDoes(t *testing.T) {
 		w.set(nil, "a:1")
 		time.Sleep(5 * time.Second)
 		wantStates(t, "found down and up while it was cooling", a, "up up")
-		wantLines(t, log, map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is passed over": 2, "works again": 0})
+		wantLines(t, log, map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is skipped": 2, "works again": 0})
 	})
 }
 
@@ -704,7 +704,7 @@ func TestACheckOfARemovedUpstreamIsCanceledAndItsResultIgnored(t *testing.T) {
 			canceled <- ctx.Err()
 			return <-goOn
 		}}, Options{DialContext: dialFake(echoFake)}, "a:1")
-		c := serveFake(t.Context(), a, Conn{}) // so that a drains rather than being gone
+		c := serveFake(t.Context(), a, &Conn{}) // so that a drains rather than being gone
 		ping(t, c)
 		time.Sleep(time.Second)
 		if n := w.count("a:1"); n != 1 {
@@ -789,7 +789,7 @@ func TestChecksFollowSetsThatChangeAllTheTime(t *testing.T) {
 					if err := a.SetUpstreams(ups[:1+rand.N(4)]); err != nil {
 						t.Error(err)
 					}
-					c := serveFake(t.Context(), a, Conn{})
+					c := serveFake(t.Context(), a, &Conn{})
 					c.Close()
 					<-c.result
 					time.Sleep(rand.N(3 * time.Millisecond))
@@ -846,7 +846,7 @@ func TestChecksGoOnWhileConnectionsDrainAndEndWithThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		a, _ := newCheckedApp(t, HealthCheck{Interval: time.Second, Check: w.check}, Options{DialContext: dialFake(echoFake)}, "a:1")
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		ping(t, c)
 		ended := make(chan error)
 		go func() { ended <- a.Shutdown(t.Context()) }()

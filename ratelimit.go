@@ -58,6 +58,7 @@ const (
 type Decision struct {
 	Exceeded bool          // EventOpen: refuse the connection; EventData: cut it
 	Wait     time.Duration // otherwise: hold the connection (EventData: this direction of it) so long first
+	Chunk    int           // most bytes to move at once next
 }
 
 // A TokenBucket limits how often connections open: Burst at once, then one more each Every. It refuses what

@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"runtime/debug"
@@ -15,7 +14,69 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
+
+	"github.com/danielepagano/lbproxy/internal/proxyproto"
+	"github.com/danielepagano/lbproxy/internal/relay"
 )
+
+// An Upstream is a server that connections are forwarded to.
+type Upstream struct {
+	// Addr is "host:port". It identifies the upstream and is unique within an app. A host name is
+	// resolved at each dial.
+	Addr string
+
+	// Weight is the upstream's capacity relative to the others, at most a million. 0 means 1.
+	Weight int
+
+	// MaxConns is the most connections it gets at once, dials included. 0 means no bound.
+	MaxConns int
+
+	// Drain keeps new connections from it. Its open ones go on; it is still checked, counted and
+	// shown.
+	Drain bool
+
+	// TLS, if set, makes the app speak TLS to the upstream; its Certificates prove the proxy to
+	// it. An empty ServerName is taken from Addr, as in tls.Dial. A stream that the upstream ends
+	// without close_notify counts as cut. nil means plain TCP.
+	TLS *tls.Config
+
+	// ProxyProtocol is the version, 1 or 2, of the PROXY protocol header that the upstream is sent
+	// first, before TLS and within the DialTimeout: it names the client's address and the one the
+	// client connected to. 0 means none. Version 2 also tells the client's TLS version,
+	// Conn.Verified and the certificate's common name, as HAProxy's send-proxy-v2-ssl-cn does, and
+	// Conn.ClientID as type 0xE0, at most 1 KiB of it. Addresses of different families are sent as
+	// UNKNOWN in version 1 and as IPv4-mapped IPv6 in version 2; addresses that are not TCP as
+	// UNKNOWN and LOCAL, like those of a health check. The header is not counted in Sent.
+	ProxyProtocol int
+}
+
+// check returns Addr's host, or what is wrong with u.
+func (u *Upstream) check() (host, wrong string) {
+	const maxWeight = 1_000_000 // (open+1)*weight must not overflow
+	host, port, err := net.SplitHostPort(u.Addr)
+	var addrErr *net.AddrError
+	switch {
+	case errors.As(err, &addrErr):
+		return "", addrErr.Err + ": want host:port"
+	case host == "":
+		return "", "missing host: want host:port"
+	case strings.ContainsFunc(host, unicode.IsSpace):
+		return "", "a space in the host: want host:port"
+	case strings.ContainsRune(host, '/'), strings.ContainsFunc(host, unicode.IsControl):
+		return "", "a slash or a control character in the host: want host:port"
+	case u.Weight < 0 || u.Weight > maxWeight:
+		return "", fmt.Sprintf("Weight %d: want 0 (which means 1) to %d", u.Weight, maxWeight)
+	case u.ProxyProtocol < 0 || u.ProxyProtocol > 2:
+		return "", fmt.Sprintf("ProxyProtocol %d: want 1, 2, or 0 for none", u.ProxyProtocol)
+	case u.MaxConns < 0:
+		return "", fmt.Sprintf("MaxConns %d is negative: use 0 for no bound", u.MaxConns)
+	}
+	if n, err := net.LookupPort("tcp", port); strings.HasPrefix(port, "+") || err != nil || n == 0 {
+		return "", fmt.Sprintf("port %q: want 1 to 65535 or the name of a service", port)
+	}
+	return host, ""
+}
 
 // An UpstreamState says whether an upstream gets connections.
 type UpstreamState string
@@ -25,6 +86,22 @@ const (
 	StateCooling UpstreamState = "cooling" // a dial failed: skipped for [Options].FailTimeout
 	StateDown    UpstreamState = "down"    // its health checks failed: it gets no connection
 )
+
+// UpstreamStats is what an upstream has done and is doing.
+type UpstreamStats struct {
+	Addr           string
+	Weight         int
+	Open           int    // connections now, dials included
+	Total          uint64 // connections it was chosen for
+	Failed         uint64 // of those: dials that failed for a reason that is the upstream's
+	Sent, Received uint64 // bytes to and from it
+
+	State   UpstreamState
+	Since   time.Time // when State began
+	Err     error     // why it is cooling or down: of the last dial or check; nil if it is up
+	Drain   bool      // as configured
+	Removed bool      // from the set; it goes when its connections have ended
+}
 
 // An UpstreamChange is a change of one upstream: of its state, of [Upstream].Drain, or of the set
 // it is in. A removed upstream counts as up, since nothing that was known against it applies any
@@ -88,7 +165,7 @@ func (c *changes) run() {
 		}
 		p := recover() // nil: the hook called runtime.Goexit
 		go c.run()     // before logging, which may block
-		c.app.logHookPanic("Options.OnUpstream", p)
+		c.app.logPanic("Options.OnUpstream", p, string(debug.Stack()))
 	}()
 	for {
 		ch, ok := c.next()
@@ -112,14 +189,6 @@ func (c *changes) next() (ch UpstreamChange, ok bool) {
 	ch = c.waiting.Remove(front).(UpstreamChange)
 	delete(c.byAddr, ch.Addr)
 	return ch, true
-}
-
-// logHookPanic logs that a hook panicked with p. It must be called while the panic is recovered
-// from, for the stack. That the logger may panic, too, is nobody's concern any more.
-func (a *LBProxyApp) logHookPanic(hook string, p any) {
-	defer func() { _ = recover() }()
-	a.log().Log(context.Background(), slog.LevelError, "lbproxy: panic in a hook",
-		"app", a.id, "hook", hook, "panic", p, "stack", string(debug.Stack()))
 }
 
 // An upstream is one server as the balancer sees it.
@@ -324,12 +393,13 @@ func (u Upstream) Dial(ctx context.Context) (net.Conn, error) {
 		u.TLS = u.TLS.Clone()
 		u.TLS.ServerName = host
 	}
-	return u.dial(ctx, new(net.Dialer).DialContext)
+	return u.dial(ctx, new(net.Dialer).DialContext, nil)
 }
 
-// dial connects to u through dialContext, and speaks TLS to it if that is configured.
+// dial connects to u through dialContext, sends the PROXY header for client (nil: a health check),
+// and speaks TLS, as far as that is configured.
 func (u *Upstream) dial(ctx context.Context,
-	dialContext func(ctx context.Context, network, addr string) (net.Conn, error),
+	dialContext func(ctx context.Context, network, addr string) (net.Conn, error), client *Conn,
 ) (c net.Conn, err error) {
 	raw, err := dialContext(ctx, "tcp", u.Addr)
 	switch {
@@ -338,19 +408,44 @@ func (u *Upstream) dial(ctx context.Context,
 	case raw == nil:
 		return nil, errNilDialed
 	}
-	// HOOK(proxyproto): the PROXY header goes here, below TLS: for a check v1 UNKNOWN or v2 LOCAL,
-	// for a session its client's addresses.
+	defer func() {
+		if c == nil { // the header or the handshake failed, or a hook in u.TLS panicked
+			relay.Reset(raw)
+		}
+	}()
+	if u.ProxyProtocol > 0 {
+		if err := u.sendProxyHeader(ctx, raw, client); err != nil {
+			return nil, fmt.Errorf("PROXY header: %w", err)
+		}
+	}
 	if u.TLS == nil {
 		return raw, nil
 	}
-	defer func() {
-		if c == nil { // the handshake failed, or a hook in u.TLS panicked
-			discard(raw)
-		}
-	}()
-	t := newTLSConn(tls.Client, raw, u.TLS, 0)
+	t := relay.NewTLS(tls.Client, raw, u.TLS, 0)
 	if err := t.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}
 	return t, nil
+}
+
+// sendProxyHeader writes the PROXY protocol header for client to c. It is given up when ctx ends.
+func (u *Upstream) sendProxyHeader(ctx context.Context, c net.Conn, client *Conn) error {
+	stop := context.AfterFunc(ctx, func() { c.SetWriteDeadline(time.Unix(1, 0)) })
+	_, err := c.Write(proxyHeader(u.ProxyProtocol, client))
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	return err
+}
+
+// proxyHeader returns the header for client; nil means that there is none, as in a health check.
+func proxyHeader(version int, client *Conn) []byte {
+	h := proxyproto.Header{Local: true}
+	if client != nil {
+		h = client.proxyHeader()
+	}
+	if version == 1 {
+		return h.AppendV1(nil)
+	}
+	return h.AppendV2(nil)
 }
