@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 func TestMain(m *testing.M) {
@@ -18,7 +19,7 @@ func TestMain(m *testing.M) {
 		child(what)
 		return
 	}
-	os.Exit(m.Run())
+	proxytest.Main(m)
 }
 
 // A log is what a store logs, for a test to look at.
