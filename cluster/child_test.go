@@ -101,10 +101,19 @@ func (j job) streams(ctx context.Context, m lbproxy.RateLimitManager, s *Store) 
 	var all sync.WaitGroup
 	for range j.Streams {
 		all.Go(func() {
+			chunk, due := 32<<10, time.Now()
 			for time.Since(j.Start) < j.For {
-				d := m.Report(ctx, lbproxy.Event{Kind: lbproxy.EventData, Bytes: 32 << 10})
-				bytes.Add(32 << 10)
-				time.Sleep(min(d.Wait, j.For-time.Since(j.Start)))
+				d := m.Report(ctx, lbproxy.Event{Kind: lbproxy.EventData, Bytes: int64(chunk)})
+				bytes.Add(int64(chunk))
+				if chunk = 32 << 10; d.Chunk > 0 {
+					chunk = min(chunk, d.Chunk)
+				}
+				// As the relay does: what one wait was too long shortens the next.
+				if earliest := time.Now().Add(-50 * time.Millisecond); due.Before(earliest) {
+					due = earliest
+				}
+				due = due.Add(d.Wait)
+				time.Sleep(min(time.Until(due), j.For-time.Since(j.Start)))
 			}
 		})
 	}

@@ -128,14 +128,15 @@ func (m *limiter) tick(now time.Time) *call {
 // due returns the call to make, if any, unless there is one in flight that will do. The caller holds mu.
 func (m *limiter) due(now time.Time) *call {
 	if m.store.client.Load() == nil {
-		m.moved, m.rate = 0, 0 // what the others could use is not known any more
+		m.moved.Store(0)
+		m.rate.Store(0) // what the others could use is not known any more
 		return nil
 	}
 	news := m.change != 0 || m.heal || m.open > 0 && now.Sub(m.renewed) >= renewEvery
 	if m.l.Open > 0 && news && m.flying == 0 {
 		return &call{absolute: true, exclusive: true}
 	}
-	if m.moved > 0 || m.owed > 0 {
+	if m.moved.Load() > 0 || m.owed > 0 {
 		return &call{}
 	}
 	return nil
@@ -151,7 +152,7 @@ func (m *limiter) last(now time.Time) *call {
 func (m *limiter) stays() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.active = m.lent > 0 || m.used > 0 || m.before > 0 || m.owed > 0 || m.moved > 0 ||
+	m.active = m.lent > 0 || m.used > 0 || m.before > 0 || m.owed > 0 || m.moved.Load() > 0 ||
 		m.l.Open > 0 && (m.open > 0 || m.change != 0 || m.heal)
 	return m.active
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
@@ -85,6 +86,10 @@ type limiter struct {
 	member string        // what its connections are counted under: no two limiters have the same
 	config [4]string     // arguments of the script that are the same in every call
 
+	pace  lbproxy.Bandwidth
+	moved atomic.Int64 // bytes since told
+	rate  atomic.Int64 // bytes a second that may be, as the store has said; 0: it has not
+
 	mu      sync.Mutex // not held over a call
 	active  bool       // the flusher looks at it
 	lent    int        // openings borrowed and not used
@@ -101,10 +106,7 @@ type limiter struct {
 	trip    *trip      // the call that everybody waits for, if there is one
 	waiting int        // who do
 	until   time.Time  // until then the store would refuse
-	moved   int64      // bytes since told
 	told    time.Time  // when the store was told last how many bytes a second it could be
-	rate    int64      // bytes a second that may be, as the store has said; 0: it has not
-	paid    time.Time  // when the bytes moved so far will have been paid for
 }
 
 // A trip is a call whose outcome several connections wait for.
@@ -117,7 +119,7 @@ type trip struct {
 // numbers, in all proxies of the cluster, are one. Other numbers begin anew. It makes no call. It is safe for
 // concurrent use and goes into [lbproxy.Conn], or is what a function given to [lbproxy.NewClientLimits] returns.
 func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
-	m := &limiter{store: s, l: l, every: max(l.Every, 0)}
+	m := &limiter{store: s, l: l, every: max(l.Every, 0), pace: lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
 	// The script counts whole microseconds, in numbers that are exact up to 2^53.
 	m.every = (m.every + time.Microsecond - 1).Truncate(time.Microsecond)
 	if most := forever / time.Duration(max(l.Burst, 1)); m.every == 0 || m.every > most {
@@ -142,10 +144,15 @@ func (l *Limit) refuses() bool {
 func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision {
 	switch e.Kind {
 	case lbproxy.EventOpen:
-		return lbproxy.Decision{Exceeded: m.l.refuses() || !m.enter(ctx)}
+		if m.l.refuses() || !m.enter(ctx) {
+			return lbproxy.Decision{Exceeded: true}
+		}
+		if m.l.BytesPerSecond > 0 {
+			return m.take(ctx, e)
+		}
 	case lbproxy.EventData:
 		if m.l.BytesPerSecond > 0 {
-			return lbproxy.Decision{Wait: m.take(e.Bytes)}
+			return m.take(ctx, e)
 		}
 	case lbproxy.EventClose:
 		m.leave(e.Refused)
@@ -157,7 +164,7 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 func (m *limiter) Idle() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.lent == 0 && m.open == 0 && m.owed == 0 && m.moved == 0 && m.change == 0 && m.flying == 0
+	return m.lent == 0 && m.open == 0 && m.owed == 0 && m.moved.Load() == 0 && m.change == 0 && m.flying == 0
 }
 
 // enter decides on an EventOpen.
@@ -300,48 +307,49 @@ func (m *limiter) leave(refused bool) {
 	}
 }
 
-// take counts n bytes moved and returns how long to wait until they are paid for.
-func (m *limiter) take(n int64) time.Duration {
-	now := time.Now()
+// take counts n bytes moved and says how long to wait until they are paid for. The waits are those of a
+// [lbproxy.Bandwidth] with the whole rate, to which bytes are as many more as this proxy's part is less.
+func (m *limiter) take(ctx context.Context, e lbproxy.Event) lbproxy.Decision {
 	away := m.store.client.Load() == nil
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	if away && m.l.Outage == Open {
-		return 0
+		return lbproxy.Decision{}
 	}
-	rate := m.rate
-	if away || rate == 0 {
-		rate = m.even()
+	scale := float64(m.store.peers.Load()) // an even part
+	if rate := m.rate.Load(); rate > 0 && !away {
+		scale = float64(m.l.BytesPerSecond) / float64(rate)
 	}
-	if !away {
-		if m.moved == 0 && now.Sub(m.told) > flushEvery { // it has begun to move, or gone on after a rest
-			m.told = now
-			m.store.limits.hurry(m)
-		}
-		m.moved += n
-		m.activate()
+	if n := e.Bytes; n > 0 && !away && m.moved.Add(n) == n {
+		m.moving()
 	}
-	if earliest := now.Add(-slack); m.paid.Before(earliest) {
-		m.paid = earliest
+	e.Bytes = int64(float64(e.Bytes) * scale)
+	d := m.pace.Report(ctx, e)
+	if d.Chunk > 0 {
+		d.Chunk = max(int(float64(d.Chunk)/scale), 512)
 	}
-	m.paid = m.paid.Add(time.Duration(float64(n) / float64(rate) * float64(time.Second)))
-	return max(m.paid.Sub(now), 0)
+	return d
 }
 
-// even is an even part of the bytes a second.
-func (m *limiter) even() int64 { return max(m.l.BytesPerSecond/m.store.peers.Load(), 1) }
+// moving is called for the first bytes since the store was told.
+func (m *limiter) moving() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now := time.Now(); now.Sub(m.told) > flushEvery { // after a rest
+		m.told = now
+		m.store.limits.hurry(m)
+	}
+	m.activate()
+}
 
-// slack is what a stream may be late, for having slept a little too long, without losing the time.
-const slack = 20 * time.Millisecond
-
-// could is how many bytes a second may be of use: all there are, if nearly all that may be were used. -1 means all,
-// 0 that there was nothing to move. The caller holds mu.
+// could is how many bytes a second may be of use: -1, all there are, if nearly all that were allowed were used; 0 if
+// there was nothing to move. It begins a new count. The caller holds mu.
 func (m *limiter) could(now time.Time) int64 {
-	if m.moved == 0 {
+	bytes := m.moved.Swap(0)
+	if bytes == 0 {
 		return 0
 	}
-	moved := float64(m.moved) / max(now.Sub(m.told), flushEvery/2).Seconds()
-	if m.rate == 0 || moved > 0.8*float64(m.rate) {
+	moved, rate := float64(bytes)/max(now.Sub(m.told), flushEvery/2).Seconds(), m.rate.Load()
+	m.told = now
+	if rate == 0 || moved > 0.8*float64(rate) {
 		return -1
 	}
 	return int64(moved) + 1
@@ -376,9 +384,6 @@ func (m *limiter) ask(c *call) error {
 	m.lent -= spare
 	owed, could := m.owed, m.could(time.Now())
 	m.change, m.owed = 0, 0
-	if could != 0 {
-		m.moved, m.told = 0, time.Now()
-	}
 	args := append([]string{m.member}, m.config[:]...)
 	args = append(args, strconv.Itoa(c.wanted-spare), strconv.Itoa(c.given), strconv.Itoa(owed), own,
 		strconv.Itoa(c.asks), strconv.FormatInt(could, 10))
@@ -412,7 +417,8 @@ func (m *limiter) ask(c *call) error {
 		m.heal, m.renewed = false, now
 	}
 	if could != 0 { // doubling at most, as others may begin at the same moment
-		m.rate = min(answer.rate, 2*max(m.rate, m.even()))
+		even := max(m.l.BytesPerSecond/m.store.peers.Load(), 1)
+		m.rate.Store(min(answer.rate, 2*max(m.rate.Load(), even)))
 	}
 	c.refused = answer.why != ""
 	if c.refused || answer.granted < c.wanted-spare {

@@ -153,10 +153,11 @@ func (s *Store) parse(text string) error {
 		o.TLSConfig.ServerName = cmp.Or(o.TLSConfig.ServerName, name)
 	}
 	o.ClientName = cmp.Or(o.ClientName, "lbproxy")
-	o.DisableCache = true     // nothing is read twice
-	o.DisableRetry = true     // who waits is a client that wants to be served: the policy answers
-	o.AlwaysPipelining = true // or a call that is given up would take the connection with it
-	o.PipelineMultiplex = -1  // one connection: it is up or it is not, and calls stay in order
+	o.ClientSetInfo = rueidis.DisableClientSetInfo // Redis 7.0 does not know it, nor do its ACLs
+	o.DisableCache = true                          // nothing is read twice
+	o.DisableRetry = true                          // who waits is a client that wants to be served: the policy answers
+	o.AlwaysPipelining = true                      // or a call that is given up would take the connection with it
+	o.PipelineMultiplex = -1                       // one connection: it is up or it is not, and calls stay in order
 	o.ForceSingleClient = o.Sentinel.MasterSet == "" && len(o.InitAddress) == 1
 	o.Sentinel.TopologyRefreshInterval = 5 * time.Second
 	o.Dialer.KeepAlive = time.Second

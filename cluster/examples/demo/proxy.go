@@ -61,15 +61,14 @@ func startProxy(ctx context.Context, id, storeURL string, log *slog.Logger, sabo
 	}
 	alice := p.store.Limit(scope+"alice", cluster.Limit{Burst: 6, Every: time.Hour})
 	p.serving.Go(func() {
-		p.app.Serve(p.listener, func(_ context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
-			conn := lbproxy.Conn{Client: c}
-			c.SetReadDeadline(time.Now().Add(patience))
-			name, err := readLine(c)
-			c.SetReadDeadline(time.Time{})
-			if conn.ClientID = name; name == "alice" {
-				conn.RateLimit = alice
+		p.app.Serve(p.listener, func(_ context.Context, c *lbproxy.Conn) (err error) {
+			c.Client.SetReadDeadline(time.Now().Add(patience))
+			c.ClientID, err = readLine(c.Client)
+			c.Client.SetReadDeadline(time.Time{})
+			if c.ClientID == "alice" {
+				c.RateLimit = alice
 			}
-			return nil, conn, err
+			return err
 		})
 	})
 	return p, nil

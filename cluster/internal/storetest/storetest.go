@@ -68,7 +68,9 @@ func (s *Server) URL() string { return "redis://" + s.Addr }
 // Start starts it again, empty, on the same address, and waits until it answers.
 func (s *Server) Start() {
 	s.t.Helper()
+	var out strings.Builder // it has nothing to say, unless something is wrong
 	s.cmd = exec.Command("redis-server", s.args...)
+	s.cmd.Stdout, s.cmd.Stderr = &out, &out
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
@@ -78,6 +80,11 @@ func (s *Server) Start() {
 			c.Close()
 		}
 		return err
+	})
+	s.t.Cleanup(func() {
+		if s.Kill(); s.t.Failed() {
+			s.t.Log("redis-server: ", &out)
+		}
 	})
 }
 
