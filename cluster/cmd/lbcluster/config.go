@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/danielepagano/lbproxy/cluster"
+	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
 // A putter is the command put.
@@ -37,7 +38,7 @@ func (p *putter) put(ctx context.Context, s *cluster.Store, path string) error {
 		if dir == "" {
 			dir = filepath.Dir(path)
 		}
-		if _, err := parse(path, dir, text); err != nil {
+		if _, err := mtlsserver.Parse(path, dir, text); err != nil {
 			return fmt.Errorf("nothing was put:\n%w", err)
 		}
 	}

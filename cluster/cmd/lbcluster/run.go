@@ -165,26 +165,32 @@ func (r *runner) rescale(n int) {
 
 // load has the server run by c. The caller holds mu.
 func (r *runner) load(c cluster.Config) error {
-	conf, err := parse(fmt.Sprintf("configuration %d", c.Version), r.dir, c.Text)
+	conf, err := mtlsserver.Parse(fmt.Sprintf("configuration %d", c.Version), r.dir, c.Text)
 	if err != nil {
 		return err
 	}
+	adapt(conf, r.host, r.sharing)
+	if r.server == nil {
+		r.server, err = mtlsserver.New(conf, &mtlsserver.Options{Logger: r.log, NewLimit: r.limit})
+		return err
+	}
+	_, err = r.server.Reload(conf)
+	return err
+}
+
+// adapt makes a configuration of all proxies that of one in n.
+func adapt(conf *mtlsserver.Config, host string, n int) {
 	for i := range conf.Apps {
 		app := &conf.Apps[i]
-		if _, port, err := net.SplitHostPort(app.Listen); err == nil && r.host != "" {
-			app.Listen = net.JoinHostPort(r.host, port)
+		if _, port, err := net.SplitHostPort(app.Listen); err == nil && host != "" {
+			app.Listen = net.JoinHostPort(host, port)
 		}
-		for i := range app.Upstreams { // they are of the upstream, not of a proxy
+		for i := range app.Upstreams { // the bound protects the upstream, whoever connects
 			if u := &app.Upstreams[i]; u.MaxConns > 0 {
-				u.MaxConns = max(u.MaxConns/r.sharing, 1)
+				u.MaxConns = max(u.MaxConns/n, 1)
 			}
 		}
 	}
-	if r.server == nil {
-		r.server, err = newServer(conf, r.log, r.limit)
-		return err
-	}
-	return r.server.Reload(conf)
 }
 
 // limit is for mtlsserver.Options.NewLimit.
@@ -204,7 +210,7 @@ func (r *runner) ports() map[string]int {
 	return ports
 }
 
-func (r *runner) apps() map[string]*lbproxy.LBProxyApp { return apps(r.server) }
+func (r *runner) apps() map[string]*lbproxy.LBProxyApp { return r.server.Apps() }
 
 // hostID is the host's name, as a proxy may be called, and a few letters: there may be several on a host.
 func hostID() string {
