@@ -164,6 +164,7 @@ func TestStoreGoesAndComesBack(t *testing.T) {
 	for _, how := range []string{"killed", "frozen"} {
 		for _, outage := range []Outage{Share, Open, Closed} {
 			t.Run(fmt.Sprint(how, " ", outage), func(t *testing.T) {
+				t.Parallel() // most of it is waiting
 				var why string
 				for range 5 {
 					server := storetest.Redis(t)

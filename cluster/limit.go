@@ -106,6 +106,7 @@ type limiter struct {
 	trip    *trip      // the call that everybody waits for, if there is one
 	waiting int        // who do
 	until   time.Time  // until then the store would refuse
+	short   bool       // the last call brought less than was wanted
 	told    time.Time  // when the store was told last how many bytes a second it could be
 }
 
@@ -268,6 +269,9 @@ func (m *limiter) settle(now time.Time) {
 func (m *limiter) batch() int {
 	_, burst, _ := m.part()
 	needed := max(m.used, m.before, m.waiting+1)
+	if m.short { // all there is, in one call: what it lets in is less than what is needed
+		needed += needed/4 + 1
+	}
 	return min(needed, burst, max(int(flushEvery/m.every), 1))
 }
 
@@ -421,8 +425,11 @@ func (m *limiter) ask(c *call) error {
 		m.rate.Store(min(answer.rate, 2*max(m.rate.Load(), even)))
 	}
 	c.refused = answer.why != ""
-	if c.refused || answer.granted < c.wanted-spare {
-		m.until = now.Add(m.hold(c, answer.wait))
+	if c.asks > 0 {
+		m.short = c.refused || answer.granted < c.wanted-spare
+		if m.short {
+			m.until = now.Add(m.hold(c, answer.wait))
+		}
 	}
 	return nil
 }

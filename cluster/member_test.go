@@ -8,6 +8,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -405,5 +406,30 @@ func TestWeightsCountInTheBias(t *testing.T) {
 	}
 	if s := b.steps(two); len(s) != 0 {
 		t.Errorf("loads by weight have made a bias: %v", s)
+	}
+}
+
+// A beat without news, and one with 40 changed counts, of 64 proxies at once.
+func BenchmarkBeat(b *testing.B) {
+	server := storetest.Redis(b)
+	s, _ := dial(b, server.URL(), calm)
+	for _, changes := range []int{0, 40} {
+		b.Run(fmt.Sprintf("changes=%d", changes), func(b *testing.B) {
+			var ids atomic.Int64
+			b.SetParallelism(32)
+			b.RunParallel(func(pb *testing.PB) {
+				m := &Member{store: s, self: Self{ID: fmt.Sprintf("p%d", ids.Add(1)), Interval: time.Second}}
+				counts := make([]string, 2*changes)
+				for n := 0; pb.Next(); n++ {
+					for i := range changes {
+						counts[2*i], counts[2*i+1] = "app 10.0.0.1:"+strconv.Itoa(i), strconv.Itoa(n%2+1)
+					}
+					if _, err := m.call(b.Context(), 3*time.Second, "{}", counts); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "beats/s")
+		})
 	}
 }

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -98,10 +97,10 @@ func (s *Server) Kill() {
 }
 
 // Freeze is SIGSTOP: connections stay, and nothing is answered.
-func (s *Server) Freeze() { s.cmd.Process.Signal(syscall.SIGSTOP) }
+func (s *Server) Freeze() { stop(s.cmd.Process) }
 
 // Thaw is SIGCONT.
-func (s *Server) Thaw() { s.cmd.Process.Signal(syscall.SIGCONT) }
+func (s *Server) Thaw() { resume(s.cmd.Process) }
 
 // FreeAddr returns an address of 127.0.0.1 that was free a moment ago.
 func FreeAddr(t testing.TB) string {
@@ -261,9 +260,6 @@ func Child(t testing.TB, what string) (*exec.Cmd, io.Reader) {
 	})
 	return cmd, out
 }
-
-// Certificates are what a store and a client of it need for TLS, as files.
-type Certificates struct{ CA, Cert, Key string }
 
 // WriteFile writes a file of the test's own and returns its path.
 func WriteFile(t testing.TB, name, text string) string {
