@@ -3,135 +3,169 @@ package lbproxy
 import (
 	"container/heap"
 	"container/list"
+	"context"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
-// A balancer decides which upstream gets the next connection, and which are passed over.
+// A balancer chooses the upstream for each connection and counts the connections of each upstream.
 //
-// All upstreams of the current set stand in one heap, the next to be chosen first (see before). Choosing
-// and counting are one critical section, so concurrent picks see each other, and the cost of a choice
-// grows with the logarithm of the number of upstreams.
+// The upstreams of the current set are in one heap, ordered by before: the root is the next choice.
+// Choosing and counting are one critical section, so concurrent choices see each other. A choice
+// costs O(log n), also when most upstreams are full, failed, down or draining: those sink to the
+// bottom of the heap.
+//
+// The phases of an upstream:
+//
+//	     a dial fails              FailTimeout is over           it is chosen
+//	up --------------> cooling ------------------------> ready -------------> onTrial
+//	^                  ^     |                            |  ^                 | | |
+//	|                  |     +-- a dial works (*) --> up <+  +- tells nothing -+ | |
+//	|                  +------------------------- the trial fails ---------------+ |
+//	+----------------------------- the trial works (*) ----------------------------+
+//
+//	any phase -- health checks fail --> down -- health checks pass (*) --> up
+//
+// At (*) the upstream begins in slow start. cooling and onTrial are last resorts: a connection
+// gets them only when no upstream is up or ready. down is never chosen, and no dial ends it.
 type balancer struct {
-	failTimeout time.Duration // how long a failed upstream is passed over; not positive means not at all
+	failTimeout time.Duration // how long a failed upstream cools; not positive: it does not
+	checked     bool          // there are health checks, so picks need a lost context
+	changes     *changes      // learns of every change; nil: nobody wants to know
 
-	mu       sync.Mutex
-	heap     upstreamHeap         // the current set
-	cooling  list.List            // of *upstream: those in state cooling, the first to recover in front
-	draining map[string]*upstream // removed from the set, with connections still open
-	paced    *upstream            // took the last pick while catching up: not eligible for the next one
+	// mu guards what follows and the mutable fields of every upstream. No hook, logger or other
+	// foreign code runs under it.
+	mu      sync.Mutex
+	heap    upstreamHeap         // the current set
+	cooling list.List            // the *upstream in phase cooling, the first to be ready in front
+	removed map[string]*upstream // no longer in the set, with connections still open
+	resting *upstream            // in slow start and chosen last: the next connection skips it
+	peers   Peers
+
+	// How many of the set are draining, and how many others are down, for errNone.
+	draining, down int
+
+	sent, received uint64 // by upstreams that were removed and have no connections any more
 }
 
-// An upstream is one server as the balancer sees it. Its mutable fields belong to balancer.mu.
-type upstream struct {
-	conf  *Upstream // as configured; replaced whole, never changed
-	place int       // in the configured slice: decides ties
-	at    int       // in the heap; -1 when removed from the set
-
-	open     int // connections counted on it, dials included
-	dialling int // of those: not settled
-	state    upstreamState
-	until    time.Time     // cooling: when the next trial is due
-	queued   *list.Element // cooling: its place in balancer.cooling
-
-	// catchingUp is set when a trial or health checks find it working again, until another upstream is as little
-	// loaded that is not itself catching up or due for a trial: meanwhile it gets at most every second connection, so
-	// that recovery is not a stampede.
-	catchingUp bool
-
-	total, failed  uint64
-	sent, received atomic.Uint64
-}
-
-type upstreamState uint8
-
-const (
-	up      upstreamState = iota
-	cooling               // a dial failed: passed over until its time is up
-	ready                 // its time is up: the next connection to choose it is the trial
-	onTrial               // that connection is dialling: passed over until a dial tells how it is
-	down                  // health checks say so: not used until they say otherwise, whatever dials tell
-)
-
-// rank sorts upstreams by whether they may be chosen: at best now, only as a last resort, or not at all.
-func (u *upstream) rank() rank {
-	if u.conf.MaxConns > 0 && u.open >= u.conf.MaxConns {
-		return never
-	}
-	switch u.state {
-	case up, ready:
-		return eligible
-	case down:
-		return never
-	}
-	return lastResort
-}
-
-type rank uint8
-
-const (
-	eligible rank = iota
-	lastResort
-	never
-)
-
-// before orders the heap: by rank, then by load, which is (open+1)/weight, then by place in the slice.
-// Among the passed over, the one that failed longest ago comes first: it is the likeliest to be back, and
-// those that a connection has just tried are out of its way.
-func (u *upstream) before(v *upstream) bool {
-	ru, rv := u.rank(), v.rank()
-	if ru != rv {
-		return ru < rv
-	}
-	if ru == lastResort && !u.until.Equal(v.until) {
-		return u.until.Before(v.until)
-	}
-	lu, lv := int64(u.open+1)*int64(v.conf.Weight), int64(v.open+1)*int64(u.conf.Weight)
-	if lu != lv {
-		return lu < lv
-	}
-	return u.place < v.place
-}
-
-// set makes confs, which are valid and complete, the current set. An upstream is known by its Addr: one that
-// was there keeps its connections, counters and state, one that is still draining its connections and counters.
-// It returns the upstreams in the order of confs.
-func (b *balancer) set(confs []Upstream) []*upstream {
+// set makes confs, which are valid and complete, the current set, and returns its upstreams in the
+// order of confs. An upstream is identified by its Addr: one that stays keeps its connections,
+// counters and phase; one that comes back while old connections are open keeps those and its
+// counters.
+func (b *balancer) set(confs []Upstream, now time.Time) []*upstream {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	known := b.draining
+	isFirst := b.heap == nil // New's caller knows the first set: nobody is told of it
+	gone := b.removed
 	for _, u := range b.heap {
-		known[u.conf.Addr] = u
+		gone[u.conf.Addr] = u
 	}
-	b.draining = map[string]*upstream{}
+	b.removed = map[string]*upstream{}
 	b.heap = make(upstreamHeap, len(confs))
 	for i := range confs {
-		u := known[confs[i].Addr]
+		conf := &confs[i]
+		u := gone[conf.Addr]
 		if u == nil {
-			u = new(upstream)
+			u = &upstream{heapIndex: -1}
 		}
-		delete(known, confs[i].Addr)
-		u.conf, u.place, u.at = &confs[i], i, i
+		delete(gone, conf.Addr)
+		from, isNews := u.phase.state(), u.heapIndex >= 0 && u.conf.Drain != conf.Drain
+		if u.heapIndex < 0 {
+			u.since, from, isNews = now, "", !isFirst
+		}
+		u.conf, u.index, u.heapIndex = conf, i, i
 		b.heap[i] = u
+		if isNews {
+			b.tell(u, from, now)
+		}
 	}
 	inOrder := slices.Clone([]*upstream(b.heap))
-	heap.Init(&b.heap)
-	for addr, u := range known {
-		u.at = -1
-		b.recovered(u)
+	for addr, u := range gone {
+		if u.heapIndex >= 0 {
+			from := u.phase.state()
+			b.uncool(u)
+			u.phase, u.err, u.slowStart, u.heapIndex = up, nil, false, -1
+			if from != StateUp {
+				u.since = now
+			}
+			b.tell(u, from, now)
+		}
 		if u.open > 0 {
-			b.draining[addr] = u
+			b.removed[addr] = u
+		} else {
+			b.retire(u)
 		}
 	}
+	b.arrange()
 	return inOrder
 }
 
-// acquire chooses the least loaded upstream that is not in tried and counts a connection on it. It returns
-// nil if there is none. The caller owes one release, and one settle when it has dialled.
-func (b *balancer) acquire(tried map[*upstream]bool, now time.Time) (*upstream, *Upstream) {
+// setPeers replaces what is known of other apps that use the same upstreams.
+func (b *balancer) setPeers(p Peers) {
+	p.Bias = maps.Clone(p.Bias)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.peers = p
+	b.arrange()
+}
+
+// arrange computes what depends on the whole set, and orders the heap. The caller holds b.mu.
+func (b *balancer) arrange() {
+	b.draining, b.down = 0, 0
+	n := len(b.heap)
+	first := b.peers.first(n)
+	for _, u := range b.heap {
+		u.order = (u.index - first + n) % n
+		u.bias = b.peers.Bias[u.conf.Addr]
+		if u.conf.Drain {
+			b.draining++
+		} else if u.phase == down {
+			b.down++
+		}
+		u.refresh()
+	}
+	heap.Init(&b.heap)
+}
+
+// fix restores the order of the heap after a change of u. The caller holds b.mu.
+func (b *balancer) fix(u *upstream) {
+	u.refresh()
+	if u.heapIndex >= 0 {
+		heap.Fix(&b.heap, u.heapIndex)
+	}
+}
+
+// A pick is an upstream that acquire chose.
+type pick struct {
+	u    *upstream
+	conf *Upstream       // as it was configured at the choice
+	lost context.Context // ends when health checks find u down; nil: there are no checks
+}
+
+// A search is one connection's search for an upstream that answers: what it has tried.
+// The zero search has tried nothing.
+type search struct {
+	tried map[*upstream]bool
+	rest  []*upstream // after maxExact attempts: the upstreams not looked at yet
+}
+
+// maxExact is how many upstreams a connection tries strictly in the order of their loads.
+const maxExact = 64
+
+func (s *search) add(u *upstream) {
+	if s.tried == nil {
+		s.tried = map[*upstream]bool{}
+	}
+	s.tried[u] = true
+}
+
+// acquire chooses the least loaded upstream that s has not tried and counts a connection on it.
+// The caller owes one release, and before it one settle when the dial is over. If there is no such
+// upstream the error is an ErrNoUpstream that says why.
+func (b *balancer) acquire(s *search, now time.Time) (pick, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for e := b.cooling.Front(); e != nil; e = b.cooling.Front() {
@@ -139,38 +173,58 @@ func (b *balancer) acquire(tried map[*upstream]bool, now time.Time) (*upstream, 
 		if u.until.After(now) {
 			break
 		}
-		b.cooling.Remove(e)
-		u.queued, u.state = nil, ready
-		heap.Fix(&b.heap, u.at)
+		b.uncool(u)
+		u.phase = ready
+		b.fix(u)
 	}
-	u := b.best(0, tried, b.paced)
-	if u == nil || u.rank() != eligible {
-		u = b.best(0, tried, nil) // better the paced one than none, or one that is passed over
+	u := b.choose(s)
+	if u == nil || u.rank == never {
+		return pick{}, b.errNone(s)
 	}
-	if u == nil || u.rank() == never {
-		return nil, nil
-	}
-	if u.state == ready {
-		u.state = onTrial
+	if u.phase == ready {
+		u.phase = onTrial
 	}
 	u.open++
-	u.dialling++
+	u.dialing++
 	u.total++
-	heap.Fix(&b.heap, u.at)
-	b.paced = nil
-	if u.catchingUp {
+	b.fix(u)
+	b.resting = nil
+	if u.slowStart {
 		if first := b.heap[0]; first == u {
-			b.paced = u
-		} else if first.state == up && !first.catchingUp {
-			u.catchingUp = false
+			b.resting = u
+		} else if first.phase == up && !first.slowStart {
+			u.slowStart = false
 		}
 	}
-	return u, u.conf
+	if b.checked && u.lost == nil {
+		u.lost, u.lose = context.WithCancelCause(context.Background())
+	}
+	return pick{u, u.conf, u.lost}, nil
 }
 
-// best returns the first upstream in the heap below place i that is neither in tried nor skip. The first of a
-// heap is its root, so only where the root is passed over do its children have to be asked.
-func (b *balancer) best(i int, tried map[*upstream]bool, skip *upstream) *upstream {
+// choose returns the upstream for the next connection, which may be of rank never, or nil.
+func (b *balancer) choose(s *search) *upstream {
+	var tried map[*upstream]bool
+	if s != nil {
+		tried = s.tried
+	}
+	root := b.heap[0]
+	switch {
+	case root != b.resting && !tried[root]:
+		return root
+	case len(tried) > maxExact && tried[root]:
+		return b.chooseRest(s)
+	}
+	u := b.least(0, tried, b.resting)
+	if u == nil || u.rank != eligible {
+		u = b.least(0, tried, nil) // slow start is better than none and than a last resort
+	}
+	return u
+}
+
+// least returns the least upstream of the subtree of b.heap at i that is neither in tried nor skip.
+// The root of a subtree is its least, so only where that is excluded do its children matter.
+func (b *balancer) least(i int, tried map[*upstream]bool, skip *upstream) *upstream {
 	if i >= len(b.heap) {
 		return nil
 	}
@@ -178,76 +232,131 @@ func (b *balancer) best(i int, tried map[*upstream]bool, skip *upstream) *upstre
 	if u != skip && !tried[u] {
 		return u
 	}
-	l, r := b.best(2*i+1, tried, skip), b.best(2*i+2, tried, skip)
+	l, r := b.least(2*i+1, tried, skip), b.least(2*i+2, tried, skip)
 	if l == nil || r != nil && r.before(l) {
 		return r
 	}
 	return l
 }
 
-// A verdict is what a dial says about an upstream.
-type verdict uint8
+// chooseRest is choose for a connection that has tried many upstreams that have not sunk in the
+// heap: nothing cools, or the errors were ours. least would walk over all of them each time, which
+// added up to a second under the lock for 10,000 upstreams. Here the connection gets a copy of the
+// heap, where a parent is never more loaded than its children, and looks at each element once.
+func (b *balancer) chooseRest(s *search) *upstream {
+	if s.rest == nil {
+		s.rest = slices.Clone([]*upstream(b.heap))
+	}
+	for len(s.rest) > 0 {
+		u := s.rest[0]
+		s.rest = s.rest[1:]
+		if u.heapIndex >= 0 && u.rank != never && !s.tried[u] {
+			return u
+		}
+	}
+	return nil
+}
 
-const (
-	unknown verdict = iota // the dial failed for a reason that is ours
-	works
-	fails
-)
+// errNone is acquire's error. With nothing tried, an upstream that is neither draining nor down
+// must be full.
+func (b *balancer) errNone(s *search) error {
+	if s != nil && len(s.tried) > 0 {
+		return ErrNoUpstream
+	}
+	return &noUpstream{full: len(b.heap) - b.draining - b.down, down: b.down, draining: b.draining}
+}
 
-// settle takes note of how a dial to u went and reports whether that changed u's standing:
-// a working one is now passed over, or one that was passed over now works.
-func (b *balancer) settle(u *upstream, v verdict, now time.Time) (changed bool) {
+// settle records the verdict v of a dial to u, and its error, and reports whether u failed while it
+// was up, or works after it had failed.
+func (b *balancer) settle(u *upstream, v verdict, err error, now time.Time) (changed bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	was := u.state
-	u.dialling--
+	u.dialing--
 	if v == fails {
 		u.failed++
 	}
 	switch {
-	case u.at < 0 || u.state == down:
-		return false // removed or found down meanwhile
-	case v == works && was != up:
-		b.recovered(u)
-		u.catchingUp = true
+	case u.heapIndex < 0 || u.phase == down:
+		return false // removed or found down while it was dialed
+	case v == works && u.phase != up:
 		changed = true
+		b.enter(u, up, nil, now)
+		u.slowStart = true
 	case v == fails && b.failTimeout > 0:
-		b.recovered(u)
-		u.state, u.until, u.catchingUp = cooling, now.Add(b.failTimeout), false
-		u.queued = b.cooling.PushBack(u)
-		changed = was == up
-	case v == unknown && was == onTrial && u.dialling == 0:
-		u.state = ready // no dial is left that could tell: the next connection is a trial
+		changed = u.phase == up
+		b.enter(u, cooling, err, now)
+		u.until = now.Add(b.failTimeout)
+		u.coolingElem = b.cooling.PushBack(u)
+		u.slowStart = false
+	case v == unknown && u.phase == onTrial && u.dialing == 0:
+		u.phase = ready // no dial is left that could decide: the next connection is the trial
 	default:
 		return false
 	}
-	heap.Fix(&b.heap, u.at)
+	b.fix(u)
 	return changed
 }
 
-// mark takes note that health checks found u, which is in the current set, down, or up after it was down. Either
-// way what dials told before is forgotten.
-func (b *balancer) mark(u *upstream, isDown bool) {
+// markDown records that health checks found u, which is in the current set, down because of err. It
+// ends the lost context of u's picks. What dials said before is forgotten.
+func (b *balancer) markDown(u *upstream, err error, now time.Time) {
+	b.mu.Lock()
+	if !u.conf.Drain {
+		b.down++
+	}
+	b.enter(u, down, err, now)
+	u.slowStart = false
+	b.fix(u)
+	lose := u.lose
+	u.lost, u.lose = nil, nil // the next pick, once u is up again, gets a new one
+	b.mu.Unlock()
+	if lose != nil {
+		lose(errUpstreamDown)
+	}
+}
+
+// markUp records that health checks found u, which was down, up again.
+func (b *balancer) markUp(u *upstream, now time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.recovered(u)
-	u.catchingUp = !isDown
-	if isDown {
-		u.state = down
+	if !u.conf.Drain {
+		b.down--
 	}
-	heap.Fix(&b.heap, u.at)
+	b.enter(u, up, nil, now)
+	u.slowStart = true
+	b.fix(u)
 }
 
-// recovered makes u an upstream like any other again. The caller holds b.mu and mends the heap.
-func (b *balancer) recovered(u *upstream) {
-	u.state = up
-	if u.queued != nil {
-		b.cooling.Remove(u.queued)
-		u.queued = nil
+// enter moves u to phase p because of err. The caller holds b.mu, and calls fix.
+func (b *balancer) enter(u *upstream, p phase, err error, now time.Time) {
+	b.uncool(u)
+	from := u.phase.state()
+	u.phase, u.err = p, err
+	if p.state() != from {
+		u.since = now
+		b.tell(u, from, now)
 	}
 }
 
-// release gives back a connection that acquire counted. One release too many is a bug in this package.
+// uncool takes u out of the queue of those that cool. The caller holds b.mu.
+func (b *balancer) uncool(u *upstream) {
+	if u.coolingElem != nil {
+		b.cooling.Remove(u.coolingElem)
+		u.coolingElem = nil
+	}
+}
+
+// tell queues the change of u from a state to what it is now. The caller holds b.mu, so that
+// changes are queued in the order in which they happen.
+func (b *balancer) tell(u *upstream, from UpstreamState, now time.Time) {
+	b.changes.add(UpstreamChange{
+		Addr: u.conf.Addr, From: from, To: u.phase.state(), Drain: u.conf.Drain,
+		Removed: u.heapIndex < 0, Err: u.err, Time: now,
+	})
+}
+
+// release gives back a connection that acquire counted. It panics if there is none: a release too
+// many is a bug in this package, and a count that is too low would hide it.
 func (b *balancer) release(u *upstream) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -255,49 +364,38 @@ func (b *balancer) release(u *upstream) {
 		panic("lbproxy: upstream " + u.conf.Addr + ": released more often than acquired")
 	}
 	u.open--
-	if u.at >= 0 {
-		heap.Fix(&b.heap, u.at)
-	} else if u.open == 0 {
-		delete(b.draining, u.conf.Addr)
+	b.fix(u)
+	if u.heapIndex < 0 && u.open == 0 {
+		delete(b.removed, u.conf.Addr)
+		b.retire(u)
 	}
 }
 
-// stats describes every upstream: the current set in slice order, then the draining ones.
-func (b *balancer) stats() []UpstreamStats {
+// retire keeps the bytes of an upstream that is about to be forgotten. The caller holds b.mu.
+func (b *balancer) retire(u *upstream) {
+	b.sent += u.sent.Load()
+	b.received += u.received.Load()
+}
+
+// snapshot describes every upstream: the current set in slice order, then the removed ones by Addr.
+// sent and received are the bytes of all upstreams that ever were.
+func (b *balancer) snapshot() (all []UpstreamStats, sent, received uint64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	all := make([]UpstreamStats, len(b.heap), len(b.heap)+len(b.draining))
+	all = make([]UpstreamStats, len(b.heap), len(b.heap)+len(b.removed))
 	for _, u := range b.heap {
-		all[u.place] = u.stats()
+		all[u.index] = u.stats()
 	}
-	for _, u := range b.draining {
+	for _, u := range b.removed {
 		all = append(all, u.stats())
 	}
-	slices.SortFunc(all[len(b.heap):], func(x, y UpstreamStats) int { return strings.Compare(x.Addr, y.Addr) })
-	return all
-}
-
-func (u *upstream) stats() UpstreamStats {
-	s := UpstreamStats{
-		Addr: u.conf.Addr, Weight: u.conf.Weight, Open: u.open, Total: u.total, Failed: u.failed,
-		State: "up", Sent: u.sent.Load(), Received: u.received.Load(),
+	slices.SortFunc(all[len(b.heap):], func(x, y UpstreamStats) int {
+		return strings.Compare(x.Addr, y.Addr)
+	})
+	sent, received = b.sent, b.received
+	for i := range all {
+		sent += all[i].Sent
+		received += all[i].Received
 	}
-	switch {
-	case u.at < 0:
-		s.State = "draining"
-	case u.state == down:
-		s.State = "down"
-	case u.state != up:
-		s.State = "cooling"
-	}
-	return s
+	return all, sent, received
 }
-
-// upstreamHeap implements heap.Interface; nothing is pushed or popped, only mended.
-type upstreamHeap []*upstream
-
-func (h upstreamHeap) Len() int           { return len(h) }
-func (h upstreamHeap) Less(i, j int) bool { return h[i].before(h[j]) }
-func (h upstreamHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i]; h[i].at, h[j].at = i, j }
-func (h upstreamHeap) Push(any)           { panic("unused") }
-func (h upstreamHeap) Pop() any           { panic("unused") }

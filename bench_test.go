@@ -17,8 +17,9 @@ func BenchmarkRelay(b *testing.B) {
 		"": nil, "/limited": All(&OpenLimit{Max: 1e6}, &Bandwidth{BytesPerSecond: 1 << 50}),
 	}
 	for _, suffix := range []string{"", "/limited"} {
-		admit := func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
-			return nil, Conn{Client: c, RateLimit: limits[suffix]}, nil
+		admit := func(_ context.Context, c *Conn) error {
+			c.RateLimit = limits[suffix]
+			return nil
 		}
 		b.Run("round trip"+suffix, func(b *testing.B) {
 			c := dial(b, benchServe(b, echo, admit))

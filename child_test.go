@@ -122,7 +122,7 @@ func blockingMain() {
 	f.Fd() // this does it
 	done := make(chan Result)
 	go func() {
-		r, _ := a.ServeConn(context.Background(), Conn{Client: c})
+		r, _ := a.ServeConn(context.Background(), &Conn{Client: c})
 		done <- r
 	}()
 	for a.Stats().Upstreams[0].Open == 0 {

@@ -1,67 +1,236 @@
 package lbproxy
 
 import (
-	"cmp"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
+	"net/netip"
+	"reflect"
+	"runtime/debug"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxyproto"
+	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// A Conn is a client's connection and what goes with it.
+// The life of a connection, and the goroutine that drives each part of it:
+//
+//	            Serve                                   ServeConn
+//	              │ accept                                  │
+//	          admitting ── refused ──► over                 │        Serve's goroutine for it,
+//	              └────────────────┬────────────────────────┘        or ServeConn's caller
+//	                           dialing ── limited, no upstream ──► over
+//	                               │ connected
+//	                             open                                the relay's two goroutines
+//	                               │ both streams ended, or the first failure or Abort
+//	                             over: counted out, EventClose, Result, OnDone, log
+//
+// The last part runs where the relay ends, or in ServeConn's caller, which waits for it.
+
+// A Conn is one client connection: what the caller says about it, and a handle on it. It must
+// not be copied after first use.
+//
+// Until admit returns (or ServeConn is called) the fields belong to the caller. From then on they
+// are fixed, and anybody may read them. The methods may be called at any time, by anybody.
+//
+// A Conn that is kept after its end holds no buffer, no descriptor and no upstream.
 type Conn struct {
-	// Client is the connection: a *net.TCPConn, a *tls.Conn, or any other. It is required. What it can do is found
-	// out from its methods: CloseWrite() error, to be told that the upstream's stream has ended while its own goes on;
-	// NetConn() net.Conn, if it is a layer over another conn, as TLS is; SetLinger(int) error, at the bottom, to be
-	// reset. A wrapper of a TCP connection should have the first two: without, its peer may lose the end of what it was
-	// sent, which Result.Err then tells. (A net.Pipe, as in tests, has no CloseWrite either: a session over one in which
-	// only one side has ended its stream does not end as EndDone.) crypto/tls takes a client's FIN without close_notify
-	// for the end of its stream; a Client whose Read returns io.ErrUnexpectedEOF then, as a TLSConn's does, has it taken
-	// for cut.
+	// Client is the connection to the client. ServeConn requires it. Serve sets it before it
+	// calls admit, which may replace it, by TLS for example. Once admitted it belongs to the app,
+	// and only LocalAddr, RemoteAddr and, for TLS, ConnectionState may be called: for plain TCP it
+	// is then a stub whose other methods fail with net.ErrClosed.
+	//
+	// Any net.Conn will do. The app looks for three methods. CloseWrite() error passes on the end
+	// of the upstream's stream while the client's own goes on. NetConn() net.Conn leads to the
+	// connection below a layer such as TLS. SetLinger(int) error, at the bottom, resets. A wrapper
+	// around a TCP connection should have the first two: without them its peer may lose the last
+	// bytes it was sent, and Result.Err says so. (A net.Pipe has none of them.)
+	//
+	// crypto/tls reports a client's FIN without close_notify as the end of its stream. Use a
+	// [TLSConn], whose Read returns io.ErrUnexpectedEOF then, to have such a stream treated as cut.
 	Client net.Conn
 
-	// ClientID says who this is, in events, results and logs. It may be empty.
+	// ClientAddr is who the client is, for limits, logs and PROXY headers. nil means
+	// Client.RemoteAddr(). AcceptProxy sets it.
+	ClientAddr net.Addr
+
+	// ServerAddr is the address that the client connected to. nil means Client.LocalAddr().
+	ServerAddr net.Addr
+
+	// ClientID names the client in events, results, logs and PROXY v2 headers. It may be empty.
 	ClientID string
 
-	// RateLimit is told what the connection does and may refuse, cut or slow it. nil means no limit.
+	// Verified says that ClientID was proved, by a certificate for example. PROXY v2 headers
+	// tell the upstream.
+	Verified bool
+
+	// RateLimit is asked before the connection is served, and told of the bytes that move. It may
+	// refuse, cut or slow the connection. nil means no limit.
 	RateLimit RateLimitManager
 
-	// OnDone is called once, when everything about this connection is over, as that of Options is, and before it. It
-	// saves those who keep something for each connection from having to find it by what the Result says. nil means no
-	// call.
+	// Value is the caller's own. The app does not look at it.
+	Value any
+
+	// OnRefused may send a last word, such as an HTTP 503, to a client that is over its rate limit
+	// when it opens, or for whom there is no upstream; err is ErrRateLimited, ErrNoUpstream or
+	// DialErrors. It is not called for a connection that was aborted. nil means that such a client
+	// is reset.
+	//
+	// It runs on a goroutine of its own, when the connection is over for everybody else. Writes
+	// to c have a second, reads fail. c is closed when OnRefused has returned and the client has
+	// what was written, or after another second. At most 256 of them run at once per app; beyond
+	// that clients are reset. Shutdown and Close do not wait for it; Close resets its c.
+	OnRefused func(c net.Conn, err error)
+
+	// OnDone is called once, when the connection is over and out of all counts, just before
+	// Options.OnDone. nil means no call.
 	OnDone func(Result)
+
+	mu      sync.Mutex // guards what follows; held over no I/O, hook or foreign method
+	used    bool       // Serve or ServeConn has taken it
+	session *session   // nil before and after
+	cause   *ending    // of an Abort, a Close or a refusal, from before the relay began
+	info    ConnInfo   // after the end
+}
+
+// A ConnInfo is a snapshot of a connection.
+type ConnInfo struct {
+	Upstream string    // the Addr in use or being dialed; empty before
+	Start    time.Time // when it was accepted or given to ServeConn
+	Sent     int64     // bytes from the client to the upstream
+	Received int64     // bytes from the upstream to the client
+	State    ConnState // empty before the connection is accepted or given to ServeConn
+}
+
+// A ConnState is how far a connection has come.
+type ConnState string
+
+const (
+	ConnAdmitting ConnState = "admitting" // admit has not returned yet
+	ConnDialing   ConnState = "dialing"   // admitted, not connected to an upstream yet
+	ConnOpen      ConnState = "open"      // connected to an upstream
+	ConnOver      ConnState = "over"      // its Result is known, or about to be
+)
+
+// Info returns what is known of c now. After the end it stays as it was.
+func (c *Conn) Info() ConnInfo {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.session
+	if s == nil {
+		return c.info
+	}
+	info := ConnInfo{Upstream: s.addr, Start: s.start, State: s.state}
+	if s.relay != nil {
+		info.Sent, info.Received = s.relay.Counts()
+	}
+	return info
+}
+
+// Abort ends c with cause; nil means context.Canceled. Both sides are reset. It may be called any
+// number of times; the first cause counts and becomes Result.Err, with EndCanceled. It waits for
+// no peer and no hook. During admit it resets the accepted connection and cancels admit's context
+// with cause. A Conn that is aborted before ServeConn is not served: ServeConn resets Client and
+// returns cause. After the end it does nothing.
+func (c *Conn) Abort(cause error) {
+	if cause == nil {
+		cause = context.Canceled
+	}
+	c.abort(&ending{EndCanceled, cause})
+}
+
+func (c *Conn) abort(e *ending) {
+	c.mu.Lock()
+	s := c.session
+	if s != nil && s.relay != nil {
+		c.mu.Unlock()
+		s.relay.Abort(e)
+		return
+	}
+	if c.cause == nil && (s != nil || !c.used) {
+		c.cause = e
+	}
+	c.mu.Unlock()
+	if s != nil { // also after admit has rejected it, while what admit wrote is on its way
+		s.stop(e)
+		relay.Reset(s.raw)
+	}
+}
+
+// decide makes e the cause of an end without a relay, unless there is one, and returns the cause.
+func (c *Conn) decide(e *ending) *ending {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause == nil {
+		c.cause = e
+	}
+	return c.cause
+}
+
+// An ending is the cause of an abort: an error, and the name for it.
+type ending struct {
+	end EndReason
+	err error
+}
+
+func (e *ending) Error() string { return e.err.Error() }
+func (e *ending) Unwrap() error { return e.err }
+
+type connKey struct{}
+
+// ConnFromContext returns the connection that ctx belongs to: in an AdmitFunc,
+// Options.DialContext and RateLimitManager.Report. It returns nil if there is none, as for a
+// health check.
+func ConnFromContext(ctx context.Context) *Conn {
+	c, _ := ctx.Value(connKey{}).(*Conn)
+	return c
+}
+
+// clientAddr is the text of the client's address.
+func (c *Conn) clientAddr() string {
+	a := c.ClientAddr
+	if a == nil {
+		a = c.Client.RemoteAddr()
+	}
+	if a == nil {
+		return ""
+	}
+	return a.String()
 }
 
 // A Result is what became of one connection.
 type Result struct {
+	Conn             *Conn
 	App, ClientID    string
-	Client, Upstream string // addresses: the client's remote one, the upstream's Addr (empty if none was reached)
-	Attempts         int    // dials tried
-	Start            time.Time
-	Duration         time.Duration
-	Sent, Received   int64 // bytes client to upstream, upstream to client
+	Client, Upstream string        // addresses: the client's, and the upstream's Addr (empty if none was reached)
+	Attempts         int           // dials tried
+	Start            time.Time     // when it was accepted or given to ServeConn
+	Duration         time.Duration // since Start, so with Serve the time in admit is in it
+	Sent, Received   int64         // bytes client to upstream, upstream to client
 	End              EndReason
-	Err              error // what ended it, nil for a clean end; a context's cause where one ended it
+	Err              error // what ended it; nil for a clean end; the cause of a context or an Abort
 }
+
+// LogValue implements slog.LogValuer: slog.Info("done", "conn", result) is an access log.
+func (r Result) LogValue() slog.Value { return slog.GroupValue(r.attrs()...) }
 
 func (r *Result) attrs() []slog.Attr {
 	attrs := []slog.Attr{
 		slog.String("app", r.App), slog.String("end", string(r.End)), slog.String("client", r.Client),
-		slog.String("upstream", r.Upstream), slog.Int("attempts", r.Attempts), slog.Duration("duration", r.Duration),
+		slog.String("upstream", r.Upstream), slog.Int("attempts", r.Attempts),
+		slog.Duration("duration", r.Duration),
 		slog.Int64("sent", r.Sent), slog.Int64("received", r.Received),
 	}
 	if r.ClientID != "" {
 		attrs = append(attrs, slog.String("client_id", r.ClientID))
 	}
 	if r.Err != nil {
-		attrs = append(attrs, slog.Any("err", r.Err))
+		attrs = append(attrs, slog.String("err", r.Err.Error()))
 	}
 	return attrs
 }
@@ -71,410 +240,305 @@ type EndReason string
 
 const (
 	EndDone          EndReason = "done"           // both sides ended their streams
+	EndClientClosed  EndReason = "client-closed"  // the client closed a quiet TLS connection without close_notify
+	EndNotAdmitted   EndReason = "not-admitted"   // admit returned an error
 	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by its RateLimitManager
-	EndNoUpstream    EndReason = "no-upstream"    // every upstream is at its MaxConns, or down
+	EndNoUpstream    EndReason = "no-upstream"    // every upstream is at its MaxConns, down, or draining
 	EndDialFailed    EndReason = "dial-failed"    // no upstream that might have served it could be reached
 	EndClientError   EndReason = "client-error"   // the client's side failed
 	EndUpstreamError EndReason = "upstream-error" // the upstream's side failed
 	EndIdleTimeout   EndReason = "idle-timeout"   // no bytes either way for Options.IdleTimeout
-	EndCanceled      EndReason = "canceled"       // its context ended, or a hook panicked while it was served
+	EndCanceled      EndReason = "canceled"       // aborted, its context ended, or a hook panicked
 	EndClosed        EndReason = "closed"         // the app was closed
 )
 
-// ServeConn serves one client: it asks c.RateLimit, chooses an upstream, dials it, going on to the next one while
-// that fails, and copies bytes both ways until both sides have ended. It blocks until everything about the
-// connection is over, and always closes c.Client. The error is Result.Err.
-//
-// When one side ends its stream the other is told (CloseWrite) and may go on with its own. When a side fails, what
-// was read from it is still delivered, within a second, and then the other side is reset rather than closed, so
-// that nobody takes a cut stream for a whole one. Sessions ended early, and clients for which there is no upstream
-// or that are over their rate, are reset at once. (Where there are no resets, as with Unix sockets, they are closed.)
-//
-// When ctx ends the connection is broken and Result.Err is ctx's cause. A panic in a hook is passed on to the
-// caller, when the connection is closed and out of all counts.
-func (a *LBProxyApp) ServeConn(ctx context.Context, c Conn) (Result, error) {
-	if c.Client == nil {
-		err := fmt.Errorf("lbproxy: app %q: ServeConn: Conn.Client is nil", a.id)
-		return Result{App: a.id, ClientID: c.ClientID, Start: time.Now(), End: EndClientError, Err: err}, err
-	}
-	s := newSession(a, c)
-	if !a.enter(s) { // nor does Close wait for this one
-		s.abort(EndClosed, ErrAppClosed)
-		s.closeConns()
-		s.report()
-	} else {
-		defer a.leave()
-		s.serve(cmp.Or(ctx, context.Background()))
-	}
-	return *s.result, s.err
+var endReasons = []EndReason{
+	EndDone, EndClientClosed, EndNotAdmitted, EndRateLimited, EndNoUpstream, EndDialFailed,
+	EndClientError, EndUpstreamError, EndIdleTimeout, EndCanceled, EndClosed,
 }
 
-// lingerTime bounds how long a session goes on after a side has failed, for what was read from it to be delivered.
-const lingerTime = time.Second
+// String returns the reason's word.
+func (e EndReason) String() string { return string(e) }
 
 var (
-	errPanicked  = errors.New("lbproxy: a hook panicked")
-	errReset     = errors.New("lbproxy: connection reset by peer")
-	errGone      = errors.New("lbproxy: client closed before an upstream was reached")
-	errBadCount  = errors.New("lbproxy: conn returned an impossible count")
 	errNilDialed = errors.New("Options.DialContext returned neither a conn nor an error")
+	errNoClient  = errors.New("lbproxy: admit left Conn.Client nil")
 )
 
-// A session is one client's connection, from when it is counted in until its Result is known. The goroutine that
-// calls serve owns it and runs the download; it waits for the other goroutines, which are the upload, one of the crew
-// that connects, and, when a side has failed, deliverThenReset.
+// A session drives one Conn from when it is counted in until its Result is known. Its fields
+// belong to one goroutine at a time: Serve's or ServeConn's until Connect, then the relay's, then
+// the one that calls finish. What others may look at is guarded by Conn.mu.
 type session struct {
 	app      *LBProxyApp
-	accepted bool // by Serve
+	conn     *Conn
+	raw      net.Conn // what was accepted; admit may have wrapped it
+	accepted bool     // by Serve: it has a slot, and its end is logged
 	start    time.Time
-	result   *Result // when all is over
+	base     context.Context // has the values of the caller's, and the Conn, but does not end
+	ctx      context.Context // base, and ends with the session where a hook is there to see it
+	element  *list.Element   // of app.sessions; belongs to app.mu
 
-	ctx       context.Context // the caller's, but it does not end with that; where there is a RateLimit, with the session
-	unwatch   func()          // the caller's; nil if it is not watched
-	opened    bool            // the RateLimit owes an EventClose
-	completed bool            // serve has come to its end without a panic
-	upstream  *upstream       // what the connection is counted on, if anything
-	addr      string          // of it
-	attempts  int
-	up, down  pump
-	wg        sync.WaitGroup
-	hanging   sync.WaitGroup // hangUp closes what there is
-	connected chan struct{}  // closed when server is set, or will not be
+	client   net.Conn  // what is relayed: conn.Client as admit left it
+	upstream *upstream // what it is counted on
+	unlost   func()    // ends what CloseOnDown waits for; nil: nothing
+	opened   bool      // the RateLimit is owed an EventClose
+	attempts int
+	keep     bool // client outlives the relay, for OnRefused
+	outcome  relay.Outcome
+	done     chan struct{} // closed by Done where a goroutine waits to finish the session
+	result   Result
 
-	last    atomic.Int64 // when bytes last moved, since start
-	waiting atomic.Int32 // directions that a RateLimitManager holds
-	queued  int          // what checkIdle saw last
-
-	mu       sync.Mutex
-	conn     Conn
-	server   net.Conn                // the upstream's; nil until dialled
-	cancel   context.CancelCauseFunc // of ctx; nil if there is none
-	undial   context.CancelFunc      // of the dial in progress, or one before it; nil before any
-	end      EndReason               // the first reason to end; "" while there is none
-	err      error                   // goes with end
-	hungUp   bool
-	panicked any       // a hook's panic in the upload goroutine
-	changed  sync.Cond // on mu: a pump has ended, or hungUp is set
+	relay  *relay.Relay // guarded by conn.mu, like all that follows
+	state  ConnState
+	addr   string // of the upstream that was dialed last
+	isOver bool
+	cancel context.CancelCauseFunc // of ctx; nil if that does not end
+	undial context.CancelFunc      // ends the dial in progress, or one before; nil before any
 }
 
-func newSession(a *LBProxyApp, c Conn) *session {
-	s := &session{app: a, start: time.Now(), conn: c, connected: make(chan struct{})}
-	s.changed.L = &s.mu
-	s.up = pump{session: s, direction: Upload}
-	s.down = pump{session: s, direction: Download}
+// begin makes a session of c, or returns nil if c has had one.
+func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
+	s := &session{app: a, conn: c, raw: c.Client, start: time.Now(), state: ConnAdmitting}
+	s.base = context.WithValue(context.WithoutCancel(ctx), connKey{}, c)
+	s.ctx = s.base
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.used {
+		return nil
+	}
+	c.used, c.session = true, s
+	s.isOver = c.cause != nil // aborted before
 	return s
 }
 
-// watch breaks the session when ctx ends. What it returns stops that, and when it returns it can no longer happen.
-func (s *session) watch(ctx context.Context) (unwatch func()) {
+// endCtx makes ctx end with the session, for hooks. A session that has none is spared the cost.
+func (s *session) endCtx() {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.cancel == nil {
+		s.ctx, s.cancel = context.WithCancelCause(s.base)
+		if c.cause != nil {
+			s.cancel(c.cause.err)
+		}
+	}
+}
+
+// stop ends the session's context and its dial, since it is over because of cause.
+func (s *session) stop(cause error) {
+	if e, ok := cause.(*ending); ok {
+		cause = e.err
+	}
+	s.conn.mu.Lock()
+	s.isOver = true
+	cancel, undial := s.cancel, s.undial
+	s.conn.mu.Unlock()
+	if cancel != nil {
+		cancel(cause)
+	}
+	if undial != nil {
+		undial()
+	}
+}
+
+func (s *session) over() bool {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	return s.isOver
+}
+
+// ServeConn serves one client: it asks c.RateLimit, chooses an upstream, dials it, goes on to the
+// next one while that fails, and copies bytes both ways until both sides have ended. It blocks
+// until the connection is over and always closes c.Client. The error is Result.Err. A Conn can be
+// served once; a second time is [ErrConnUsed], and nothing is touched.
+//
+// When one side ends its stream, the other is told (CloseWrite) and may go on with its own. When
+// a side fails, what was read from it is still delivered, for at most a second, and then the other
+// side is reset rather than closed, so that nobody takes a cut stream for a whole one. Clients for
+// whom there is no upstream, or that are over their rate limit, are reset unless c.OnRefused is
+// set. Unix sockets have no reset; they are closed.
+//
+// When ctx ends, the connection is aborted with ctx's cause. A panic in a hook is passed on to the
+// caller when the connection is closed and out of all counts.
+func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
+	if c == nil || isNil(c.Client) {
+		err := fmt.Errorf("lbproxy: app %q: ServeConn: Conn.Client is nil", a.id)
+		return Result{Conn: c, App: a.id, Start: time.Now(), End: EndClientError, Err: err}, err
+	}
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	s := a.begin(ctx, c)
+	if s == nil {
+		return Result{Conn: c, App: a.id, End: EndCanceled, Err: ErrConnUsed}, ErrConnUsed
+	}
+	if !a.enter(s) {
+		relay.Reset(c.Client)
+		c.Client.Close()
+		s.outcome.Err = &ending{EndClosed, ErrAppClosed}
+		s.settle()
+		s.report()
+		return s.result, s.result.Err
+	}
+	if ctx.Err() != nil {
+		c.abort(&ending{EndCanceled, context.Cause(ctx)})
+	} else if ctx.Done() != nil {
+		defer after(ctx, func() { c.abort(&ending{EndCanceled, context.Cause(ctx)}) })()
+	}
+	s.serve(true)
+	if p := s.outcome.Panic; p != nil {
+		panic(p)
+	}
+	return s.result, s.result.Err
+}
+
+// isNil reports whether c is nil, or an interface that holds a nil pointer.
+func isNil(c net.Conn) bool {
+	v := reflect.ValueOf(c)
+	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
+}
+
+// isSame reports whether a and b are the same, also when they are of a type that == panics on.
+func isSame(a, b net.Conn) bool {
+	return a != nil && b != nil && reflect.ValueOf(a).Comparable() && a == b
+}
+
+// after calls f when ctx ends, until the function it returns has returned.
+func after(ctx context.Context, f func()) (stop func()) {
 	done := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
+	stopped := context.AfterFunc(ctx, func() {
 		defer close(done)
-		s.cut(ctx)
+		f()
 	})
 	return func() {
-		if !stop() {
+		if !stopped() {
 			<-done
 		}
 	}
 }
 
-// cut breaks the session because ctx has ended, or the app was closed, which may be why.
-func (s *session) cut(ctx context.Context) {
-	if s.app.ctx.Err() != nil {
-		s.abort(EndClosed, ErrAppClosed)
-	} else {
-		s.abort(EndCanceled, context.Cause(ctx))
+// handle serves a connection that Serve accepted.
+func (s *session) handle(admit AdmitFunc) {
+	defer s.logPanic()
+	if admit == nil || s.admit(admit) {
+		s.serve(false)
 	}
 }
 
-// serve does what ServeConn says for a session that is counted in. What the goroutine waits on is kept small.
-func (s *session) serve(ctx context.Context) {
-	defer s.unwind()
-	s.ctx = context.WithoutCancel(ctx)
-	if s.conn.RateLimit != nil {
-		s.limit()
+// logPanic logs a panic of the goroutine that serves s. It must be called by defer.
+func (s *session) logPanic() {
+	if p := recover(); p != nil {
+		s.app.logPanic("serving a connection", p, string(debug.Stack()))
 	}
-	if ctx.Done() != nil && ctx != s.app.ctx { // that one ends with Close, which breaks what is open
-		s.unwatch = s.watch(ctx)
-	}
-	if ctx.Err() != nil {
-		s.cut(ctx)
-	} else if wait, ok := s.open(); ok {
-		s.forward(wait)
-	}
-	s.completed = true
 }
 
-// unwind undoes what serve has done, each thing by its own defer, so that no return and no panic in a hook can miss one.
-func (s *session) unwind() {
-	defer s.finish()
+// admit asks f and reports whether it let the connection in. If not, what f wrote to the client,
+// such as a TLS alert, has a second to arrive, and the session is over.
+func (s *session) admit(f AdmitFunc) (ok bool) {
+	e := &ending{EndCanceled, relay.ErrPanicked} // unless f returns
 	defer func() {
-		if s.opened {
-			s.conn.RateLimit.Report(context.WithoutCancel(s.ctx), s.event(EventClose))
-		}
-	}()
-	defer func() {
-		if s.upstream != nil {
-			s.app.balancer.release(s.upstream)
-		}
-	}()
-	defer s.closeConns()
-	defer func() {
-		if s.unwatch != nil {
-			s.unwatch()
-		}
-	}()
-	defer s.wg.Wait()
-	if !s.completed {
-		s.abort(EndCanceled, errPanicked) // which ends the upload, too
-	}
-}
-
-// limit makes ctx end with the session, for the RateLimitManager and for what has to wait for it.
-func (s *session) limit() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.ctx, s.cancel = context.WithCancelCause(s.ctx)
-	if s.end != "" {
-		s.cancel(s.err)
-	}
-}
-
-// open asks the RateLimitManager whether the session may go on, and after what wait.
-func (s *session) open() (wait time.Duration, ok bool) {
-	if s.isOver() || s.conn.RateLimit == nil {
-		return 0, !s.isOver()
-	}
-	d := s.conn.RateLimit.Report(s.ctx, s.event(EventOpen))
-	if d.Exceeded {
-		s.abort(EndRateLimited, ErrRateLimited)
-	}
-	s.opened = !d.Exceeded
-	s.up.grain, s.down.grain = firstGrain, firstGrain
-	return d.Wait, s.opened
-}
-
-// forward connects and copies. The upload starts before there is an upstream: nobody needs to be dialled for a
-// client that is gone.
-func (s *session) forward(wait time.Duration) {
-	s.up.src = s.conn.Client
-	s.wg.Go(s.upload)
-	if s.reach(wait); s.isConnected() {
-		s.down.src, s.down.dst = s.server, s.conn.Client
-		s.down.run()
-	}
-}
-
-// reach waits for the RateLimitManager and connects. Meanwhile it looks after the client now and then: once it has spoken,
-// its going would be noticed only behind what else it has sent, which nobody reads yet.
-func (s *session) reach(wait time.Duration) {
-	const often = 200 * time.Millisecond
-	s.wg.Add(1)
-	look := time.AfterFunc(often, func() {
-		defer s.wg.Done()
-		for s.lookAfterClient() {
-			select {
-			case <-s.connected:
-			case <-time.After(often):
+		if isNil(s.conn.Client) {
+			s.conn.Client = s.raw
+			if ok {
+				ok, e = false, &ending{EndNotAdmitted, errNoClient}
 			}
 		}
-	})
-	defer func() {
-		if look.Stop() {
-			s.wg.Done()
-		}
-	}()
-	s.pause(wait)
-	s.deeply(s.connect)
-}
-
-// lookAfterClient ends the session if the client has reset it, and reports whether there is reason to look again.
-func (s *session) lookAfterClient() bool {
-	s.mu.Lock()
-	waiting, reset := s.server == nil && s.end == "", false
-	if waiting { // still, under mu: what both sides have ended looks the same
-		reset, _ = wasReset(s.conn.Client)
-	}
-	s.mu.Unlock()
-	if reset {
-		s.broke(&s.up, errReset)
-	}
-	return waiting && !reset
-}
-
-// upload runs the pump from client to upstream. A hook's panic ends the session and is kept for its owner.
-func (s *session) upload() {
-	ok := false
-	defer func() {
 		if !ok {
-			s.uploadPanicked(recover())
+			s.outcome.Err = s.conn.decide(e)
+			relay.Linger(s.raw, s.ctx.Done())
+			s.finish()
 		}
 	}()
-	s.up.run()
-	ok = true
-}
-
-func (s *session) uploadPanicked(p any) {
-	if p == nil {
-		p = "lbproxy: a hook called runtime.Goexit"
-	} else {
-		p = withStack(p)
+	s.endCtx()
+	if err := f(s.ctx, s.conn); err != nil {
+		e = &ending{EndNotAdmitted, err}
+		return false
 	}
-	s.mu.Lock()
-	s.panicked = p
-	s.mu.Unlock()
-	s.abort(EndCanceled, errPanicked)
+	return true
 }
 
-// connect finds an upstream that answers, or ends the session.
-func (s *session) connect() {
-	b := &s.app.balancer
-	var tried map[*upstream]bool
-	var errs []error
-	for !s.isOver() {
-		u, conf := b.acquire(tried, time.Now())
-		if u == nil {
-			break
-		}
-		s.upstream, s.addr = u, conf.Addr
-		s.attempts++
-		server, changed, err := s.try(u, conf)
-		if err == nil {
-			s.connectedTo(server)
-			if changed {
-				s.app.log().Info("lbproxy: upstream works again", "app", s.app.id, "upstream", conf.Addr)
-			}
-			return
-		}
-		s.upstream = nil
-		b.release(u)
-		if changed {
-			s.app.log().Warn("lbproxy: upstream failed and is passed over", "app", s.app.id, "upstream", conf.Addr,
-				"for", b.failTimeout, "err", err)
-		}
-		errs = append(errs, &DialError{App: s.app.id, Addr: conf.Addr, Err: err})
-		if exhausted(err) {
-			break
-		}
-		if tried == nil {
-			tried = map[*upstream]bool{}
-		}
-		tried[u] = true
-	}
-	if errs == nil {
-		s.abort(EndNoUpstream, ErrNoUpstream)
-	} else {
-		s.abort(EndDialFailed, errors.Join(errs...))
-	}
-}
-
-// try dials u once and lets the balancer know how that went, even if the dialer panics.
-func (s *session) try(u *upstream, conf *Upstream) (c net.Conn, changed bool, err error) {
-	v := unknown
-	defer func() { changed = s.app.balancer.settle(u, v, time.Now()) }()
-	c, err = s.dial(conf)
-	if err == nil {
-		v = works
-	} else if !ourFault(err) && !s.isOver() {
-		v = fails
-	}
-	return c, false, err
-}
-
-// ourFault reports whether a dial's error says nothing about the upstream.
-func ourFault(err error) bool {
-	return exhausted(err) || errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, context.Canceled)
-}
-
-// exhausted reports whether a dial failed because this machine has run out of something. The next one would, too.
-func exhausted(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
-}
-
-func (s *session) dial(conf *Upstream) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
-	defer cancel()
-	s.mu.Lock()
-	s.undial = cancel
-	if s.end != "" {
-		cancel()
-	}
-	s.mu.Unlock()
-	return s.app.dial(ctx, conf)
-}
-
-// dial connects to an upstream, and speaks TLS to it if that is what conf says.
-func (a *LBProxyApp) dial(ctx context.Context, conf *Upstream) (c net.Conn, err error) {
-	raw, err := a.opts.DialContext(ctx, "tcp", conf.Addr)
-	switch {
-	case err != nil:
-		return nil, err // raw may be a nil *tls.Conn
-	case raw == nil:
-		return nil, errNilDialed
-	case conf.TLS == nil:
-		return raw, nil
-	}
-	defer func() { // also when a hook in conf.TLS panics
-		if c == nil {
-			discard(raw)
+// serve asks the RateLimitManager, connects, and starts the relay. It returns when the session is
+// over if wait is set, else when the relay has taken over.
+func (s *session) serve(wait bool) {
+	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
+	defer func() {
+		if e != nil {
+			s.giveUp(e)
 		}
 	}()
-	t := newTLSConn(tls.Client, raw, conf.TLS, 0)
-	if err := t.HandshakeContext(ctx); err != nil {
-		return nil, fmt.Errorf("TLS: %w", err)
+	delay, chunk, failed := s.open()
+	var server net.Conn
+	if failed == nil {
+		if failed = s.startRelay(chunk); failed == nil {
+			s.pause(delay)
+			server, failed = s.connect()
+		}
 	}
-	return t, nil
+	if e = failed; e != nil {
+		return
+	}
+	if wait {
+		s.done = make(chan struct{})
+	}
+	s.relay.Connect(server)
+	if wait {
+		<-s.done
+		s.finish()
+	}
 }
 
-// connectedTo makes server the other side, unless the session is over: then it breaks server.
-func (s *session) connectedTo(server net.Conn) {
-	s.mu.Lock()
-	over := s.end != ""
-	if !over {
-		s.touch()
-		s.server, s.undial = server, nil
-		close(s.connected)
+// open asks the RateLimitManager whether the session may go on, after what delay, and how many
+// bytes may move at first.
+func (s *session) open() (delay time.Duration, chunk int, failed *ending) {
+	s.hold()
+	limit := s.conn.RateLimit
+	if limit == nil {
+		return 0, 0, nil
 	}
-	s.mu.Unlock()
-	if over {
-		discard(server)
+	if s.endCtx(); s.over() {
+		return 0, 0, nil
 	}
+	d := limit.Report(s.ctx, s.event(EventOpen))
+	if d.Exceeded {
+		return 0, 0, d.refusal()
+	}
+	s.opened = true
+	chunk = firstChunk
+	if d.Chunk > 0 {
+		chunk = min(chunk, d.Chunk)
+	}
+	return d.Wait, chunk, nil
 }
 
-// touch notes that bytes moved. Reading the clock takes 25 ns of a round trip's 20 µs, and buys an idle timeout
-// that is exact without a timer being reset.
-func (s *session) touch() { s.last.Store(int64(time.Since(s.start))) }
-
-// checkIdle returns how long it takes until the session may have been idle for long enough; not positive if it has. It
-// wants to be called more often than that, for what a slow reader takes out of its socket's queue is bytes that move, too.
-func (s *session) checkIdle() time.Duration {
-	timeout := s.app.opts.IdleTimeout
-	s.mu.Lock()
-	client, server, over := s.conn.Client, s.server, s.end != ""
-	s.mu.Unlock()
-	if server == nil || over {
-		return timeout
+// refusal is the ending that d, which has Exceeded set, asks for.
+func (d *Decision) refusal() *ending {
+	if d.Err != nil {
+		return &ending{EndRateLimited, d.Err}
 	}
-	queued := unsent(client) + unsent(server)
-	if queued < s.queued {
-		s.touch()
-	}
-	s.queued = queued
-	if s.waiting.Load() > 0 { // what is held is not idle
-		return timeout
-	}
-	return timeout - (time.Since(s.start) - time.Duration(s.last.Load()))
+	return &ending{EndRateLimited, ErrRateLimited}
 }
 
-// pause waits for d, or until the session has a reason to end.
+// firstChunk bounds what moves before the RateLimitManager has been told of any bytes.
+const firstChunk = 4 << 10
+
+// startRelay starts to read from the client: nobody is dialed for one that has gone.
+func (s *session) startRelay(chunk int) *ending {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause != nil {
+		return c.cause
+	}
+	s.state = ConnDialing
+	s.relay = s.app.engine.Start(s.client, s, chunk)
+	return nil
+}
+
+// pause waits for d, or until the session is over.
 func (s *session) pause(d time.Duration) {
 	if d <= 0 {
 		return
 	}
-	s.waiting.Add(1)
-	defer s.waiting.Add(-1)
-	defer s.touch()
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -483,644 +547,370 @@ func (s *session) pause(d time.Duration) {
 	}
 }
 
-// endWith records why the session ends and reports whether that is the first reason, which is the one that counts.
-// The caller holds mu.
-func (s *session) endWith(end EndReason, err error) bool {
-	if s.end != "" {
-		return false
+// giveUp ends a session that is not connected, for e if there was no cause before.
+func (s *session) giveUp(e *ending) {
+	if s.relay == nil {
+		e = s.conn.decide(e)
+		s.outcome.Err = e
+		if s.keep = s.reserveLastWord(e); !s.keep {
+			relay.Reset(s.client)
+		}
+		s.finish()
+		return
 	}
-	s.end, s.err = end, err
-	if s.cancel != nil {
-		s.cancel(err)
+	s.done = make(chan struct{})
+	if s.reserveLastWord(e) {
+		if s.keep = s.relay.Release(e); !s.keep {
+			s.app.endLastWord(s)
+		}
+	} else {
+		s.relay.Abort(e)
+		s.relay.Connect(nil)
 	}
-	if s.undial != nil {
-		s.undial()
-	}
-	if s.server == nil {
-		close(s.connected)
-	}
-	return true
+	<-s.done
+	s.finish()
 }
 
-func (s *session) isOver() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.end != ""
+// connect finds an upstream that answers.
+func (s *session) connect() (net.Conn, *ending) {
+	b := &s.app.balancer
+	var search search
+	var errs []error
+	var none error
+	for !s.over() {
+		p, err := b.acquire(&search, time.Now())
+		if err != nil {
+			none = err
+			break
+		}
+		s.upstream = p.u
+		s.attempts++
+		s.setState(ConnDialing, p.conf.Addr)
+		server, changed, err := s.try(p)
+		if err == nil {
+			s.setState(ConnOpen, p.conf.Addr)
+			if changed {
+				s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
+			}
+			if s.app.opts.CloseOnDown && p.lost != nil {
+				s.unlost = after(p.lost, func() { s.conn.abort(&ending{EndUpstreamError, context.Cause(p.lost)}) })
+			}
+			return server, nil
+		}
+		s.upstream = nil
+		b.release(p.u)
+		if changed {
+			s.app.log(slog.LevelWarn, "lbproxy: upstream failed and is skipped",
+				slog.String("upstream", p.conf.Addr), slog.Duration("for", b.failTimeout),
+				slog.String("err", err.Error()))
+		}
+		errs = append(errs, &DialError{App: s.app.id, Addr: p.conf.Addr, Err: err})
+		if exhausted(err) {
+			break
+		}
+		search.add(p.u)
+	}
+	if errs == nil {
+		return nil, &ending{EndNoUpstream, none}
+	}
+	return nil, &ending{EndDialFailed, errors.Join(errs...)}
 }
 
-// abort ends the session now.
-func (s *session) abort(end EndReason, err error) {
-	s.mu.Lock()
-	s.endWith(end, err)
-	s.mu.Unlock()
-	s.hangUp()
+func (s *session) setState(state ConnState, addr string) {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	s.state, s.addr, s.undial = state, addr, nil
 }
 
-// hangUp resets both sides, without waiting for either, which ends whatever is going on on them.
-func (s *session) hangUp() {
-	s.mu.Lock()
-	client, server, done := s.conn.Client, s.server, s.hungUp
-	s.hungUp = true
-	if !done {
-		s.hanging.Add(1)
+// try dials p once and tells the balancer how that went, also when the dialer panics.
+func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
+	v := unknown
+	defer func() { changed = s.app.balancer.settle(p.u, v, err, time.Now()) }()
+	ctx, cancel := s.dialContext()
+	defer cancel()
+	if p.lost != nil {
+		defer context.AfterFunc(p.lost, cancel)()
 	}
-	s.changed.Broadcast()
-	s.mu.Unlock()
-	if !done {
-		defer s.hanging.Done()
-		reset(client)
-		reset(server)
+	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
+	v, err = p.judge(err)
+	if v == fails && s.over() {
+		v = unknown
 	}
+	return c, false, err
 }
 
-// broke is called when the side that from reads from has failed. From then on the session is only there to deliver
-// what can still be read from that side.
-func (s *session) broke(from *pump, err error) {
-	s.mu.Lock()
-	first := s.endWith(from.sourceError(), err)
-	s.mu.Unlock()
-	if first {
-		s.wg.Go(func() { s.deliverThenReset(from, false) })
+// dialContext returns the context of a dial, which ends when the session is over.
+func (s *session) dialContext() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(s.base, s.app.opts.DialTimeout)
+	s.conn.mu.Lock()
+	s.undial = cancel
+	over := s.isOver
+	s.conn.mu.Unlock()
+	if over {
+		cancel()
 	}
+	return ctx, cancel
 }
 
-// deliverThenReset ends a session when what was read from the source of from, which has failed, has been delivered or
-// lingerTime is over. Meanwhile the other pump, finding nobody to write to, throws away what it reads: a peer that is
-// busy sending might not come to read otherwise. If politely is set the destination is closed, not reset.
-func (s *session) deliverThenReset(from *pump, politely bool) {
-	defer time.AfterFunc(lingerTime, s.hangUp).Stop()
-	s.mu.Lock()
-	for !from.ended && !s.hungUp {
-		s.changed.Wait()
+// Moved implements relay.Handler: it counts n bytes and asks the RateLimitManager.
+func (s *session) Moved(d relay.Direction, n int) relay.Verdict {
+	e := Event{Kind: EventData, Direction: Upload, Bytes: int64(n)}
+	total := &s.upstream.sent
+	if d == relay.Download {
+		e.Direction, total = Download, &s.upstream.received
 	}
-	s.mu.Unlock()
-	for wait := time.Millisecond; !s.isHungUp() && unsent(from.dst) > 0; wait = min(2*wait, 16*time.Millisecond) {
-		time.Sleep(wait)
+	total.Add(uint64(n))
+	limit := s.conn.RateLimit
+	if limit == nil {
+		return relay.Verdict{}
 	}
-	if politely && !s.isHungUp() {
-		from.dst.Close()
+	e.App, e.ClientID = s.app.id, s.conn.ClientID
+	answer := limit.Report(s.ctx, e)
+	if answer.Exceeded {
+		return relay.Verdict{Err: answer.refusal()}
 	}
-	s.hangUp()
+	return relay.Verdict{Wait: answer.Wait, Chunk: answer.Chunk}
 }
 
-func (s *session) isHungUp() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.hungUp
-}
+// Over implements relay.Handler: it ends the dial in progress and what waits for the session.
+func (s *session) Over(cause error) { s.stop(cause) }
 
-// closeConns closes both sides: politely, unless they have been reset.
-func (s *session) closeConns() {
-	defer func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.endWith(EndDone, nil) // and nothing that happens from here on is the reason
-	}()
-	if s.server != nil {
-		s.server.Close()
+// Done implements relay.Handler.
+func (s *session) Done(o relay.Outcome) {
+	s.outcome = o
+	if s.done != nil {
+		close(s.done)
+		return
 	}
-	s.conn.Client.Close()
+	defer s.logPanic()
+	if o.Panic != nil {
+		s.app.logPanic("serving a connection", o.Panic, "")
+	}
+	s.finish()
 }
 
-// finish takes the session out of the counts, reports it, and passes on a hook's panic in the upload.
+// finish takes the session out of all counts, then tells the hooks and the log. Each step is
+// deferred, so that none is left out when a hook panics.
 func (s *session) finish() {
-	s.mu.Lock()
-	s.hungUp = true // nothing is left to be
-	s.mu.Unlock()
-	s.hanging.Wait()
-	s.app.exit(s, s.end == EndRateLimited && s.attempts == 0, s.end == EndNoUpstream || s.end == EndDialFailed)
-	s.report()
-	if s.panicked != nil {
-		panic(s.panicked)
+	defer s.app.leave()
+	defer s.log()
+	s.settle()
+	if s.unlost != nil {
+		s.unlost()
+	}
+	if !s.keep && !isSame(s.raw, s.client) {
+		s.raw.Close() // admit has replaced or wrapped it
+	}
+	if s.upstream != nil {
+		s.app.balancer.release(s.upstream)
+	}
+	s.app.exit(s)
+	if s.keep {
+		go s.lastWord()
+	}
+	defer s.report()
+	if s.opened {
+		s.conn.RateLimit.Report(s.base, s.event(EventClose))
 	}
 }
 
-// report makes the Result known.
+// reserveLastWord reports whether OnRefused is to be called for a session that ends with e. If so,
+// the caller owes an endLastWord.
+func (s *session) reserveLastWord(e *ending) bool {
+	switch e.end {
+	case EndRateLimited, EndNoUpstream, EndDialFailed:
+		return s.conn.OnRefused != nil && s.app.reserveLastWord(s)
+	}
+	return false
+}
+
+// lastWord lets OnRefused write to the client, and closes it when that has arrived.
+func (s *session) lastWord() {
+	defer s.app.endLastWord(s)
+	defer s.release()
+	defer s.raw.Close()
+	defer relay.LastWord(s.client)
+	defer s.logPanic()
+	s.conn.OnRefused(refusedConn{s.client}, s.result.Err)
+}
+
+// A refusedConn is what an OnRefused writes to.
+type refusedConn struct{ net.Conn }
+
+func (c refusedConn) Read([]byte) (int, error) {
+	return 0, errors.New("lbproxy: a refused client cannot be read from")
+}
+
+func (c refusedConn) Write(b []byte) (int, error) {
+	c.Conn.SetWriteDeadline(time.Now().Add(time.Second))
+	return c.Conn.Write(b)
+}
+
+// settle decides what the Result is, and lets go of the connection.
+func (s *session) settle() {
+	c := s.conn
+	end, err := s.verdict()
+	c.mu.Lock()
+	c.info = ConnInfo{
+		Upstream: s.addr, Start: s.start, Sent: s.outcome.Sent, Received: s.outcome.Received, State: ConnOver,
+	}
+	c.session = nil
+	c.mu.Unlock()
+	s.stop(err)
+	if !s.keep {
+		s.release()
+	}
+	s.result = Result{
+		Conn: c, App: s.app.id, ClientID: c.ClientID, Client: c.clientAddr(), Attempts: s.attempts,
+		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
+		End: end, Err: err,
+	}
+	if s.outcome.Connected {
+		s.result.Upstream = s.addr
+	}
+}
+
+// release lets go of what a Conn that is kept after the end must not hold.
+func (s *session) release() {
+	if t, ok := s.conn.Client.(*TLSConn); ok {
+		t.release()
+	}
+}
+
+// verdict names the outcome.
+func (s *session) verdict() (EndReason, error) {
+	o := &s.outcome
+	if e, ok := o.Err.(*ending); ok {
+		return e.end, e.err
+	}
+	switch {
+	case o.Err == nil:
+		return EndDone, nil
+	case o.Failed == relay.Server:
+		return EndUpstreamError, o.Err
+	case o.Quiet:
+		return EndClientClosed, o.Err
+	case o.Failed == relay.Client:
+		return EndClientError, o.Err
+	}
+	return EndCanceled, o.Err // a hook panicked
+}
+
+// report calls the OnDone hooks.
 func (s *session) report() {
-	r := Result{
-		App: s.app.id, ClientID: s.conn.ClientID, Client: remoteAddr(s.conn.Client), Attempts: s.attempts,
-		Start: s.start, Duration: time.Since(s.start), Sent: s.up.moved, Received: s.down.moved, End: s.end, Err: s.err,
-	}
-	if s.server != nil {
-		r.Upstream = s.addr
-	}
-	s.result = &r
 	if done := s.app.opts.OnDone; done != nil {
-		defer done(r) // also if the connection's own panics
+		defer done(s.result) // also if the connection's own panics
 	}
 	if done := s.conn.OnDone; done != nil {
-		done(r)
+		done(s.result)
 	}
 }
 
-func (s *session) isConnected() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.server != nil
+// log writes the line that Serve has for each connection.
+func (s *session) log() {
+	if !s.accepted {
+		return
+	}
+	level := slog.LevelDebug
+	switch s.result.End {
+	case EndNoUpstream, EndDialFailed, EndUpstreamError:
+		level = slog.LevelWarn
+	}
+	s.app.lines.Add(s.base, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
 }
 
 func (s *session) event(kind EventKind) Event {
 	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
 }
 
-// A pump carries the bytes of one direction. Its fields are its goroutine's own until ended is set.
-type pump struct {
-	session   *session
-	direction Direction
-	src, dst  net.Conn // dst is nil in an upload that has had nothing to write yet
-	moved     int64    // bytes written to dst
-	grain     int      // most bytes to move at once, where a RateLimitManager makes it wait; 0: no limit
-	buf       *buffer  // what read uses
-	lastRead  int      // bytes the last read returned
-	platform           // how conns are moved here; see move
-
-	writing atomic.Bool // it is in a write to dst
-	ending  atomic.Bool // or in what ends the stream to dst, which may write, too
-	atEnd   bool        // src has ended its stream; belongs to session.mu
-	ended   bool        // run has come to its end; belongs to session.mu
-}
-
-// run moves bytes until src has ended or something is broken.
-func (p *pump) run() {
-	s := p.session
-	defer func() {
-		p.buf.free()
-		s.mu.Lock()
-		p.ended = true
-		s.changed.Broadcast()
-		s.mu.Unlock()
-	}()
-	for {
-		n, readErr, writeErr := p.move()
-		switch { // first, for a RateLimitManager may take its time
-		case writeErr != nil:
-			s.broke(p.other(), writeErr)
-			p.writing.Store(false)
-		case readErr != nil && readErr != io.EOF:
-			s.broke(p, readErr)
+// hold takes what is to be relayed. A plain TCP connection that Serve has accepted leaves a stub in
+// its place, so that a kept Conn is small; nobody else has seen Client yet. ServeConn's caller may
+// be looking at it.
+func (s *session) hold() {
+	s.client = s.conn.Client
+	switch client := s.client.(type) {
+	case *net.TCPConn:
+		if s.accepted {
+			s.conn.Client = &heldConn{client.LocalAddr(), client.RemoteAddr()}
 		}
-		if n > 0 {
-			p.account(n)
-		}
-		switch {
-		case writeErr != nil:
-			p.discard()
-			return
-		case readErr == io.EOF:
-			p.finish()
-			return
-		case readErr != nil:
-			return
-		}
+	case *TLSConn:
+		s.client = client.hold()
 	}
 }
 
-func (p *pump) other() *pump {
-	if p.direction == Upload {
-		return &p.session.down
-	}
-	return &p.session.up
+// A heldConn stands for a connection that the app holds.
+type heldConn struct{ local, remote net.Addr }
+
+func (c *heldConn) LocalAddr() net.Addr              { return c.local }
+func (c *heldConn) RemoteAddr() net.Addr             { return c.remote }
+func (c *heldConn) Read([]byte) (int, error)         { return 0, c.closed("read") }
+func (c *heldConn) Write([]byte) (int, error)        { return 0, c.closed("write") }
+func (c *heldConn) Close() error                     { return c.closed("close") }
+func (c *heldConn) SetDeadline(time.Time) error      { return c.closed("set") }
+func (c *heldConn) SetReadDeadline(time.Time) error  { return c.closed("set") }
+func (c *heldConn) SetWriteDeadline(time.Time) error { return c.closed("set") }
+
+func (c *heldConn) closed(op string) error {
+	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: net.ErrClosed}
 }
 
-// sourceError is what it is called when the side that p reads from fails.
-func (p *pump) sourceError() EndReason {
-	if p.direction == Upload {
-		return EndClientError
+// AcceptProxy returns an AdmitFunc that reads a PROXY protocol header, version 1 or 2, from
+// trusted peers and sets ClientAddr and ServerAddr by it, then asks next; a nil next admits
+// everyone. A trusted peer must send a header, within 3 seconds: at most 536 bytes, and TLVs of
+// up to 4 KiB, which are ignored. The addresses stay as they are if the header is LOCAL or
+// UNKNOWN. Anybody else keeps their address, and their bytes are never taken for a header.
+//
+// AcceptProxy panics if trusted is empty or has a prefix of no bits, which would trust everyone.
+func AcceptProxy(trusted []netip.Prefix, next AdmitFunc) AdmitFunc {
+	trust, err := proxyproto.NewTrust(trusted)
+	if err != nil {
+		panic("lbproxy: AcceptProxy: " + err.Error())
 	}
-	return EndUpstreamError
-}
-
-// account counts n bytes that were moved and does what the RateLimitManager says.
-func (p *pump) account(n int) {
-	s := p.session
-	p.moved += int64(n)
-	s.touch()
-	total := &s.upstream.sent
-	if p.direction == Download {
-		total = &s.upstream.received
-	}
-	total.Add(uint64(n))
-	if s.conn.RateLimit == nil {
-		return
-	}
-	e := s.event(EventData)
-	e.Direction, e.Bytes = p.direction, int64(n)
-	s.waiting.Add(1) // it may block
-	d := s.conn.RateLimit.Report(s.ctx, e)
-	s.touch()
-	s.waiting.Add(-1)
-	if d.Exceeded {
-		s.abort(EndRateLimited, ErrRateLimited)
-		return
-	}
-	p.pace(n, d.Wait)
-	s.pause(d.Wait)
-}
-
-// pace chooses the grain such that waits are short: a stream held to a rate is to flow, not to come in lumps.
-func (p *pump) pace(n int, wait time.Duration) {
-	const short = 20 * time.Millisecond
-	switch {
-	case wait > short:
-		p.grain = max(int(int64(n)*int64(short)/int64(wait)), 512)
-	case p.grain > 0 && wait < short/2:
-		if p.grain *= 2; p.grain > maxGrain {
-			p.grain = 0
-		}
-	}
-}
-
-const (
-	firstGrain = 4 << 10 // until a RateLimitManager has been heard
-	maxGrain   = 1 << 20 // the most that one EventData is about
-)
-
-// limit is the part of b that may be filled at once.
-func (p *pump) limit(b []byte) []byte {
-	if p.grain > 0 && p.grain < len(b) {
-		return b[:p.grain]
-	}
-	return b
-}
-
-// finish passes the clean end of src on to dst.
-func (p *pump) finish() {
-	s, q := p.session, p.other()
-	for n := 0; n < 10 && (q.writing.Load() || q.ending.Load()); n++ {
-		reset, known := wasReset(p.src)
-		if reset && q.writing.Load() { // still: a socket that both of us have ended since looks the same
-			s.broke(p, errReset) // q's write took the error, and left us what looks like an end
-			return
-		}
-		if known && !reset {
-			break
-		}
-		time.Sleep(time.Millisecond) // for q to come back with the error, if there is one
-	}
-	if p.dst == nil {
-		if _, ok := p.src.(closeWriter); !ok && !s.isConnected() {
-			s.broke(p, errGone) // having no half-close, this client has closed
-			return
-		}
-		if !p.awaitServer() {
-			return
-		}
-	}
-	s.mu.Lock()
-	p.atEnd = true
-	over, last, both := s.end != "", q.ended, q.atEnd
-	s.mu.Unlock()
-	_, isLayer := p.dst.(layer)
-	if over || last && !isLayer {
-		return // closing comes next, and says the same
-	}
-	if c, ok := p.dst.(closeWriter); ok {
-		if h, ok := p.dst.(interface{ Handshake() error }); ok { // of TLS, in which no stream ends before that is done
-			if err := h.Handshake(); err != nil {
-				s.broke(q, err)
-				return
+	return func(ctx context.Context, c *Conn) error {
+		if trust.Contains(c.Client.RemoteAddr()) {
+			if err := c.readProxyHeader(); err != nil {
+				return err
 			}
 		}
-		if isLayer {
-			// crypto/tls gives its goodbye 5 s, CloseWrite as well as Close, and breaks the stream if a slow reader's
-			// buffers are full for so long. This takes that deadline away again.
-			defer time.AfterFunc(time.Second, func() { bottom(p.dst).SetWriteDeadline(time.Time{}) }).Stop()
+		if next == nil {
+			return nil
 		}
-		p.ending.Store(true)
-		if err := p.closeWrite(c); err != nil {
-			s.broke(q, err)
-		}
-		p.ending.Store(false)
-		return
-	}
-	if both {
-		return
-	}
-	s.mu.Lock()
-	first := s.endWith(q.sourceError(), fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other side has ended its stream, and go on", p.dst))
-	s.mu.Unlock()
-	if first {
-		reset(p.src) // what it was sent is cut; what it sent is whole
-		s.wg.Go(func() { s.deliverThenReset(p, true) })
+		return next(ctx, c)
 	}
 }
 
-type closeWriter interface{ CloseWrite() error }
-
-type layer interface{ NetConn() net.Conn }
-
-// awaitServer sets an upload's dst when there is one, or returns false if there will be none.
-func (p *pump) awaitServer() bool {
-	s := p.session
-	<-s.connected
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p.dst = s.server
-	return s.server != nil
-}
-
-// discard reads src until it ends or is closed.
-func (p *pump) discard() {
-	for {
-		if _, err := p.read(); err != nil {
-			return
-		}
-	}
-}
-
-// copyChunk moves one chunk by Read and Write, which any conn has.
-func (p *pump) copyChunk() (n int, readErr, writeErr error) {
-	b, readErr := p.read()
-	if len(b) > 0 {
-		n, writeErr = p.write(b)
-	}
-	return n, readErr, writeErr
-}
-
-// read reads into a buffer that is large only while reads fill a small one. What it returns is valid until it is
-// called again.
-func (p *pump) read() ([]byte, error) {
-	for range 100 {
-		if size := bufferSize(p.lastRead); p.buf == nil || len(*p.buf) != size {
-			p.buf.free()
-			p.buf = newBuffer(size)
-		}
-		b := p.limit(*p.buf)
-		n, err := p.src.Read(b)
-		if n < 0 || n > len(b) {
-			return nil, errBadCount
-		}
-		p.lastRead = n
-		if n > 0 || err != nil {
-			return b[:n], err
-		}
-	}
-	return nil, io.ErrNoProgress
-}
-
-// write writes all of b to dst, which an upload may have to wait for.
-func (p *pump) write(b []byte) (int, error) {
-	if p.dst == nil && !p.awaitServer() {
-		return 0, net.ErrClosed
-	}
-	p.writing.Store(true)
-	var n int
-	var err error
-	if c, ok := p.dst.(*TLSConn); ok {
-		n, err = c.write(b, p)
-	} else {
-		n, err = p.send(b)
-	}
-	switch {
-	case n < 0 || n > len(b):
-		return 0, errBadCount
-	case n < len(b) && err == nil:
-		err = io.ErrShortWrite
-	}
-	if err == nil {
-		p.writing.Store(false) // else run does that, when the error is known
-	}
-	return n, err
-}
-
-func (p *pump) dropBuffer() {
-	p.buf.free()
-	p.buf = nil
-}
-
-// A buffer is what bytes pass through. It is pooled, small or large.
-type buffer []byte
-
-const (
-	smallBuffer = 4 << 10
-	largeBuffer = 64 << 10
-	tlsBuffer   = 66 << 10 // has room for what a large one is in TLS
-)
-
-var smallBuffers, largeBuffers, tlsBuffers = bufferPool(smallBuffer), bufferPool(largeBuffer), bufferPool(tlsBuffer)
-
-func bufferPool(size int) *sync.Pool {
-	return &sync.Pool{New: func() any { b := make(buffer, size); return &b }}
-}
-
-// bufferSize is the size for the next read when the last one returned n bytes.
-func bufferSize(n int) int {
-	if n >= smallBuffer {
-		return largeBuffer
-	}
-	return smallBuffer
-}
-
-func newBuffer(size int) *buffer { return poolOf(size).Get().(*buffer) }
-
-func (b *buffer) free() {
-	if b != nil {
-		poolOf(len(*b)).Put(b)
-	}
-}
-
-func poolOf(size int) *sync.Pool {
-	switch size {
-	case largeBuffer:
-		return largeBuffers
-	case tlsBuffer:
-		return tlsBuffers
-	}
-	return smallBuffers
-}
-
-// A TLSConn is a TLS connection with what a proxy needs besides. crypto/tls takes the end of the connection below for the
-// end of the stream; here the peer has to have said so (close_notify, RFC 8446 section 6.1), else the stream was cut, and
-// Read returns io.ErrUnexpectedEOF. What one large Write sends goes out in few system calls. Until the handshake is done
-// no more than a given number of bytes is read.
-type TLSConn struct {
-	*tls.Conn
-	wire      *wire
-	resumable bool // a Read or Write can stop and go on later: once done, there is no other handshake in it
-}
-
-// ErrHandshakeSize is the error of a handshake that takes more bytes than [TLSServer] was told.
-var ErrHandshakeSize = errors.New("lbproxy: more bytes than a TLS handshake may take")
-
-// TLSServer speaks TLS over raw, as tls.Server does, and is to be a [Conn]'s Client. At most maxHandshake bytes are read
-// before the handshake is done; 0 means any number.
-func TLSServer(raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
-	return newTLSConn(tls.Server, raw, config, maxHandshake)
-}
-
-func newTLSConn(side func(net.Conn, *tls.Config) *tls.Conn, raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
-	w := &wire{Conn: raw, direct: direct(raw), left: maxHandshake}
-	w.bounded.Store(maxHandshake > 0)
-	return &TLSConn{side(w, config), w, config == nil || config.Renegotiation == tls.RenegotiateNever}
-}
-
-// Handshake is HandshakeContext without a context.
-func (c *TLSConn) Handshake() error { return c.HandshakeContext(context.Background()) }
-
-// HandshakeContext is that of tls.Conn.
-func (c *TLSConn) HandshakeContext(ctx context.Context) error {
-	err := c.Conn.HandshakeContext(ctx)
-	if err == nil && c.wire.bounded.Load() {
-		c.wire.bounded.Store(false)
-	}
-	return err
-}
-
-// NetConn returns the connection that TLS is spoken over.
-func (c *TLSConn) NetConn() net.Conn { return c.wire.Conn }
-
-// Read is that of tls.Conn, except that it tells a cut from an end.
-func (c *TLSConn) Read(b []byte) (int, error) {
-	if c.wire.bounded.Load() {
-		if err := c.Handshake(); err != nil {
-			return 0, err
-		}
-	}
-	n, err := c.Conn.Read(b)
-	if err == io.EOF && c.wire.ended {
-		err = io.ErrUnexpectedEOF
-	}
-	return n, err
-}
-
-// Write is that of tls.Conn. If one of more than 16 KiB fails, how many bytes of b have left is not known, and 0 is
-// returned.
-func (c *TLSConn) Write(b []byte) (int, error) { return c.write(b, nil) }
-
-// write is Write, but that p drops its buffer, which b is in, before a wait for the peer to take what is large.
-func (c *TLSConn) write(b []byte, p *pump) (int, error) {
-	const record = 16 << 10 // the most that one holds
-	if len(b) <= record || !c.resumable {
-		return c.Conn.Write(b)
-	}
-	if err := c.Handshake(); err != nil { // what it says to the peer is not to be kept back
-		return 0, err
-	}
-	c.wire.gather()
-	n, err := c.Conn.Write(b)
-	if p != nil {
-		p.dropBuffer()
-	}
-	if e := c.wire.flush(); e != nil {
-		err = e
-	}
+func (c *Conn) readProxyHeader() error {
+	c.Client.SetReadDeadline(time.Now().Add(3 * time.Second))
+	h, err := proxyproto.Read(c.Client)
 	if err != nil {
-		n = 0
+		return fmt.Errorf("lbproxy: client %v: %w", c.Client.RemoteAddr(), err)
 	}
-	return n, err
+	c.Client.SetReadDeadline(time.Time{})
+	if !h.Local && h.Source.IsValid() {
+		c.ClientAddr = net.TCPAddrFromAddrPort(h.Source)
+		c.ServerAddr = net.TCPAddrFromAddrPort(h.Dest)
+	}
+	return nil
 }
 
-// A wire is what TLS is spoken over.
-type wire struct {
-	net.Conn
-	direct io.ReadWriter // the same, by the shortest way
-
-	bounded atomic.Bool // what is read is, until the handshake is done
-	left    int         // bytes that may be read while bounded
-	ended   bool        // belongs to the reader
-
-	mu      sync.Mutex
-	writers int     // calls of TLSConn.Write that gather
-	held    *buffer // what they have gathered, to the length of full; nil: nothing
-	full    int
-	err     error // of a write of what was gathered
-}
-
-func (w *wire) NetConn() net.Conn { return w.Conn }
-
-func (w *wire) Read(b []byte) (int, error) {
-	if w.bounded.Load() {
-		if w.left == 0 {
-			return 0, ErrHandshakeSize
-		}
-		b = b[:min(len(b), w.left)]
+// proxyHeader describes c to an upstream.
+func (c *Conn) proxyHeader() proxyproto.Header {
+	from, to := c.ClientAddr, c.ServerAddr
+	if from == nil {
+		from = c.Client.RemoteAddr()
 	}
-	n, err := w.direct.Read(b)
-	w.left -= n
-	if n == 0 && err == io.EOF { // with bytes, what they say comes first
-		w.ended = true
+	if to == nil {
+		to = c.Client.LocalAddr()
 	}
-	return n, err
-}
-
-// Write is given a whole record, or several small ones.
-func (w *wire) Write(b []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.writers == 0 && w.err == nil {
-		return w.direct.Write(b)
+	h := proxyproto.Header{
+		Source: proxyproto.AddrPort(from), Dest: proxyproto.AddrPort(to), ClientID: c.ClientID,
 	}
-	if w.full+len(b) > tlsBuffer {
-		w.send()
-	}
-	if w.held == nil {
-		w.held = newBuffer(tlsBuffer)
-	}
-	n := copy((*w.held)[w.full:], b)
-	w.full += n
-	return n, w.err
-}
-
-// gather has records kept back until flush, or until there are many.
-func (w *wire) gather() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.writers++
-}
-
-func (w *wire) flush() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.writers--
-	w.send()
-	return w.err
-}
-
-// send writes what has been gathered. The caller holds mu.
-func (w *wire) send() {
-	if w.full > 0 && w.err == nil {
-		var n int
-		if n, w.err = w.direct.Write((*w.held)[:w.full]); n < w.full && w.err == nil {
-			w.err = io.ErrShortWrite
+	if t, ok := c.Client.(interface{ ConnectionState() tls.ConnectionState }); ok {
+		state := t.ConnectionState()
+		h.TLS = &proxyproto.TLS{Version: state.Version, Verified: c.Verified}
+		if len(state.PeerCertificates) > 0 {
+			h.TLS.CN = state.PeerCertificates[0].Subject.CommonName
 		}
 	}
-	w.held.free()
-	w.held, w.full = nil, 0
-}
-
-// bottom returns the conn below all layers of c.
-func bottom(c net.Conn) net.Conn {
-	if l, ok := c.(layer); ok {
-		if below := l.NetConn(); below != nil {
-			return bottom(below)
-		}
-	}
-	return c
-}
-
-// reset closes c at once: by a reset where it is TCP, and below any layer that would want to say goodbye first
-// (tls.Conn.Close may wait for its peer).
-func reset(c net.Conn) {
-	if c == nil {
-		return
-	}
-	c = bottom(c)
-	if l, ok := c.(interface{ SetLinger(sec int) error }); ok {
-		l.SetLinger(0)
-	}
-	c.Close()
-}
-
-// discard closes a conn that nothing is going on on: it resets it, then closes the layers above.
-func discard(c net.Conn) {
-	reset(c)
-	c.Close()
-}
-
-// remoteAddr is the text of c's remote address, if it has one.
-func remoteAddr(c net.Conn) string {
-	if a := c.RemoteAddr(); a != nil {
-		return a.String()
-	}
-	return ""
+	return h
 }

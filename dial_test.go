@@ -22,6 +22,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
 // tlsConfigs are those of a server called localhost and of a client that trusts it.
@@ -108,7 +110,7 @@ func TestABlackHoleCostsADialTimeoutThenTheNextUpstreamServes(t *testing.T) {
 			},
 		}, "hole:1", "good:1")
 		start := time.Now()
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		ping(t, c)
 		if took := time.Since(start); took != 3*time.Second {
 			t.Errorf("served after %v, want the DialTimeout of 3s", took)
@@ -118,7 +120,7 @@ func TestABlackHoleCostsADialTimeoutThenTheNextUpstreamServes(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		start = time.Now()
-		c = serveFake(t.Context(), a, Conn{}) // passed over now
+		c = serveFake(t.Context(), a, &Conn{}) // passed over now
 		ping(t, c)
 		if took := time.Since(start); took != 0 {
 			t.Errorf("the second was served after %v, too", took)
@@ -129,9 +131,9 @@ func TestABlackHoleCostsADialTimeoutThenTheNextUpstreamServes(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 		time.Sleep(10 * time.Second)
-		c = serveFake(t.Context(), a, Conn{}) // the trial
+		c = serveFake(t.Context(), a, &Conn{}) // the trial
 		synctest.Wait()
-		c2 := serveFake(t.Context(), a, Conn{})
+		c2 := serveFake(t.Context(), a, &Conn{})
 		start = time.Now()
 		ping(t, c2)
 		if time.Since(start) != 0 {
@@ -163,7 +165,7 @@ func TestDialTimeoutIs5SecondsAndFailTimeout10IfNotGiven(t *testing.T) {
 			{30*time.Second - 1, 30*time.Second - 1}, {30 * time.Second, 35 * time.Second},
 		} {
 			time.Sleep(step.at - time.Since(begun))
-			c := serveFake(t.Context(), a, Conn{})
+			c := serveFake(t.Context(), a, &Conn{})
 			ping(t, c)
 			if at := time.Since(begun); at != step.served {
 				t.Errorf("who came at %v was served at %v, want %v", step.at, at, step.served)
@@ -182,7 +184,7 @@ func TestAllUpstreamsRefuse(t *testing.T) {
 	}}, "a:1", "b:1", "c:1")
 	for range 2 { // the second time all of them are cooling, and tried anyway
 		dialled = nil
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
 			t.Errorf("the client reads %v, want a reset", err)
 		}
@@ -207,7 +209,7 @@ func TestAllUpstreamsAreBlackHoles(t *testing.T) {
 			return nil, ctx.Err()
 		}}, "a:1", "b:1", "c:1")
 		start := time.Now()
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		if r := <-c.result; r.End != EndDialFailed || r.Attempts != 3 || !errors.Is(r.Err, context.DeadlineExceeded) {
 			t.Errorf("%+v", r)
 		}
@@ -220,10 +222,10 @@ func TestAllUpstreamsAreBlackHoles(t *testing.T) {
 
 func TestAllUpstreamsFull(t *testing.T) {
 	a, _ := newAppOver(t, Options{DialContext: dialFake(echoFake)}, Upstream{Addr: "u:1", MaxConns: 1})
-	first := serveFake(t.Context(), a, Conn{})
+	first := serveFake(t.Context(), a, &Conn{})
 	ping(t, first)
-	second := serveFake(t.Context(), a, Conn{})
-	if r := <-second.result; r.End != EndNoUpstream || r.Err != ErrNoUpstream || r.Attempts != 0 {
+	second := serveFake(t.Context(), a, &Conn{})
+	if r := <-second.result; r.End != EndNoUpstream || !errors.Is(r.Err, ErrNoUpstream) || r.Attempts != 0 {
 		t.Errorf("%+v", r)
 	}
 	first.Close()
@@ -239,7 +241,7 @@ func TestOurOwnErrorsNeverCountAgainstAnUpstream(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
 			return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", ours)}
 		}}, "a:1", "b:1")
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		if r := <-c.result; r.End != EndDialFailed || r.Attempts != attempts || !errors.Is(r.Err, ours) {
 			t.Errorf("%v: %+v", ours, r)
 		}
@@ -253,7 +255,7 @@ func TestOurOwnErrorsNeverCountAgainstAnUpstream(t *testing.T) {
 
 func TestADialerThatReturnsNothingIsAnError(t *testing.T) {
 	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, nil }}, "a:1")
-	c := serveFake(t.Context(), a, Conn{})
+	c := serveFake(t.Context(), a, &Conn{})
 	if r := <-c.result; r.End != EndDialFailed || !errors.Is(r.Err, errNilDialed) {
 		t.Errorf("%+v", r)
 	}
@@ -319,14 +321,14 @@ func TestAClientGoneDuringTheDialCancelsIt(t *testing.T) {
 			var r Result
 			start := time.Now()
 			if leave != nil {
-				c := serveFake(t.Context(), a, Conn{})
+				c := serveFake(t.Context(), a, &Conn{})
 				synctest.Wait()
 				leave(c.duplexConn)
 				r = <-c.result
 			} else { // a conn without half-close, of which an end is all there is
 				client, ours := net.Pipe()
 				go func() { synctest.Wait(); client.Close() }()
-				r, _ = a.ServeConn(t.Context(), Conn{Client: ours})
+				r, _ = a.ServeConn(t.Context(), &Conn{Client: ours})
 			}
 			if r.End != EndClientError || r.Err == nil || r.Attempts != 1 || time.Since(start) != 0 {
 				t.Errorf("%s: %+v after %v", name, r, time.Since(start))
@@ -363,34 +365,6 @@ func TestAClientThatSpokeAndIsGoneDuringTheDialCancelsIt(t *testing.T) {
 	}
 }
 
-// A socket that both sides have ended looks like one that was reset. So the look after a client whose upstream is being
-// dialled must not come to that once it is connected, however late it is.
-func TestALateLookDoesNotTakeAnEndForAReset(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("elsewhere nobody looks")
-	}
-	l := listen(t)
-	client := dial(t, l.Addr().String())
-	ours, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ours.Close()
-	ours.(*net.TCPConn).CloseWrite()
-	io.ReadAll(client)
-	client.Close()
-	io.ReadAll(ours)
-	if looks, _ := wasReset(ours); !looks {
-		t.Error("it does not look reset: what is this test for?")
-	}
-	a, _ := newApp(t, Options{}, "a:1")
-	s := newSession(a, Conn{Client: ours})
-	s.server = ours // any
-	if s.lookAfterClient() || s.end != "" {
-		t.Errorf("the session ended: %s, %v", s.end, s.err)
-	}
-}
-
 func TestAContextThatEndsBreaksWhateverIsGoingOn(t *testing.T) {
 	cause := errors.New("because")
 	hang := func(ctx context.Context, _, _ string) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
@@ -413,7 +387,7 @@ func TestAContextThatEndsBreaksWhateverIsGoingOn(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{DialContext: tc.dial}, "a:1")
 			ctx, cancel := context.WithCancelCause(t.Context())
-			c := serveFake(ctx, a, Conn{RateLimit: tc.limit})
+			c := serveFake(ctx, a, &Conn{RateLimit: tc.limit})
 			go c.Write([]byte("x"))
 			synctest.Wait()
 			start := time.Now()
@@ -427,27 +401,11 @@ func TestAContextThatEndsBreaksWhateverIsGoingOn(t *testing.T) {
 	a, _ := newApp(t, Options{DialContext: hang}, "a:1")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(cause)
-	c := serveFake(ctx, a, Conn{RateLimit: limitFunc(func(Event) Decision { panic("asked") })})
+	c := serveFake(ctx, a, &Conn{RateLimit: limitFunc(func(Event) Decision { panic("asked") })})
 	if r := <-c.result; r.End != EndCanceled || r.Err != cause {
 		t.Errorf("ended before it began: %+v", r)
 	}
 	wantCounts(t, a, 1, 0, 0)
-}
-
-// The session has ended after it was last looked at, before the dial.
-func TestADialOfASessionThatIsOverIsCanceled(t *testing.T) {
-	canceled := false
-	a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		canceled = ctx.Err() != nil
-		return nil, errors.New("not reached")
-	}}, "a:1")
-	_, ours := duplex()
-	s := newSession(a, Conn{Client: ours})
-	s.ctx = t.Context()
-	s.abort(EndCanceled, context.Canceled)
-	if _, err := s.dial(&Upstream{Addr: "a:1"}); err == nil || !canceled {
-		t.Errorf("%v; the dialer was told: %v", err, canceled)
-	}
 }
 
 func TestAnUpstreamThatIsReachedTooLateIsReset(t *testing.T) {
@@ -459,7 +417,7 @@ func TestAnUpstreamThatIsReachedTooLateIsReset(t *testing.T) {
 		reached <- theirs
 		return ours, nil
 	}}, "a:1")
-	c := serveFake(t.Context(), a, Conn{})
+	c := serveFake(t.Context(), a, &Conn{})
 	<-dialling
 	c.SetLinger(0)
 	c.Close()
@@ -490,7 +448,7 @@ func (c *watchedContext) AfterFunc(f func()) (stop func() bool) {
 func TestNothingOfASessionIsLeftInTheContextOfItsCaller(t *testing.T) {
 	a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 	ctx := &watchedContext{Context: t.Context()}
-	c := serveFake(ctx, a, Conn{})
+	c := serveFake(ctx, a, &Conn{})
 	ping(t, c)
 	if n := ctx.watchers.Load(); n == 0 {
 		t.Error("nobody waits for its end")
@@ -553,8 +511,9 @@ func TestATLSStreamThatEndsWithoutSayingSoIsCut(t *testing.T) {
 func TestATLSClientThatIsCutDoesNotSeeAnEnd(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
-	c := tls.Client(dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
-		return nil, Conn{Client: TLSServer(c, serverTLS, 0)}, nil
+	c := tls.Client(dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
+		c.Client = TLSServer(c.Client, serverTLS, 0)
+		return nil
 	})), clientTLS)
 	ping(t, c)
 	a.Close()
@@ -576,14 +535,14 @@ func TestATLSEndWaitsForASlowReader(t *testing.T) {
 				c.(*duplexConn).CloseWrite()
 				io.Copy(io.Discard, c)
 			})}, "u:1")
-			client, ours := duplex()                                                              // which has no buffer: what is written waits for the reader
-			proxy, c := tls.Server(ours, serverTLS), newTLSConn(tls.Client, client, clientTLS, 0) // which tells a cut
+			client, ours := duplex()                                                                // which has no buffer: what is written waits for the reader
+			proxy, c := tls.Server(ours, serverTLS), relay.NewTLS(tls.Client, client, clientTLS, 0) // which tells a cut
 			go proxy.Handshake()
 			if err := c.Handshake(); err != nil {
 				t.Fatal(err)
 			}
 			result := make(chan Result, 1)
-			go func() { r, _ := a.ServeConn(t.Context(), Conn{Client: proxy}); result <- r }()
+			go func() { r, _ := a.ServeConn(t.Context(), &Conn{Client: proxy}); result <- r }()
 			if ended {
 				c.CloseWrite()
 				time.Sleep(time.Second) // the upstream has been told, and the upload is over
@@ -611,9 +570,10 @@ func TestATLSPeerThatDoesNotReadDoesNotHoldClose(t *testing.T) {
 		}
 	}
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { flood(c) }))
-	addr := serve(t, a, func(ctx context.Context, c net.Conn) (context.Context, Conn, error) {
-		tc := tls.Server(c, serverTLS)
-		return nil, Conn{Client: tc}, tc.HandshakeContext(ctx)
+	addr := serve(t, a, func(ctx context.Context, c *Conn) error {
+		tc := tls.Server(c.Client, serverTLS)
+		c.Client = tc
+		return tc.HandshakeContext(ctx)
 	})
 	c := dial(t, addr)
 	c.SetReadBuffer(4 << 10)
@@ -644,7 +604,7 @@ func TestATLSPeerThatDoesNotReadDoesNotHoldClose(t *testing.T) {
 func TestSetUpstreamsWhileInUse(t *testing.T) {
 	a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "a:1", "b:1")
 	open := func() served {
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		ping(t, c)
 		return c
 	}
@@ -689,8 +649,8 @@ func TestSetUpstreamsWhileInUse(t *testing.T) {
 	note()
 	want := []string{
 		"a:1 2 up, b:1 1 up, ",
-		"b:1 1 up, c:1 0 up, a:1 2 draining, ",
-		"b:1 2 up, c:1 1 up, a:1 2 draining, ",
+		"b:1 1 up, c:1 0 up, a:1 2 up, ",
+		"b:1 2 up, c:1 1 up, a:1 2 up, ",
 		"c:1 1 up, a:1 2 up, b:1 2 up, ",
 		"c:1 2 up, a:1 2 up, b:1 2 up, ",
 		"c:1 0 up, a:1 0 up, b:1 0 up, ",
@@ -712,7 +672,7 @@ func TestAnUpstreamRemovedWhileItIsDialled(t *testing.T) {
 		return dialFake(echoFake)(ctx, network, addr)
 	}}, "a:1")
 	for _, err := range []error{nil, syscall.ECONNREFUSED} {
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		<-dialling
 		a.SetUpstreams([]Upstream{{Addr: "b:1"}})
 		goOn <- err
@@ -743,8 +703,9 @@ func TestAnEndThatComesBeforeTheHandshakeWaitsForIt(t *testing.T) {
 				close(ended)
 				io.Copy(io.Discard, c)
 			}))
-			raw := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
-				return nil, Conn{Client: server(c)}, nil
+			raw := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
+				c.Client = server(c.Client)
+				return nil
 			}))
 			<-ended
 			time.Sleep(20 * time.Millisecond)

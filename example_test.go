@@ -124,17 +124,16 @@ func ExampleNew() {
 	// up <nil>
 }
 
-// The upstream is told who the client is, by the PROXY protocol: a line in front of what the client sends.
+// A DialContext of your own learns for whom it dials.
 func ExampleOptions_dialContext() {
-	type clientKey struct{}
 	red := startUpstream("red")
 	defer red.Close()
 	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, &lbproxy.Options{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			c, err := new(net.Dialer).DialContext(ctx, network, addr)
-			if client, ok := ctx.Value(clientKey{}).(net.Conn); ok && err == nil { // a health check is for no client
-				from, to := client.RemoteAddr().(*net.TCPAddr), client.LocalAddr().(*net.TCPAddr)
-				fmt.Fprintf(c, "PROXY TCP4 %s %s %d %d\r\n", from.IP, to.IP, from.Port, to.Port) // if it fails, so does what follows
+			client := lbproxy.ConnFromContext(ctx) // nil for a health check
+			if err == nil && client != nil {
+				fmt.Fprintf(c, "for %s: ", client.ClientID) // if it fails, so does what follows
 			}
 			return c, err
 		},
@@ -145,15 +144,16 @@ func ExampleOptions_dialContext() {
 	}
 	defer app.Close()
 	l := listen()
-	go app.Serve(l, func(ctx context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
-		return context.WithValue(ctx, clientKey{}, c), lbproxy.Conn{}, nil
+	go app.Serve(l, func(_ context.Context, c *lbproxy.Conn) error {
+		c.ClientID = "ann"
+		return nil
 	})
 
 	c := connect(l)
 	defer c.Close()
-	fmt.Println(strings.Fields(c.ask(""))[:6])
+	fmt.Println(c.ask(""))
 	// Output:
-	// [red got PROXY TCP4 127.0.0.1 127.0.0.1]
+	// red got for ann:
 }
 
 // Serve calls admit for each connection: to refuse it, to say who it is, to limit it. A TLS server would do its
@@ -169,15 +169,16 @@ func ExampleLBProxyApp_Serve() {
 		fmt.Println(err)
 		return
 	}
-	admit := func(ctx context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
+	admit := func(_ context.Context, c *lbproxy.Conn) error {
 		who := make([]byte, 4) // this protocol begins with a name
-		if _, err := io.ReadFull(c, who); err != nil {
-			return nil, lbproxy.Conn{}, err
+		if _, err := io.ReadFull(c.Client, who); err != nil {
+			return err
 		}
-		if string(who) == "eve:" {
-			return nil, lbproxy.Conn{}, fmt.Errorf("%s is not welcome", who[:3])
+		c.ClientID = string(who[:3])
+		if c.ClientID == "eve" {
+			return errors.New("eve is not welcome")
 		}
-		return nil, lbproxy.Conn{ClientID: string(who[:3])}, nil // nil: the given context, and c itself
+		return nil
 	}
 	l := listen()
 	ended := make(chan error)
@@ -187,14 +188,17 @@ func ExampleLBProxyApp_Serve() {
 	fmt.Println(ann.ask("ann:hello"))
 	fmt.Println(eve.ask("eve:"))
 	ann.Close()
-	r := <-results
-	fmt.Printf("%s: %s, %d bytes sent, %d received\n", r.ClientID, r.End, r.Sent, r.Received)
+	for range 2 {
+		r := <-results
+		fmt.Printf("%s: %s, %d bytes sent, %d received, %v\n", r.ClientID, r.End, r.Sent, r.Received, r.Err)
+	}
 	app.Close()
 	fmt.Println(<-ended)
 	// Output:
 	// red got hello
 	// refused
-	// ann: done, 5 bytes sent, 13 received
+	// eve: not-admitted, 0 bytes sent, 0 received, eve is not welcome
+	// ann: done, 5 bytes sent, 13 received, <nil>
 	// lbproxy: app closed
 }
 
@@ -222,7 +226,7 @@ func ExampleLBProxyApp_ServeConn() {
 		fmt.Println(err)
 		return
 	}
-	r, err := app.ServeConn(context.Background(), lbproxy.Conn{Client: accepted, ClientID: "ann"})
+	r, err := app.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: "ann"})
 	wg.Wait()
 	fmt.Println(r.ClientID, r.End, r.Upstream == red.Addr().String(), r.Attempts, r.Sent, r.Received, err)
 	// Output:
@@ -249,8 +253,9 @@ func ExampleRateLimitManager() {
 	defer app.Close()
 	hours := make(chan int, 3)
 	limit := workingHours{hour: func() int { h := <-hours; hours <- h; return h }} // time.Now().Hour, really
-	admit := func(_ context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
-		return nil, lbproxy.Conn{Client: c, RateLimit: limit}, nil
+	admit := func(_ context.Context, c *lbproxy.Conn) error {
+		c.RateLimit = limit
+		return nil
 	}
 	l := listen()
 	go app.Serve(l, admit)
@@ -337,14 +342,14 @@ func ExampleLBProxyApp_SetUpstreams() {
 	fmt.Println(bob.ask("bob"))
 	fmt.Println(ann.ask("ann again"))
 	for _, u := range app.Stats().Upstreams {
-		fmt.Println(u.State, u.Open)
+		fmt.Println("open:", u.Open, "removed:", u.Removed)
 	}
 	// Output:
 	// red got ann
 	// green got bob
 	// red got ann again
-	// up 1
-	// draining 1
+	// open: 1 removed: false
+	// open: 1 removed: true
 }
 
 // Upstreams are checked by a function of ours. A dial would find nothing wrong with red, which is under maintenance.
@@ -437,8 +442,40 @@ func serverCertificate() (server, client *tls.Config) {
 		&tls.Config{RootCAs: roots, ServerName: "localhost"}
 }
 
-// Clients that speak TLS. The handshake is made in the connection's own goroutine, and a stream that is cut is told from
-// one that has ended.
+// Clients speak TLS. The handshake is over before an upstream is dialed, and a client that closes
+// without close_notify is not mistaken for one that ended its stream.
+func ExampleHandshakeTLS() {
+	red := startUpstream("red")
+	defer red.Close()
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, nil)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	server, roots := serverCertificate()
+	l := listen()
+	go app.Serve(l, lbproxy.HandshakeTLS(server, func(_ context.Context, c *lbproxy.Conn) error {
+		c.ClientID = c.Client.(*lbproxy.TLSConn).ConnectionState().ServerName
+		return nil
+	}))
+
+	c, err := tls.Dial("tcp", l.Addr().String(), roots)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer c.Close()
+	fmt.Println(client{c}.ask("ann"))
+	for c := range app.Conns() {
+		fmt.Println(c.ClientID, c.Info().State)
+	}
+	// Output:
+	// red got ann
+	// localhost open
+}
+
+// TLSServer is for those who need other bounds than HandshakeTLS has, or another end of the stream.
 func ExampleTLSServer() {
 	red := startUpstream("red")
 	defer red.Close()
@@ -450,13 +487,16 @@ func ExampleTLSServer() {
 	defer app.Close()
 	server, roots := serverCertificate()
 	l := listen()
-	go app.Serve(l, func(ctx context.Context, raw net.Conn) (context.Context, lbproxy.Conn, error) {
-		raw.SetDeadline(time.Now().Add(10 * time.Second)) // for clients that stall
-		c := lbproxy.TLSServer(raw, server, 16<<10)       // and for those that flood
-		if err := c.HandshakeContext(ctx); err != nil {
-			return nil, lbproxy.Conn{}, err
+	go app.Serve(l, func(ctx context.Context, c *lbproxy.Conn) error {
+		raw := c.Client
+		raw.SetDeadline(time.Now().Add(time.Second)) // for clients that stall
+		t := lbproxy.TLSServer(raw, server, 4<<10)   // and for those that flood
+		t.CloseNotify = lbproxy.CloseNotifyIdle
+		if err := t.HandshakeContext(ctx); err != nil {
+			return err
 		}
-		return nil, lbproxy.Conn{Client: c}, raw.SetDeadline(time.Time{})
+		c.Client = t
+		return raw.SetDeadline(time.Time{})
 	})
 
 	c, err := tls.Dial("tcp", l.Addr().String(), roots)

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
 // A journal is a RateLimitManager that keeps what it is told and lets it all go on.
@@ -46,8 +48,10 @@ func TestEventsTellTheStoryOfAConnection(t *testing.T) {
 	const size = 8 << 20
 	var j journal
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
-	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
-		return nil, Conn{Client: c, ClientID: "alice", RateLimit: &j}, nil
+	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
+		c.ClientID = "alice"
+		c.RateLimit = &j
+		return nil
 	}))
 	go func() { sendPattern(c, size); c.CloseWrite() }()
 	if s := readAll(c); s != pattern(size) {
@@ -69,7 +73,7 @@ func TestEventsTellTheStoryOfAConnection(t *testing.T) {
 		j.count(EventOpen) != 1 || j.count(EventClose) != 1 {
 		t.Errorf("first %+v, last %+v", first, last)
 	}
-	if n := j.count(EventData); n > size/firstGrain {
+	if n := j.count(EventData); n > size/firstChunk {
 		t.Errorf("%d events for %d bytes, though nothing was slowed", n, size)
 	}
 	if bytes[Upload] != size || bytes[Download] != size || r.Sent != size || r.Received != size {
@@ -80,7 +84,7 @@ func TestEventsTellTheStoryOfAConnection(t *testing.T) {
 func TestARefusedOpenIsFollowedByNothing(t *testing.T) {
 	var events []Event
 	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { panic("dialled") }}, "u:1")
-	c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) Decision {
+	c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
 		events = append(events, e)
 		return Decision{Exceeded: true, Wait: time.Hour}
 	})})
@@ -98,7 +102,7 @@ func TestExceededOnDataCutsTheConnection(t *testing.T) {
 	var total atomic.Int64
 	a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 	var j journal
-	c := serveFake(t.Context(), a, Conn{RateLimit: All(&j, limitFunc(func(e Event) Decision {
+	c := serveFake(t.Context(), a, &Conn{RateLimit: All(&j, limitFunc(func(e Event) Decision {
 		if e.Direction == Upload {
 			total.Add(e.Bytes)
 		}
@@ -124,7 +128,7 @@ func TestAWaitHoldsTheConnectionOrOneDirection(t *testing.T) {
 		note := func(what string) { // an end may wait some milliseconds for the other one's to be through
 			at = append(at, fmt.Sprint(what, " ", time.Since(start).Round(50*time.Millisecond)))
 		}
-		c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) (d Decision) {
+		c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) (d Decision) {
 			switch {
 			case e.Kind == EventOpen:
 				d.Wait = 2 * time.Second
@@ -163,7 +167,7 @@ func TestBandwidthHoldsAStreamToItsRate(t *testing.T) {
 						}
 					}
 				})}, "u:1")
-				c := serveFake(t.Context(), a, Conn{RateLimit: &Bandwidth{BytesPerSecond: rate}})
+				c := serveFake(t.Context(), a, &Conn{RateLimit: &Bandwidth{BytesPerSecond: rate}})
 				go io.Copy(io.Discard, c)
 				if both {
 					go func() {
@@ -178,7 +182,7 @@ func TestBandwidthHoldsAStreamToItsRate(t *testing.T) {
 				synctest.Wait()
 				u := a.Stats().Upstreams[0] // once it is closed, nothing is held any more
 				sent, received, want := int64(u.Sent), int64(u.Received), 3*rate
-				if moved := sent + received; moved < want-want/20 || moved > want+want/20+2*firstGrain {
+				if moved := sent + received; moved < want-want/20 || moved > want+want/20+2*firstChunk {
 					t.Errorf("%d B/s, both directions %v: %d bytes in 3 s, want %d", rate, both, moved, want)
 				}
 				if both && (sent < want/4 || received < want/4) {
@@ -202,8 +206,9 @@ func TestBandwidthOverRealSockets(t *testing.T) {
 		}
 	}))
 	limit := &Bandwidth{BytesPerSecond: rate}
-	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
-		return nil, Conn{RateLimit: limit}, nil
+	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
+		c.RateLimit = limit
+		return nil
 	}))
 	start := time.Now()
 	c.SetReadDeadline(start.Add(runs))
@@ -220,8 +225,8 @@ func TestBandwidthOverRealSockets(t *testing.T) {
 func TestTheFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
 	first := make(chan int64, 1)
 	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 1<<20) }))
-	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
-		return nil, Conn{RateLimit: limitFunc(func(e Event) (d Decision) {
+	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
+		c.RateLimit = limitFunc(func(e Event) (d Decision) {
 			switch e.Kind {
 			case EventOpen:
 				d.Wait = 50 * time.Millisecond // for the upstream
@@ -232,11 +237,12 @@ func TestTheFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
 				}
 			}
 			return d
-		})}, nil
+		})
+		return nil
 	}))
 	io.Copy(io.Discard, c)
-	if n := <-first; n > firstGrain {
-		t.Errorf("the first chunk has %d bytes, want at most %d", n, firstGrain)
+	if n := <-first; n > firstChunk {
+		t.Errorf("the first chunk has %d bytes, want at most %d", n, firstChunk)
 	}
 }
 
@@ -248,7 +254,7 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 			panic("boom")
 		}
 	}
-	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone", "own OnDone", "log", "client", "upstream"}
+	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone", "own OnDone", "client", "upstream"}
 	for _, kind := range kinds {
 		synctest.Test(t, func(t *testing.T) {
 			var inner journal
@@ -257,7 +263,7 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 			opts.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
 				dials++
 				boom(kind == "dial" || kind == "dial again" && dials == 2)
-				if kind == "dial again" || kind == "log" && dials == 1 {
+				if kind == "dial again" {
 					return nil, errors.New("refused")
 				}
 				c, err := dialFake(echoFake)(ctx, network, addr)
@@ -269,9 +275,6 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 			if kind == "OnDone" {
 				opts.OnDone = func(Result) { panic("boom") }
 			}
-			if kind == "log" {
-				opts.Logger = slog.New(panicHandler{slog.DiscardHandler})
-			}
 			a, results := newApp(t, opts, "a:1", "b:1")
 			outer := limitFunc(func(e Event) Decision {
 				boom(e.Kind == EventOpen && kind == "open" || e.Kind == EventClose && kind == "close" && !e.Refused ||
@@ -279,7 +282,7 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 				return Decision{}
 			})
 			client, ours := duplex()
-			conn := Conn{Client: ours, RateLimit: All(&inner, outer)}
+			conn := &Conn{Client: ours, RateLimit: All(&inner, outer)}
 			if kind == "own OnDone" {
 				conn.OnDone = func(Result) { panic("boom") }
 			}
@@ -310,9 +313,9 @@ func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
 			if dials > 0 { // nor is an upstream stuck in its trial
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				u, _ := a.balancer.acquire(nil, time.Now())
-				a.balancer.settle(u, works, time.Now())
-				a.balancer.release(u)
+				p, _ := a.balancer.acquire(nil, time.Now())
+				a.balancer.settle(p.u, works, nil, time.Now())
+				a.balancer.release(p.u)
 			}
 			client.Close()
 		})
@@ -339,7 +342,7 @@ func TestAConnectionsOwnOnDoneComesBeforeThatOfTheApp(t *testing.T) {
 		}
 		client, ours := duplex()
 		client.Close()
-		a.ServeConn(t.Context(), Conn{Client: ours, OnDone: func(r Result) { own = append(own, r) }})
+		a.ServeConn(t.Context(), &Conn{Client: ours, OnDone: func(r Result) { own = append(own, r) }})
 		<-results
 	}
 }
@@ -353,11 +356,12 @@ func TestServeOutlivesHooksThatPanic(t *testing.T) {
 	})
 	var n atomic.Int32
 	a, results := newApp(t, Options{Logger: slog.New(panicHandler{slog.DiscardHandler})}, upstreamDoing(t, echo))
-	addr := serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
+	addr := serve(t, a, func(_ context.Context, c *Conn) error {
 		if n.Add(1) == 1 {
-			return nil, Conn{RateLimit: broken}, nil
+			c.RateLimit = broken
+			return nil
 		}
-		return nil, Conn{}, nil
+		return nil
 	})
 	if n := bytesFrom(addr); n > 0 {
 		t.Error("read something from a connection whose hook panicked")
@@ -395,7 +399,7 @@ func TestHooksMayCallTheApp(t *testing.T) {
 		call()
 		return limitFunc(func(Event) Decision { calls.Add(1); call(); return Decision{} })
 	})
-	c := serveFake(t.Context(), a, Conn{RateLimit: limits.For("ann"), OnDone: func(Result) { call() }})
+	c := serveFake(t.Context(), a, &Conn{RateLimit: limits.For("ann"), OnDone: func(Result) { call() }})
 	ping(t, c)
 	c.Close()
 	if r := <-results; r.End != EndDone || r.Attempts != 2 {
@@ -444,12 +448,12 @@ func TestBadConnsAreErrorsNeverSilentLoss(t *testing.T) {
 		want             error
 	}{
 		{name: "short write to the upstream", upstream: brokenConn{write: func(b []byte) (int, error) { return len(b) - 1, nil }}, end: EndUpstreamError, want: io.ErrShortWrite},
-		{name: "negative write to the upstream", upstream: brokenConn{write: func(b []byte) (int, error) { return -1, nil }}, end: EndUpstreamError, want: errBadCount},
-		{name: "write of too much", upstream: brokenConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, end: EndUpstreamError, want: errBadCount},
+		{name: "negative write to the upstream", upstream: brokenConn{write: func(b []byte) (int, error) { return -1, nil }}, end: EndUpstreamError, want: relay.ErrBadCount},
+		{name: "write of too much", upstream: brokenConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, end: EndUpstreamError, want: relay.ErrBadCount},
 		{name: "short write to the client", client: brokenConn{write: func(b []byte) (int, error) { return 0, nil }}, end: EndClientError, want: io.ErrShortWrite},
 		{name: "write error", client: brokenConn{write: func(b []byte) (int, error) { return 0, boom }}, end: EndClientError, want: boom},
-		{name: "negative read", client: brokenConn{read: func(b []byte) (int, error) { return -1, nil }}, end: EndClientError, want: errBadCount},
-		{name: "read of too much", upstream: brokenConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, end: EndUpstreamError, want: errBadCount},
+		{name: "negative read", client: brokenConn{read: func(b []byte) (int, error) { return -1, nil }}, end: EndClientError, want: relay.ErrBadCount},
+		{name: "read of too much", upstream: brokenConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, end: EndUpstreamError, want: relay.ErrBadCount},
 		{name: "reads of nothing", upstream: brokenConn{read: func(b []byte) (int, error) { return 0, nil }}, end: EndUpstreamError, want: io.ErrNoProgress},
 		{name: "read error", upstream: brokenConn{read: func(b []byte) (int, error) { return 0, boom }}, end: EndUpstreamError, want: boom},
 	} {
@@ -462,7 +466,7 @@ func TestBadConnsAreErrorsNeverSilentLoss(t *testing.T) {
 			tc.client.Conn = ours
 			go client.Write([]byte("hello"))
 			go io.Copy(io.Discard, client)
-			r, err := a.ServeConn(t.Context(), Conn{Client: tc.client})
+			r, err := a.ServeConn(t.Context(), &Conn{Client: tc.client})
 			if r.End != tc.end || !errors.Is(err, tc.want) {
 				t.Errorf("%s: %+v, want %s, %v", tc.name, r, tc.end, tc.want)
 			}
@@ -477,7 +481,7 @@ func TestAReadThatComesWithAnErrorIsDeliveredFirst(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 		_, ours := duplex()
 		reads := 0
-		r, _ := a.ServeConn(t.Context(), Conn{Client: halfClosing{brokenConn{
+		r, _ := a.ServeConn(t.Context(), &Conn{Client: halfClosing{brokenConn{
 			Conn: ours,
 			read: func(b []byte) (int, error) {
 				if reads++; reads > 1 {
@@ -505,7 +509,7 @@ func TestAConnWithoutHalfCloseIsAnErrorWhenItWouldBeNeeded(t *testing.T) {
 			go func() { defer theirs.Close(); echoFake(theirs) }()
 			return ours, nil
 		}}, "u:1")
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		ping(t, c)
 		c.CloseWrite()
 		if r := <-c.result; r.End != EndUpstreamError || !strings.Contains(fmt.Sprint(r.Err), "CloseWrite") || r.Sent != 1 || r.Received != 1 {
@@ -527,7 +531,7 @@ func TestAConnWithoutHalfCloseIsAnErrorWhenItWouldBeNeeded(t *testing.T) {
 		})}, "u:1")
 		client, ours := net.Pipe()
 		result := make(chan Result)
-		go func() { r, _ := a.ServeConn(t.Context(), Conn{Client: ours}); result <- r }()
+		go func() { r, _ := a.ServeConn(t.Context(), &Conn{Client: ours}); result <- r }()
 		if b, err := io.ReadAll(client); string(b) != "answer" || err != nil {
 			t.Errorf("client got %q, %v", b, err)
 		}
@@ -544,7 +548,7 @@ func TestAConnWithoutHalfCloseIsAnErrorWhenItWouldBeNeeded(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) { io.ReadAll(c) })}, "u:1")
 		client, ours := net.Pipe()
 		result := make(chan Result)
-		go func() { r, _ := a.ServeConn(t.Context(), Conn{Client: ours}); result <- r }()
+		go func() { r, _ := a.ServeConn(t.Context(), &Conn{Client: ours}); result <- r }()
 		client.Write([]byte("x"))
 		client.Close()
 		if r := <-result; r.End != EndDone || r.Sent != 1 {
@@ -562,8 +566,9 @@ func TestAWholeAnswerArrivesThoughTheClientCannotHalfClose(t *testing.T) {
 		c.CloseWrite()
 		<-t.Context().Done() // and does not read
 	}))
-	c := dial(t, serve(t, a, func(_ context.Context, c net.Conn) (context.Context, Conn, error) {
-		return nil, Conn{Client: countingConn{c, new(atomic.Int32)}}, nil
+	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
+		c.Client = countingConn{c.Client, new(atomic.Int32)}
+		return nil
 	}))
 	wrote := make(chan bool)
 	go func() {
@@ -591,7 +596,7 @@ func TestAWholeAnswerArrivesThoughTheClientCannotHalfClose(t *testing.T) {
 }
 
 func TestNoConnIsLeftOpenWhenAHookPanicsAfterTheDial(t *testing.T) {
-	for _, what := range []string{"TLS", "log"} {
+	for _, what := range []string{"TLS"} {
 		t.Run(what, func(t *testing.T) {
 			dialled := make(chan *duplexConn, 1)
 			a, _ := newAppOver(t, Options{FailTimeout: time.Nanosecond, Logger: slog.New(panicHandler{slog.DiscardHandler}),
@@ -604,14 +609,14 @@ func TestNoConnIsLeftOpenWhenAHookPanicsAfterTheDial(t *testing.T) {
 				InsecureSkipVerify: true,
 				VerifyConnection:   func(tls.ConnectionState) error { panic("boom") },
 			}}[what]})
-			u, _ := a.balancer.acquire(nil, time.Now()) // so that there is something to log: it works again
-			a.balancer.settle(u, fails, time.Now())
-			a.balancer.release(u)
+			p, _ := a.balancer.acquire(nil, time.Now()) // so that there is something to log: it works again
+			a.balancer.settle(p.u, fails, errSick, time.Now())
+			a.balancer.release(p.u)
 			_, ours := duplex()
 			caught := make(chan any)
 			go func() {
 				defer func() { caught <- recover() }()
-				a.ServeConn(t.Context(), Conn{Client: ours})
+				a.ServeConn(t.Context(), &Conn{Client: ours})
 			}()
 			theirs := <-dialled
 			if what == "TLS" {
@@ -630,7 +635,7 @@ func TestNoConnIsLeftOpenWhenAHookPanicsAfterTheDial(t *testing.T) {
 
 func TestANilClientIsAnError(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
-	if r, err := a.ServeConn(t.Context(), Conn{}); err == nil || r.End != EndClientError || r.Err != err {
+	if r, err := a.ServeConn(t.Context(), &Conn{}); err == nil || r.End != EndClientError || r.Err != err {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
@@ -650,7 +655,7 @@ func TestTheClientIsClosedWhateverHappens(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(func(net.Conn) {})}, "u:1")
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		var conn Conn
+		conn := new(Conn)
 		switch name {
 		case "refused":
 			conn.RateLimit = new(OpenLimit)
@@ -701,7 +706,7 @@ func TestALimitDoesNotPutAnErrorOff(t *testing.T) {
 		})}, "u:1")
 		_, ours := duplex()
 		start := time.Now()
-		r, _ := a.ServeConn(t.Context(), Conn{
+		r, _ := a.ServeConn(t.Context(), &Conn{
 			Client: &goneConn{ours, make(chan struct{})},
 			RateLimit: limitFunc(func(e Event) Decision {
 				if e.Kind == EventData {
@@ -725,7 +730,7 @@ func TestWhatHappensAfterTheEndIsNotTheReason(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			release := make(chan struct{})
 			a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
-			c := serveFake(t.Context(), a, Conn{RateLimit: limitFunc(func(e Event) Decision {
+			c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
 				if e.Kind == EventClose {
 					<-release
 				}
@@ -776,7 +781,7 @@ func TestNoHalfCloseIsNeededWhenTheOtherStreamHasJustEnded(t *testing.T) {
 			client, ours := duplex()
 			held, result := make(chan struct{}), make(chan Result)
 			go func() {
-				r, _ := a.ServeConn(t.Context(), Conn{Client: slowCloser{ours, held}})
+				r, _ := a.ServeConn(t.Context(), &Conn{Client: slowCloser{ours, held}})
 				result <- r
 			}()
 			if _, err := client.Read(make([]byte, 1)); err != io.EOF {
@@ -788,29 +793,6 @@ func TestNoHalfCloseIsNeededWhenTheOtherStreamHasJustEnded(t *testing.T) {
 			if r := <-result; r.End != EndDone || ours.reset.Load() {
 				t.Errorf("%+v, reset %v", r, ours.reset.Load())
 			}
-		})
-	})
-	t.Run("while it was waited for", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			a, _ := newApp(t, Options{}, "u:1")
-			client, ours := duplex()
-			server, _ := net.Pipe()
-			client.CloseWrite()
-			s := newSession(a, Conn{Client: ours})
-			s.up.src = ours
-			s.wg.Go(s.upload)
-			synctest.Wait() // it waits for the upstream
-			s.mu.Lock()
-			s.server = server
-			s.down.atEnd, s.down.ended = true, true
-			close(s.connected)
-			s.mu.Unlock()
-			s.wg.Wait()
-			if s.end != "" || ours.reset.Load() {
-				t.Errorf("%s, %v", s.end, s.err)
-			}
-			client.Close()
-			ours.Close()
 		})
 	})
 }
@@ -835,7 +817,7 @@ func TestASessionIsNotOverWhileItIsReset(t *testing.T) {
 			u.duplexConn, _ = duplex()
 			return u, nil
 		}}, "u:1")
-		c := serveFake(t.Context(), a, Conn{})
+		c := serveFake(t.Context(), a, &Conn{})
 		<-u.resetting // for it is idle
 		u.Close()     // as the peer might
 		synctest.Wait()

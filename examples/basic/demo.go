@@ -15,8 +15,9 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// demo tells a story on out: three servers, one app in front of them, clients that come and go. It is the same
-// each time, because ties go to the upstream that comes first, and because one thing is over before the next begins.
+// demo tells a story on out: three servers, one app in front of them, clients that come and go. It
+// is the same each time, because ties go to the upstream that comes first, and because one thing is
+// over before the next begins.
 func demo(out io.Writer, log *slog.Logger) error {
 	var servers []*server
 	var upstreams []lbproxy.Upstream
@@ -56,31 +57,35 @@ func demo(out io.Writer, log *slog.Logger) error {
 	s := story{out: out, results: results, clients: map[string]net.Conn{}}
 	defer s.abandon()
 
-	s.say("Three servers, red, green and blue, behind one lbproxy app. Real TCP, all on loopback.")
+	s.say("Three servers, red, green and blue, behind one lbproxy app. All is real TCP.")
 
-	s.say("\nSix clients come. Each gets the server with the fewest connections.")
+	s.say("\nThree clients come one at a time, each when the one before has left.")
+	s.say("Where servers have equally few connections, the first of them is chosen:")
+	s.visit(front, "amy", "ben", "cho")
+
+	s.say("\nSix clients come and stay. Each gets the server with the fewest connections.")
 	s.come(front, "ann", "bob", "cat")
 	s.come(front, "dan", "eve", "fay")
 
-	s.say("\nBob and eve leave. The next two do not go by turns: they go where there is room.")
+	s.say("\nBob and eve leave. The next two go where there is room, not by turns.")
 	s.leave("bob", "eve")
 	s.come(front, "gil", "hal")
 
-	s.say("\nEveryone leaves, and green is stopped. Those who come now do not notice.")
+	s.say("\nEveryone leaves, and green is stopped. The clients who come now do not notice.")
 	s.leave("ann", "cat", "dan", "fay", "gil", "hal")
 	green.stop()
 	s.come(front, "ida", "jon", "kim")
 	r := s.leave("ida", "jon", "kim")
-	s.say("  It took jon %d dials: green did not answer, so blue was asked.", r["jon"].Attempts)
+	s.say("  Jon took %d dials: green did not answer, so blue was tried.", r["jon"].Attempts)
 
-	s.say("\nA second listener allows each address a burst of two connections. Three come.")
+	s.say("\nA second listener allows each address two connections at once. Three come.")
 	s.come(side, "lou", "mia", "ned")
 	s.leave("lou", "mia")
 
-	s.say("\nEveryone is gone. This is what the app has counted:")
+	s.say("\nEveryone is gone. The app has counted this:")
 	stats := app.Stats()
 	s.table(stats.Upstreams, servers)
-	s.say("  %d connections accepted, %d refused, %d failed: green's failure cost no client anything.",
+	s.say("  %d connections accepted, %d refused, %d failed: no client lost by green's end.",
 		stats.Accepted, stats.Refused, stats.Failed)
 	return s.err
 }
@@ -108,6 +113,18 @@ func (s *story) come(l net.Listener, names ...string) {
 	for _, name := range names {
 		if s.err == nil {
 			served = append(served, name+" -> "+s.connect(l, name))
+		}
+	}
+	s.say("  %s", strings.Join(served, ", "))
+}
+
+// visit has each client connect and leave before the next one comes.
+func (s *story) visit(l net.Listener, names ...string) {
+	var served []string
+	for _, name := range names {
+		if s.err == nil {
+			served = append(served, name+" -> "+s.connect(l, name))
+			s.leave(name)
 		}
 	}
 	s.say("  %s", strings.Join(served, ", "))
@@ -154,8 +171,8 @@ func (s *story) leave(names ...string) map[string]lbproxy.Result {
 	return results
 }
 
-// result waits until the app has done with a connection. Without that, whether a client that has just left still
-// counts would be a matter of luck.
+// result waits until the app has counted a connection out. Otherwise it would be a matter of luck
+// whether a client that has just left still counts.
 func (s *story) result() lbproxy.Result {
 	select {
 	case r := <-s.results:

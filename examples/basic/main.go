@@ -1,9 +1,13 @@
 // Basic is a TCP load balancer in one command, and a first program to copy from.
 //
-//	basic -listen 127.0.0.1:8080 -upstream 10.0.0.1:80 -upstream 10.0.0.2:80,weight=2
+//	basic -listen :8080 -upstream 10.0.0.1:80 -upstream 10.0.0.2:80,weight=2
 //
-// It serves until it is interrupted, then lets open connections end; a second interrupt breaks them. Started
-// without flags, it tells a short story of what lbproxy does, with servers and clients of its own on loopback.
+// Each client goes to the upstream with the fewest connections. Ties go to the one named first, so
+// that clients who come one at a time all meet the first.
+//
+// Basic serves until it is interrupted, then waits for open connections to end; a second interrupt
+// breaks them. Started without flags, it tells a short story of what lbproxy does, with servers and
+// clients of its own on loopback.
 package main
 
 import (
@@ -27,6 +31,8 @@ import (
 func main() {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	// A proxy goes on when nobody reads its output any more, as after "basic ... | head -1".
+	signal.Ignore(syscall.SIGPIPE)
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
 }
 
@@ -70,24 +76,39 @@ type config struct {
 	listen    string
 	upstreams []lbproxy.Upstream
 	limits    limits
-	idle      time.Duration
 	level     slog.Level
+
+	dial, fail, idle, check time.Duration
+	maxConns                int
 }
 
 const usage = `usage: basic -listen ADDR -upstream ADDR[,weight=N] [-upstream ...] [flags]
-       basic                    (shows what lbproxy does, by itself, on loopback)
+       basic              (shows what lbproxy does, by itself, on loopback)
 
-  -listen ADDR                  where clients come in: 127.0.0.1:8080 or :8080; port 0 takes a free one
-  -upstream ADDR[,weight=N]     a server to send them to; weight 2 gets twice what 1, the default, gets
-  -idle DURATION                end a connection in which nothing moves for so long (default 1h; 0: never)
-  -v                            log every connection
+  -listen ADDR            where clients come in: 127.0.0.1:8080 or :8080;
+                          port 0 takes a free one
+  -upstream ADDR[,weight=N]
+                          a server to send them to; weight 2 gets twice what
+                          weight 1, the default, gets
+  -max-conns N            accept no more while N are open (default: no limit)
+  -idle DURATION          end a connection in which nothing moves for so long
+                          (default 1h; 0: never)
+  -dial-timeout DURATION  how long an upstream may take to answer a dial
+                          before the next is tried (default 5s)
+  -fail-timeout DURATION  skip an upstream for so long after a failed dial
+                          (default 10s)
+  -check DURATION         dial each upstream now and then, and notice within
+                          twice this time that it is gone (default: never)
+  -v                      log every connection
 
 What each client address may do, without limit by default:
 
-  -rate N                       open N connections per second (0.5: one every 2 seconds) ...
-  -burst N                      ... and N at once after a rest (default: a second's worth)
-  -open N                       have N connections open at once
-  -bandwidth N                  move N bytes per second, both directions together
+  -rate N                 open N connections per second (0.5: one every 2
+                          seconds) ...
+  -burst N                ... and N at once after a rest (default: a second's
+                          worth)
+  -open N                 have N connections open at once
+  -bandwidth N            move N bytes per second, both directions together
 `
 
 func (c *config) flags() *flag.FlagSet {
@@ -95,13 +116,26 @@ func (c *config) flags() *flag.FlagSet {
 	f.SetOutput(io.Discard) // run says what is wrong, all in one form
 	f.Func("listen", "", c.setListen)
 	f.Func("upstream", "", c.addUpstream)
-	f.Func("idle", "", number(&c.idle, time.ParseDuration, "want a duration such as 90s or 10m, or 0 for never"))
+	f.Func("max-conns", "", number(&c.maxConns, strconv.Atoi,
+		"want a whole number of connections, or 0 for no limit"))
+	f.Func("idle", "", number(&c.idle, time.ParseDuration,
+		"want a duration such as 90s or 10m, or 0 for never"))
+	f.Func("dial-timeout", "", number(&c.dial, time.ParseDuration,
+		"want a duration such as 2s, or 0 for the default"))
+	f.Func("fail-timeout", "", number(&c.fail, time.ParseDuration,
+		"want a duration such as 10s, or 0 for the default"))
+	f.Func("check", "", number(&c.check, time.ParseDuration,
+		"want a duration such as 1s, or 0 for never"))
 	f.BoolFunc("v", "", c.setVerbose)
 	l := &c.limits
-	f.Func("rate", "", number(&l.rate, parseRate, "want openings per second, 0.001 to 1000000, or 0 for no limit"))
-	f.Func("burst", "", number(&l.burst, strconv.Atoi, "want a whole number of openings, or 0 for the default"))
-	f.Func("open", "", number(&l.open, strconv.Atoi, "want a whole number of connections, or 0 for no limit"))
-	f.Func("bandwidth", "", number(&l.bandwidth, parseBytes, "want whole bytes per second, or 0 for no limit"))
+	f.Func("rate", "", number(&l.rate, parseRate,
+		"want openings per second, 0.001 to 1000000, or 0 for no limit"))
+	f.Func("burst", "", number(&l.burst, strconv.Atoi,
+		"want a whole number of openings, or 0 for the default"))
+	f.Func("open", "", number(&l.open, strconv.Atoi,
+		"want a whole number of connections, or 0 for no limit"))
+	f.Func("bandwidth", "", number(&l.bandwidth, parseBytes,
+		"want whole bytes per second, or 0 for no limit"))
 	return f
 }
 
@@ -115,11 +149,14 @@ func parse(args []string) (config, error) {
 	case flags.NArg() > 0:
 		return c, fmt.Errorf("unexpected argument %q: there are only flags", flags.Arg(0))
 	case c.listen == "":
-		return c, errors.New("-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080")
+		return c, errors.New("-listen is missing: say where clients come in, " +
+			"such as -listen 127.0.0.1:8080")
 	case len(c.upstreams) == 0:
-		return c, errors.New("-upstream is missing: say where to send clients, such as -upstream 10.0.0.1:80")
+		return c, errors.New("-upstream is missing: say where to send clients, " +
+			"such as -upstream 10.0.0.1:80")
 	case c.limits.burst > 0 && c.limits.rate == 0:
-		return c, fmt.Errorf("-burst %d without -rate: say how fast openings are regained, such as -rate 10", c.limits.burst)
+		return c, fmt.Errorf("-burst %d without -rate: say how fast openings are regained, "+
+			"such as -rate 10", c.limits.burst)
 	}
 	if c.limits.burst == 0 {
 		c.limits.burst = int(math.Ceil(c.limits.rate))

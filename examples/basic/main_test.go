@@ -3,18 +3,21 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"flag"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"regexp"
-	"runtime/pprof"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // Example is the story that is told without flags.
@@ -22,43 +25,44 @@ func Example() {
 	fmt.Println("exit code", run(nil, nil, os.Stdout, os.Stderr))
 
 	// Output:
-	// Three servers, red, green and blue, behind one lbproxy app. Real TCP, all on loopback.
+	// Three servers, red, green and blue, behind one lbproxy app. All is real TCP.
 	//
-	// Six clients come. Each gets the server with the fewest connections.
+	// Three clients come one at a time, each when the one before has left.
+	// Where servers have equally few connections, the first of them is chosen:
+	//   amy -> red, ben -> red, cho -> red
+	//
+	// Six clients come and stay. Each gets the server with the fewest connections.
 	//   ann -> red, bob -> green, cat -> blue
 	//   dan -> red, eve -> green, fay -> blue
 	//
-	// Bob and eve leave. The next two do not go by turns: they go where there is room.
+	// Bob and eve leave. The next two go where there is room, not by turns.
 	//   gil -> green, hal -> green
 	//
-	// Everyone leaves, and green is stopped. Those who come now do not notice.
+	// Everyone leaves, and green is stopped. The clients who come now do not notice.
 	//   ida -> red, jon -> blue, kim -> red
-	//   It took jon 2 dials: green did not answer, so blue was asked.
+	//   Jon took 2 dials: green did not answer, so blue was tried.
 	//
-	// A second listener allows each address a burst of two connections. Three come.
+	// A second listener allows each address two connections at once. Three come.
 	//   lou -> red, mia -> blue, ned -> nobody (rate-limited)
 	//
-	// Everyone is gone. This is what the app has counted:
+	// Everyone is gone. The app has counted this:
 	//   UPSTREAM   STATE     OPEN   TOTAL   FAILED   SENT   RECEIVED
-	//   red        up        0      5       0        20 B   20 B
+	//   red        up        0      8       0        32 B   32 B
 	//   green      cooling   0      5       1        16 B   24 B
 	//   blue       up        0      4       0        16 B   20 B
-	//   14 connections accepted, 1 refused, 0 failed: green's failure cost no client anything.
+	//   17 connections accepted, 1 refused, 0 failed: no client lost by green's end.
 	// exit code 0
 }
 
-// TestMain fails if the tests leave a goroutine behind.
+// TestMain runs the command itself when a test starts this program as its child.
 func TestMain(m *testing.M) {
-	code := m.Run()
-	goroutines := pprof.Lookup("goroutine")
-	for deadline := time.Now().Add(patience); code == 0 && goroutines.Count() > 1; <-time.After(time.Millisecond) {
-		if time.Now().After(deadline) {
-			goroutines.WriteTo(os.Stderr, 1)
-			code = 1
-		}
+	if os.Getenv(childVariable) != "" {
+		main()
 	}
-	os.Exit(code)
+	proxytest.Main(m)
 }
+
+const childVariable = "LBPROXY_BASIC_CHILD"
 
 // A proxy is a call of run.
 type proxy struct {
@@ -71,7 +75,7 @@ type proxy struct {
 	stderr  bytes.Buffer
 }
 
-// startProxy runs the proxy with args, which start with where it listens, unless that is to be any free port.
+// startProxy runs the proxy with args. It listens on a free port unless args say otherwise.
 func startProxy(t *testing.T, args ...string) *proxy {
 	t.Helper()
 	stdout, w := io.Pipe()
@@ -95,7 +99,7 @@ func startProxy(t *testing.T, args ...string) *proxy {
 		<-p.ended
 		t.Fatalf("exit code %d: %s", p.code, &p.stderr)
 	}
-	m := regexp.MustCompile(`^listening on (127\.0\.0\.1:\d+), upstreams .`).FindStringSubmatch(line)
+	m := regexp.MustCompile(`^listening on (127\.0\.0\.1:\d+), upstreams:\n$`).FindStringSubmatch(line)
 	if m == nil {
 		t.Fatalf("stdout %q", line)
 	}
@@ -113,16 +117,16 @@ func (p *proxy) interrupt() bool {
 	}
 }
 
-// wait waits for run to return, and checks the exit code.
-func (p *proxy) wait(t *testing.T) {
+// wait waits for run to return code.
+func (p *proxy) wait(t *testing.T, code int) {
 	t.Helper()
 	select {
 	case <-p.ended:
 	case <-time.After(patience):
 		t.Fatal("the proxy goes on")
 	}
-	if p.code != 0 {
-		t.Errorf("exit code %d, want 0: %s", p.code, &p.stderr)
+	if p.code != code {
+		t.Errorf("exit code %d, want %d: %s", p.code, code, &p.stderr)
 	}
 }
 
@@ -163,31 +167,7 @@ func upstream(t *testing.T, name string) string {
 	return s.addr()
 }
 
-// echo starts a server that sends back what it is sent, to one client after the other.
-func echo(t *testing.T) (addr string) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			io.Copy(c, c)
-			c.Close()
-		}
-	}()
-	t.Cleanup(func() {
-		l.Close()
-		<-ended
-	})
-	return l.Addr().String()
-}
+func echo(t *testing.T) (addr string) { return proxytest.Upstream(t, proxytest.Echo) }
 
 func TestEcho(t *testing.T) {
 	up := echo(t)
@@ -208,12 +188,14 @@ func TestEcho(t *testing.T) {
 		t.Error(err)
 	}
 	p.interrupt()
-	p.wait(t)
-	if rest, _ := io.ReadAll(p.stdout); len(rest) > 0 {
-		t.Errorf("more than one line on stdout: %q", rest)
+	p.wait(t, 0)
+	rest, _ := io.ReadAll(p.stdout)
+	if want := "  " + up + ", weight 1\n"; string(rest) != want {
+		t.Errorf("after the first line of stdout: %q, want %q", rest, want)
 	}
 	log := p.stderr.String()
-	if !strings.Contains(log, "msg=stopped accepted=1 refused=0 failed=0") || strings.Contains(log, up) {
+	const stopped = "msg=stopped accepted=1 refused=0 failed=0 cut=0"
+	if !strings.Contains(log, stopped) || strings.Contains(log, up) {
 		t.Errorf("log:\n%swant what was counted, and nothing about a connection", log)
 	}
 }
@@ -227,7 +209,7 @@ func TestVerbose(t *testing.T) {
 		t.Error(err)
 	}
 	p.interrupt()
-	p.wait(t)
+	p.wait(t, 0)
 	if log := p.stderr.String(); !strings.Contains(log, "upstream="+up) {
 		t.Errorf("log:\n%swant a line about the connection", log)
 	}
@@ -257,7 +239,8 @@ func TestLimits(t *testing.T) {
 	} {
 		t.Run(tt.flags, func(t *testing.T) {
 			p := startProxy(t, append(strings.Fields(tt.flags), "-upstream", upstream(t, "server"))...)
-			want := slices.Concat(slices.Repeat([]string{"server"}, tt.served), slices.Repeat([]string{"none"}, 4-tt.served))
+			want := slices.Repeat([]string{"server"}, tt.served)
+			want = append(want, slices.Repeat([]string{"none"}, 4-tt.served)...)
 			if got := p.served(t, 4); !slices.Equal(got, want) {
 				t.Errorf("served by %v, want %v", got, want)
 			}
@@ -293,16 +276,13 @@ func TestInterruptDrains(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.interrupt()
-	for deadline := time.Now().Add(patience); ; {
+	proxytest.Eventually(t, "no more is accepted", func() bool {
 		late, err := net.Dial("tcp", p.addr)
-		if err != nil {
-			break
+		if err == nil {
+			late.Close()
 		}
-		late.Close()
-		if time.Now().After(deadline) {
-			t.Fatal("still accepting")
-		}
-	}
+		return err != nil
+	})
 	if server, err := ask(c, "still there?"); err != nil || server != "server" {
 		t.Errorf("while draining: %q, %v", server, err)
 	}
@@ -312,7 +292,7 @@ func TestInterruptDrains(t *testing.T) {
 	default:
 	}
 	c.Close()
-	p.wait(t)
+	p.wait(t, 0)
 }
 
 func TestSecondInterruptCloses(t *testing.T) {
@@ -323,7 +303,10 @@ func TestSecondInterruptCloses(t *testing.T) {
 	}
 	p.interrupt()
 	p.interrupt()
-	p.wait(t)
+	p.wait(t, 1)
+	if log := p.stderr.String(); !strings.Contains(log, "basic: 1 open connections were cut") {
+		t.Errorf("log:\n%swant how many connections were cut", log)
+	}
 	if _, err := c.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
 		t.Errorf("Read: %v, want to be cut", err)
 	}
@@ -337,32 +320,78 @@ func TestWrongFlags(t *testing.T) {
 		wantBurst    = "want a whole number of openings, or 0 for the default"
 		wantOpen     = "want a whole number of connections, or 0 for no limit"
 		wantBytes    = "want whole bytes per second, or 0 for no limit"
+		wantConns    = "want a whole number of connections, or 0 for no limit"
 		wantIdle     = "want a duration such as 90s or 10m, or 0 for never"
 	)
 	for _, tt := range []struct{ args, want string }{
-		{"-upstream 127.0.0.1:1", "-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080"},
-		{"-listen 127.0.0.1:0", "-upstream is missing: say where to send clients, such as -upstream 10.0.0.1:80"},
+		{
+			"-upstream 127.0.0.1:1",
+			"-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080",
+		},
+		{
+			"-listen 127.0.0.1:0",
+			"-upstream is missing: say where to send clients, such as -upstream 10.0.0.1:80",
+		},
 		{"-v", "-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080"},
 		{"start", `unexpected argument "start": there are only flags`},
 		{"-fast", "flag provided but not defined: -fast"},
 		{"-rate", "flag needs an argument: -rate"},
 		{"-v=loud", `invalid boolean value "loud" for -v: want true or false, or nothing`},
-		{"-listen 8080", `invalid value "8080" for flag -listen: address 8080: missing port in address: ` + wantListen},
-		{"-listen 127.0.0.1:65536", `invalid value "127.0.0.1:65536" for flag -listen: address 65536: invalid port: ` + wantListen},
-		{"-upstream b:1,weight=heavy", `invalid value "b:1,weight=heavy" for flag -upstream: ` + wantUpstream},
-		{"-upstream b:1,weight=0", `invalid value "b:1,weight=0" for flag -upstream: ` + wantUpstream},
+		{
+			"-listen 8080",
+			`invalid value "8080" for flag -listen: address 8080: missing port in address: ` +
+				`` + wantListen,
+		},
+		{
+			"-listen 127.0.0.1:65536",
+			`invalid value "127.0.0.1:65536" for flag -listen: address 65536: invalid port: ` +
+				`` + wantListen,
+		},
+		{
+			"-upstream b:1,weight=heavy",
+			`invalid value "b:1,weight=heavy" for flag -upstream: ` + wantUpstream,
+		},
+		{
+			"-upstream b:1,weight=0",
+			`invalid value "b:1,weight=0" for flag -upstream: ` + wantUpstream,
+		},
 		{"-upstream b:1,2", `invalid value "b:1,2" for flag -upstream: ` + wantUpstream},
 		{"-upstream b:1,", `invalid value "b:1," for flag -upstream: ` + wantUpstream},
-		{"-listen 127.0.0.1:0 -upstream b", `-upstream: lbproxy: app "basic": upstream 0: Addr "b": missing port in address: want host:port`},
-		{"-listen 127.0.0.1:0 -upstream b:1 -upstream b:1", `-upstream: lbproxy: app "basic": upstream 1: Addr "b:1": upstream 0 has it already: give it once`},
+		{
+			"-listen 127.0.0.1:0 -upstream b",
+			`-upstream: lbproxy: app "basic": upstream 0: Addr "b": missing port in ` +
+				`address: want host:port`,
+		},
+		{
+			"-listen 127.0.0.1:0 -upstream b:1 -upstream b:1",
+			`-upstream: lbproxy: app "basic": upstream 1: Addr "b:1": upstream 0 has it ` +
+				`already: give it once`,
+		},
 		{"-rate -1", `invalid value "-1" for flag -rate: ` + wantRate},
 		{"-rate NaN", `invalid value "NaN" for flag -rate: ` + wantRate},
 		{"-rate 1e-9", `invalid value "1e-9" for flag -rate: ` + wantRate},
 		{"-burst 1.5", `invalid value "1.5" for flag -burst: ` + wantBurst},
-		{"-listen 127.0.0.1:0 -upstream b:1 -burst 3", "-burst 3 without -rate: say how fast openings are regained, such as -rate 10"},
+		{
+			"-listen 127.0.0.1:0 -upstream b:1 -burst 3",
+			"-burst 3 without -rate: say how fast openings are regained, such as -rate 10",
+		},
 		{"-open many", `invalid value "many" for flag -open: ` + wantOpen},
 		{"-bandwidth 1MB", `invalid value "1MB" for flag -bandwidth: ` + wantBytes},
 		{"-idle -1s", `invalid value "-1s" for flag -idle: ` + wantIdle},
+		{"-max-conns -1", `invalid value "-1" for flag -max-conns: ` + wantConns},
+		{
+			"-dial-timeout 5",
+			`invalid value "5" for flag -dial-timeout: want a duration such as 2s, or 0 for the default`,
+		},
+		{
+			"-fail-timeout -1s",
+			`invalid value "-1s" for flag -fail-timeout: want a duration such as 10s, or 0 ` +
+				`for the default`,
+		},
+		{
+			"-check often",
+			`invalid value "often" for flag -check: want a duration such as 1s, or 0 for never`,
+		},
 	} {
 		var stdout, stderr bytes.Buffer
 		if code := run(strings.Fields(tt.args), nil, &stdout, &stderr); code != 2 || stdout.Len() > 0 {
@@ -396,7 +425,8 @@ func TestAddressInUse(t *testing.T) {
 	if code != 1 || stdout.Len() > 0 {
 		t.Errorf("exit code %d, want 1; stdout %q, want none", code, &stdout)
 	}
-	if got := stderr.String(); !strings.Contains(got, taken) || !strings.HasSuffix(got, ": choose another -listen\n") {
+	got := stderr.String()
+	if !strings.Contains(got, taken) || !strings.HasSuffix(got, ": choose another -listen\n") {
 		t.Errorf("stderr %q", got)
 	}
 }
@@ -421,7 +451,8 @@ func TestClientIsAddress(t *testing.T) {
 		{&net.UnixAddr{Name: "a.sock"}, ""},
 		{nil, ""},
 	} {
-		_, c, err := admit(context.Background(), remoteConn{remote: tt.remote})
+		c := &lbproxy.Conn{Client: remoteConn{remote: tt.remote}}
+		err := admit(t.Context(), c)
 		if c.ClientID != tt.want || (err != nil) != (tt.want == "") {
 			t.Errorf("client at %v: %q, %v, want %q", tt.remote, c.ClientID, err, tt.want)
 		}
@@ -431,5 +462,86 @@ func TestClientIsAddress(t *testing.T) {
 func TestNoLimits(t *testing.T) {
 	if (limits{}).admit() != nil {
 		t.Error("connections are looked at, with nothing to hold them to")
+	}
+}
+
+func TestFlagsReachTheApp(t *testing.T) {
+	const args = "-listen :0 -upstream b:1 -max-conns 3 -idle 5s " +
+		"-dial-timeout 1s -fail-timeout 2s -check 4s"
+	c, err := parse(strings.Fields(args))
+	proxytest.Must(t, err)
+	got := c.options()
+	check := *got.HealthCheck
+	if got.MaxConns != 3 || got.IdleTimeout != 5*time.Second || got.DialTimeout != time.Second ||
+		got.FailTimeout != 2*time.Second || check.Interval != 2*time.Second ||
+		check.Timeout != 2*time.Second || check.Fall != 2 {
+		t.Errorf("%s: %+v, %+v", args, got, check)
+	}
+	c, err = parse(strings.Fields("-listen :0 -upstream b:1 -idle 0"))
+	proxytest.Must(t, err)
+	if got := c.options(); got.IdleTimeout >= 0 || got.HealthCheck != nil || got.DialTimeout != 0 {
+		t.Errorf("without flags: %+v", got)
+	}
+}
+
+func TestMaxConns(t *testing.T) {
+	p := startProxy(t, "-max-conns", "1", "-upstream", upstream(t, "server"))
+	first, second := p.dial(t), p.dial(t)
+	if _, err := ask(first, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	answered := make(chan error, 1)
+	go func() {
+		_, err := ask(second, "hello")
+		answered <- err
+	}()
+	select {
+	case err := <-answered:
+		t.Fatalf("a second client is served, or refused: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	first.Close()
+	proxytest.Must(t, proxytest.Receive(t, "the second client is served", answered))
+}
+
+// The reader of "basic -v ... 2>&1 | head -1" is gone after the first line.
+func TestServesOnWhenNobodyReadsItsOutput(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("there are no signals on Windows")
+	}
+	r, w, err := os.Pipe()
+	proxytest.Must(t, err)
+	cmd := exec.Command(os.Args[0], "-v", "-listen", "127.0.0.1:0", "-upstream", upstream(t, "server"))
+	cmd.Env = append(os.Environ(), childVariable+"=1")
+	cmd.Stdout, cmd.Stderr = w, w
+	proxytest.Must(t, cmd.Start())
+	w.Close()
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	line, err := bufio.NewReaderSize(r, 16).ReadString('\n')
+	r.Close()
+	proxytest.Must(t, err)
+	addr, _, _ := strings.Cut(strings.TrimPrefix(line, "listening on "), ",")
+	for range 3 { // each leaves a line in the log
+		c := proxytest.Dial(t, addr)
+		if server, err := ask(c, "hello"); server != "server" {
+			t.Fatalf("answered %q, %v", server, err)
+		}
+		c.Close()
+	}
+	cmd.Process.Signal(os.Interrupt)
+	if err := proxytest.Receive(t, "the command ends", ended); err != nil {
+		t.Errorf("the command ended by %v", err)
+	}
+}
+
+func TestOutputFitsATerminal(t *testing.T) {
+	var demo, help bytes.Buffer
+	run(nil, nil, &demo, os.Stderr)
+	run([]string{"-h"}, nil, &help, os.Stderr)
+	for line := range strings.Lines(demo.String() + help.String()) {
+		if line = strings.TrimSuffix(line, "\n"); len(line) > 79 {
+			t.Errorf("%d columns, want at most 79: %s", len(line), line)
+		}
 	}
 }

@@ -14,10 +14,8 @@ import (
 )
 
 func newApp(conf config, log *slog.Logger) (*lbproxy.LBProxyApp, error) {
-	opts := &lbproxy.Options{Logger: log, IdleTimeout: conf.idle}
-	if conf.idle == 0 {
-		opts.IdleTimeout = -1 // never: a zero Option is its default
-	}
+	opts := conf.options()
+	opts.Logger = log
 	app, err := lbproxy.New("basic", conf.upstreams, opts)
 	if err != nil {
 		return nil, fmt.Errorf("-upstream: %w", err)
@@ -25,17 +23,37 @@ func newApp(conf config, log *slog.Logger) (*lbproxy.LBProxyApp, error) {
 	return app, nil
 }
 
-// serve serves clients until a signal comes and every connection has ended. A second signal breaks them.
-func serve(app *lbproxy.LBProxyApp, conf config, log *slog.Logger, signals <-chan os.Signal, stdout io.Writer) error {
+func (c config) options() *lbproxy.Options {
+	opts := &lbproxy.Options{
+		MaxConns: c.maxConns, DialTimeout: c.dial, FailTimeout: c.fail, IdleTimeout: c.idle,
+	}
+	if c.idle == 0 {
+		opts.IdleTimeout = -1 // never: a zero Option is its default
+	}
+	if c.check > 0 {
+		// An upstream is down after two failed checks in a row. Each begins at most half of c.check
+		// after the one before and takes as long at most, so both have failed after twice c.check.
+		half := max(c.check/2, 1)
+		opts.HealthCheck = &lbproxy.HealthCheck{Interval: half, Timeout: half, Fall: 2}
+	}
+	return opts
+}
+
+// serve serves clients until a signal comes and every connection has ended. A second signal breaks
+// those that are open, which is an error.
+func serve(
+	app *lbproxy.LBProxyApp, conf config, log *slog.Logger, signals <-chan os.Signal, stdout io.Writer,
+) error {
 	l, err := lbproxy.Listen(conf.listen)
 	if err != nil {
 		return fmt.Errorf("%w: choose another -listen", err)
 	}
-	var upstreams []string
+	var b strings.Builder
+	fmt.Fprintf(&b, "listening on %s, upstreams:\n", l.Addr())
 	for _, u := range app.Stats().Upstreams {
-		upstreams = append(upstreams, fmt.Sprintf("%s (weight %d)", u.Addr, u.Weight))
+		fmt.Fprintf(&b, "  %s, weight %d\n", u.Addr, u.Weight)
 	}
-	fmt.Fprintf(stdout, "listening on %s, upstreams %s\n", l.Addr(), strings.Join(upstreams, ", "))
+	io.WriteString(stdout, b.String())
 
 	served := make(chan error, 1)
 	go func() { served <- app.Serve(l, conf.limits.admit()) }()
@@ -47,17 +65,22 @@ func serve(app *lbproxy.LBProxyApp, conf config, log *slog.Logger, signals <-cha
 	}
 
 	log.Info("draining: interrupt again to break open connections", "open", app.Stats().Open)
+	cut := 0
 	drained := make(chan error, 1)
 	go func() { drained <- app.Shutdown(context.Background()) }()
 	select {
 	case <-drained:
 	case <-signals:
-		app.Close() // which ends the Shutdown, too
+		cut = app.Stats().Open
+		app.Close() // ends the Shutdown, too
 		<-drained
 	}
 	<-served
 	s := app.Stats()
-	log.Info("stopped", "accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed)
+	log.Info("stopped", "accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed, "cut", cut)
+	if cut > 0 {
+		return fmt.Errorf("%d open connections were cut", cut)
+	}
 	return nil
 }
 
@@ -69,26 +92,29 @@ type limits struct {
 	bandwidth int64   // bytes per second, both directions together
 }
 
-// maxClients bounds the memory that limits take. Beyond it a newcomer takes the place of a client that is idle.
+// maxClients bounds the memory that limits take. Beyond it a new client takes the place of one that
+// is idle.
 const maxClients = 100_000
 
-// admit returns what has Serve hold each client address to l. It is nil if there is nothing to hold it to.
+// admit returns an AdmitFunc that limits each client address by l, or nil if there are no limits.
 func (l limits) admit() lbproxy.AdmitFunc {
 	if l == (limits{}) {
 		return nil
 	}
 	clients := lbproxy.NewClientLimits(maxClients, l.manager)
-	return func(_ context.Context, c net.Conn) (context.Context, lbproxy.Conn, error) {
-		addr, ok := c.RemoteAddr().(*net.TCPAddr)
+	return func(_ context.Context, c *lbproxy.Conn) error {
+		addr, ok := c.Client.RemoteAddr().(*net.TCPAddr)
 		if !ok {
-			return nil, lbproxy.Conn{}, fmt.Errorf("client address %v: want TCP", c.RemoteAddr())
+			return fmt.Errorf("client address %v: want TCP", c.Client.RemoteAddr())
 		}
-		ip := addr.AddrPort().Addr().Unmap().String() // 10.0.0.1 is also ::ffff:10.0.0.1 where we listen on both
-		return nil, lbproxy.Conn{Client: c, ClientID: ip, RateLimit: clients.For(ip)}, nil
+		// Where we listen on IPv6 as well, 10.0.0.1 may come as ::ffff:10.0.0.1.
+		ip := addr.AddrPort().Addr().Unmap().String()
+		c.ClientID, c.RateLimit = ip, clients.For(ip)
+		return nil
 	}
 }
 
-// manager makes what one client is held to.
+// manager makes the limits of one client.
 func (l limits) manager(string) lbproxy.RateLimitManager {
 	var managers []lbproxy.RateLimitManager
 	if l.rate > 0 {

@@ -1,5 +1,5 @@
-// Mtls shows who gets where: a server that knows its users by the serials of their certificates, and what becomes of
-// a connection when its user is revoked.
+// Mtls shows a server that knows its users by the serials of their certificates: who reaches which
+// app, and what happens to an open connection when its user is revoked.
 package main
 
 import (
@@ -46,8 +46,8 @@ func run(out io.Writer) (err error) {
 	config := &mtlsserver.Config{
 		TLS: files,
 		Apps: []mtlsserver.App{
-			{ID: "web", Listen: "127.0.0.1:0", Upstreams: []mtlsserver.Upstream{upstreams.add("web-1"), upstreams.add("web-2")}},
-			{ID: "db", Listen: "127.0.0.1:0", Upstreams: []mtlsserver.Upstream{upstreams.add("db-1")}},
+			{ID: "web", Listen: "127.0.0.1:0", Upstreams: upstreams.add("web-1", "web-2")},
+			{ID: "db", Listen: "127.0.0.1:0", Upstreams: upstreams.add("db-1")},
 		},
 		Users: []mtlsserver.User{
 			{Name: "reporting", Serials: []mtlsserver.UserSerial{{Serial: "0x4d2"}}, Apps: []string{"web"}},
@@ -87,8 +87,8 @@ func run(out io.Writer) (err error) {
 		return err
 	}
 
-	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprint(table, "client\tapp\twhat it sees\twhat the server logs\n")
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprint(table, "client\tapp\twhat it sees\tlogged reason\n")
 	connect := func(app string, certs ...tls.Certificate) (net.Conn, string) {
 		c, greeting, err := dial(server.Addrs()[app], ca, certs)
 		if err != nil {
@@ -112,7 +112,7 @@ func run(out io.Writer) (err error) {
 	fmt.Fprintf(table, "alice\tweb\t%s\t(nothing yet)\n", sees)
 	visit("reporting", "web", reporting)
 	visit("reporting", "db", reporting)
-	visit("alice's serial from another CA", "web", forged)
+	visit("alice's serial, other CA", "web", forged)
 	visit("no certificate", "web")
 
 	revoked := *config
@@ -121,14 +121,14 @@ func run(out io.Writer) (err error) {
 		return err
 	}
 	_, err = live.Read(make([]byte, 1))
-	fmt.Fprintf(table, "alice, revoked by a reload\tweb\t%s\t%s\n", outcome(err), <-reasons)
+	fmt.Fprintf(table, "alice, now revoked\tweb\t%s\t%s\n", outcome(err), <-reasons)
 	visit("alice, once more", "web", alice)
 	visit("reporting", "web", reporting)
 	return table.Flush()
 }
 
-// dial returns a connection to app and what comes first from it. A client of TLS 1.3 learns that it is refused when
-// it reads.
+// dial returns a connection to app and what comes first from it. A client of TLS 1.3 learns that it
+// is refused when it reads.
 func dial(addr net.Addr, ca *authority, certs []tls.Certificate) (net.Conn, string, error) {
 	c, err := tls.Dial("tcp", addr.String(), &tls.Config{RootCAs: ca.pool(), Certificates: certs})
 	if err != nil {
@@ -147,7 +147,8 @@ func dial(addr net.Addr, ca *authority, certs []tls.Certificate) (net.Conn, stri
 // outcome is what the end of a connection looks like to the client.
 func outcome(err error) string {
 	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "remote error" {
-		return op.Err.Error() // the alert that the server sent
+		// The alert that the server sent.
+		return strings.TrimPrefix(op.Err.Error(), "tls: ")
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return "nothing for 5s"
@@ -155,7 +156,7 @@ func outcome(err error) string {
 	return "the connection ends"
 }
 
-// Reasons is the handler of a log, of which it passes on why connections ended.
+// Reasons is a slog.Handler that passes on why connections ended.
 type reasons chan string
 
 func (r reasons) Handle(_ context.Context, line slog.Record) error {
@@ -172,34 +173,39 @@ func (r reasons) Enabled(context.Context, slog.Level) bool { return true }
 func (r reasons) WithAttrs([]slog.Attr) slog.Handler       { return r }
 func (r reasons) WithGroup(string) slog.Handler            { return r }
 
-// Upstreams are servers that say their name and then what they are told.
+// Upstreams are servers that send their name and then echo.
 type upstreams struct {
 	listeners []net.Listener
 	running   sync.WaitGroup
 	err       error
 }
 
-func (u *upstreams) add(name string) mtlsserver.Upstream {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		u.err = err
-		return mtlsserver.Upstream{}
-	}
-	u.listeners = append(u.listeners, l)
-	u.running.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			u.running.Go(func() {
-				defer c.Close()
-				fmt.Fprintln(c, name, "answers")
-				io.Copy(c, c)
-			})
+func (u *upstreams) add(names ...string) (started []mtlsserver.Upstream) {
+	for _, name := range names {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			u.err = err
+			return nil
 		}
-	})
-	return mtlsserver.Upstream{Addr: l.Addr().String()}
+		u.listeners = append(u.listeners, l)
+		u.running.Go(func() { u.serve(l, name) })
+		started = append(started, mtlsserver.Upstream{Addr: l.Addr().String()})
+	}
+	return started
+}
+
+func (u *upstreams) serve(l net.Listener, name string) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		u.running.Go(func() {
+			defer c.Close()
+			fmt.Fprintln(c, name, "answers")
+			io.Copy(c, c)
+		})
+	}
 }
 
 func (u *upstreams) close() {

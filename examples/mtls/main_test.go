@@ -1,9 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"os"
+	"strings"
+	"testing"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
+
+func TestMain(m *testing.M) { proxytest.Main(m) }
 
 func Example() {
 	if err := run(os.Stdout); err != nil {
@@ -11,13 +18,23 @@ func Example() {
 	}
 
 	// Output:
-	// client                           app   what it sees                         what the server logs
-	// alice                            web   web-1 answers                        (nothing yet)
-	// reporting                        web   web-2 answers                        done
-	// reporting                        db    tls: bad certificate                 app-not-allowed
-	// alice's serial from another CA   web   tls: unknown certificate authority   unknown-ca
-	// no certificate                   web   tls: certificate required            no-certificate
-	// alice, revoked by a reload       web   the connection ends                  revoked
-	// alice, once more                 web   tls: bad certificate                 unknown-serial
-	// reporting                        web   web-1 answers                        done
+	// client                    app  what it sees                   logged reason
+	// alice                     web  web-1 answers                  (nothing yet)
+	// reporting                 web  web-2 answers                  done
+	// reporting                 db   bad certificate                app-not-allowed
+	// alice's serial, other CA  web  unknown certificate authority  unknown-ca
+	// no certificate            web  certificate required           no-certificate
+	// alice, now revoked        web  the connection ends            revoked
+	// alice, once more          web  bad certificate                unknown-serial
+	// reporting                 web  web-1 answers                  done
+}
+
+func TestOutputFitsATerminal(t *testing.T) {
+	var out bytes.Buffer
+	proxytest.Must(t, run(&out))
+	for line := range strings.Lines(out.String()) {
+		if line = strings.TrimSuffix(line, "\n"); len(line) > 79 {
+			t.Errorf("%d columns, want at most 79: %s", len(line), line)
+		}
+	}
 }

@@ -17,7 +17,8 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// An authority issues certificates. "mtlsserver init" and "mtlsserver issue" make the like, to keep.
+// An authority issues certificates. The commands "mtlsserver init" and "mtlsserver issue" make such
+// certificates for real use.
 type authority struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
@@ -25,8 +26,8 @@ type authority struct {
 
 func newAuthority() (*authority, error) {
 	ca := &authority{cert: &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "example CA"}, IsCA: true, MaxPathLenZero: true,
-		KeyUsage: x509.KeyUsageCertSign,
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "example CA"},
+		IsCA: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign,
 	}}
 	self, err := ca.issue(ca.cert)
 	if err != nil {
@@ -36,7 +37,7 @@ func newAuthority() (*authority, error) {
 	return ca, nil
 }
 
-// client is the template of a certificate that the server takes: not a CA's, for signing, and for a client by name.
+// client is the template of a certificate that the server accepts from a client.
 func client(serial int64) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(serial), KeyUsage: x509.KeyUsageDigitalSignature,
@@ -44,7 +45,7 @@ func client(serial int64) *x509.Certificate {
 	}
 }
 
-// issue makes a certificate with a key of its own. The first is the authority's.
+// issue makes a certificate with a new key. The first one is the authority's own.
 func (ca *authority) issue(template *x509.Certificate) (pair tls.Certificate, err error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -73,7 +74,8 @@ func (ca *authority) pool() *x509.CertPool {
 func (ca *authority) writeFiles(dir string) (files mtlsserver.Files, err error) {
 	server, err := ca.issue(&x509.Certificate{
 		SerialNumber: big.NewInt(2), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	})
 	if err != nil {
 		return files, err

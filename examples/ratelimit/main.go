@@ -1,4 +1,5 @@
-// Ratelimit holds clients to their plans. What lbproxy does not have, a byte quota, it adds in ten lines.
+// Ratelimit limits clients by their plans. It adds in ten lines what lbproxy does not have: a quota
+// of bytes.
 package main
 
 import (
@@ -15,17 +16,19 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A quota is the bytes a client may move in all. The connection that exceeds it is cut, later ones are refused.
+// A quota is the bytes that a client may move in all. The connection that exceeds it is cut, and
+// later ones are refused.
 type quota struct {
 	max  int64
 	used atomic.Int64
 }
 
 func (q *quota) Report(_ context.Context, e lbproxy.Event) lbproxy.Decision {
-	return lbproxy.Decision{Exceeded: q.used.Add(e.Bytes) > q.max} // of all events only EventData has Bytes
+	// Of all events only EventData has Bytes.
+	return lbproxy.Decision{Exceeded: q.used.Add(e.Bytes) > q.max}
 }
 
-// Idle keeps ClientLimits from forgetting a client that has used some.
+// Idle keeps ClientLimits from forgetting a client that has used some of its quota.
 func (q *quota) Idle() bool { return q.used.Load() == 0 }
 
 func plan(client string) lbproxy.RateLimitManager {
@@ -71,7 +74,7 @@ func run(out io.Writer) error {
 		}
 		client.Write(make([]byte, visit.bytes)) // should that fail, it shows in the outcome
 		client.CloseWrite()
-		r, _ := app.ServeConn(context.Background(), lbproxy.Conn{
+		r, _ := app.ServeConn(context.Background(), &lbproxy.Conn{
 			Client: conn, ClientID: visit.client, RateLimit: limits.For(visit.client),
 		})
 		client.Close()

@@ -1,0 +1,62 @@
+//go:build linux
+
+package soak
+
+import (
+	"net"
+	"syscall"
+	"unsafe"
+)
+
+// addrOf is what client id connects from: all of 127.0.0.0/8 is loopback. No two of four million
+// neighbours have the same.
+func addrOf(id uint64) *net.TCPAddr {
+	return &net.TCPAddr{IP: net.IPv4(127, 64|byte(id>>16)&63, byte(id>>8), byte(id))}
+}
+
+// idOf is the inverse of addrOf, for ids of less than four million.
+func idOf(addr net.Addr) (id uint64, ok bool) {
+	tcp, ok := addr.(*net.TCPAddr)
+	if !ok {
+		return 0, false
+	}
+	ip := tcp.IP.To4()
+	if ip == nil || ip[0] != 127 || ip[1]&^63 != 64 {
+		return 0, false
+	}
+	return uint64(ip[1]&63)<<16 | uint64(ip[2])<<8 | uint64(ip[3]), true
+}
+
+// unsent is how many bytes c has sent that have not arrived.
+func unsent(c *net.TCPConn) int {
+	var n int32
+	control(c, func(fd int) {
+		syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&n)))
+	})
+	return int(n)
+}
+
+// wasReset reports whether c, which has read an end of stream and not ended its own, has been
+// reset: a write may have taken the error, and then a read sees what looks like a clean end.
+func wasReset(c *net.TCPConn) bool {
+	const closed = 7 // TCP_CLOSE, the first octet of struct tcp_info
+	reset := false
+	control(c, func(fd int) {
+		info, err := syscall.GetsockoptInet4Addr(fd, syscall.IPPROTO_TCP, syscall.TCP_INFO)
+		reset = err == nil && info[0] == closed
+	})
+	return reset
+}
+
+func control(c syscall.Conn, f func(fd int)) {
+	if raw, err := c.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { f(int(fd)) })
+	}
+}
+
+// setBacklog bounds how many connections may wait to be accepted; the system lets in one more.
+func setBacklog(l net.Listener, n int) bool {
+	err := error(syscall.EINVAL)
+	control(l.(syscall.Conn), func(fd int) { err = syscall.Listen(fd, n) })
+	return err == nil
+}

@@ -1,0 +1,306 @@
+package relay
+
+import (
+	"io"
+	"net"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+func TestIdleIsOverBothDirectionsAndExact(t *testing.T) {
+	for _, keepAlive := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}), nil)
+			go func() {
+				b := make([]byte, 1)
+				io.ReadFull(server, b)       // at 50 s
+				time.Sleep(50 * time.Second) // 100 s
+				server.Write(b)
+				server.Read(b) // no more
+			}()
+			start := time.Now()
+			time.Sleep(50 * time.Second)
+			proxytest.Must(t, proxytest.Ping(client))
+			readCut(t, client)
+			if took := time.Since(start); took != 160*time.Second {
+				t.Errorf("ended after %v, want 160s", took)
+			}
+			if o := h.wait(t); o.Err != errIdle || o.Failed != NoSide || o.Sent != 1 || o.Received != 1 {
+				t.Errorf("%+v", o)
+			}
+		})
+	}
+}
+
+func TestIdleTimeBeginsWithConnect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEngine(t, Config{Idle: time.Minute})
+		for range 2 { // the second time the engine has been at rest for long
+			client, ours := proxytest.Pipe()
+			server, theirs := proxytest.Pipe()
+			h := newRecorder(nil)
+			r := e.Start(ours, h, 0)
+			start := time.Now()
+			time.Sleep(2 * time.Minute)
+			r.Connect(theirs)
+			if o := h.wait(t); o.Err != errIdle || time.Since(start) != 3*time.Minute {
+				t.Errorf("%+v after %v", o, time.Since(start))
+			}
+			client.Close()
+			server.Close()
+			time.Sleep(time.Hour)
+		}
+	})
+}
+
+// There is no other bound on how long one stream may go on when the other has ended.
+func TestHalfClosedRelayIsBoundByIdleTimeAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}), nil)
+		go func() {
+			io.ReadAll(server)
+			for range 100 {
+				time.Sleep(50 * time.Second)
+				server.Write([]byte("x"))
+			}
+			server.Close()
+		}()
+		start := time.Now()
+		client.CloseWrite()
+		if b, err := io.ReadAll(client); len(b) != 100 || err != nil {
+			t.Errorf("%d bytes, %v; want 100", len(b), err)
+		}
+		if o := h.wait(t); o.Err != nil || time.Since(start) != 5000*time.Second {
+			t.Errorf("%+v after %v", o, time.Since(start))
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}), nil)
+		start := time.Now()
+		server.CloseWrite()
+		if _, err := client.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("client reads %v", err)
+		}
+		if o := h.wait(t); o.Err != errIdle || time.Since(start) != time.Minute {
+			t.Errorf("%+v after %v", o, time.Since(start))
+		}
+	})
+}
+
+func TestNoIdleTimeMeansForEver(t *testing.T) {
+	for _, idle := range []time.Duration{0, -1} {
+		synctest.Test(t, func(t *testing.T) {
+			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: idle, KeepAlive: true}), nil)
+			go func() { io.Copy(server, server); server.Close() }()
+			time.Sleep(1000 * time.Hour)
+			proxytest.Must(t, proxytest.Ping(client))
+			client.Close()
+			if o := h.wait(t); o.Err != nil {
+				t.Errorf("%+v", o)
+			}
+		})
+	}
+}
+
+// A write that goes on in pieces is not idle, where nobody can be asked about the queue.
+func TestSlowReaderInMemoryIsNotIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const size = 10 * writePiece
+		client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}), nil)
+		go func() { pattern.Send(server, size); server.CloseWrite() }()
+		client.CloseWrite()
+		var got []byte
+		for b := make([]byte, writePiece/4); ; {
+			time.Sleep(10 * time.Second)
+			n, err := client.Read(b)
+			got = append(got, b[:n]...)
+			if err != nil {
+				break
+			}
+		}
+		if len(got) != size || pattern.Check(0, got) != nil {
+			t.Errorf("%d bytes, %v", len(got), pattern.Check(0, got))
+		}
+		if o := h.wait(t); o.Err != nil {
+			t.Errorf("%+v", o)
+		}
+		server.Close()
+	})
+}
+
+func TestSlowReaderOfASocketIsNotIdle(t *testing.T) {
+	const size = 1 << 20
+	client, ours := duplex(t)
+	server, theirs := duplex(t)
+	if canMeasure {
+		ours.SetWriteBuffer(2 * size) // it all fits, and nothing wakes the relay
+	} else {
+		ours.SetWriteBuffer(16 << 10)
+	}
+	client.SetReadBuffer(16 << 10)
+	h := newRecorder(nil)
+	r := newEngine(t, Config{Idle: time.Second}).Start(ours, h, 0)
+	r.Connect(theirs)
+	go func() { pattern.Send(server, size); server.CloseWrite() }()
+	start := time.Now()
+	tick := time.NewTicker(40 * time.Millisecond)
+	defer tick.Stop()
+	b := make([]byte, 16<<10)
+	for at := int64(0); at < size; {
+		<-tick.C
+		n, err := io.ReadFull(client, b)
+		if err != nil || pattern.Check(at, b[:n]) != nil {
+			t.Fatalf("after %d of %d bytes: %v", at, size, err)
+		}
+		at += int64(n)
+	}
+	client.Close()
+	server.Close()
+	if o := h.wait(t); o.Err != nil || time.Since(start) < 2*time.Second {
+		t.Errorf("%+v after %v", o, time.Since(start))
+	}
+}
+
+func TestStalledRelaysAreGoneAfterTheIdleTime(t *testing.T) {
+	e := newEngine(t, Config{Idle: 300 * time.Millisecond})
+	var hs []*recorder
+	for range 100 {
+		client, server, h, _ := joinOver(t, e, nil)
+		client.Write([]byte("x"))
+		io.ReadFull(server, make([]byte, 1))
+		hs = append(hs, h)
+	}
+	for _, h := range hs {
+		if o := h.wait(t); o.Err != errIdle || o.Sent != 1 {
+			t.Fatalf("%+v", o)
+		}
+	}
+}
+
+// One whose conn is slow to close does not keep the others.
+func TestIdleRelaysDoNotWaitForEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEngine(t, Config{Idle: time.Minute})
+		client, ours := proxytest.Pipe()
+		_, theirs := proxytest.Pipe()
+		slow := &slowReset{PipeConn: ours, resetting: make(chan struct{}), release: make(chan struct{})}
+		held := newRecorder(nil)
+		e.Start(slow, held, 0).Connect(theirs)
+		time.Sleep(time.Second)
+		_, _, h, _ := joinPipes(e, nil)
+		start := time.Now()
+		if o := h.wait(t); o.Err != errIdle || time.Since(start) != time.Minute {
+			t.Errorf("%+v after %v", o, time.Since(start))
+		}
+		time.Sleep(10 * time.Minute) // and it is condemned once
+		close(slow.release)
+		held.wait(t)
+		client.Close()
+	})
+}
+
+// What the sweep costs when 100,000 relays are silent, by what it asks the system.
+func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
+	if !canMeasure {
+		t.Skip("nobody can be asked")
+	}
+	_, ours := duplex(t)
+	asked := 0
+	raw := askedConn{rawTCP(ours), &asked}
+	e := NewEngine(Config{Idle: time.Minute})
+	r := &Relay{client: end{raw: raw}, server: end{raw: raw}}
+	r.touch()
+	now := r.last.Load()
+	look := func(after time.Duration) time.Duration {
+		now += int64(after)
+		left, _ := e.look(r, now)
+		return left.Round(time.Second)
+	}
+	for i, row := range []struct {
+		after time.Duration
+		asked int // so far
+		left  time.Duration
+	}{
+		{10 * time.Second, 0, 50 * time.Second}, // not silent for a quarter
+		{5 * time.Second, 2, 45 * time.Second},  // the first question, one for each side
+		{20 * time.Second, 2, 25 * time.Second}, // the queues are empty, and nothing has moved
+		{20 * time.Second, 2, 5 * time.Second},
+	} {
+		if left := look(row.after); left != row.left || asked != row.asked {
+			t.Errorf("look %d: %v left after %d questions, want %v and %d", i, left, asked, row.left, row.asked)
+		}
+	}
+	r.last.Store(now)
+	if look(15 * time.Second); asked != 4 {
+		t.Errorf("%d questions after bytes have moved, want 4", asked)
+	}
+}
+
+// An askedConn counts how often it is used.
+type askedConn struct {
+	syscall.RawConn
+	n *int
+}
+
+func (c askedConn) Control(f func(uintptr)) error { *c.n++; return c.RawConn.Control(f) }
+
+func TestSweepSeesEachRelayWhileOthersComeAndGo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEngine(t, Config{Idle: time.Minute})
+		start := time.Now()
+		var hs []*recorder
+		var conns []net.Conn
+		for i := range 2*sweepBatch + 10 {
+			client, server, h, r := joinPipes(e, nil)
+			conns = append(conns, client, server)
+			if i%3 == 0 {
+				r.Abort(nil)
+				h.wait(t)
+				continue
+			}
+			hs = append(hs, h)
+		}
+		for _, h := range hs {
+			if o := h.wait(t); o.Err != errIdle {
+				t.Fatalf("%+v", o)
+			}
+		}
+		if took := time.Since(start); took != time.Minute {
+			t.Errorf("after %v", took)
+		}
+		for _, c := range conns {
+			c.Close()
+		}
+		if len(e.relays) != 0 {
+			t.Errorf("%d relays are left", len(e.relays))
+		}
+	})
+}
+
+func TestEngineAtRestHasNoTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := NewEngine(Config{Idle: time.Minute, KeepAlive: true})
+		client, server, h, r := joinPipes(e, nil)
+		r.Abort(nil)
+		h.wait(t)
+		time.Sleep(time.Hour)
+		e.mu.Lock()
+		if e.armed {
+			t.Error("the timer runs")
+		}
+		e.mu.Unlock()
+		client.Close()
+		server.Close()
+		_, _, h, r = joinPipes(e, nil)
+		r.Abort(nil)
+		h.wait(t)
+		e.Close() // with the timer running
+		if e.armed {
+			t.Error("the timer runs")
+		}
+	})
+}

@@ -1,0 +1,159 @@
+package relay
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+func TestMain(m *testing.M) { proxytest.Main(m) }
+
+var errIdle = errors.New("idle")
+
+// A recorder is a Handler that keeps what it hears.
+type recorder struct {
+	moved  func(Direction, int) Verdict // nil: go on
+	over   chan error
+	done   chan Outcome
+	isDone atomic.Bool
+	late   atomic.Bool // something was heard after Done, or Over twice or not before Done
+	sums   [3]atomic.Int64
+}
+
+func newRecorder(moved func(Direction, int) Verdict) *recorder {
+	return &recorder{moved: moved, over: make(chan error, 1), done: make(chan Outcome, 1)}
+}
+
+func (h *recorder) Moved(d Direction, n int) Verdict {
+	if h.isDone.Load() {
+		h.late.Store(true)
+	}
+	h.sums[d].Add(int64(n))
+	if h.moved != nil {
+		return h.moved(d, n)
+	}
+	return Verdict{}
+}
+
+func (h *recorder) Over(cause error) {
+	select {
+	case h.over <- cause:
+	default:
+		h.late.Store(true)
+	}
+}
+
+func (h *recorder) Done(o Outcome) {
+	if h.isDone.Swap(true) || len(h.over) != 1 {
+		h.late.Store(true)
+	}
+	h.done <- o
+}
+
+// wait returns how the relay ended, and checks what it was told on the way.
+func (h *recorder) wait(t testing.TB) Outcome {
+	t.Helper()
+	o := <-h.done // which may take hours of fake time; real peers have deadlines
+	h.check(t, o)
+	return o
+}
+
+func (h *recorder) check(t testing.TB, o Outcome) {
+	t.Helper()
+	if h.late.Load() {
+		t.Error("the handler was called out of order")
+	}
+	if cause := <-h.over; cause != o.Err {
+		t.Errorf("Over said %v, Done says %v", cause, o.Err)
+	}
+	if up, down := h.sums[Upload].Load(), h.sums[Download].Load(); up != o.Sent || down != o.Received {
+		t.Errorf("Moved was told of %d and %d bytes: %+v", up, down, o)
+	}
+}
+
+// newEngine returns an engine that is closed when the test ends.
+func newEngine(t testing.TB, config Config) *Engine {
+	if config.IdleErr == nil {
+		config.IdleErr = errIdle
+	}
+	e := NewEngine(config)
+	t.Cleanup(e.Close)
+	return e
+}
+
+// join relays between two sockets.
+func join(t testing.TB, moved func(Direction, int) Verdict) (client, server *net.TCPConn, h *recorder) {
+	t.Helper()
+	client, server, h, _ = joinOver(t, newEngine(t, Config{}), moved)
+	return client, server, h
+}
+
+func joinOver(t testing.TB, e *Engine, moved func(Direction, int) Verdict) (client, server *net.TCPConn, h *recorder, r *Relay) {
+	t.Helper()
+	client, ours := duplex(t)
+	server, theirs := duplex(t)
+	h = newRecorder(moved)
+	r = e.Start(ours, h, 0)
+	r.Connect(theirs)
+	t.Cleanup(func() { r.Abort(nil) })
+	return client, server, h, r
+}
+
+// duplex returns a peer's end and the relay's, which has no deadline.
+func duplex(t testing.TB) (peer, ours *net.TCPConn) {
+	t.Helper()
+	peer, ours = proxytest.Duplex(t)
+	ours.SetDeadline(time.Time{})
+	return peer, ours
+}
+
+// joinPipes relays between two connections in memory, at once.
+func joinPipes(e *Engine, moved func(Direction, int) Verdict) (client, server *proxytest.PipeConn, h *recorder, r *Relay) {
+	client, ours := proxytest.Pipe()
+	server, theirs := proxytest.Pipe()
+	h = newRecorder(moved)
+	r = e.Start(ours, h, 0)
+	r.Connect(theirs)
+	return client, server, h, r
+}
+
+// readCut reads c to a reset and fails if it ends in any other way.
+func readCut(t testing.TB, c io.Reader) []byte {
+	t.Helper()
+	b, err := io.ReadAll(c)
+	if !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read %d bytes, then %v; want a reset", len(b), err)
+	}
+	return b
+}
+
+// openPipes are those of which the process has an end.
+func openPipes() map[string]bool {
+	pipes := map[string]bool{}
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		if to, _ := os.Readlink("/proc/self/fd/" + e.Name()); strings.HasPrefix(to, "pipe:") {
+			pipes[to] = true
+		}
+	}
+	return pipes
+}
+
+// pipesSince is how many are open that were not before. Those of io.Copy, in earlier tests, are
+// closed by the garbage collector, whenever that comes.
+func pipesSince(before map[string]bool) (n int) {
+	for pipe := range openPipes() {
+		if !before[pipe] {
+			n++
+		}
+	}
+	return n
+}

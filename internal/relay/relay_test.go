@@ -1,0 +1,1101 @@
+package relay
+
+import (
+	"bytes"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+const pattern = proxytest.Pattern(7)
+
+type halfClosing interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// Streams that end well.
+
+func TestHalfClose(t *testing.T) {
+	const size = 1 << 20
+	serverTLS, clientTLS := proxytest.TLSConfigs()
+	overTLS := func(peer, ours net.Conn, peerIsServer bool) (halfClosing, net.Conn) {
+		if peerIsServer {
+			return tls.Server(peer, serverTLS), NewTLS(tls.Client, ours, clientTLS, 0)
+		}
+		return tls.Client(peer, clientTLS), NewTLS(tls.Server, ours, serverTLS, 0)
+	}
+	for _, layer := range []string{"plain", "TLS client", "TLS server", "TLS both", "wrapped"} {
+		for _, order := range []string{"client first", "server first", "both"} {
+			t.Run(layer+"/"+order, func(t *testing.T) {
+				c, ours := duplex(t)
+				s, theirs := duplex(t)
+				var client, server halfClosing = c, s
+				var up, down net.Conn = ours, theirs
+				if layer == "TLS client" || layer == "TLS both" {
+					client, up = overTLS(c, ours, false)
+				}
+				if layer == "TLS server" || layer == "TLS both" {
+					server, down = overTLS(s, theirs, true)
+				}
+				if layer == "wrapped" {
+					up, down = wrapped{ours}, wrapped{theirs}
+				}
+				h := newRecorder(nil)
+				r := newEngine(t, Config{}).Start(up, h, 0)
+				r.Connect(down)
+				var wg sync.WaitGroup
+				got := make(chan error, 2)
+				whole := func(c halfClosing) { got <- pattern.Exactly(c, size) }
+				send := func(c halfClosing) {
+					if _, err := pattern.Send(c, size); err != nil {
+						t.Error(err)
+					}
+					if err := c.CloseWrite(); err != nil {
+						t.Error(err)
+					}
+				}
+				first, second := client, server
+				switch order {
+				case "server first":
+					first, second = server, client
+					fallthrough
+				case "client first": // the answer begins when all of the question has come
+					wg.Go(func() { whole(second); send(second) })
+					wg.Go(func() { send(first); whole(first) })
+				case "both":
+					for _, c := range []halfClosing{client, server} {
+						wg.Go(func() { send(c) })
+						wg.Go(func() { whole(c) })
+					}
+				}
+				wg.Wait()
+				for range 2 {
+					if err := <-got; err != nil {
+						t.Error(err)
+					}
+				}
+				if o := h.wait(t); o.Err != nil || o.Sent != size || o.Received != size {
+					t.Errorf("%+v", o)
+				}
+			})
+		}
+	}
+}
+
+// wrapped is a TCP connection of somebody else's type.
+type wrapped struct{ *net.TCPConn }
+
+func (w wrapped) NetConn() net.Conn { return w.TCPConn }
+
+func TestLongReplyAfterTheClientsEnd(t *testing.T) {
+	const size = 64 << 20
+	client, server, h := join(t, nil)
+	go func() {
+		io.Copy(io.Discard, server)
+		pattern.Send(server, size)
+		server.CloseWrite()
+	}()
+	client.Write([]byte("everything, please"))
+	client.CloseWrite()
+	if err := pattern.Exactly(client, size); err != nil {
+		t.Error(err)
+	}
+	if o := h.wait(t); o.Err != nil || o.Received != size {
+		t.Errorf("%+v", o)
+	}
+}
+
+// A stream that keeps changing between small and bulk goes in and out of splicing.
+func TestSmallAndBulkAlternate(t *testing.T) {
+	client, server, h := join(t, nil)
+	go func() {
+		io.Copy(struct{ io.Writer }{server}, server)
+		server.CloseWrite()
+	}()
+	var sent int64
+	buf := make([]byte, 16<<20)
+	for _, size := range []int{64, 8 << 20, 64, 64, 64, 300_000, 1, 70_000, 16 << 20, 5} {
+		go func(at, end int64) {
+			for at < end {
+				n, err := client.Write(pattern.At(at, int(end-at)))
+				if at += int64(n); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}(sent, sent+int64(size))
+		if _, err := io.ReadFull(client, buf[:size]); err != nil {
+			t.Fatal(err)
+		}
+		if err := pattern.Check(sent, buf[:size]); err != nil {
+			t.Fatal(err)
+		}
+		sent += int64(size)
+	}
+	client.CloseWrite()
+	if o := h.wait(t); o.Err != nil || o.Sent != sent || o.Received != sent {
+		t.Errorf("%+v, want %d bytes each way", o, sent)
+	}
+}
+
+// Before there is a server.
+
+func TestNothingSentBeforeConnectIsLost(t *testing.T) {
+	const size = 300_000
+	for _, half := range []bool{false, true} {
+		client, ours := duplex(t)
+		server, theirs := duplex(t)
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			pattern.Send(client, size)
+			if half {
+				client.CloseWrite()
+			}
+		})
+		if half {
+			wg.Wait() // it all fits into the buffers of the systems between
+		}
+		r.Connect(theirs)
+		if half {
+			if err := pattern.Exactly(server, size); err != nil {
+				t.Error(err)
+			}
+		} else if n, err := io.CopyN(io.Discard, server, size); err != nil {
+			t.Error(n, err)
+		}
+		wg.Wait()
+		client.CloseWrite()
+		server.Write([]byte("bye"))
+		server.CloseWrite()
+		if b, err := io.ReadAll(client); string(b) != "bye" || err != nil {
+			t.Errorf("half-closed %v: client got %q, %v", half, b, err)
+		}
+		if o := h.wait(t); o.Err != nil || o.Sent != size {
+			t.Errorf("%+v", o)
+		}
+	}
+}
+
+func TestClientGoneBeforeConnect(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		leave func(c *proxytest.PipeConn)
+		over  error // nil: it is not over, for a half-closed client may wait for an answer
+	}{
+		{"reset", func(c *proxytest.PipeConn) { c.SetLinger(0); c.Close() }, syscall.ECONNRESET},
+		{"spoke and reset", func(c *proxytest.PipeConn) { c.Write([]byte("x")); c.SetLinger(0); c.Close() }, nil},
+		{"half-closed", func(c *proxytest.PipeConn) { c.CloseWrite() }, nil},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client, ours := proxytest.Pipe()
+				h := newRecorder(nil)
+				r := newEngine(t, Config{}).Start(ours, h, 0)
+				go row.leave(client)
+				synctest.Wait()
+				if len(h.over) > 0 != (row.over != nil) {
+					t.Errorf("over %v", len(h.over) > 0)
+				}
+				if len(h.done) > 0 {
+					t.Error("done before Connect")
+				}
+				if row.over == nil {
+					r.Abort(io.ErrClosedPipe)
+				}
+				r.Connect(nil)
+				if o := h.wait(t); row.over != nil && (o.Failed != Client || o.Err != row.over) {
+					t.Errorf("%+v", o)
+				}
+				client.Close()
+			})
+		})
+	}
+	synctest.Test(t, func(t *testing.T) { // a conn without half-close, of which an end is all there is
+		client, ours := net.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		client.Close()
+		synctest.Wait()
+		if len(h.over) == 0 {
+			t.Error("not over")
+		}
+		server, theirs := proxytest.Pipe()
+		if r.Connect(theirs) {
+			t.Error("Connect returned true when it was over")
+		}
+		if _, err := server.Read(make([]byte, 1)); err != syscall.ECONNRESET {
+			t.Errorf("the server reads %v, want a reset", err)
+		}
+		server.Close()
+		if o := h.wait(t); o.Failed != Client || o.Err != errGone {
+			t.Errorf("%+v", o)
+		}
+	})
+}
+
+// A client that has spoken and is reset is noticed although its bytes have not been read.
+func TestResetOfAClientThatSpokeIsNoticedBeforeConnect(t *testing.T) {
+	if !canMeasure {
+		t.Skip("elsewhere it is noticed when the dial is done")
+	}
+	client, ours := duplex(t)
+	h := newRecorder(nil)
+	r := newEngine(t, Config{}).Start(ours, h, 0)
+	client.Write(make([]byte, 10_000))
+	client.SetLinger(0)
+	client.Close()
+	proxytest.Eventually(t, "it is over", func() bool { return len(h.over) > 0 })
+	r.Connect(nil)
+	if o := h.wait(t); o.Failed != Client || o.Err != errReset {
+		t.Errorf("%+v", o)
+	}
+}
+
+func TestConnectWithoutServerAborts(t *testing.T) {
+	client, ours := duplex(t)
+	h := newRecorder(nil)
+	if newEngine(t, Config{}).Start(ours, h, 0).Connect(nil) {
+		t.Error("Connect returned true")
+	}
+	readCut(t, client)
+	if o := h.wait(t); o.Failed != NoSide || o.Err != errNoServer {
+		t.Errorf("%+v", o)
+	}
+}
+
+// Cut streams.
+
+func TestResetFromEitherSideResetsTheOtherAfterWhatCameBefore(t *testing.T) {
+	const before = 100_000
+	rounds := 300
+	if !canMeasure {
+		rounds = 2 // a second each
+	}
+	e := newEngine(t, Config{})
+	for side := Client; side <= Server; side++ {
+		for range rounds {
+			from, to, h, _ := joinOver(t, e, nil)
+			if side == Server {
+				from, to = to, from
+			}
+			pattern.Send(from, before)
+			got := make([]byte, before)
+			if _, err := io.ReadFull(to, got); err != nil {
+				t.Fatal(err)
+			}
+			from.SetLinger(0)
+			from.Close()
+			if more := readCut(t, to); len(more) > 0 || pattern.Check(0, got) != nil {
+				t.Fatalf("%d bytes more, %v", len(more), pattern.Check(0, got))
+			}
+			if o := h.wait(t); o.Failed != side || o.Err == nil {
+				t.Fatalf("%+v", o)
+			}
+			to.Close()
+		}
+	}
+}
+
+// An answer that was read from a server that has failed then arrives, also at a client that is busy
+// sending.
+func TestAnswerBeforeAResetArrives(t *testing.T) {
+	const answer = 300 << 10
+	rounds := 20
+	if !canMeasure {
+		rounds = 2
+	}
+	e := newEngine(t, Config{})
+	for i := range rounds {
+		client, server, h, r := joinOver(t, e, nil)
+		sending := i%2 == 0
+		var wg sync.WaitGroup
+		if sending {
+			wg.Go(func() {
+				for b := make([]byte, 32<<10); ; {
+					if _, err := client.Write(b); err != nil {
+						return
+					}
+				}
+			})
+		} else {
+			client.Write([]byte("x"))
+		}
+		io.ReadFull(server, make([]byte, 1))
+		pattern.Send(server, answer)
+		proxytest.Eventually(t, "all was written", func() bool { _, n := r.Counts(); return n == answer })
+		server.SetLinger(0)
+		server.Close()
+		b := make([]byte, answer)
+		if n, err := io.ReadFull(client, b); err != nil {
+			t.Fatalf("client got %d of %d bytes, %v", n, answer, err)
+		}
+		if err := pattern.Check(0, b); err != nil {
+			t.Fatal(err)
+		}
+		// One call of the client gets the error of the reset; it may be a write.
+		if n, err := io.Copy(io.Discard, client); n > 0 || err == nil && !sending {
+			t.Fatalf("then %d bytes, %v", n, err)
+		}
+		wg.Wait()
+		if o := h.wait(t); o.Failed != Server || o.Received != answer {
+			t.Fatalf("%+v", o)
+		}
+	}
+}
+
+// answeredThenReset returns a relay whose server has answered and then reset the connection, of
+// which the client has read nothing yet.
+func answeredThenReset(t *testing.T) (client net.Conn, h *recorder) {
+	c, server, h, _ := joinPipes(newEngine(t, Config{}), nil)
+	server.Write([]byte("answer"))
+	server.SetLinger(0)
+	server.Close()
+	c.Write([]byte("x")) // so that the reset is noticed
+	return c, h
+}
+
+func TestResetComesWhenWhatWasReadIsDelivered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, h := answeredThenReset(t)
+		start := time.Now()
+		time.Sleep(100 * time.Millisecond)
+		if b := readCut(t, client); string(b) != "answer" {
+			t.Errorf("client got %q", b)
+		}
+		if o := h.wait(t); o.Failed != Server || time.Since(start) != 100*time.Millisecond {
+			t.Errorf("%+v after %v", o, time.Since(start))
+		}
+	})
+}
+
+func TestResetWaitsOneSecondForUnreadData(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, h := answeredThenReset(t)
+		start := time.Now()
+		if o := h.wait(t); o.Failed != Server || o.Received != 0 || time.Since(start) != time.Second {
+			t.Errorf("%+v after %v", o, time.Since(start))
+		}
+		readCut(t, client)
+	})
+}
+
+// The server has reset the connection, and the client does not read what came before that.
+func TestUnreadDataOfASocketIsNotWaitedForLong(t *testing.T) {
+	client, server, h := join(t, nil)
+	for b := make([]byte, 64<<10); ; {
+		server.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+		if _, err := server.Write(b); err != nil {
+			break
+		}
+	}
+	server.SetLinger(0)
+	server.Close()
+	for len(h.done) == 0 {
+		client.Write([]byte("x")) // so that the reset is noticed
+		select {
+		case <-t.Context().Done():
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	if o := h.wait(t); o.Failed != Server {
+		t.Errorf("%+v", o)
+	}
+}
+
+// A client that has half-closed is reset: the download's write finds that, and the upload, which has
+// ended, cannot linger for itself.
+func TestResetAfterHalfClose(t *testing.T) {
+	client, server, h := join(t, nil)
+	client.Write([]byte("x"))
+	client.CloseWrite()
+	if b, err := io.ReadAll(server); string(b) != "x" || err != nil {
+		t.Fatalf("%q, %v", b, err)
+	}
+	client.SetLinger(0)
+	client.Close()
+	for b := make([]byte, 64<<10); ; {
+		if _, err := server.Write(b); err != nil {
+			break
+		}
+	}
+	if o := h.wait(t); o.Failed != Client {
+		t.Errorf("%+v", o)
+	}
+}
+
+func TestAbort(t *testing.T) {
+	why := errors.New("revoked")
+	for name, half := range map[string]func(client, server *proxytest.PipeConn){
+		"neither side has ended":  func(client, server *proxytest.PipeConn) {},
+		"the client has ended":    func(client, server *proxytest.PipeConn) { client.CloseWrite() },
+		"the server has ended":    func(client, server *proxytest.PipeConn) { server.CloseWrite() },
+		"the server, after words": func(client, server *proxytest.PipeConn) { server.Write([]byte("bye")); server.CloseWrite() },
+		"a write is stuck":        func(client, server *proxytest.PipeConn) { client.SetLinger(-1) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client, server, h, r := joinPipes(newEngine(t, Config{}), nil)
+				go io.Copy(io.Discard, client)
+				if name == "a write is stuck" {
+					client.Write([]byte("x"))
+				} else {
+					go io.Copy(io.Discard, server)
+				}
+				half(client, server)
+				synctest.Wait()
+				start := time.Now()
+				r.Abort(why)
+				r.Abort(errors.New("too late"))
+				if o := h.wait(t); o.Err != why || o.Failed != NoSide || time.Since(start) != 0 {
+					t.Errorf("%+v after %v", o, time.Since(start))
+				}
+				r.Abort(errors.New("far too late"))
+			})
+		})
+	}
+}
+
+func TestAbortBeforeConnect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		go client.Write([]byte("hello"))
+		synctest.Wait()
+		r.Abort(nil)
+		synctest.Wait()
+		if len(h.done) > 0 {
+			t.Fatal("done before Connect")
+		}
+		server, theirs := proxytest.Pipe()
+		if r.Connect(theirs) {
+			t.Error("Connect returned true")
+		}
+		if _, err := server.Read(make([]byte, 1)); err != syscall.ECONNRESET {
+			t.Errorf("server reads %v, want a reset", err)
+		}
+		server.Close()
+		if o := h.wait(t); o.Err == nil || o.Sent != 0 {
+			t.Errorf("%+v", o)
+		}
+	})
+}
+
+// Many goroutines end a relay at once, while it ends by itself.
+func TestAbortAtAnyTime(t *testing.T) {
+	rounds := 300
+	if testing.Short() {
+		rounds = 50
+	}
+	e := newEngine(t, Config{})
+	for i := range rounds {
+		client, ours := duplex(t)
+		server, theirs := duplex(t)
+		h := newRecorder(nil)
+		r := e.Start(ours, h, 0)
+		var wg sync.WaitGroup
+		for n := range 3 {
+			wg.Go(func() {
+				if i%4 != 0 || n == 0 {
+					r.Abort(fmt.Errorf("abort %d", n))
+				}
+			})
+		}
+		wg.Go(func() { r.Connect(theirs) })
+		wg.Go(func() { client.Write([]byte("x")); client.Close() })
+		wg.Go(func() { server.Write([]byte("y")); server.Close() })
+		wg.Wait()
+		h.wait(t)
+	}
+}
+
+// A relay is not done while its conns are being reset.
+func TestNotDoneWhileItIsReset(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		slow := &slowReset{PipeConn: theirs, resetting: make(chan struct{}), release: make(chan struct{})}
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(slow)
+		go r.Abort(io.ErrClosedPipe)
+		<-slow.resetting
+		server.Close() // as the peer might
+		client.Close()
+		synctest.Wait()
+		if len(h.done) > 0 {
+			t.Error("it is done")
+		}
+		close(slow.release)
+		h.wait(t)
+	})
+}
+
+type slowReset struct {
+	*proxytest.PipeConn
+	resetting, release chan struct{}
+}
+
+func (c *slowReset) SetLinger(int) error {
+	close(c.resetting)
+	<-c.release
+	return nil
+}
+
+// The closing of both sides may wait for a peer, as TLS's goodbye does. Abort breaks it off.
+func TestAbortWhileClosing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		slow := &slowClose{Conn: ours, closed: make(chan struct{})}
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(slow, h, 0)
+		r.Connect(theirs)
+		client.CloseWrite()
+		server.CloseWrite()
+		synctest.Wait()
+		if len(h.done) > 0 {
+			t.Error("it is done")
+		}
+		why := errors.New("enough")
+		r.Abort(why)
+		if o := h.wait(t); o.Err != why {
+			t.Errorf("%+v", o)
+		}
+		client.Close()
+		server.Close()
+	})
+}
+
+// A slowClose is a layer whose Close waits until the conn below is closed.
+type slowClose struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (c *slowClose) NetConn() net.Conn { return (*slowBelow)(c) }
+func (c *slowClose) CloseWrite() error { return c.Conn.(halfClosing).CloseWrite() }
+func (c *slowClose) Close() error      { <-c.closed; return nil }
+
+type slowBelow slowClose
+
+func (c *slowBelow) Close() error                       { c.once.Do(func() { close(c.closed) }); return c.Conn.Close() }
+func (c *slowBelow) LocalAddr() net.Addr                { return nil }
+func (c *slowBelow) RemoteAddr() net.Addr               { return nil }
+func (c *slowBelow) Read(b []byte) (int, error)         { return c.Conn.Read(b) }
+func (c *slowBelow) Write(b []byte) (int, error)        { return c.Conn.Write(b) }
+func (c *slowBelow) SetDeadline(time.Time) error        { return nil }
+func (c *slowBelow) SetReadDeadline(t time.Time) error  { return nil }
+func (c *slowBelow) SetWriteDeadline(t time.Time) error { return nil }
+
+// What the handler says.
+
+func TestVerdictHoldsOneDirection(t *testing.T) {
+	for _, blocks := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}), func(d Direction, n int) Verdict {
+				switch {
+				case d == Download:
+					return Verdict{}
+				case blocks:
+					time.Sleep(time.Hour)
+					return Verdict{}
+				}
+				return Verdict{Wait: time.Hour}
+			})
+			go io.Copy(server, server)
+			start := time.Now()
+			if err := proxytest.Ping(client); err != nil || time.Since(start) != 0 {
+				t.Errorf("%v after %v", err, time.Since(start))
+			}
+			if err := proxytest.Ping(client); err != nil || time.Since(start) != time.Hour {
+				t.Errorf("%v after %v", err, time.Since(start))
+			}
+			time.Sleep(time.Hour + 59*time.Second) // held no more, and not idle for long enough
+			if len(h.over) > 0 {
+				t.Error("it was taken for idle")
+			}
+			time.Sleep(time.Second)
+			if o := h.wait(t); o.Err != errIdle {
+				t.Errorf("%+v", o)
+			}
+			client.Close()
+			server.Close()
+		})
+	}
+}
+
+func TestVerdictAborts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tooMuch := errors.New("too much")
+		client, server, h, _ := joinPipes(newEngine(t, Config{}), func(Direction, int) Verdict { return Verdict{Err: tooMuch} })
+		go io.Copy(io.Discard, server)
+		client.Write([]byte("x"))
+		readCut(t, client)
+		if o := h.wait(t); o.Err != tooMuch || o.Failed != NoSide || o.Sent != 1 {
+			t.Errorf("%+v", o)
+		}
+	})
+}
+
+func TestChunkBoundsWhatMovesAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var most [2]int
+		client, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		first := true
+		h := newRecorder(func(d Direction, n int) Verdict {
+			if first {
+				most[0] = n
+			} else {
+				most[1] = max(most[1], n)
+			}
+			first = false
+			return Verdict{Chunk: 100}
+		})
+		r := newEngine(t, Config{}).Start(ours, h, 1000)
+		r.Connect(theirs)
+		go func() { pattern.Send(client, 10_000); client.CloseWrite() }()
+		server.CloseWrite()
+		if err := pattern.Exactly(server, 10_000); err != nil {
+			t.Error(err)
+		}
+		h.wait(t)
+		if most != [2]int{1000, 100} {
+			t.Errorf("%d bytes moved before a verdict and %d then, want 1000 and 100", most[0], most[1])
+		}
+	})
+}
+
+func TestPanicInMovedAborts(t *testing.T) {
+	boom := errors.New("boom")
+	for _, d := range []Direction{Upload, Download} {
+		synctest.Test(t, func(t *testing.T) {
+			client, server, h, _ := joinPipes(newEngine(t, Config{}), func(got Direction, n int) Verdict {
+				if got == d {
+					panic(boom)
+				}
+				return Verdict{}
+			})
+			go io.Copy(server, server)
+			client.Write([]byte("x"))
+			readCut(t, client)
+			o := h.wait(t)
+			err, ok := o.Panic.(error)
+			if o.Err != ErrPanicked || !ok || !errors.Is(err, boom) || !strings.Contains(err.Error(), "relay_test.go") {
+				t.Errorf("%+v", o)
+			}
+		})
+	}
+}
+
+// What a verdict says of the bytes that left before an error does not put the error off.
+func TestVerdictDoesNotDelayAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		h := newRecorder(func(Direction, int) Verdict { return Verdict{Wait: time.Minute} })
+		r := newEngine(t, Config{}).Start(&goneConn{ours, make(chan struct{})}, h, 0)
+		r.Connect(theirs)
+		start := time.Now()
+		server.Write([]byte("answer"))
+		readCut(t, server)
+		if o := h.wait(t); o.Failed != Client || o.Received != 1 || time.Since(start) > time.Second {
+			t.Errorf("%+v after %v", o, time.Since(start))
+		}
+	})
+}
+
+// A goneConn, which hides what it is, fails in a write, of which a part has left. What a read finds
+// then looks like an end.
+type goneConn struct {
+	*proxytest.PipeConn
+	failed chan struct{}
+}
+
+func (c *goneConn) Write(b []byte) (int, error) {
+	close(c.failed)
+	return 1, syscall.ECONNRESET
+}
+
+func (c *goneConn) Read(b []byte) (int, error) {
+	<-c.failed
+	return 0, io.EOF
+}
+
+// Conns that are not as they should be.
+
+type oddConn struct {
+	net.Conn
+	read, write func([]byte) (int, error)
+}
+
+func (c oddConn) Read(b []byte) (int, error) {
+	if c.read != nil {
+		return c.read(b)
+	}
+	return c.Conn.Read(b)
+}
+
+func (c oddConn) Write(b []byte) (int, error) {
+	if c.write != nil {
+		return c.write(b)
+	}
+	return c.Conn.Write(b)
+}
+
+func (c oddConn) CloseWrite() error { return c.Conn.(halfClosing).CloseWrite() }
+
+func TestBadConnsAreErrors(t *testing.T) {
+	boom := errors.New("boom")
+	for _, row := range []struct {
+		name           string
+		client, server oddConn
+		failed         Side
+		want           error
+	}{
+		{name: "short write to the server", server: oddConn{write: func(b []byte) (int, error) { return len(b) - 1, nil }}, failed: Server, want: io.ErrShortWrite},
+		{name: "negative write to the server", server: oddConn{write: func(b []byte) (int, error) { return -1, nil }}, failed: Server, want: ErrBadCount},
+		{name: "write of too much", server: oddConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: ErrBadCount},
+		{name: "short write to the client", client: oddConn{write: func(b []byte) (int, error) { return 0, nil }}, failed: Client, want: io.ErrShortWrite},
+		{name: "write error", client: oddConn{write: func(b []byte) (int, error) { return 0, boom }}, failed: Client, want: boom},
+		{name: "negative read", client: oddConn{read: func(b []byte) (int, error) { return -1, nil }}, failed: Client, want: ErrBadCount},
+		{name: "read of too much", server: oddConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: ErrBadCount},
+		{name: "reads of nothing", server: oddConn{read: func(b []byte) (int, error) { return 0, nil }}, failed: Server, want: io.ErrNoProgress},
+		{name: "read error", server: oddConn{read: func(b []byte) (int, error) { return 0, boom }}, failed: Server, want: boom},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			client, ours := proxytest.Pipe()
+			server, theirs := proxytest.Pipe()
+			row.client.Conn, row.server.Conn = ours, theirs
+			h := newRecorder(nil)
+			r := newEngine(t, Config{}).Start(row.client, h, 0)
+			r.Connect(row.server)
+			go client.Write([]byte("hello"))
+			go io.Copy(io.Discard, client)
+			go func() { io.Copy(server, server); server.Close() }()
+			if o := h.wait(t); o.Failed != row.failed || o.Err != row.want {
+				t.Errorf("%s: %+v, want %v, %v", row.name, o, row.failed, row.want)
+			}
+			client.Close()
+		})
+	}
+}
+
+func TestPanickingConnAborts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(oddConn{Conn: theirs, read: func([]byte) (int, error) { panic("boom") }})
+		readCut(t, client)
+		if o := h.wait(t); !strings.HasPrefix(fmt.Sprint(o.Panic), "boom\n\ngoroutine") {
+			t.Errorf("%+v", o)
+		}
+		server.Close()
+	})
+}
+
+func TestReadThatComesWithAnErrorIsDeliveredFirst(t *testing.T) {
+	for _, err := range []error{io.EOF, errors.New("boom")} {
+		synctest.Test(t, func(t *testing.T) {
+			_, ours := proxytest.Pipe()
+			server, theirs := proxytest.Pipe()
+			reads := 0
+			h := newRecorder(nil)
+			r := newEngine(t, Config{}).Start(oddConn{Conn: ours, read: func(b []byte) (int, error) {
+				if reads++; reads > 1 {
+					return 0, io.EOF
+				}
+				return copy(b, "last words"), err
+			}}, h, 0)
+			r.Connect(theirs)
+			b := make([]byte, 10)
+			io.ReadFull(server, b)
+			server.Close()
+			if o := h.wait(t); o.Sent != 10 || string(b) != "last words" {
+				t.Errorf("with %v: %q, %+v", err, b, o)
+			}
+		})
+	}
+}
+
+// Conns without half-close.
+
+func TestHalfCloseThatTheServerDoesNotHave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		server, theirs := net.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(theirs)
+		go func() { io.Copy(server, server); server.Close() }()
+		if err := proxytest.Ping(client); err != nil {
+			t.Error(err)
+		}
+		client.CloseWrite()
+		readCut(t, client) // for its answer may be cut
+		if o := h.wait(t); o.Failed != Server || !strings.Contains(fmt.Sprint(o.Err), "CloseWrite") || o.Sent != 1 || o.Received != 1 {
+			t.Errorf("%+v", o)
+		}
+	})
+}
+
+func TestHalfCloseThatTheClientDoesNotHave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := net.Pipe()
+		server, theirs := proxytest.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(theirs)
+		go func() { server.Write([]byte("answer")); server.CloseWrite() }()
+		if b, err := io.ReadAll(client); string(b) != "answer" || err != nil {
+			t.Errorf("client got %q, %v", b, err)
+		}
+		if o := h.wait(t); o.Failed != Client || !strings.Contains(fmt.Sprint(o.Err), "CloseWrite") {
+			t.Errorf("%+v", o)
+		}
+		readCut(t, server) // for what it was sent may be cut
+		client.Close()
+	})
+}
+
+func TestNoHalfCloseIsNeededWhenTheOtherStreamHasEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := net.Pipe()
+		server, theirs := proxytest.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(theirs)
+		go func() { io.ReadAll(server); server.Close() }()
+		client.Write([]byte("x"))
+		client.Close()
+		if o := h.wait(t); o.Err != nil || o.Sent != 1 {
+			t.Errorf("%+v", o)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) { // though that is still being passed on
+		client, ours := proxytest.Pipe()
+		server, theirs := net.Pipe()
+		held := make(chan struct{})
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(slowCloser{ours, held}, h, 0)
+		r.Connect(theirs)
+		server.Close()
+		if _, err := client.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("client reads %v, want the end", err)
+		}
+		client.CloseWrite()
+		time.Sleep(time.Second) // more than the upload waits for an error to come back
+		close(held)
+		if o := h.wait(t); o.Err != nil {
+			t.Errorf("%+v", o)
+		}
+	})
+}
+
+// A slowCloser is slow to return from telling its peer that the stream has ended.
+type slowCloser struct {
+	*proxytest.PipeConn
+	held chan struct{}
+}
+
+func (c slowCloser) CloseWrite() error {
+	err := c.PipeConn.CloseWrite()
+	<-c.held
+	return err
+}
+
+// The client goes on sending, so that it has unread bytes in our socket when its answer is on its
+// way: closing would cost it the answer.
+func TestWholeAnswerArrivesThoughTheClientCannotHalfClose(t *testing.T) {
+	const size = 2 << 20
+	client, ours := duplex(t)
+	server, theirs := duplex(t)
+	h := newRecorder(nil)
+	r := newEngine(t, Config{}).Start(layered{ours}, h, 0)
+	r.Connect(theirs)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for b := make([]byte, 64<<10); ; {
+			if _, err := client.Write(b); err != nil {
+				return
+			}
+		}
+	})
+	for last, now := int64(-1), int64(0); now != last; { // until the upload is stuck
+		<-time.After(100 * time.Millisecond)
+		last = now
+		now, _ = r.Counts()
+	}
+	wg.Go(func() { pattern.Send(server, size); server.CloseWrite() })
+	b := make([]byte, size)
+	n, err := io.ReadFull(client, b)
+	if err != nil || pattern.Check(0, b) != nil {
+		t.Errorf("got %d of %d bytes, %v, %v", n, size, err, pattern.Check(0, b[:n]))
+	}
+	client.Close()
+	wg.Wait()
+	if o := h.wait(t); o.Failed != Client {
+		t.Errorf("%+v", o)
+	}
+}
+
+// layered is a layer over a conn that has no half-close.
+type layered struct{ net.Conn }
+
+func (l layered) NetConn() net.Conn { return l.Conn }
+
+func TestWrappersAreClosed(t *testing.T) {
+	for _, how := range []string{"done", "abort", "no server"} {
+		synctest.Test(t, func(t *testing.T) {
+			client, ours := proxytest.Pipe()
+			server, theirs := proxytest.Pipe()
+			var closed atomic.Int32
+			h := newRecorder(nil)
+			r := newEngine(t, Config{}).Start(countedClose{ours, &closed}, h, 0)
+			if how == "no server" {
+				r.Connect(nil)
+			} else {
+				r.Connect(countedClose{theirs, &closed})
+			}
+			if how == "abort" {
+				r.Abort(nil)
+			}
+			client.CloseWrite()
+			server.CloseWrite()
+			h.wait(t)
+			want := int32(2)
+			if how == "no server" {
+				want = 1
+			}
+			if closed.Load() != want {
+				t.Errorf("%s: %d wrappers were closed, want %d", how, closed.Load(), want)
+			}
+			client.Close()
+			server.Close()
+			theirs.Close()
+		})
+	}
+}
+
+type countedClose struct {
+	*proxytest.PipeConn
+	closed *atomic.Int32
+}
+
+func (c countedClose) NetConn() net.Conn { return c.PipeConn }
+func (c countedClose) Close() error      { c.closed.Add(1); return c.PipeConn.Close() }
+
+// A foreign NetConn is asked once for each side, when nothing is locked.
+func TestNetConnIsNotCalledUnderALock(t *testing.T) {
+	client, ours := duplex(t)
+	var r *Relay
+	var asked atomic.Int32
+	c := &nosy{TCPConn: ours}
+	c.ask = func() {
+		asked.Add(1)
+		if r != nil {
+			r.Counts()
+			r.isSettled() // takes the lock
+		}
+	}
+	h := newRecorder(nil)
+	r = newEngine(t, Config{Idle: 10 * time.Millisecond}).Start(c, h, 0)
+	client.Write([]byte("x"))
+	server, theirs := duplex(t)
+	r.Connect(theirs)
+	server.Read(make([]byte, 1))
+	if o := h.wait(t); o.Err != errIdle {
+		t.Errorf("%+v", o)
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("NetConn was called %d times, want 1", n)
+	}
+}
+
+type nosy struct {
+	*net.TCPConn
+	ask func()
+}
+
+func (c *nosy) NetConn() net.Conn { c.ask(); return c.TCPConn }
+
+func TestUnderlying(t *testing.T) {
+	_, c := proxytest.Pipe()
+	if got := Underlying(layered{layered{c}}); got != net.Conn(c) {
+		t.Errorf("%T", got)
+	}
+	if got := Underlying(layered{}); got != net.Conn(layered{}) {
+		t.Errorf("%T", got)
+	}
+}
+
+// What was written before Linger arrives, though the peer has sent what nobody has read.
+func TestLinger(t *testing.T) {
+	peer, ours := duplex(t)
+	peer.Write(make([]byte, 64<<10))
+	ours.Write(bytes.Repeat([]byte("no "), 1000))
+	Linger(ours, nil)
+	if b := readCut(t, peer); len(b) != 3000 {
+		t.Errorf("%d bytes arrived, want 3000", len(b))
+	}
+	stop := make(chan struct{})
+	close(stop)
+	peer, ours = duplex(t)
+	ours.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	for err := error(nil); err == nil; {
+		_, err = ours.Write(make([]byte, 1<<20))
+	}
+	start := time.Now()
+	Linger(ours, stop)
+	if took := time.Since(start); took > lingerTime/2 {
+		t.Errorf("stopped, and it took %v", took)
+	}
+	peer.Close()
+}
+
+// A relay that waits allocates nothing for a round trip.
+func TestRoundTripsAllocateNothing(t *testing.T) {
+	if raceEnabled || !canMeasure {
+		t.Skip("the race detector and the portable path allocate")
+	}
+	client, server, _ := join(t, nil)
+	go func() {
+		for b := make([]byte, 64); ; {
+			if _, err := io.ReadFull(server, b); err != nil {
+				return
+			}
+			server.Write(b)
+		}
+	}()
+	b := make([]byte, 64)
+	trip := func() {
+		client.Write(b)
+		if _, err := io.ReadFull(client, b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	trip()
+	// A garbage collection empties the pools once in a while.
+	if n := testing.AllocsPerRun(2000, trip); n > 0.05 {
+		t.Errorf("%v allocations a round trip, want 0", n)
+	}
+}

@@ -1,0 +1,236 @@
+//go:build !lbproxy_portable
+
+package relay
+
+import (
+	"cmp"
+	"encoding/binary"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"unsafe"
+)
+
+const canMeasure = true
+
+// A socket is a TCP connection that is waited for without a buffer, and then read and written
+// without waiting. TLS is spoken over one, too.
+type socket struct {
+	net.Conn
+	raw     syscall.RawConn
+	in, out transfers
+	trier   trier // in await
+}
+
+// transfers is one way of a socket: its arguments and results of calls with the descriptor. ready is
+// made once, since a closure for each would be an allocation for each.
+type transfers struct {
+	ready func(fd uintptr) bool // called when the descriptor is, until it returns true
+	fd    uintptr
+	b     []byte  // what to read into, or is left to write
+	buf   *buffer // that b is in
+	n     int     // read
+	errno syscall.Errno
+}
+
+func newSocket(c net.Conn) *socket {
+	raw := rawTCP(c)
+	if raw == nil {
+		return nil
+	}
+	s := &socket{Conn: c, raw: raw}
+	s.in.ready, s.out.ready = s.readReady, s.writeReady
+	return s
+}
+
+func (s *socket) await(t trier) error {
+	s.trier = t
+	err := s.raw.Read(s.in.ready)
+	s.trier = nil
+	return err
+}
+
+func (s *socket) readReady(fd uintptr) bool {
+	if s.trier != nil {
+		s.in.fd = fd
+		return s.trier.try()
+	}
+	return s.receive(fd)
+}
+
+// receive reads into in.b, or returns false if there is nothing.
+func (s *socket) receive(fd uintptr) bool {
+	turn := s.in.n >= bulkChunk && takeTurn()
+	for s.in.errno = syscall.EINTR; s.in.errno == syscall.EINTR; {
+		s.in.n, s.in.errno = recvFD(fd, s.in.b, 0)
+	}
+	giveTurn(turn)
+	return s.in.errno != syscall.EAGAIN
+}
+
+// Read waits for bytes, except within await: there it returns errWait.
+func (s *socket) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	s.in.b = b
+	var err error
+	if s.trier == nil {
+		err = s.raw.Read(s.in.ready)
+	} else if !s.receive(s.in.fd) {
+		err = errWait
+	}
+	s.in.b = nil
+	switch {
+	case err != nil:
+		return 0, err
+	case s.in.errno != 0:
+		return 0, s.opError("read", "read", s.in.errno)
+	case s.in.n == 0:
+		return 0, io.EOF
+	}
+	return s.in.n, nil
+}
+
+func (s *socket) read(b []byte) (int, error) { return s.Read(b) }
+
+func (s *socket) Write(b []byte) (int, error) { return s.write(b, nil) }
+
+func (s *socket) write(b []byte, buf *buffer) (int, error) {
+	s.out.b, s.out.buf, s.out.errno = b, buf, 0
+	err := s.raw.Write(s.out.ready)
+	n := len(b) - len(s.out.b)
+	s.out.buf.free()
+	s.out.b, s.out.buf = nil, nil
+	if err == nil && s.out.errno != 0 {
+		err = s.opError("write", "write", s.out.errno)
+	}
+	return n, err
+}
+
+func (s *socket) writeReady(fd uintptr) bool {
+	o := &s.out
+	for len(o.b) > 0 {
+		turn := len(o.b) >= bulkChunk && takeTurn()
+		n, errno := sendFD(fd, o.b)
+		giveTurn(turn)
+		switch o.errno = errno; errno {
+		case 0:
+			o.b = o.b[n:]
+		case syscall.EINTR:
+		case syscall.EAGAIN:
+			o.shrink()
+			return false
+		default:
+			return true
+		}
+	}
+	return true
+}
+
+// shrink leaves what is little in a small buffer, for a wait that may be long.
+func (o *transfers) shrink() {
+	if o.buf != nil && len(*o.buf) > smallBuffer && len(o.b) <= smallBuffer {
+		small := newBuffer(smallBuffer)
+		o.b = (*small)[:copy(*small, o.b)]
+		o.buf.free()
+		o.buf = small
+	}
+}
+
+func (s *socket) closeWrite() error {
+	var errno syscall.Errno
+	err := s.raw.Control(func(fd uintptr) { errno = shutdownFD(fd) })
+	if err != nil || errno == 0 {
+		return err
+	}
+	return s.opError("close", "shutdown", errno)
+}
+
+func (s *socket) opError(op, call string, errno syscall.Errno) error {
+	return &net.OpError{
+		Op: op, Net: "tcp", Source: s.LocalAddr(), Addr: s.RemoteAddr(), Err: os.NewSyscallError(call, errno),
+	}
+}
+
+// InheritKeepAlive makes the connections of a listener inherit the keep-alive that net sets on each,
+// which saves each of them four system calls.
+func InheritKeepAlive(lc *net.ListenConfig) {
+	lc.KeepAlive = -1 // not on each
+	lc.Control = func(_, _ string, c syscall.RawConn) error { return keepAlive(c) }
+}
+
+// keepAlive sets what net does by default.
+func keepAlive(raw syscall.RawConn) (wrong error) {
+	err := control(raw, func(fd int) {
+		for _, option := range []struct{ level, name, value int }{
+			{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
+			{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 15},
+			{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, 15},
+			{syscall.IPPROTO_TCP, syscall.TCP_KEEPCNT, 9},
+		} {
+			if wrong == nil {
+				wrong = os.NewSyscallError("setsockopt", syscall.SetsockoptInt(fd, option.level, option.name, option.value))
+			}
+		}
+	})
+	return cmp.Or(err, wrong)
+}
+
+// quickAck has what has come acknowledged now. It is not a setting that stays.
+func quickAck(raw syscall.RawConn) {
+	control(raw, func(fd int) { syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK, 1) })
+}
+
+// unsent is how many bytes a socket has to send that its peer's system has not acknowledged, as far
+// as that is known.
+func unsent(raw syscall.RawConn) int {
+	var queued int32
+	control(raw, func(fd int) {
+		// SIOCOUTQ, tcp(7); it has the number of TIOCOUTQ.
+		syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&queued)))
+		if queued > 0 && tcpState(fd) == tcpClosed {
+			queued = 0 // nobody is there to acknowledge them
+		}
+	})
+	return int(queued)
+}
+
+// wasReset reports whether a socket has been reset. One in which both sides have ended their streams
+// looks the same.
+func wasReset(raw syscall.RawConn) (reset, known bool) {
+	known = control(raw, func(fd int) { reset = tcpState(fd) == tcpClosed }) == nil
+	return reset, known
+}
+
+// readable reports whether there is something to read.
+func readable(raw syscall.RawConn) (is bool) {
+	control(raw, func(fd int) {
+		var b [1]byte
+		n, _ := recvFD(uintptr(fd), b[:], syscall.MSG_PEEK)
+		is = n > 0
+	})
+	return is
+}
+
+const tcpClosed = 7 // TCP_CLOSE
+
+// tcpState is the first octet of struct tcp_info.
+func tcpState(fd int) int {
+	v, err := syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_INFO)
+	if err != nil {
+		return 0
+	}
+	var b [4]byte
+	binary.NativeEndian.PutUint32(b[:], uint32(v))
+	return int(b[0])
+}
+
+// control calls f with the descriptor of a socket, if it is one and open.
+func control(raw syscall.RawConn, f func(fd int)) error {
+	if raw == nil {
+		return net.ErrClosed
+	}
+	return raw.Control(func(fd uintptr) { f(int(fd)) })
+}

@@ -1,0 +1,583 @@
+//go:build !lbproxy_portable
+
+package relay
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+// sendUrgent sends one byte out of band.
+func sendUrgent(t *testing.T, c *net.TCPConn) {
+	raw := rawTCP(c)
+	var failed error
+	err := raw.Write(func(fd uintptr) bool {
+		failed = syscall.Sendto(int(fd), []byte("!"), syscall.MSG_OOB, nil)
+		return failed != syscall.EAGAIN
+	})
+	if err != nil || failed != nil {
+		t.Error(err, failed)
+	}
+}
+
+// Every byte but the urgent ones arrives.
+func TestUrgentBytes(t *testing.T) {
+	const mib = 1 << 20
+	for _, row := range []struct {
+		name   string
+		chunks []int // with an urgent byte between any two
+		end    bool  // the stream ends behind the last
+	}{
+		{"at the start", []int{0, 5 * mib}, true},
+		{"in the middle, and the end", []int{8 * mib, 100_000}, true},
+		{"in the middle, and no end", []int{8 * mib, 100_000}, false},
+		{"at the end", []int{8 * mib, 0}, true},
+		{"twelve", []int{3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 5}, true},
+	} {
+		for _, d := range []Direction{Upload, Download} {
+			for _, slow := range []bool{false, true} { // the reader comes when all is sent, or stuck
+				t.Run(row.name, func(t *testing.T) {
+					client, server, h := join(t, nil)
+					from, to := client, server
+					if d == Download {
+						from, to = server, client
+					}
+					var sent int64
+					for _, n := range row.chunks {
+						sent += int64(n)
+					}
+					begin := make(chan struct{})
+					if !slow {
+						close(begin)
+					}
+					var read atomic.Int64
+					got := make(chan error, 1)
+					go func() {
+						<-begin
+						b := make([]byte, 64<<10)
+						for {
+							n, err := to.Read(b)
+							if wrong := pattern.Check(read.Load(), b[:n]); wrong != nil {
+								err = wrong
+							}
+							if now := read.Add(int64(n)); err != nil || now == sent && !row.end {
+								got <- err
+								return
+							}
+						}
+					}()
+					if slow {
+						time.AfterFunc(50*time.Millisecond, func() { close(begin) })
+					}
+					at := int64(0)
+					for i, n := range row.chunks {
+						if i > 1 { // of two urgent bytes under way TCP makes the first an ordinary one
+							proxytest.Eventually(t, "all before has arrived", func() bool { return read.Load() == at })
+						}
+						if i > 0 {
+							sendUrgent(t, from)
+						}
+						for end := at + int64(n); at < end; {
+							n, err := from.Write(pattern.At(at, int(end-at)))
+							if at += int64(n); err != nil {
+								t.Fatal(err)
+							}
+						}
+					}
+					if row.end {
+						from.CloseWrite()
+					}
+					want := map[bool]error{true: io.EOF}[row.end]
+					if err := proxytest.Receive(t, "all has arrived", got); err != want || read.Load() != sent {
+						t.Errorf("%d of %d bytes, then %v", read.Load(), sent, err)
+					}
+					from.CloseWrite()
+					to.CloseWrite()
+					if o := h.wait(t); o.Err != nil {
+						t.Errorf("%+v", o)
+					}
+				})
+			}
+		}
+	}
+}
+
+// makeBlocking takes O_NONBLOCK from c, as whoever needs its descriptor for getsockopt does.
+func makeBlocking(t *testing.T, c *net.TCPConn) {
+	f, err := c.File()
+	proxytest.Must(t, err)
+	defer f.Close()
+	f.Fd()
+	if !blocks(rawTCP(c)) {
+		t.Fatal("it does not block: what is this test for?")
+	}
+}
+
+// A socket that blocks is neither spliced nor read nor written such that it does.
+func TestSocketThatBlocksHoldsNobody(t *testing.T) {
+	const size = 4 << 20
+	for _, which := range []string{"client", "server", "both"} {
+		for _, d := range []Direction{Upload, Download} {
+			t.Run(which, func(t *testing.T) {
+				before := openPipes()
+				client, ours := duplex(t)
+				server, theirs := duplex(t)
+				if which != "server" {
+					makeBlocking(t, ours)
+				}
+				if which != "client" {
+					makeBlocking(t, theirs)
+				}
+				h := newRecorder(nil)
+				r := newEngine(t, Config{Idle: 300 * time.Millisecond}).Start(ours, h, 0)
+				r.Connect(theirs)
+				from, to := client, server
+				if d == Download {
+					from, to = server, client
+				}
+				go pattern.Send(from, size)
+				b := make([]byte, size)
+				if _, err := io.ReadFull(to, b); err != nil || pattern.Check(0, b) != nil {
+					t.Fatal(err, pattern.Check(0, b))
+				}
+				if n := pipesSince(before); n > 0 {
+					t.Errorf("%d pipes are in use", n)
+				}
+				if o := h.wait(t); o.Err != errIdle { // both are silent
+					t.Errorf("%+v", o)
+				}
+			})
+		}
+	}
+	t.Run("a reader that is stuck", func(t *testing.T) {
+		_, ours := duplex(t)
+		server, theirs := duplex(t)
+		makeBlocking(t, ours)
+		makeBlocking(t, theirs)
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(theirs)
+		for b := make([]byte, 64<<10); ; {
+			server.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+			if _, err := server.Write(b); err != nil {
+				break
+			}
+		}
+		aborted := make(chan struct{})
+		go func() { r.Abort(io.ErrClosedPipe); close(aborted) }()
+		proxytest.Receive(t, "Abort returns", aborted)
+		h.wait(t)
+	})
+}
+
+func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
+	before := openPipes()
+	var pool pipePool
+	counted := func() int { // beside the timer that trims the pool
+		pool.mu.Lock()
+		defer pool.mu.Unlock()
+		return pool.all
+	}
+	inUse := make([]*pipe, maxPipes)
+	for range 2 { // once with new pipes, once with used ones
+		for i := range inUse {
+			if inUse[i] = pool.get(); inUse[i] == nil {
+				t.Fatalf("no pipe when %d are in use", i)
+			}
+		}
+		if pool.get() != nil {
+			t.Errorf("more than %d pipes", maxPipes)
+		}
+		pool.drop(inUse[0]) // for which there may be another one
+		for _, p := range inUse[1:] {
+			pool.put(p)
+		}
+	}
+	pool.mu.Lock()
+	pool.spare = len(pool.free)
+	pool.mu.Unlock()
+	pool.trim()
+	if n := pipesSince(before); n != 0 || counted() != 0 {
+		t.Errorf("trimmed: %d pipes are open, %d counted", n, counted())
+	}
+	late, early := pool.get(), pool.get()
+	pool.put(early)
+	pool.close()
+	pool.put(late)
+	if n := pipesSince(before); n != 0 || counted() != 0 {
+		t.Errorf("closed: %d pipes are open, %d counted", n, counted())
+	}
+}
+
+func TestIdleRelaysHoldNoPipes(t *testing.T) {
+	const size = 4 << 20
+	e := newEngine(t, Config{})
+	before := openPipes()
+	used := false
+	for range 20 {
+		client, server, _, _ := joinOver(t, e, nil)
+		go pattern.Send(client, size)
+		if _, err := io.CopyN(io.Discard, struct{ io.Reader }{server}, size); err != nil {
+			t.Fatal(err)
+		}
+		used = used || pipesSince(before) > 0
+	}
+	if !used {
+		t.Error("nothing was spliced")
+	}
+	proxytest.Eventually(t, "no pipe is held", func() bool { return pipesSince(before) == 0 })
+}
+
+func TestEngineClosesItsPipes(t *testing.T) {
+	before := openPipes()
+	e := NewEngine(Config{})
+	client, server, h, r := joinOver(t, e, nil)
+	go pattern.Send(server, 64<<20)
+	for pipesSince(before) == 0 { // until it is taken for bulk
+		if _, err := io.CopyN(io.Discard, struct{ io.Reader }{client}, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.Abort(nil)
+	h.wait(t)
+	e.Close()
+	if n := pipesSince(before); n > 0 {
+		t.Errorf("%d pipes are kept", n)
+	}
+}
+
+// A relay that breaks while bulk is on its way leaves nothing of it to the next.
+func TestNothingOfABrokenRelayReachesTheNext(t *testing.T) {
+	const size = 4 << 20
+	e := newEngine(t, Config{})
+	for range 3 {
+		client, server, h, r := joinOver(t, e, nil)
+		go pattern.Send(server, 16*size)
+		io.CopyN(io.Discard, struct{ io.Reader }{client}, size)
+		for last, now := int64(-1), int64(0); now != last; { // until it is stuck
+			<-time.After(20 * time.Millisecond)
+			last = now
+			_, now = r.Counts()
+		}
+		client.SetLinger(0)
+		client.Close()
+		if o := h.wait(t); o.Failed != Client {
+			t.Fatalf("%+v", o)
+		}
+		client, server, h, _ = joinOver(t, e, nil)
+		go func() { pattern.Send(server, size); server.CloseWrite() }()
+		if err := pattern.Exactly(client, size); err != nil {
+			t.Fatal(err)
+		}
+		client.Close()
+		h.wait(t)
+	}
+}
+
+// A limit that does not slow a stream leaves it spliced, and is told of each chunk.
+func TestVerdictsLeaveBulkSpliced(t *testing.T) {
+	const size = 32 << 20
+	before := openPipes()
+	var most atomic.Int64
+	e := newEngine(t, Config{})
+	client, server, h, _ := joinOver(t, e, func(_ Direction, n int) Verdict {
+		if int64(n) > most.Load() {
+			most.Store(int64(n))
+		}
+		return Verdict{}
+	})
+	go func() { pattern.Send(server, size); server.CloseWrite() }()
+	if err := pattern.Exactly(client, size); err != nil {
+		t.Error(err)
+	}
+	if pipesSince(before) == 0 {
+		t.Error("no pipe was used")
+	}
+	client.Close()
+	h.wait(t)
+	if most.Load() > maxChunk || most.Load() <= largeBuffer {
+		t.Errorf("%d bytes at once", most.Load())
+	}
+}
+
+func TestNothingIsUnsentToAPeerThatIsGone(t *testing.T) {
+	peer, c := duplex(t)
+	e := newEnd(c)
+	go c.Write(make([]byte, 64<<20)) // far more than the systems take
+	proxytest.Eventually(t, "something is unsent", func() bool { return e.unsent() > 0 })
+	peer.SetLinger(0)
+	peer.Close()
+	proxytest.Eventually(t, "it was reset", func() bool { return WasReset(c) })
+	if n := e.unsent(); n != 0 {
+		t.Errorf("%d bytes are said to be on their way", n)
+	}
+	if n, err := newSocket(c).Write([]byte("x")); n != 0 || err == nil {
+		t.Errorf("writing: %d, %v; want an error", n, err)
+	}
+}
+
+// The end of a stream fails as it does in net.
+func TestCloseWriteOfWhatIsOver(t *testing.T) {
+	peer, c := duplex(t)
+	s := newSocket(c)
+	peer.SetLinger(0)
+	peer.Close()
+	c.Read(make([]byte, 1)) // until it has been reset
+	want := c.CloseWrite()
+	if err := s.closeWrite(); !errors.Is(err, syscall.ENOTCONN) || err.Error() != want.Error() {
+		t.Errorf("reset: %v, want %v", err, want)
+	}
+	c.Close()
+	if err := s.closeWrite(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("closed: %v", err)
+	}
+}
+
+// keepAliveOf returns the four options.
+func keepAliveOf(c *net.TCPConn) (got [4]int) {
+	control(rawTCP(c), func(fd int) {
+		got[0], _ = syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
+		for i, name := range []int{syscall.TCP_KEEPIDLE, syscall.TCP_KEEPINTVL, syscall.TCP_KEEPCNT} {
+			got[1+i], _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, name)
+		}
+	})
+	return got
+}
+
+func accepted(t *testing.T, listen func() (net.Listener, error)) *net.TCPConn {
+	l, err := listen()
+	proxytest.Must(t, err)
+	defer l.Close()
+	proxytest.Dial(t, l.Addr().String())
+	c, err := l.Accept()
+	proxytest.Must(t, err)
+	t.Cleanup(func() { c.Close() })
+	return c.(*net.TCPConn)
+}
+
+func TestInheritKeepAlive(t *testing.T) {
+	want := keepAliveOf(accepted(t, func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
+	got := keepAliveOf(accepted(t, func() (net.Listener, error) {
+		var lc net.ListenConfig
+		InheritKeepAlive(&lc)
+		return lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	}))
+	if got != want || want[0] != 1 {
+		t.Errorf("on, idle, interval, count are %v, want %v", got, want)
+	}
+}
+
+// Servers get keep-alive when their relay has lasted, also without an idle time.
+func TestServersGetKeepAlive(t *testing.T) {
+	want := keepAliveOf(accepted(t, func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
+	for _, idle := range []time.Duration{0, time.Hour} {
+		_, server := duplex(t)
+		server.SetKeepAlive(false)
+		e := NewEngine(Config{Idle: idle, KeepAlive: true})
+		r := &Relay{server: newEnd(server)}
+		now := clock()
+		r.last.Store(now)
+		r.since = now
+		if _, again := e.look(r, now+int64(14*time.Second)); keepAliveOf(server)[0] != 0 || !again {
+			t.Errorf("set after 14 s, or not looked at again: %v", again)
+		}
+		if _, again := e.look(r, now+int64(15*time.Second)); again != (idle > 0) {
+			t.Errorf("looked at again: %v", again)
+		}
+		if got := keepAliveOf(server); got != want {
+			t.Errorf("on, idle, interval, count are %v, want %v", got, want)
+		}
+	}
+}
+
+// A reset that a write of the other direction has met leaves reading with what looks like an end.
+// The write is late to return here.
+func TestResetThatAWriteMetIsNotTakenForAnEnd(t *testing.T) {
+	client, ours := duplex(t)
+	server, theirs := duplex(t)
+	writing, release := make(chan struct{}), make(chan struct{})
+	h := newRecorder(nil)
+	r := newEngine(t, Config{}).Start(ours, h, 0)
+	r.Connect(&heldError{Conn: theirs, writing: writing, taken: make(chan struct{}), release: release})
+	client.Write([]byte("x"))
+	<-writing
+	server.SetLinger(0)
+	server.Close()
+	readCut(t, client)
+	close(release)
+	if o := h.wait(t); o.Failed != Server || o.Err != errReset {
+		t.Errorf("%+v", o)
+	}
+}
+
+type heldError struct {
+	net.Conn
+	writing, taken, release chan struct{}
+}
+
+func (c *heldError) Write(b []byte) (int, error) {
+	close(c.writing)
+	for !WasReset(c.Conn) {
+		runtime.Gosched()
+	}
+	n, err := c.Conn.Write(b)
+	close(c.taken)
+	<-c.release
+	return n, err
+}
+
+func (c *heldError) Read(b []byte) (int, error) {
+	<-c.taken
+	return c.Conn.Read(b)
+}
+
+func (c *heldError) NetConn() net.Conn { return c.Conn }
+
+func TestEndOfBothSidesIsNotTakenForAReset(t *testing.T) {
+	client, ours := duplex(t)
+	server, theirs := duplex(t)
+	late := &lateWrite{TCPConn: theirs, writing: make(chan struct{}), goOn: make(chan struct{})}
+	h := newRecorder(nil)
+	r := newEngine(t, Config{}).Start(ours, h, 0)
+	r.Connect(late)
+	client.Write([]byte("x"))
+	client.CloseWrite()
+	<-late.writing
+	server.CloseWrite() // the download's end finds the upload writing
+	go func() { io.Copy(io.Discard, server) }()
+	time.AfterFunc(3*time.Millisecond, func() { close(late.goOn) })
+	if b, err := io.ReadAll(client); err != nil {
+		t.Errorf("client reads %q, %v; want the end", b, err)
+	}
+	if o := h.wait(t); o.Err != nil {
+		t.Errorf("%+v", o)
+	}
+}
+
+// A lateWrite is a layer in whose first write something else happens.
+type lateWrite struct {
+	*net.TCPConn
+	once          sync.Once
+	writing, goOn chan struct{}
+}
+
+func (c *lateWrite) Write(b []byte) (int, error) {
+	c.once.Do(func() { close(c.writing); <-c.goOn })
+	return c.TCPConn.Write(b)
+}
+
+func (c *lateWrite) NetConn() net.Conn { return c.TCPConn }
+
+// heapOf returns what each of 200 relays holds, without their conns, when wait has returned.
+func heapOf(t *testing.T, wait func(r *Relay, client, server, theirs *net.TCPConn)) int64 {
+	const n = 201
+	e := newEngine(t, Config{})
+	var conns [n][4]*net.TCPConn
+	for i := range conns {
+		conns[i][0], conns[i][1] = duplex(t)
+		conns[i][2], conns[i][3] = duplex(t)
+	}
+	relays, hs := make([]*Relay, n), make([]*recorder, n)
+	for i := range hs {
+		hs[i] = newRecorder(nil)
+	}
+	before := int64(0)
+	for i, c := range conns {
+		if i == 1 { // the first allocates more
+			before = proxytest.HeapInUse()
+		}
+		relays[i] = e.Start(c[1], hs[i], 0)
+		wait(relays[i], c[0], c[2], c[3])
+	}
+	each := (proxytest.HeapInUse() - before) / (n - 1)
+	for i, r := range relays {
+		r.Abort(nil)
+		if r.server.conn == nil {
+			r.Connect(nil)
+		}
+		hs[i].wait(t)
+	}
+	return each
+}
+
+// While a relay waits for its server it holds a small buffer, if its client has spoken.
+func TestMemoryOfClientsThatSpokeBeforeConnect(t *testing.T) {
+	each := heapOf(t, func(r *Relay, client, _, _ *net.TCPConn) {
+		client.Write(make([]byte, 100))
+		proxytest.Eventually(t, "it waits for its server", func() bool {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return r.settled != nil
+		})
+	})
+	if each > smallBuffer+2<<10 {
+		t.Errorf("each holds %d bytes, want at most 6 KiB", each)
+	}
+}
+
+func TestIdleRelaysHoldNoBuffers(t *testing.T) {
+	each := heapOf(t, func(r *Relay, client, server, theirs *net.TCPConn) {
+		r.Connect(theirs)
+		for range 2 {
+			client.Write([]byte("x"))
+			io.ReadFull(server, make([]byte, 1))
+			client, server = server, client
+		}
+	})
+	if each > 2<<10 {
+		t.Errorf("each holds %d bytes, want at most 2 KiB", each)
+	}
+}
+
+// A stuck reader holds what it does not take, not the large buffer that this was read into.
+func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
+	_, c := duplex(t)
+	s := newSocket(c)
+	c.SetWriteBuffer(4 << 10)
+	c.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+	for err := error(nil); err == nil; {
+		_, err = s.Write(make([]byte, 64<<10))
+	}
+	c.SetWriteDeadline(time.Time{})
+	s.out.buf = newBuffer(largeBuffer)
+	s.out.b = (*s.out.buf)[:100]
+	copy(s.out.b, pattern.At(0, 100))
+	waits := false
+	s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
+	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 || pattern.Check(0, s.out.b) != nil {
+		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits, len(*s.out.buf), len(s.out.b))
+	}
+}
+
+// After the handshake of a server the client's last message is acknowledged at once: the socket has
+// left the mode in which acknowledgements wait for an answer to go along with.
+func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
+	serverTLS, clientTLS := proxytest.TLSConfigs()
+	serverTLS.SessionTicketsDisabled = true
+	for _, ours := range []bool{false, true} {
+		peer, c := duplex(t)
+		var server interface{ Handshake() error } = tls.Server(c, serverTLS)
+		if ours {
+			server = NewTLS(tls.Server, c, serverTLS, 0)
+		}
+		done := make(chan error, 1)
+		go func() { done <- tls.Client(peer, clientTLS).Handshake() }()
+		proxytest.Must(t, server.Handshake())
+		proxytest.Must(t, <-done)
+		quick := 0
+		control(rawTCP(c), func(fd int) { quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK) })
+		if quick != map[bool]int{true: 1}[ours] {
+			t.Errorf("with this package's TLS: %v; at once: %d", ours, quick)
+		}
+	}
+}

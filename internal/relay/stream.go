@@ -1,0 +1,217 @@
+package relay
+
+import (
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// A stream is how a relay reads and writes one connection. One goroutine reads it and one writes.
+type stream interface {
+	// await calls t.try each time there may be something to read, until it returns true. A stream
+	// that cannot wait without reading calls it once.
+	await(t trier) error
+
+	// read is called by t.try. Within the await of a stream that can wait it returns errWait rather
+	// than wait.
+	read(b []byte) (int, error)
+
+	// write writes all of p, which is in b unless b is nil, and frees b as soon as it can.
+	write(p []byte, b *buffer) (int, error)
+
+	closeWrite() error
+}
+
+type trier interface{ try() bool }
+
+// errWait means that there is nothing to read yet. It is temporary, as the error of a deadline is,
+// so that crypto/tls goes on later where it was.
+var errWait error = waitError{}
+
+type waitError struct{}
+
+func (waitError) Error() string   { return "lbproxy: nothing to read yet" }
+func (waitError) Timeout() bool   { return true }
+func (waitError) Temporary() bool { return true }
+
+// An end is one of the two connections of a relay, with what is known of it. The conn below is
+// looked up once: NetConn is somebody else's method, and is not to be called under a lock or by
+// the idle sweep.
+type end struct {
+	conn     net.Conn // as it was given; nil: there is none
+	below    net.Conn // under all its layers
+	layered  bool     // the two differ
+	stream   stream
+	isSocket bool            // stream is a *socket
+	raw      syscall.RawConn // of below, if that is TCP
+	measured bool            // the system says how much is unsent, and whether it was reset
+}
+
+func newEnd(c net.Conn) end {
+	e := end{conn: c, below: Underlying(c)}
+	_, e.layered = c.(netConner)
+	if t, ok := c.(*TLS); ok {
+		e.stream = t
+	} else if s := newSocket(c); s != nil {
+		e.stream, e.isSocket = s, true
+	} else {
+		e.stream = plain{c}
+	}
+	if e.raw = rawTCP(e.below); e.raw != nil {
+		e.measured = canMeasure
+	}
+	return e
+}
+
+func (e *end) unsent() int                   { return unsent(e.raw) }
+func (e *end) wasReset() (reset, known bool) { return wasReset(e.raw) }
+func (e *end) readable() bool                { return readable(e.raw) }
+
+func (e *end) canHalfClose() bool {
+	_, ok := e.conn.(halfCloser)
+	return ok
+}
+
+// closeWrite ends the stream to e, for as long as a slow reader takes.
+func (e *end) closeWrite() error {
+	if h, ok := e.conn.(interface{ Handshake() error }); ok { // before that no stream of TLS can end
+		if err := h.Handshake(); err != nil {
+			return err
+		}
+	}
+	if e.layered {
+		// crypto/tls gives its close_notify 5 s, and breaks the stream if the peer's buffers are
+		// full for so long. This takes that deadline away.
+		defer time.AfterFunc(time.Second, func() { e.below.SetWriteDeadline(time.Time{}) }).Stop()
+	}
+	return e.stream.closeWrite()
+}
+
+// reset closes the conn below at once, by a reset where it is TCP. The layers above are left alone:
+// one of them might want to say goodbye first, and wait for its peer.
+func (e *end) reset() { reset(e.below) }
+
+func reset(c net.Conn) {
+	if l, ok := c.(interface{ SetLinger(sec int) error }); ok {
+		l.SetLinger(0)
+	}
+	c.Close()
+}
+
+type (
+	netConner  interface{ NetConn() net.Conn }
+	halfCloser interface{ CloseWrite() error }
+)
+
+// Underlying returns the conn below all layers of c, as their NetConn methods say.
+func Underlying(c net.Conn) net.Conn {
+	for {
+		l, ok := c.(netConner)
+		if !ok {
+			return c
+		}
+		below := l.NetConn()
+		if below == nil {
+			return c
+		}
+		c = below
+	}
+}
+
+// Reset resets the connection below c, without waiting for its peer, and closes the layers above.
+func Reset(c net.Conn) {
+	reset(Underlying(c))
+	c.Close()
+}
+
+// Linger waits until what was written to c has arrived at the peer's system, at most a second and
+// not after stop is closed, and resets c.
+func Linger(c net.Conn, stop <-chan struct{}) {
+	raw := rawTCP(Underlying(c))
+	late := time.Now().Add(lingerTime)
+	for wait := time.Millisecond; unsent(raw) > 0 && time.Now().Before(late); wait = min(2*wait, 16*time.Millisecond) {
+		if waitFor(stop, wait) {
+			break
+		}
+	}
+	Reset(c)
+}
+
+// WasReset reports whether c is TCP that has been reset, as far as the system says. A connection in
+// which both sides have ended their streams looks the same.
+func WasReset(c net.Conn) bool {
+	reset, _ := wasReset(rawTCP(Underlying(c)))
+	return reset
+}
+
+func rawTCP(c net.Conn) syscall.RawConn {
+	if tcp, ok := c.(*net.TCPConn); ok {
+		if raw, err := tcp.SyscallConn(); err == nil {
+			return raw
+		}
+	}
+	return nil
+}
+
+// plain is the stream of any conn, which can be waited for only by reading, with a buffer in hand.
+type plain struct{ net.Conn }
+
+func (plain) await(t trier) error {
+	t.try()
+	return nil
+}
+
+func (p plain) read(b []byte) (int, error) {
+	for range 100 {
+		n, err := p.Read(b)
+		if n < 0 || n > len(b) {
+			return 0, ErrBadCount
+		}
+		if n > 0 || err != nil {
+			return n, err
+		}
+	}
+	return 0, io.ErrNoProgress
+}
+
+func (p plain) write(b []byte, buf *buffer) (int, error) {
+	defer buf.free()
+	return p.Write(b)
+}
+
+func (p plain) closeWrite() error { return p.Conn.(halfCloser).CloseWrite() }
+
+// A buffer is pooled memory that bytes pass through.
+type buffer []byte
+
+const (
+	smallBuffer = 4 << 10
+	largeBuffer = 64 << 10
+	tlsBuffer   = 66 << 10 // has room for the records of a large one
+)
+
+var smallBuffers, largeBuffers, tlsBuffers = bufferPool(smallBuffer), bufferPool(largeBuffer), bufferPool(tlsBuffer)
+
+func bufferPool(size int) *sync.Pool {
+	return &sync.Pool{New: func() any { b := make(buffer, size); return &b }}
+}
+
+func newBuffer(size int) *buffer { return poolOf(size).Get().(*buffer) }
+
+func (b *buffer) free() {
+	if b != nil {
+		poolOf(len(*b)).Put(b)
+	}
+}
+
+func poolOf(size int) *sync.Pool {
+	switch size {
+	case largeBuffer:
+		return largeBuffers
+	case tlsBuffer:
+		return tlsBuffers
+	}
+	return smallBuffers
+}
