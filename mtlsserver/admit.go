@@ -17,35 +17,19 @@ import (
 
 // A session is a connection, from when it is accepted until its line is in the log.
 type session struct {
-	app    string
-	client net.Addr
-	abort  func(cause error)
-	id     atomic.Pointer[Identity] // nil until the client has proved it; a reload may renew it
+	conn *lbproxy.Conn
+	app  string
+	id   atomic.Pointer[Identity] // nil until the client has proved it; a reload may renew it
 
 	release func() // its limits; nil until it has them
 }
 
 // admit is each connection's way in.
-func (p *proxy) admit(ctx context.Context, raw net.Conn) (context.Context, lbproxy.Conn, error) {
-	s, start := p.server, time.Now()
-	l := &session{app: p.conf.ID, client: raw.RemoteAddr()}
-	ctx, l.abort = context.WithCancelCause(ctx)
-	c := lbproxy.Conn{Client: raw, OnDone: func(r lbproxy.Result) { s.done(l, r) }}
-	err := errors.New("the handshake did not return") // if a user store panics
-	defer func() {
-		if err != nil {
-			r := lbproxy.Result{End: endNotAdmitted, Duration: time.Since(start), Err: err}
-			if ctx.Err() != nil && errors.Is(context.Cause(ctx), lbproxy.ErrAppClosed) {
-				r.End, r.Err = lbproxy.EndClosed, nil
-			}
-			s.done(l, r)
-		}
-	}()
-	err = p.authenticate(ctx, &c, l)
-	return ctx, c, err
+func (p *proxy) admit(ctx context.Context, c *lbproxy.Conn) error {
+	l := &session{conn: c, app: p.conf.ID}
+	c.OnDone = func(r lbproxy.Result) { p.server.done(l, r) }
+	return p.authenticate(ctx, c, l)
 }
-
-const endNotAdmitted lbproxy.EndReason = "not-admitted"
 
 // authenticate makes the handshake and decides whether the client is let in.
 func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) error {
@@ -68,7 +52,7 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 		return err
 	}
 	user := l.id.Load().User
-	c.ClientID = user.Name
+	c.ClientID, c.Verified = user.Name, true
 	c.RateLimit, l.release = s.limits.of(user, l.app, snap.defaultLimit)
 	if snap.logAdmissions {
 		s.admitted(l)
@@ -83,6 +67,11 @@ func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) 
 	if app == nil {
 		return nil, &Refusal{Reason: AppRemoved}
 	}
+	if app.acceptProxy != nil {
+		if err := app.acceptProxy(ctx, c); err != nil {
+			return nil, &Refusal{Reason: NoProxyHeader, Err: err}
+		}
+	}
 	var id *Identity // as the certificate says; it is proved when the handshake is done
 	config := app.tls.Clone()
 	config.VerifyConnection = func(cs tls.ConnectionState) (err error) {
@@ -92,24 +81,28 @@ func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) 
 		id, err = snap.auth.Identify(cs, p.conf.ID)
 		return err
 	}
-	t, err := snap.gate.handshake(ctx, c.Client, config)
+	t, err := snap.gate.handshake(ctx, c, config)
 	if err != nil {
 		if refusal, ok := errors.AsType[*Refusal](err); ok && id != nil && refusal.Claim == nil {
 			refusal.Claim, refusal.User = &id.claim, id.User.Name
 		}
 		return nil, err
 	}
+	t.CloseNotify = app.closeNotify
 	c.Client = t
 	return id, nil
 }
 
-// handshake makes raw a TLS connection. It waits for the client's first byte, then for a place.
-func (g *gate) handshake(ctx context.Context, raw net.Conn, config *tls.Config) (t *lbproxy.TLSConn, err error) {
+// handshake makes c's client speak TLS. It waits for the client's first byte, then for a place.
+func (g *gate) handshake(
+	ctx context.Context, c *lbproxy.Conn, config *tls.Config,
+) (t *lbproxy.TLSConn, err error) {
+	raw := c.Client
 	deadline := time.Now().Add(g.Timeout)
 	if err = raw.SetDeadline(deadline); err != nil {
 		return nil, &Refusal{Reason: ClientGone, Err: err}
 	}
-	v := g.wait(raw, addrOf(raw.RemoteAddr()))
+	v := g.wait(raw, addrOf(clientAddr(c)))
 	returned := false // else the goroutine has ended: a user store may call runtime.Goexit
 	defer func() {
 		late := errors.Is(err, os.ErrDeadlineExceeded)
@@ -143,6 +136,14 @@ func (g *gate) handshakeInside(ctx context.Context, v *visit, deadline time.Time
 		linger(v.raw)
 	}
 	return nil, refusal
+}
+
+// clientAddr is where c's client is, behind a trusted PROXY peer as that says.
+func clientAddr(c *lbproxy.Conn) net.Addr {
+	if c.ClientAddr != nil {
+		return c.ClientAddr
+	}
+	return c.Client.RemoteAddr()
 }
 
 // linger lets a refused client read the alert that says so, before a reset that may throw away

@@ -151,7 +151,10 @@ func (r *report) clients(key string, app *App, server *x509.Certificate) {
 }
 
 // closeNotifies are the values of App.CloseNotify.
-var closeNotifies = map[string]int{"": 0, "required": 0, "idle": 1, "optional": 2}
+var closeNotifies = map[string]lbproxy.CloseNotify{
+	"": lbproxy.CloseNotifyRequired, "required": lbproxy.CloseNotifyRequired,
+	"idle": lbproxy.CloseNotifyIdle, "optional": lbproxy.CloseNotifyOptional,
+}
 
 // prefixes reads networks whose PROXY headers are believed.
 func (r *report) prefixes(key string, texts []string) (all []netip.Prefix) {

@@ -25,6 +25,7 @@ const (
 	TooManyFromAddress Reason = "too-many-from-address" // Handshake.MaxPerAddress
 	HandshakeTimeout   Reason = "handshake-timeout"     // Handshake.Timeout
 	HandshakeTooLarge  Reason = "handshake-too-large"   // Handshake.MaxBytes
+	NoProxyHeader      Reason = "no-proxy-header"       // a trusted peer sent no proper PROXY header (App.AcceptProxy)
 	NotTLS             Reason = "not-tls"               // what came first is not TLS
 	OldTLS             Reason = "old-tls"               // before 1.3
 	WrongServerName    Reason = "wrong-server-name"     // the client wants another server (App.TLS.ServerName)

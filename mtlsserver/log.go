@@ -40,7 +40,6 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 	s.liveMu.Lock()
 	delete(s.live, l)
 	s.liveMu.Unlock()
-	l.abort(nil)
 	if l.release != nil {
 		l.release()
 	}
@@ -49,7 +48,7 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 	switch {
 	case refused:
 		reason, r.Err = refusal.Reason, refusal.Err
-	case r.End == endNotAdmitted:
+	case r.End == lbproxy.EndNotAdmitted:
 		reason = HandshakeFailed
 	case r.End == lbproxy.EndNoUpstream, r.End == lbproxy.EndDialFailed, r.End == lbproxy.EndUpstreamError:
 		level = slog.LevelWarn
@@ -61,13 +60,13 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 	} else if refused {
 		attrs = append(attrs, refusal.claimed()...)
 	}
-	if r.End != endNotAdmitted && l.id.Load() != nil {
+	if r.End != lbproxy.EndNotAdmitted && l.id.Load() != nil {
 		attrs = append(attrs, slog.String("upstream", r.Upstream), slog.Int64("sent", r.Sent), slog.Int64("received", r.Received))
 	}
 	if r.Err != nil {
 		attrs = append(attrs, slog.String("detail", clean(strings.ReplaceAll(r.Err.Error(), "\n", "; "), 200)))
 	}
-	if r.End == endNotAdmitted && !s.refusals.allow(reason, time.Now()) {
+	if r.End == lbproxy.EndNotAdmitted && !s.refusals.allow(reason, time.Now()) {
 		return
 	}
 	s.say(level, "connection", attrs...)
@@ -80,7 +79,7 @@ func (s *Server) admitted(l *session) {
 }
 
 func (l *session) attrs() []slog.Attr {
-	return []slog.Attr{slog.String("app", l.app), slog.String("client", l.client.String())}
+	return []slog.Attr{slog.String("app", l.app), slog.String("client", clientAddr(l.conn).String())}
 }
 
 // claimed is what a refused client says of itself. Names are quoted and cut short: the client may
@@ -167,10 +166,9 @@ func (s *Server) sayWithheld() {
 	}
 }
 
-// An appLog passes on what lbproxy says about an app, and not what it says about connections: that
-// it does at level Debug, or with the context of the connection.
+// An appLog passes on what lbproxy says about an app, and not what it says about connections.
 type appLog struct{ slog.Handler }
 
 func (h appLog) Enabled(ctx context.Context, level slog.Level) bool {
-	return ctx.Done() == nil && level > slog.LevelDebug && h.Handler.Enabled(ctx, level)
+	return lbproxy.ConnFromContext(ctx) == nil && h.Handler.Enabled(ctx, level)
 }

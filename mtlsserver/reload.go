@@ -149,7 +149,9 @@ func (a App) options(log *slog.Logger) *lbproxy.Options {
 
 // lbproxy returns u for an lbproxy.LBProxyApp, but for its TLS.
 func (u *Upstream) lbproxy() lbproxy.Upstream {
-	return lbproxy.Upstream{Addr: u.Addr, Weight: u.Weight, MaxConns: u.MaxConns}
+	return lbproxy.Upstream{
+		Addr: u.Addr, Weight: u.Weight, MaxConns: u.MaxConns, Drain: u.Drain, ProxyProtocol: u.ProxyProtocol,
+	}
 }
 
 // listen returns a share of the port at conf's address: of one that is bound already, by the same

@@ -202,7 +202,7 @@ func (s *Server) sweep(verdict func(*session) error) (ended int) {
 	s.liveMu.Unlock()
 	for _, l := range live {
 		if err := verdict(l); err != nil {
-			l.abort(err)
+			l.conn.Abort(err)
 			ended++
 		}
 	}
@@ -245,7 +245,7 @@ func (s *Server) endExpired(now time.Time) {
 	}
 	s.liveMu.Unlock()
 	for _, l := range expired {
-		l.abort(&Refusal{Reason: Expired})
+		l.conn.Abort(&Refusal{Reason: Expired})
 	}
 }
 

@@ -778,64 +778,52 @@ func ended2(c *tls.Conn) error {
 	return err
 }
 
-// Who comes while a reload ends sessions is judged by the new set already: else nobody would end theirs.
+// A resetHook is a connection that calls reset when it is reset.
+type resetHook struct {
+	net.Conn
+	reset func()
+}
+
+func (c resetHook) SetLinger(int) error {
+	c.reset()
+	return nil
+}
+
+// A client that connects while a reload ends sessions is judged by the new snapshot: otherwise
+// nobody would end its session.
 func TestReloadIsInForceBeforeItEndsSessions(t *testing.T) {
 	l := newLab(t, nil)
 	old := l.server.current.Load()
-	inForce := false
-	revoked := &session{app: "web", abort: func(error) { inForce = l.server.current.Load() != old }}
+	var inForce atomic.Bool
+	dialing := make(chan struct{})
+	app, err := lbproxy.New("never", []lbproxy.Upstream{{Addr: "u:1"}}, &lbproxy.Options{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			close(dialing)
+			<-ctx.Done()
+			return nil, ctx.Err()
+		},
+	})
+	must(t, err)
+	defer app.Close()
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	conn := &lbproxy.Conn{Client: resetHook{ours, func() { inForce.Store(l.server.current.Load() != old) }}}
+	served := make(chan struct{})
+	go func() { defer close(served); app.ServeConn(t.Context(), conn) }()
+	<-dialing
+	revoked := &session{app: "web", conn: conn}
 	revoked.id.Store(&Identity{User: &User{Name: "alice"}, ca: l.ca.cert, claim: Claim{Cert: l.alice.Leaf}, Expires: time.Now().Add(time.Hour)})
 	l.server.liveMu.Lock()
 	l.server.live[revoked] = struct{}{}
 	l.server.liveMu.Unlock()
 	l.reload(t, l.with(func(c *Config) { c.Users = nil }))
-	if !inForce {
-		t.Error("the session was ended, or not, before the new set was in force")
+	<-served
+	if !inForce.Load() {
+		t.Error("the session was ended, or not, before the new snapshot was in force")
 	}
 	l.server.liveMu.Lock()
 	delete(l.server.live, revoked)
 	l.server.liveMu.Unlock()
-}
-
-// A watchedContext counts those who wait for its end.
-type watchedContext struct {
-	context.Context
-	watchers atomic.Int32
-}
-
-func (c *watchedContext) Value(any) any { return nil } // else package context would look behind it
-
-func (c *watchedContext) AfterFunc(f func()) (stop func() bool) {
-	c.watchers.Add(1)
-	ours := context.AfterFunc(c.Context, f)
-	return func() bool { c.watchers.Add(-1); return ours() }
-}
-
-// The app's context lives as long as the app: what a session left in it would be kept.
-func TestNothingOfASessionIsLeftInTheContextOfItsApp(t *testing.T) {
-	l := newLab(t, nil)
-	port, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer port.Close()
-	raw, err := net.Dial("tcp", port.Addr().String())
-	must(t, err)
-	defer raw.Close()
-	shaken := make(chan error, 1)
-	go func() { shaken <- tls.Client(raw, l.clientConfig(&l.alice)).Handshake() }()
-	ours, err := port.Accept()
-	must(t, err)
-	defer ours.Close()
-	ctx := &watchedContext{Context: t.Context()}
-	_, conn, err := l.server.current.Load().proxies["web"].admit(ctx, ours)
-	must(t, err)
-	must(t, <-shaken)
-	if n := ctx.watchers.Load(); n != 1 {
-		t.Errorf("%d wait for its end, want the session", n)
-	}
-	conn.OnDone(lbproxy.Result{End: lbproxy.EndDone})
-	if n := ctx.watchers.Load(); n != 0 {
-		t.Errorf("%d wait for its end when it is over", n)
-	}
 }
 
 func TestIdleTimeoutIsThatOfTheApp(t *testing.T) {

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"crypto/tls"
 	"time"
+
+	"github.com/danielepagano/lbproxy"
 )
 
 // A snapshot is everything that a connection is judged by. It does not change.
@@ -21,8 +23,10 @@ type snapshot struct {
 
 // appRules are what connections to an app are judged by.
 type appRules struct {
-	tls        *tls.Config
-	serverName string
+	tls         *tls.Config
+	serverName  string
+	closeNotify lbproxy.CloseNotify
+	acceptProxy lbproxy.AdmitFunc // nil: no peer is trusted to send PROXY headers
 }
 
 // newSnapshot returns the snapshot of c, with what goes on of the old one.
@@ -46,7 +50,7 @@ func newSnapshot(c *Config, m *materials, users Users, proxies map[string]*proxy
 	if old.gate != nil && old.gate.Handshake == n.gate.Handshake {
 		n.gate = old.gate
 	}
-	for _, app := range c.Apps {
+	for i, app := range c.Apps {
 		rules := &appRules{tls: &tls.Config{
 			MinVersion: tls.VersionTLS13,
 			ClientAuth: tls.RequireAnyClientCert, // Identify verifies it, for less
@@ -59,6 +63,10 @@ func newSnapshot(c *Config, m *materials, users Users, proxies map[string]*proxy
 		}}
 		if app.TLS != nil {
 			rules.serverName = app.TLS.ServerName
+		}
+		rules.closeNotify = closeNotifies[app.CloseNotify]
+		if trusted := m.proxies[i]; len(trusted) > 0 {
+			rules.acceptProxy = lbproxy.AcceptProxy(trusted, nil)
 		}
 		n.apps[app.ID] = rules
 	}

@@ -117,7 +117,7 @@ func run(out io.Writer) (err error) {
 
 	revoked := *config
 	revoked.Users = config.Users[:1]
-	if err := server.Reload(&revoked); err != nil {
+	if _, err := server.Reload(&revoked); err != nil {
 		return err
 	}
 	_, err = live.Read(make([]byte, 1))

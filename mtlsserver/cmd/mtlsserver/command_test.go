@@ -317,7 +317,10 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	if code != 0 || !has(made, "Made …carol.pem and …carol.key.") {
 		t.Errorf("issue -print: exit code %d, %q", code, made)
 	}
-	var user mtlsserver.User
+	var user struct {
+		Name          string
+		Serials, Apps []string
+	}
 	if err := json.Unmarshal([]byte(entry), &user); err != nil || user.Name != "carol" || len(user.Serials) != 1 ||
 		user.Serials[0] != serial("carol") || len(user.Apps) != 1 || user.Apps[0] != "web" {
 		t.Errorf("issue -print: %s, %v", entry, err)
