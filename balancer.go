@@ -4,9 +4,7 @@ import (
 	"container/heap"
 	"container/list"
 	"context"
-	"fmt"
 	"maps"
-	"math/bits"
 	"slices"
 	"strings"
 	"sync"
@@ -206,15 +204,20 @@ func (b *balancer) acquire(s *search, now time.Time) (pick, error) {
 
 // choose returns the upstream for the next connection, which may be of rank never, or nil.
 func (b *balancer) choose(s *search) *upstream {
-	if s == nil {
-		s = new(search)
+	var tried map[*upstream]bool
+	if s != nil {
+		tried = s.tried
 	}
-	if len(s.tried) > maxExact && s.tried[b.heap[0]] {
+	root := b.heap[0]
+	switch {
+	case root != b.resting && !tried[root]:
+		return root
+	case len(tried) > maxExact && tried[root]:
 		return b.chooseRest(s)
 	}
-	u := b.least(0, s.tried, b.resting)
-	if b.resting != nil && (u == nil || u.rank != eligible) {
-		u = b.least(0, s.tried, nil) // slow start is better than none and than a last resort
+	u := b.least(0, tried, b.resting)
+	if u == nil || u.rank != eligible {
+		u = b.least(0, tried, nil) // slow start is better than none and than a last resort
 	}
 	return u
 }
@@ -395,54 +398,4 @@ func (b *balancer) snapshot() (all []UpstreamStats, sent, received uint64) {
 		received += all[i].Received
 	}
 	return all, sent, received
-}
-
-// Peers is what an app knows of other apps, in other processes, that spread connections over the
-// same upstreams. The zero Peers means that there are none.
-type Peers struct {
-	// Index and Count say that the app is number Index, from 0, of Count. Among equally loaded
-	// upstreams it prefers those from len(upstreams)*Index/Count on, wrapping around; an app
-	// alone (Count 0 or 1) prefers the first. Without it, many apps with few connections each
-	// would all choose the first upstreams.
-	Index, Count int
-
-	// Bias counts as that many more open connections on an upstream, given by its Addr, when one
-	// is chosen, and nowhere else. It corrects a lasting imbalance that the app's own connections
-	// do not show. The connections that others have open do not belong here: by the time they
-	// are known, everybody has gone where there were least. A missing Addr means 0; an Addr that
-	// is not an upstream's is ignored until it is.
-	Bias map[string]float64
-}
-
-// SetPeers replaces what the app knows of its peers, which is nothing at first. It copies Bias and
-// stays in force over SetUpstreams. It may be called often: with 10,000 upstreams it takes about a
-// millisecond. If Index is not below Count, or a Bias is negative or not a number, it returns an
-// error and changes nothing.
-func (a *LBProxyApp) SetPeers(p Peers) error {
-	if p.Count < 0 {
-		return fmt.Errorf("lbproxy: app %q: Peers.Count %d is negative: "+
-			"use 0 for no peers", a.id, p.Count)
-	}
-	if most := max(p.Count, 1) - 1; p.Index < 0 || p.Index > most {
-		return fmt.Errorf("lbproxy: app %q: Peers.Index %d: "+
-			"want 0 to %d, as Count is %d", a.id, p.Index, most, p.Count)
-	}
-	for addr, bias := range p.Bias {
-		if !(bias >= 0) { // NaN included
-			return fmt.Errorf("lbproxy: app %q: Peers.Bias[%q] %v: "+
-				"want 0 or more connections", a.id, addr, bias)
-		}
-	}
-	a.balancer.setPeers(p)
-	return nil
-}
-
-// first is n*Index/Count, for n upstreams, without overflow.
-func (p Peers) first(n int) int {
-	if p.Count <= 1 {
-		return 0
-	}
-	hi, lo := bits.Mul64(uint64(n), uint64(p.Index))
-	first, _ := bits.Div64(hi, lo, uint64(p.Count))
-	return int(first)
 }

@@ -1,12 +1,15 @@
 package lbproxy
 
 import (
+	"container/heap"
 	"container/list"
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -180,7 +183,7 @@ func wantBal[T any](t *testing.T, what string, got, want T) {
 	}
 }
 
-func TestLeastLoadedForItsWeightIsChosenAndTiesGoToTheEarlier(t *testing.T) {
+func TestLeastLoadedByWeightIsChosenAndTiesGoBySliceOrder(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
 		upstreams []Upstream
@@ -292,7 +295,7 @@ func TestFailedUpstreamCoolsUntilOneTrialDecides(t *testing.T) {
 	wantBal(t, "dials failed", f.find("a:1").failed, 2)
 }
 
-func TestStandingChangesAreReportedOnce(t *testing.T) {
+func TestSettleReportsFailureAndRecoveryOnce(t *testing.T) {
 	f := newBalFarm(balNamed(1)...)
 	u := f.find("a:1")
 	for i, step := range []struct {
@@ -306,7 +309,7 @@ func TestStandingChangesAreReportedOnce(t *testing.T) {
 	}
 }
 
-func TestTrialThatToldNothingIsFollowedByAnother(t *testing.T) {
+func TestInconclusiveTrialIsRepeated(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.says["a:1"] = fails
 	f.connect()
@@ -339,7 +342,7 @@ func TestOneTrialAtATimeThoughAnOlderDialTellsNothing(t *testing.T) {
 	wantBal(t, "the next trial", f.take(), "a:1")
 }
 
-func TestWhenAllAreCoolingTheLongestFailedIsTriedFirstAndEachOnce(t *testing.T) {
+func TestAllCoolingTriesTheLongestFailedFirstAndEachOnce(t *testing.T) {
 	f := newBalFarm(balNamed(4)...)
 	for _, u := range f.heap {
 		f.says[u.conf.Addr] = fails
@@ -358,14 +361,14 @@ func TestWhenAllAreCoolingTheLongestFailedIsTriedFirstAndEachOnce(t *testing.T) 
 	wantBal(t, "and is used", f.connect(), "b:1")
 }
 
-func TestCoolingUpstreamThatIsFullIsNoLastResort(t *testing.T) {
+func TestFullCoolingUpstreamIsNotTried(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a:1", MaxConns: 1}, Upstream{Addr: "b:1"})
 	f.settle(f.begin("a:1"), fails, f.now) // and has not been released yet
 	f.says["b:1"] = fails
 	wantBal(t, "tried", f.connect(), "b:1")
 }
 
-func TestNegativeFailTimeoutPassesNoneOver(t *testing.T) {
+func TestNegativeFailTimeoutSkipsNoUpstream(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.failTimeout = -1
 	f.says["a:1"] = fails
@@ -435,7 +438,7 @@ func TestRecoveredUpstreamGetsAtMostEverySecondConnectionUntilItIsLevel(t *testi
 	}
 }
 
-func TestRecoveredUpstreamThatIsLevelIsOneLikeAnyOther(t *testing.T) {
+func TestSlowStartEndsWhenTheUpstreamIsLevel(t *testing.T) {
 	f := newBalFarm(balNamed(3)...)
 	f.fill("b:1", 4)
 	f.fill("c:1", 4)
@@ -452,7 +455,7 @@ func TestRecoveredUpstreamThatIsLevelIsOneLikeAnyOther(t *testing.T) {
 	wantBal(t, "plain least connections", f.takes(5), []string{"a:1", "a:1", "a:1", "a:1", "a:1"})
 }
 
-func TestRecoveredUpstreamIsHeldBackThoughOthersRecoverToo(t *testing.T) {
+func TestSlowStartHoldsWhileOthersRecoverToo(t *testing.T) {
 	for _, second := range []verdict{fails, works} {
 		f := newBalFarm(balNamed(3)...)
 		f.fill("c:1", 200)
@@ -476,7 +479,7 @@ func TestRecoveredUpstreamIsHeldBackThoughOthersRecoverToo(t *testing.T) {
 	}
 }
 
-func TestNewSetOfTheSameUpstreamsDoesNotLetARecoveredOneGoFaster(t *testing.T) {
+func TestNewSetDoesNotShortenSlowStart(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.fill("b:1", 100)
 	f.says["a:1"] = fails
@@ -490,7 +493,7 @@ func TestNewSetOfTheSameUpstreamsDoesNotLetARecoveredOneGoFaster(t *testing.T) {
 	}
 }
 
-func TestRecoveredUpstreamIsBetterThanNoneAndThanOneThatIsPassedOver(t *testing.T) {
+func TestSlowStartIsBetterThanNoneAndThanCooling(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 1}, Upstream{Addr: "c:1"})
 	f.says["a:1"] = fails
 	f.says["c:1"] = fails
@@ -514,7 +517,7 @@ func TestOurOwnErrorNeverCountsAgainstAnUpstream(t *testing.T) {
 	wantBal(t, "chosen", f.find("a:1").total, 100)
 }
 
-func TestUnknownVerdictDoesNotEndTheCooling(t *testing.T) {
+func TestInconclusiveDialDoesNotEndCooling(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	u, _ := f.acquire(nil, f.now) // dials a for long
 	f.says["a:1"] = fails
@@ -525,7 +528,7 @@ func TestUnknownVerdictDoesNotEndTheCooling(t *testing.T) {
 	wantBal(t, "chosen", f.take(), "b:1")
 }
 
-func TestDownUpstreamIsNotEvenALastResort(t *testing.T) {
+func TestDownUpstreamIsNeverChosen(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 3})
 	f.mark("a:1", true)
 	wantBal(t, "state", f.state("a:1"), "down")
@@ -542,7 +545,7 @@ func TestDownUpstreamIsNotEvenALastResort(t *testing.T) {
 	wantBal(t, "up again", f.takes(2), []string{"a:1", "a:1"})
 }
 
-func TestNoDialEndsOrOutlastsBeingDown(t *testing.T) {
+func TestDialsDoNotChangeTheDownState(t *testing.T) {
 	for _, before := range []string{"up", "cooling", "due", "on trial"} {
 		for _, v := range []verdict{works, fails, unknown} {
 			f := newBalFarm(balNamed(2)...)
@@ -574,7 +577,7 @@ func TestNoDialEndsOrOutlastsBeingDown(t *testing.T) {
 	}
 }
 
-func TestUpstreamUpAgainGetsAtMostEverySecondConnectionUntilItIsLevel(t *testing.T) {
+func TestUpstreamFoundUpAgainIsInSlowStart(t *testing.T) {
 	f := newBalFarm(balNamed(3)...)
 	f.mark("a:1", true)
 	f.takes(400)
@@ -584,7 +587,7 @@ func TestUpstreamUpAgainGetsAtMostEverySecondConnectionUntilItIsLevel(t *testing
 	}
 }
 
-func TestDownUpstreamStaysSoInANewSetButNotIfItIsAddedAgain(t *testing.T) {
+func TestDownStateSurvivesANewSetButNotRemoval(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.fill("a:1", 2)
 	f.mark("a:1", true)
@@ -714,7 +717,7 @@ func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
 	wantBal(t, "stats in slice order", []string{f.stats()[0].Addr, f.stats()[1].Addr}, []string{"b", "a"})
 }
 
-func TestStatsListDrainingUpstreamsLastByAddr(t *testing.T) {
+func TestStatsListRemovedUpstreamsLastByAddr(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "z"}, Upstream{Addr: "m"}, Upstream{Addr: "k"}, Upstream{Addr: "b"})
 	f.takes(4)
 	f.setUpstreams(Upstream{Addr: "x"}, Upstream{Addr: "b"})
@@ -745,6 +748,336 @@ func TestHugeCountsAndWeightsDoNotOverflow(t *testing.T) {
 	f.find("b").open = 1<<31 - 4
 	f.set([]Upstream{*f.find("a").conf, *f.find("b").conf}, f.now)
 	wantBal(t, "chosen", f.takes(2), []string{"b", "a"})
+}
+
+func TestSetPeersRejectsBadValuesByName(t *testing.T) {
+	a, _ := newApp(t, Options{}, "10.0.0.1:1", "10.0.0.2:1")
+	if err := a.SetPeers(Peers{Index: 1, Count: 2, Bias: map[string]float64{"10.0.0.2:1": 3}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		peers Peers
+		want  string
+	}{
+		{Peers{Count: -1}, "Peers.Count -1 is negative"},
+		{Peers{Index: 1}, "Peers.Index 1: want 0 to 0, as Count is 0"},
+		{Peers{Index: 3, Count: 3}, "Peers.Index 3: want 0 to 2, as Count is 3"},
+		{Peers{Index: -1, Count: 3}, "Peers.Index -1: want 0 to 2"},
+		{Peers{Count: 2, Bias: map[string]float64{"a:1": -0.5}}, `Peers.Bias["a:1"] -0.5: want 0 or more`},
+		{Peers{Count: 2, Bias: map[string]float64{"a:1": 0, "b:1": math.NaN()}}, `Peers.Bias["b:1"] NaN: want`},
+	} {
+		err := a.SetPeers(tc.peers)
+		if err == nil || !strings.HasPrefix(err.Error(), `lbproxy: app "test": `+tc.want) {
+			t.Errorf("%+v: %v, want %s", tc.peers, err, tc.want)
+		}
+		if b := &a.balancer; b.peers.Index != 1 || b.peers.Count != 2 || b.peers.Bias["10.0.0.2:1"] != 3 {
+			t.Fatalf("%+v was rejected, but the peers are now %+v", tc.peers, b.peers)
+		}
+	}
+	if err := a.SetPeers(Peers{Count: 1, Bias: map[string]float64{"x:1": math.Inf(1)}}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTiesGoToTheFirstFromTheAppsPlaceAmongItsPeers(t *testing.T) {
+	for _, tc := range []struct {
+		index, count int
+		want         string
+	}{
+		{0, 0, "a b c d e a"}, // alone
+		{0, 1, "a b c d e a"},
+		{0, 2, "a b c d e a"},
+		{1, 2, "c d e a b c"},                       // 5*1/2 is 2
+		{2, 3, "d e a b c d"},                       // 5*2/3 is 3
+		{99, 100, "e a b c d e"},                    // 5*99/100 is 4
+		{1, math.MaxInt, "a b c d e a"},             // nearly 0
+		{math.MaxInt - 1, math.MaxInt, "e a b c d"}, // nearly 5; 5*Index overflows
+	} {
+		f := newBalFarm(balNamed(5)...)
+		f.setPeers(Peers{Index: tc.index, Count: tc.count})
+		want := strings.Fields(tc.want)
+		for i := range want {
+			want[i] += ":1"
+		}
+		wantBal(t, fmt.Sprintf("%d of %d", tc.index, tc.count), f.takes(len(want)), want)
+	}
+}
+
+func TestPeersStayOverANewSet(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	f.setPeers(Peers{Index: 1, Count: 2, Bias: map[string]float64{"d:1": 2}})
+	f.setUpstreams(balNamed(4)...)
+	wantBal(t, "c first, d has 2 more", f.takes(7),
+		strings.Fields("c:1 a:1 b:1 c:1 a:1 b:1 c:1"))
+	wantBal(t, "at 3 2 2, d has as many", f.takes(4), strings.Fields("d:1 a:1 b:1 c:1"))
+	wantBal(t, "stats are in slice order", f.stats()[0].Addr, "a:1")
+	f.setPeers(Peers{})
+	f.setUpstreams(balNamed(4)...)
+	wantBal(t, "no peers: d is emptiest", f.takes(3), strings.Fields("d:1 d:1 a:1"))
+}
+
+func TestBiasCountsAsOpenConnectionsInChoosingAlone(t *testing.T) {
+	f := newBalFarm(Upstream{Addr: "a", Weight: 2}, Upstream{Addr: "b"}, Upstream{Addr: "c", MaxConns: 1})
+	bias := map[string]float64{"a": 2.5, "c": 0.25, "nobody": 9}
+	f.setPeers(Peers{Bias: bias})
+	bias["b"] = 100 // the map was copied
+	f.arrange()
+	wantBal(t, "loads", f.takes(5), strings.Fields("b c a b a")) // 3.5/2 1 1.25; 1.75 2 1.25; 1.75 2 -; 2.25 2; 2.25 3
+	wantBal(t, "open", []int{f.stats()[0].Open, f.stats()[1].Open, f.stats()[2].Open}, []int{2, 2, 1})
+	f.setPeers(Peers{Bias: map[string]float64{"a": math.Inf(1), "b": math.Inf(1)}})
+	wantBal(t, "endless ones tie", f.takes(2), strings.Fields("a a"))
+}
+
+func TestPeersChangeWhileAnAppServes(t *testing.T) {
+	a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "a:1", "b:1", "c:1")
+	stop := make(chan bool)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := a.SetPeers(Peers{Index: i % 3, Count: 3, Bias: map[string]float64{"b:1": float64(i % 7)}}); err != nil {
+				t.Error(err)
+			}
+			runtime.Gosched()
+		}
+	})
+	for range 200 {
+		c := serveFake(t.Context(), a, &Conn{})
+		ping(t, c)
+		c.Close()
+		<-c.result
+	}
+	close(stop)
+	wg.Wait()
+	wantCounts(t, a, 200, 0, 0)
+}
+
+// spread simulates apps that share upstreams and know nothing of each other's connections, and
+// returns the open connections of the fullest upstream over the mean, averaged over samples in
+// half a minute, after a minute in which it settles. Arrivals are a Poisson process, each at a
+// random app. Durations have a bounded Pareto distribution (alpha 1.5) with a mean of 5 s.
+func spread(apps, upstreams int, load float64, rotated bool) float64 {
+	const mean, lowest, alpha, warm, end = 5.0, 1.739, 1.5, 60.0, 90.0 // 1.739 to 1,000 s
+	random := rand.New(rand.NewPCG(1, 2))
+	confs := make([]Upstream, upstreams)
+	for i := range confs {
+		confs[i] = Upstream{Addr: fmt.Sprintf("10.0.%d.%d:1", i/256, i%256), Weight: 1}
+	}
+	balancers := make([]balancer, apps)
+	for i := range balancers {
+		balancers[i].set(slices.Clone(confs), time.Time{})
+		if rotated {
+			balancers[i].setPeers(Peers{Index: i, Count: apps})
+		}
+	}
+	type conn struct {
+		app int
+		u   *upstream
+	}
+	open := make([]int, upstreams)
+	var ends balTimes[conn]
+	sum, samples, total := 0.0, 0, 0
+	rate := load * float64(upstreams) / mean
+	for now, sample := 0.0, warm; now < end; now += random.ExpFloat64() / rate {
+		for len(ends) > 0 && ends[0].at <= now {
+			c := heap.Pop(&ends).(balTime[conn]).what
+			balancers[c.app].release(c.u)
+			open[c.u.index]--
+			total--
+		}
+		if now > sample {
+			sum += float64(slices.Max(open)) * float64(upstreams) / float64(total)
+			samples++
+			sample += 0.5
+		}
+		app := random.IntN(apps)
+		u := balAcquire(&balancers[app], time.Time{})
+		open[u.index]++
+		total++
+		lasts := lowest * math.Pow(1-random.Float64()*(1-math.Pow(lowest/(200*mean), alpha)), -1/alpha)
+		heap.Push(&ends, balTime[conn]{now + lasts, conn{app, u}})
+	}
+	return sum / float64(samples)
+}
+
+type balTime[T any] struct {
+	at   float64
+	what T
+}
+
+// balTimes is a heap: the earliest first.
+type balTimes[T any] []balTime[T]
+
+func (h balTimes[T]) Len() int           { return len(h) }
+func (h balTimes[T]) Less(i, j int) bool { return h[i].at < h[j].at }
+func (h balTimes[T]) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *balTimes[T]) Push(x any)        { *h = append(*h, x.(balTime[T])) }
+func (h *balTimes[T]) Pop() any {
+	last := len(*h) - 1
+	x := (*h)[last]
+	*h = (*h)[:last]
+	return x
+}
+
+func TestPeersSpreadConnectionsEvenly(t *testing.T) {
+	if got := spread(20, 200, 10, false); got < 1.8 {
+		t.Errorf("20 apps, 200 upstreams, no peers: fullest/mean %.2f; if it is not above 1.8 "+
+			"there is nothing to show", got)
+	}
+	if got := spread(20, 200, 10, true); got > 1.4 {
+		t.Errorf("20 apps, 200 upstreams: fullest/mean %.2f, want less than 1.4", got)
+	}
+	if got := spread(4, 8, 10, true); got > 1.25 {
+		t.Errorf("4 apps, 8 upstreams: fullest/mean %.2f, want less than 1.25", got)
+	}
+}
+
+func TestDrainingUpstreamGetsNothingNewAndKeepsWhatItHas(t *testing.T) {
+	a, b := Upstream{Addr: "a:1"}, Upstream{Addr: "b:1"}
+	f := newBalFarm(a, b)
+	f.takes(4)
+	a.Drain = true
+	f.setUpstreams(a, b)
+	wantBal(t, "chosen", f.takes(3), []string{"b:1", "b:1", "b:1"})
+	wantBal(t, "a", f.stats()[0], UpstreamStats{Addr: "a:1", Weight: 1, Open: 2, Total: 2, State: StateUp, Since: f.now, Drain: true})
+	f.fail("b:1")
+	wantBal(t, "a cooling one is better than a draining one", f.take(), "b:1")
+	f.mark("a:1", true)
+	wantBal(t, "it is checked", f.state("a:1"), "down")
+	f.mark("a:1", false)
+	a.Drain = false
+	f.setUpstreams(a, b)
+	wantBal(t, "no longer draining, in slow start", f.takes(3), []string{"a:1", "b:1", "a:1"})
+}
+
+func TestErrNoUpstreamSaysWhy(t *testing.T) {
+	ups := []Upstream{
+		{Addr: "a:1", MaxConns: 1}, {Addr: "b:1", MaxConns: 1}, {Addr: "c:1"}, {Addr: "d:1", Drain: true},
+	}
+	f := newBalFarm(ups...)
+	f.mark("c:1", true)
+	f.mark("d:1", true) // draining as well, and counted once
+	f.takes(2)
+	for _, step := range []struct {
+		then func()
+		want string
+	}{
+		{func() {}, "2 full, 1 down, 1 draining"},
+		{func() { f.mark("d:1", false) }, "2 full, 1 down, 1 draining"},
+		{func() { f.setUpstreams(ups[:3]...) }, "2 full, 1 down"},
+		{func() { f.setUpstreams(ups[2]) }, "1 down"},
+		{func() { f.setUpstreams(ups[3]) }, "1 draining"},
+		{func() { f.setUpstreams(ups[0]) }, "1 full"},
+		{func() { f.mark("a:1", true) }, "1 down"},
+	} {
+		step.then()
+		_, err := f.balancer.acquire(nil, f.now)
+		wantBal(t, "error", fmt.Sprint(err), "lbproxy: no upstream available: "+step.want)
+		wantBal(t, "is ErrNoUpstream", errors.Is(err, ErrNoUpstream), true)
+	}
+}
+
+func TestSinceAndErrTellWhenAndWhyAStateBegan(t *testing.T) {
+	f := newBalFarm(balNamed(2)...)
+	begin := f.now
+	check := func(what string, since time.Duration, err error) {
+		t.Helper()
+		s := f.stats()[0]
+		wantBal(t, what+": since", s.Since.Sub(begin), since)
+		wantBal(t, what+": error", s.Err, err)
+		f.now = f.now.Add(time.Second)
+	}
+	check("new", 0, nil)
+	f.fail("a:1")
+	check("cooling", time.Second, errSick)
+	f.now = f.now.Add(balFail)
+	f.settle(f.begin("a:1"), fails, f.now)
+	check("a failed trial", time.Second, errSick)
+	f.now = f.now.Add(balFail)
+	f.settle(f.begin("a:1"), works, f.now)
+	check("up again", 3*time.Second+2*balFail, nil)
+	f.mark("a:1", true)
+	check("down", 4*time.Second+2*balFail, errSick)
+	f.setUpstreams(balNamed(2)...)
+	check("in a new set", 4*time.Second+2*balFail, errSick)
+	f.setUpstreams(balNamed(2)[1])
+	f.setUpstreams(balNamed(2)...)
+	check("added again", 6*time.Second+2*balFail, nil)
+}
+
+// More than a connection tries in the exact order of loads, and upstreams that change meanwhile.
+func TestEachOfManyUpstreamsIsTriedOnceThoughNothingCools(t *testing.T) {
+	const n = 1000
+	confs := make([]Upstream, n)
+	for i := range confs {
+		confs[i] = Upstream{Addr: fmt.Sprintf("10.0.%d.%d:1", i/256, i%256), MaxConns: i % 2 * 3}
+	}
+	for _, failTimeout := range []time.Duration{-1, 1} { // 1: they are ready again at the next choice
+		f := newBalFarm(confs...)
+		f.failTimeout = failTimeout
+		var s search
+		for i := range n {
+			p, err := f.balancer.acquire(&s, f.now)
+			switch {
+			case err != nil:
+				t.Fatalf("attempt %d: %v", i, err)
+			case s.tried[p.u]:
+				t.Fatalf("attempt %d: tried %s twice", i, p.conf.Addr)
+			case failTimeout < 0 && i <= maxExact && p.u.index != i:
+				t.Fatalf("attempt %d: tried number %d", i, p.u.index)
+			}
+			f.settle(p.u, fails, f.now)
+			f.release(p.u)
+			s.add(p.u)
+			f.now = f.now.Add(time.Second)
+		}
+		_, err := f.balancer.acquire(&s, f.now)
+		wantBal(t, "error when all were tried", err, ErrNoUpstream)
+
+		s = search{}
+		for range n / 2 {
+			p, _ := f.balancer.acquire(&s, f.now)
+			f.settle(p.u, unknown, f.now)
+			f.release(p.u)
+			s.add(p.u)
+		}
+		left := map[string]bool{}
+		for i, u := range slices.Clone(f.heap) {
+			switch {
+			case s.tried[u]:
+			case i%3 == 0:
+				f.mark(u.conf.Addr, true)
+			case i%3 == 1 && u.conf.MaxConns > 0:
+				u.open = u.conf.MaxConns
+				f.fix(u)
+			default:
+				left[u.conf.Addr] = true
+			}
+		}
+		f.setUpstreams(slices.DeleteFunc(slices.Clone(confs), func(u Upstream) bool {
+			if removed := left[u.Addr] && strings.HasSuffix(u.Addr, "7:1"); removed {
+				delete(left, u.Addr)
+				return true
+			}
+			return false
+		})...)
+		for len(left) > 0 {
+			p, err := f.balancer.acquire(&s, f.now)
+			if err != nil || !left[p.conf.Addr] {
+				t.Fatalf("%d are left: %+v, %v", len(left), p.conf, err)
+			}
+			delete(left, p.conf.Addr)
+			f.settle(p.u, unknown, f.now)
+			f.release(p.u)
+			s.add(p.u)
+		}
+		_, err = f.balancer.acquire(&s, f.now)
+		wantBal(t, "error when none is left", err, ErrNoUpstream)
+	}
 }
 
 // A balModel is the balancer's rules as plainly as they can be put: every choice looks at every upstream.
@@ -1288,6 +1621,73 @@ func BenchmarkAcquireParallel(b *testing.B) {
 					*end = balAcquire(bal, now)
 				}
 			})
+		})
+	}
+}
+
+// What a choice costs when 99 of 100 upstreams cannot be chosen.
+func BenchmarkAcquireSkipping(b *testing.B) {
+	for _, n := range []int{4, 100, 10_000} {
+		skipped := n - max(n/100, 1)
+		for what, skip := range map[string]func(*balancer, *upstream){
+			"full":     func(bal *balancer, u *upstream) { u.open = u.conf.MaxConns },
+			"down":     func(bal *balancer, u *upstream) { u.phase = down },
+			"draining": func(bal *balancer, u *upstream) { u.conf.Drain = true },
+			"cooling": func(bal *balancer, u *upstream) {
+				u.phase, u.until, u.coolingElem = cooling, time.Unix(1, 0), bal.cooling.PushBack(u)
+			},
+		} {
+			b.Run(fmt.Sprintf("upstreams=%d/%s", n, what), func(b *testing.B) {
+				bal, ups := balMany(n)
+				for _, u := range ups[:skipped] {
+					skip(bal, u)
+				}
+				bal.arrange()
+				b.ReportAllocs()
+				for b.Loop() {
+					bal.release(balAcquire(bal, time.Unix(0, 0)))
+				}
+			})
+		}
+		b.Run(fmt.Sprintf("upstreams=%d/tried", n), func(b *testing.B) { // by one connection, all in turn
+			bal, _ := balMany(n)
+			bal.failTimeout = -1
+			s := new(search)
+			for b.Loop() {
+				p, err := bal.acquire(s, time.Time{})
+				if err != nil {
+					b.Fatal(err)
+				}
+				bal.settle(p.u, fails, errSick, time.Time{})
+				bal.release(p.u)
+				if s.add(p.u); len(s.tried) == n {
+					s = new(search)
+				}
+			}
+		})
+	}
+}
+
+func balMany(n int) (*balancer, []*upstream) {
+	confs := make([]Upstream, n)
+	for i := range confs {
+		confs[i] = Upstream{Addr: fmt.Sprintf("10.0.%d.%d:1", i/256, i%256), Weight: 1, MaxConns: 9}
+	}
+	b := &balancer{failTimeout: balFail}
+	return b, b.set(confs, time.Time{})
+}
+
+func BenchmarkSetPeers(b *testing.B) {
+	for _, n := range []int{4, 100, 10_000} {
+		b.Run(fmt.Sprintf("upstreams=%d", n), func(b *testing.B) {
+			bal, ups := balMany(n)
+			bias := map[string]float64{}
+			for i, u := range ups {
+				bias[u.conf.Addr] = float64(i%5) / 4
+			}
+			for i := 0; b.Loop(); i++ {
+				bal.setPeers(Peers{Index: i % 7, Count: 7, Bias: bias})
+			}
 		})
 	}
 }

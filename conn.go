@@ -152,15 +152,24 @@ func (c *Conn) abort(e *ending) {
 		s.relay.Abort(e)
 		return
 	}
-	first := c.cause == nil && (s != nil || !c.used)
-	if first {
+	if c.cause == nil && (s != nil || !c.used) {
 		c.cause = e
 	}
 	c.mu.Unlock()
-	if first && s != nil {
-		s.cancel(e.err)
+	if s != nil { // also after admit has rejected it, while what admit wrote is on its way
+		s.stop(e)
 		relay.Reset(s.raw)
 	}
+}
+
+// decide makes e the cause of an end without a relay, unless there is one, and returns the cause.
+func (c *Conn) decide(e *ending) *ending {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause == nil {
+		c.cause = e
+	}
+	return c.cause
 }
 
 // An ending is the cause of an abort: an error, and the name for it.
@@ -253,6 +262,7 @@ func (e EndReason) String() string { return string(e) }
 
 var (
 	errNilDialed = errors.New("Options.DialContext returned neither a conn nor an error")
+	errNoClient  = errors.New("lbproxy: admit left Conn.Client nil")
 )
 
 // A session drives one Conn from when it is counted in until its Result is known. Its fields
@@ -264,9 +274,9 @@ type session struct {
 	raw      net.Conn // what was accepted; admit may have wrapped it
 	accepted bool     // by Serve: it has a slot, and its end is logged
 	start    time.Time
-	ctx      context.Context // ends with the session
-	cancel   context.CancelCauseFunc
-	element  *list.Element // of app.sessions; belongs to app.mu
+	base     context.Context // has the values of the caller's, and the Conn, but does not end
+	ctx      context.Context // base, and ends with the session where a hook is there to see it
+	element  *list.Element   // of app.sessions; belongs to app.mu
 
 	client   net.Conn  // what is relayed: conn.Client as admit left it
 	upstream *upstream // what it is counted on
@@ -275,26 +285,66 @@ type session struct {
 	attempts int
 	keep     bool // client outlives the relay, for OnRefused
 	outcome  relay.Outcome
-	over     chan struct{} // closed by Done where a goroutine waits to finish the session
+	done     chan struct{} // closed by Done where a goroutine waits to finish the session
 	result   Result
 
-	relay *relay.Relay // guarded by conn.mu, like all that follows
-	state ConnState
-	addr  string // of the upstream that was dialed last
+	relay  *relay.Relay // guarded by conn.mu, like all that follows
+	state  ConnState
+	addr   string // of the upstream that was dialed last
+	isOver bool
+	cancel context.CancelCauseFunc // of ctx; nil if that does not end
+	undial context.CancelFunc      // ends the dial in progress, or one before; nil before any
 }
 
 // begin makes a session of c, or returns nil if c has had one.
 func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
 	s := &session{app: a, conn: c, raw: c.Client, start: time.Now(), state: ConnAdmitting}
-	// Only aborts end the session's context: whoever ends it says why.
-	s.ctx, s.cancel = context.WithCancelCause(context.WithValue(context.WithoutCancel(ctx), connKey{}, c))
+	s.base = context.WithValue(context.WithoutCancel(ctx), connKey{}, c)
+	s.ctx = s.base
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.used {
 		return nil
 	}
 	c.used, c.session = true, s
+	s.isOver = c.cause != nil // aborted before
 	return s
+}
+
+// endCtx makes ctx end with the session, for hooks. A session that has none is spared the cost.
+func (s *session) endCtx() {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.cancel == nil {
+		s.ctx, s.cancel = context.WithCancelCause(s.base)
+		if c.cause != nil {
+			s.cancel(c.cause.err)
+		}
+	}
+}
+
+// stop ends the session's context and its dial, since it is over because of cause.
+func (s *session) stop(cause error) {
+	if e, ok := cause.(*ending); ok {
+		cause = e.err
+	}
+	s.conn.mu.Lock()
+	s.isOver = true
+	cancel, undial := s.cancel, s.undial
+	s.conn.mu.Unlock()
+	if cancel != nil {
+		cancel(cause)
+	}
+	if undial != nil {
+		undial()
+	}
+}
+
+func (s *session) over() bool {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	return s.isOver
 }
 
 // ServeConn serves one client: it asks c.RateLimit, chooses an upstream, dials it, goes on to the
@@ -387,27 +437,24 @@ func (s *session) logPanic() {
 func (s *session) admit(f AdmitFunc) (ok bool) {
 	e := &ending{EndCanceled, relay.ErrPanicked} // unless f returns
 	defer func() {
+		if isNil(s.conn.Client) {
+			s.conn.Client = s.raw
+			if ok {
+				ok, e = false, &ending{EndNotAdmitted, errNoClient}
+			}
+		}
 		if !ok {
+			s.outcome.Err = s.conn.decide(e)
 			relay.Linger(s.raw, s.ctx.Done())
-			s.refuse(e)
+			s.finish()
 		}
 	}()
+	s.endCtx()
 	if err := f(s.ctx, s.conn); err != nil {
 		e = &ending{EndNotAdmitted, err}
 		return false
 	}
 	return true
-}
-
-// refuse finishes a session that has no relay.
-func (s *session) refuse(e *ending) {
-	s.conn.mu.Lock()
-	if s.conn.cause != nil {
-		e = s.conn.cause
-	}
-	s.conn.mu.Unlock()
-	s.outcome.Err = e
-	s.finish()
 }
 
 // serve asks the RateLimitManager, connects, and starts the relay. It returns when the session is
@@ -431,11 +478,11 @@ func (s *session) serve(wait bool) {
 		return
 	}
 	if wait {
-		s.over = make(chan struct{})
+		s.done = make(chan struct{})
 	}
 	s.relay.Connect(server)
 	if wait {
-		<-s.over
+		<-s.done
 		s.finish()
 	}
 }
@@ -443,20 +490,32 @@ func (s *session) serve(wait bool) {
 // open asks the RateLimitManager whether the session may go on, after what delay, and how many
 // bytes may move at first.
 func (s *session) open() (delay time.Duration, chunk int, failed *ending) {
-	s.client = s.conn.hold()
+	s.hold()
 	limit := s.conn.RateLimit
-	if limit == nil || s.ctx.Err() != nil {
+	if limit == nil {
+		return 0, 0, nil
+	}
+	if s.endCtx(); s.over() {
 		return 0, 0, nil
 	}
 	d := limit.Report(s.ctx, s.event(EventOpen))
 	if d.Exceeded {
-		return 0, 0, &ending{EndRateLimited, ErrRateLimited}
+		return 0, 0, d.refusal()
 	}
 	s.opened = true
-	if d.Chunk <= 0 {
-		d.Chunk = firstChunk
+	chunk = firstChunk
+	if d.Chunk > 0 {
+		chunk = min(chunk, d.Chunk)
 	}
-	return d.Wait, d.Chunk, nil
+	return d.Wait, chunk, nil
+}
+
+// refusal is the ending that d, which has Exceeded set, asks for.
+func (d *Decision) refusal() *ending {
+	if d.Err != nil {
+		return &ending{EndRateLimited, d.Err}
+	}
+	return &ending{EndRateLimited, ErrRateLimited}
 }
 
 // firstChunk bounds what moves before the RateLimitManager has been told of any bytes.
@@ -490,25 +549,25 @@ func (s *session) pause(d time.Duration) {
 
 // giveUp ends a session that is not connected, for e if there was no cause before.
 func (s *session) giveUp(e *ending) {
-	lastWord := s.conn.OnRefused != nil && (e.end == EndRateLimited || e.end == EndNoUpstream || e.end == EndDialFailed)
 	if s.relay == nil {
-		s.keep = lastWord && s.ctx.Err() == nil && s.app.reserveLastWord(s.client)
-		if !s.keep {
+		e = s.conn.decide(e)
+		s.outcome.Err = e
+		if s.keep = s.reserveLastWord(e); !s.keep {
 			relay.Reset(s.client)
 		}
-		s.refuse(e)
+		s.finish()
 		return
 	}
-	s.over = make(chan struct{})
-	if lastWord && s.app.reserveLastWord(s.client) {
+	s.done = make(chan struct{})
+	if s.reserveLastWord(e) {
 		if s.keep = s.relay.Release(e); !s.keep {
-			s.app.endLastWord(s.client)
+			s.app.endLastWord(s)
 		}
 	} else {
 		s.relay.Abort(e)
 		s.relay.Connect(nil)
 	}
-	<-s.over
+	<-s.done
 	s.finish()
 }
 
@@ -518,7 +577,7 @@ func (s *session) connect() (net.Conn, *ending) {
 	var search search
 	var errs []error
 	var none error
-	for s.ctx.Err() == nil {
+	for !s.over() {
 		p, err := b.acquire(&search, time.Now())
 		if err != nil {
 			none = err
@@ -560,24 +619,37 @@ func (s *session) connect() (net.Conn, *ending) {
 func (s *session) setState(state ConnState, addr string) {
 	s.conn.mu.Lock()
 	defer s.conn.mu.Unlock()
-	s.state, s.addr = state, addr
+	s.state, s.addr, s.undial = state, addr, nil
 }
 
 // try dials p once and tells the balancer how that went, also when the dialer panics.
 func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
 	v := unknown
 	defer func() { changed = s.app.balancer.settle(p.u, v, err, time.Now()) }()
-	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
+	ctx, cancel := s.dialContext()
 	defer cancel()
 	if p.lost != nil {
 		defer context.AfterFunc(p.lost, cancel)()
 	}
 	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
 	v, err = p.judge(err)
-	if v == fails && s.ctx.Err() != nil {
+	if v == fails && s.over() {
 		v = unknown
 	}
 	return c, false, err
+}
+
+// dialContext returns the context of a dial, which ends when the session is over.
+func (s *session) dialContext() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(s.base, s.app.opts.DialTimeout)
+	s.conn.mu.Lock()
+	s.undial = cancel
+	over := s.isOver
+	s.conn.mu.Unlock()
+	if over {
+		cancel()
+	}
+	return ctx, cancel
 }
 
 // Moved implements relay.Handler: it counts n bytes and asks the RateLimitManager.
@@ -595,24 +667,19 @@ func (s *session) Moved(d relay.Direction, n int) relay.Verdict {
 	e.App, e.ClientID = s.app.id, s.conn.ClientID
 	answer := limit.Report(s.ctx, e)
 	if answer.Exceeded {
-		return relay.Verdict{Err: &ending{EndRateLimited, ErrRateLimited}}
+		return relay.Verdict{Err: answer.refusal()}
 	}
 	return relay.Verdict{Wait: answer.Wait, Chunk: answer.Chunk}
 }
 
 // Over implements relay.Handler: it ends the dial in progress and what waits for the session.
-func (s *session) Over(cause error) {
-	if e, ok := cause.(*ending); ok {
-		cause = e.err
-	}
-	s.cancel(cause)
-}
+func (s *session) Over(cause error) { s.stop(cause) }
 
 // Done implements relay.Handler.
 func (s *session) Done(o relay.Outcome) {
 	s.outcome = o
-	if s.over != nil {
-		close(s.over)
+	if s.done != nil {
+		close(s.done)
 		return
 	}
 	defer s.logPanic()
@@ -643,13 +710,24 @@ func (s *session) finish() {
 	}
 	defer s.report()
 	if s.opened {
-		s.conn.RateLimit.Report(context.WithoutCancel(s.ctx), s.event(EventClose))
+		s.conn.RateLimit.Report(s.base, s.event(EventClose))
 	}
+}
+
+// reserveLastWord reports whether OnRefused is to be called for a session that ends with e. If so,
+// the caller owes an endLastWord.
+func (s *session) reserveLastWord(e *ending) bool {
+	switch e.end {
+	case EndRateLimited, EndNoUpstream, EndDialFailed:
+		return s.conn.OnRefused != nil && s.app.reserveLastWord(s)
+	}
+	return false
 }
 
 // lastWord lets OnRefused write to the client, and closes it when that has arrived.
 func (s *session) lastWord() {
-	defer s.app.endLastWord(s.client)
+	defer s.app.endLastWord(s)
+	defer s.release()
 	defer s.raw.Close()
 	defer relay.LastWord(s.client)
 	defer s.logPanic()
@@ -678,7 +756,10 @@ func (s *session) settle() {
 	}
 	c.session = nil
 	c.mu.Unlock()
-	s.cancel(err)
+	s.stop(err)
+	if !s.keep {
+		s.release()
+	}
 	s.result = Result{
 		Conn: c, App: s.app.id, ClientID: c.ClientID, Client: c.clientAddr(), Attempts: s.attempts,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
@@ -687,7 +768,11 @@ func (s *session) settle() {
 	if s.outcome.Connected {
 		s.result.Upstream = s.addr
 	}
-	if t, ok := c.Client.(*TLSConn); ok && !s.keep {
+}
+
+// release lets go of what a Conn that is kept after the end must not hold.
+func (s *session) release() {
+	if t, ok := s.conn.Client.(*TLSConn); ok {
 		t.release()
 	}
 }
@@ -731,24 +816,26 @@ func (s *session) log() {
 	case EndNoUpstream, EndDialFailed, EndUpstreamError:
 		level = slog.LevelWarn
 	}
-	s.app.lines.Add(s.ctx, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
+	s.app.lines.Add(s.base, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
 }
 
 func (s *session) event(kind EventKind) Event {
 	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
 }
 
-// hold returns what is to be relayed and leaves in its place, for plain TCP, what a kept Conn may
-// hold on to.
-func (c *Conn) hold() net.Conn {
-	switch client := c.Client.(type) {
+// hold takes what is to be relayed. A plain TCP connection that Serve has accepted leaves a stub in
+// its place, so that a kept Conn is small; nobody else has seen Client yet. ServeConn's caller may
+// be looking at it.
+func (s *session) hold() {
+	s.client = s.conn.Client
+	switch client := s.client.(type) {
 	case *net.TCPConn:
-		c.Client = &heldConn{client.LocalAddr(), client.RemoteAddr()}
-		return client
+		if s.accepted {
+			s.conn.Client = &heldConn{client.LocalAddr(), client.RemoteAddr()}
+		}
 	case *TLSConn:
-		return client.hold()
+		s.client = client.hold()
 	}
-	return c.Client
 }
 
 // A heldConn stands for a connection that the app holds.
@@ -796,7 +883,7 @@ func (c *Conn) readProxyHeader() error {
 	c.Client.SetReadDeadline(time.Now().Add(3 * time.Second))
 	h, err := proxyproto.Read(c.Client)
 	if err != nil {
-		return fmt.Errorf("lbproxy: PROXY header from %v: %w", c.Client.RemoteAddr(), err)
+		return fmt.Errorf("lbproxy: client %v: %w", c.Client.RemoteAddr(), err)
 	}
 	c.Client.SetReadDeadline(time.Time{})
 	if !h.Local && h.Source.IsValid() {
@@ -808,7 +895,6 @@ func (c *Conn) readProxyHeader() error {
 
 // proxyHeader describes c to an upstream.
 func (c *Conn) proxyHeader() proxyproto.Header {
-	h := proxyproto.Header{ClientID: c.ClientID}
 	from, to := c.ClientAddr, c.ServerAddr
 	if from == nil {
 		from = c.Client.RemoteAddr()
@@ -816,14 +902,12 @@ func (c *Conn) proxyHeader() proxyproto.Header {
 	if to == nil {
 		to = c.Client.LocalAddr()
 	}
-	source, ok1 := from.(*net.TCPAddr)
-	dest, ok2 := to.(*net.TCPAddr)
-	if ok1 && ok2 {
-		h.Source, h.Dest = source.AddrPort(), dest.AddrPort()
+	h := proxyproto.Header{
+		Source: proxyproto.AddrPort(from), Dest: proxyproto.AddrPort(to), ClientID: c.ClientID,
 	}
 	if t, ok := c.Client.(interface{ ConnectionState() tls.ConnectionState }); ok {
 		state := t.ConnectionState()
-		h.TLS = &proxyproto.TLSInfo{Version: tls.VersionName(state.Version), Verified: c.Verified}
+		h.TLS = &proxyproto.TLS{Version: state.Version, Verified: c.Verified}
 		if len(state.PeerCertificates) > 0 {
 			h.TLS.CN = state.PeerCertificates[0].Subject.CommonName
 		}

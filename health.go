@@ -13,22 +13,27 @@ import (
 	"time"
 )
 
-// A HealthCheck has every upstream checked, over and over. One that fails Fall checks in a row is down: it gets no
-// connection, not even when there is no other, until it passes Rise checks in a row; those that it has are left
-// alone. Up again it is like one back from a failed dial, and gets at most every second new connection until
-// another upstream has as few. Where all are down, clients get [ErrNoUpstream].
+// A HealthCheck makes an app check all its upstreams, over and over. An upstream that fails Fall
+// checks in a row is down: it gets no connection, even if there is no other upstream, until it
+// passes Rise checks in a row. Dials to it that are in progress are given up at once for the next
+// upstream; its open connections go on, unless [Options].CloseOnDown is set. An upstream that is up
+// again gets at most every second new connection until another upstream has as few open. When no
+// upstream is up, clients get [ErrNoUpstream].
 //
-// An upstream is taken to be up until checks say otherwise, so that service begins at once; its first check comes
-// within an Interval. What dials tell goes on to count: an upstream whose dial failed is passed over for
-// [Options].FailTimeout although its checks pass, and one that is down is not dialled at all.
+// An upstream counts as up until its checks fail, so that service begins at once; its first check
+// comes within an Interval. Dials go on to count: an upstream whose dial failed is skipped for
+// [Options].FailTimeout although its checks pass. An upstream that is down is not dialed at all.
 //
-// The checks of an upstream follow it through [LBProxyApp.SetUpstreams]: they go on while its Addr stays, and stop,
-// the one in progress included, when it is removed.
+// How long a client may wait for an upstream that stops answering is at most Fall times the sum of
+// Interval and Timeout, or [Options].DialTimeout, whichever is less.
+//
+// The checks of an upstream go on over [LBProxyApp.SetUpstreams] while its Addr stays. When it is
+// removed they stop, and the check in progress is canceled.
 //
 // The zero HealthCheck is a TCP or TLS dial every 5 seconds.
 type HealthCheck struct {
-	// Interval is the time from the end of one check of an upstream to its next, less up to a tenth at random, so
-	// that checks do not fall into step. 0 means 5 seconds.
+	// Interval is the time from the end of an upstream's check to its next one, less up to a tenth
+	// at random, so that checks do not fall into step. 0 means 5 seconds.
 	Interval time.Duration
 
 	// Timeout bounds each check: one that has no result by then has failed. 0 means 2 seconds.
@@ -40,15 +45,18 @@ type HealthCheck struct {
 	// Fall is how many checks in a row an upstream has to fail to be down. 0 means 3.
 	Fall int
 
-	// Check says how an upstream is: nil means well. u is the check's own copy, with the defaults filled in. Check
-	// must be safe for concurrent use, for upstreams are checked side by side, but never twice at a time. It should
-	// return when ctx ends, which is at the Timeout, when u is removed, and when the app is closed. While it does
-	// not, each further check of u that would be due has failed. Shutdown and Close wait for it, so it must not
-	// call them. A panic is logged and means not well. An error that is the proxy's own, such as having run out of
-	// descriptors, and context.Canceled count neither way.
+	// Check checks u, which is its own copy with the defaults filled in. nil means that u is well.
+	// Check must be safe for concurrent use: different upstreams are checked at the same time, but
+	// each by one call at a time. It should return when ctx ends: at the Timeout, when u is removed,
+	// and when the app is closed. As long as it does not return, each further check of u that
+	// becomes due counts as failed. Shutdown and Close wait for Check, so it must not call them. A
+	// panic is logged and counts as failed. context.Canceled, and an error that is the proxy's own,
+	// such as having run out of descriptors, count neither way.
 	//
-	// nil means to dial with Options.DialContext, whose context is then no client's, to make a TLS handshake if
-	// u.TLS is set, and to close. (That a server of TLS 1.3 refuses the proxy's certificate does not show in that.)
+	// The default dials with Options.DialContext, in a context that is no client's, makes a TLS
+	// handshake if u.TLS is set, and closes. (A TLS 1.3 server that rejects the proxy's certificate
+	// still completes the handshake.) A Check of your own may start with [Upstream.Dial], which
+	// does the same through a zero net.Dialer.
 	Check func(ctx context.Context, u Upstream) error
 }
 
@@ -71,42 +79,46 @@ func (hc HealthCheck) complete() (_ HealthCheck, wrong string) {
 	return hc, wrong
 }
 
-// A checker runs an app's health checks. Each upstream has a prober, which is a goroutine: that is the simplest
-// thing that cannot have one upstream wait for another. All it does is wait, so its stack stays small (all told it
-// holds about 6 KiB); a check has a goroutine of its own, whose stack goes when the check is over.
+// A checker runs an app's health checks. Each upstream has a prober with a goroutine of its own, so
+// that no upstream waits for another. That goroutine only waits, on a small stack (a prober takes
+// about 6 KiB in all); each check gets a goroutine, whose stack goes when the check is over.
 type checker struct {
 	HealthCheck // complete
 	app         *LBProxyApp
 
-	mu      sync.Mutex // held over no hook; may be held when balancer.mu is taken, never the other way round
-	probers map[string]*prober
-	stopped bool          // no prober is started any more
-	ended   chan struct{} // closed when stopped is set and there are no probers
+	// mu guards what follows. It is not held while a hook runs. balancer.mu may be taken under it,
+	// but not the other way round.
+	mu      sync.Mutex
+	probers map[string]*prober // by Addr
+	stopped bool               // no more probers are started
+	ended   chan struct{}      // closed when stopped is set and there are no probers
 }
 
-// A prober checks one upstream. It is in checker.probers, by the upstream's Addr, as long as its goroutine runs,
-// so that an Addr that is removed and added again meanwhile does not get a second one.
+// A prober checks one upstream. It stays in checker.probers until its goroutine ends, so that an
+// Addr that is removed and added again meanwhile does not get a second prober.
 type prober struct {
 	*checker
 	addr string
 
-	// What checker.mu guards: replaced by SetUpstreams.
+	// checker.mu guards these; SetUpstreams replaces them.
 	conf     *Upstream
 	upstream *upstream
-	ctx      context.Context // ends when the upstream is removed, which is under checker.mu, and with the app
+	ctx      context.Context // ends when the upstream is removed, under checker.mu, or with the app
 	cancel   context.CancelFunc
 }
 
 func newChecker(a *LBProxyApp, hc HealthCheck) *checker {
 	a.balancer.checked = true
-	c := &checker{HealthCheck: hc, app: a, probers: map[string]*prober{}, ended: make(chan struct{})}
+	c := &checker{
+		HealthCheck: hc, app: a, probers: map[string]*prober{}, ended: make(chan struct{}),
+	}
 	if c.Check == nil {
 		c.Check = c.dial
 	}
 	return c
 }
 
-// set makes confs the balancer's current set, and its upstreams those that are checked.
+// set makes confs the balancer's current set, and checks its upstreams and no others.
 func (c *checker) set(confs []Upstream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -124,7 +136,7 @@ func (c *checker) set(confs []Upstream) {
 			c.probers[addr] = p
 		}
 		p.conf = &confs[i]
-		if !found || p.ctx.Err() != nil { // new, or removed before and still there because of a check that goes on
+		if !found || p.ctx.Err() != nil { // new, or removed before and still in its last check
 			p.upstream = ups[i]
 			p.ctx, p.cancel = context.WithCancel(c.app.ctx)
 		}
@@ -137,7 +149,8 @@ func (c *checker) set(confs []Upstream) {
 	}
 }
 
-// stop has ended closed when all probers are gone, for which the app's context must end.
+// stop starts no more probers; ended is closed when the last one exits. The app's context must have
+// been canceled.
 func (c *checker) stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -147,14 +160,14 @@ func (c *checker) stop() {
 	}
 }
 
-// closeIfEnded closes ended if all probers are gone and no more will come. The caller holds mu.
+// closeIfEnded closes ended if no prober is left and none will come. The caller holds c.mu.
 func (c *checker) closeIfEnded() {
 	if c.stopped && len(c.probers) == 0 {
 		close(c.ended)
 	}
 }
 
-// run watches the upstream, and again if it has been removed and added before that was over.
+// run checks the upstream until it is removed. If it has been added again by then, run starts over.
 func (p *prober) run() {
 	for {
 		p.mu.Lock()
@@ -170,11 +183,11 @@ func (p *prober) run() {
 	}
 }
 
-// watch checks u until ctx ends, and returns when the last check has.
+// watch checks u until ctx ends. It returns after the last check has.
 func (p *prober) watch(ctx context.Context, u *upstream) {
-	down, streak := false, 0 // streak: the checks in a row that contradict down
+	isDown, streak := false, 0 // streak: the checks in a row that contradict isDown
 	check := make(chan error)
-	close(check) // there is none yet
+	close(check) // none is in progress
 	defer func() {
 		for range check {
 		}
@@ -189,33 +202,33 @@ func (p *prober) watch(ctx context.Context, u *upstream) {
 		}
 		var err error
 		select {
-		case <-check: // has returned, if too late for its result to count
+		case <-check: // closed or about to be; a result that came after its Timeout is dropped
 			check, err = p.check(ctx)
 		default:
-			err = errors.New("the check before has not returned yet")
+			err = errors.New("the previous check has not returned yet")
 		}
 		switch {
-		case err != nil && ourFault(err): // which tells nothing
-		case (err != nil) == down:
+		case err != nil && ourFault(err): // says nothing about the upstream
+		case (err != nil) == isDown:
 			streak = 0
 		default:
 			streak++
 		}
-		if down && streak == p.Rise || !down && streak == p.Fall {
-			down, streak = !down, 0
-			p.mark(ctx, u, down, err)
+		if isDown && streak == p.Rise || !isDown && streak == p.Fall {
+			isDown, streak = !isDown, 0
+			p.mark(ctx, u, isDown, err)
 		}
 		timer.Reset(p.Interval - rand.N(p.Interval/10+1))
 	}
 }
 
-// check begins a check and waits for its result, at most until the Timeout or ctx's end. The channel is closed when
-// the check has returned; a result that nobody waited for is in it before.
+// check starts a check and waits for its result, until the Timeout or the end of ctx. The channel
+// is closed when the check has returned; before that it gets a result that came too late.
 func (p *prober) check(ctx context.Context) (chan error, error) {
 	p.mu.Lock()
 	conf := *p.conf
 	p.mu.Unlock()
-	conf.TLS = conf.TLS.Clone() // nil if it is
+	conf.TLS = conf.TLS.Clone() // nil stays nil
 	ctx, cancel := context.WithTimeout(ctx, p.Timeout)
 	defer cancel()
 	result := make(chan error, 1)
@@ -223,7 +236,7 @@ func (p *prober) check(ctx context.Context) (chan error, error) {
 	var err error
 	select {
 	case err = <-result:
-		<-result // it has returned, and the channel is closed next: the next check need not wait, however soon
+		<-result // until it is closed, or the next check, if due at once, would find this one running
 	case <-ctx.Done():
 	}
 	if ctx.Err() != nil {
@@ -232,7 +245,7 @@ func (p *prober) check(ctx context.Context) (chan error, error) {
 	return result, err
 }
 
-// runCheck sends what Check returns, whatever Check does.
+// runCheck calls Check, sends its result and closes the channel, also after a panic or a Goexit.
 func (c *checker) runCheck(ctx context.Context, u Upstream, result chan<- error) {
 	err := errors.New("the check called runtime.Goexit")
 	defer close(result)
@@ -246,21 +259,22 @@ func (c *checker) runCheck(ctx context.Context, u Upstream, result chan<- error)
 	err = c.Check(ctx, u)
 }
 
-// mark lets the balancer know that u was found down, or up again, and logs it, unless u has been removed.
-func (p *prober) mark(ctx context.Context, u *upstream, down bool, err error) {
+// mark tells the balancer that u is down because of err, or up again, and logs it. It does nothing
+// if u has been removed.
+func (p *prober) mark(ctx context.Context, u *upstream, isDown bool, err error) {
 	p.mu.Lock()
 	removed := ctx.Err() != nil
-	if !removed {
-		if down {
-			p.app.balancer.markDown(u, err, time.Now())
-		} else {
-			p.app.balancer.markUp(u, time.Now())
-		}
+	switch {
+	case removed:
+	case isDown:
+		p.app.balancer.markDown(u, err, time.Now())
+	default:
+		p.app.balancer.markUp(u, time.Now())
 	}
 	p.mu.Unlock()
 	switch {
 	case removed:
-	case down:
+	case isDown:
 		p.app.log(slog.LevelWarn, "lbproxy: upstream is down by its health checks",
 			slog.String("upstream", p.addr), slog.String("err", err.Error()))
 	default:

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 )
 
 var errSick = errors.New("sick")
@@ -346,7 +347,7 @@ func TestChecksFindAServerThatIsGoneAndBack(t *testing.T) {
 
 // Checks that misbehave.
 
-func TestAHungCheckHasFailedAtItsTimeoutAndDelaysNoOther(t *testing.T) {
+func TestHungCheckFailsAtItsTimeoutAndDelaysNoOther(t *testing.T) {
 	for _, obeys := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			release := make(chan bool)
@@ -394,7 +395,7 @@ func TestAHungCheckHasFailedAtItsTimeoutAndDelaysNoOther(t *testing.T) {
 	}
 }
 
-func TestACheckThatNeverReturnsFallsLikeOneThatFails(t *testing.T) {
+func TestCheckThatNeverReturnsCountsAsFailed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan bool)
 		var checks atomic.Int32
@@ -520,7 +521,7 @@ func TestCheckGetsItsOwnCopyOfTheUpstream(t *testing.T) {
 
 // What becomes of connections.
 
-func TestDownUpstreamsAreNotDialledAndWhenAllAreThereIsNone(t *testing.T) {
+func TestDownUpstreamsAreNotDialed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		var dialled []string
@@ -643,6 +644,174 @@ func TestPassedChecksDoNotEndCoolingButBeingFoundUpDoes(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		wantStates(t, "found down and up while it was cooling", a, "up up")
 		wantLines(t, log, map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is skipped": 2, "works again": 0})
+	})
+}
+
+// A holeDialer reaches echoing upstreams in memory, but those that have turned into black holes.
+type holeDialer struct {
+	mu    sync.Mutex
+	holes map[string]bool
+	dials map[string]int // to black holes
+}
+
+func (d *holeDialer) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	d.mu.Lock()
+	hole := d.holes[addr]
+	if hole {
+		d.dials[addr]++
+	}
+	d.mu.Unlock()
+	if hole {
+		<-ctx.Done()
+		return nil, &net.OpError{Op: "dial", Net: network, Err: errors.New("gave up")} // not even its error
+	}
+	return dialFake(echoFake)(ctx, network, addr)
+}
+
+func (d *holeDialer) set(addr string, hole bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.holes[addr] = hole
+}
+
+func newHoleDialer() *holeDialer {
+	return &holeDialer{holes: map[string]bool{}, dials: map[string]int{}}
+}
+
+func TestDialsToAnUpstreamFoundDownGoOnToTheNextAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newHoleDialer()
+		a, log := newCheckedApp(t, HealthCheck{Interval: time.Second, Timeout: time.Second, Fall: 1},
+			Options{DialContext: d.dial}, "a:1", "b:1", "c:1")
+		var worst, waited atomic.Int64
+		var wg sync.WaitGroup
+		for i := range 2000 { // for 20 s
+			if i == 500 {
+				d.set("a:1", true)
+			}
+			start := time.Now()
+			c := serveFake(t.Context(), a, &Conn{})
+			wg.Go(func() {
+				ping(t, c)
+				took := int64(time.Since(start))
+				if took > 0 {
+					waited.Add(1)
+				}
+				for {
+					most := worst.Load()
+					if took <= most || worst.CompareAndSwap(most, took) {
+						break
+					}
+				}
+				c.Close()
+				if r := <-c.result; r.End != EndDone {
+					t.Errorf("%+v", r)
+				}
+			})
+			time.Sleep(10 * time.Millisecond)
+		}
+		wg.Wait()
+		if most := time.Duration(worst.Load()); most > 2500*time.Millisecond || waited.Load() == 0 {
+			t.Errorf("%d clients waited, for up to %v; want some, for 2.5s at most", waited.Load(), most)
+		}
+		wantStates(t, "in the end", a, "down up up")
+		s := a.Stats()
+		if u := s.Upstreams[0]; u.Failed != 0 || u.Open != 0 || s.Failed != 0 {
+			t.Errorf("a dial that was given up counts: %+v", s)
+		}
+		wantLines(t, log, map[string]int{saysDown: 1, "level=": 1})
+	})
+}
+
+func TestADialGivenUpSaysWhyWhenThereIsNoOtherUpstream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newHoleDialer()
+		a, _ := newCheckedApp(t, HealthCheck{Interval: time.Second, Timeout: time.Second, Fall: 1},
+			Options{DialContext: d.dial}, "a:1")
+		for range 2 { // and again after it was up
+			d.set("a:1", true)
+			start := time.Now()
+			c := serveFake(t.Context(), a, &Conn{})
+			r := <-c.result
+			if took := time.Since(start); took > 2*time.Second || r.End != EndDialFailed || r.Attempts != 1 ||
+				!errors.Is(r.Err, errUpstreamDown) || !strings.HasPrefix(r.Err.Error(), `lbproxy: app "test": upstream a:1: `) {
+				t.Errorf("after %v: %+v", took, r)
+			}
+			d.set("a:1", false)
+			time.Sleep(10 * time.Second)
+			wantStates(t, "well", a, "up")
+			c = serveFake(t.Context(), a, &Conn{})
+			ping(t, c)
+			c.Close()
+			<-c.result
+		}
+	})
+}
+
+func TestCloseOnDownResetsOpenConnections(t *testing.T) {
+	for _, closes := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWard()
+			a, _ := newCheckedApp(t, HealthCheck{Check: w.check},
+				Options{DialContext: dialFake(echoFake), CloseOnDown: closes}, "a:1", "b:1")
+			var conns []served // to a, b, a, b
+			for range 4 {
+				c := serveFake(t.Context(), a, &Conn{})
+				ping(t, c)
+				conns = append(conns, c)
+			}
+			conns[2].Close()
+			if r := <-conns[2].result; r.End != EndDone {
+				t.Errorf("%+v", r)
+			}
+			w.set(errSick, "a:1")
+			time.Sleep(time.Minute)
+			wantStates(t, "a is sick", a, "down up")
+			if closes {
+				if _, err := conns[0].Read(make([]byte, 1)); err != syscall.ECONNRESET {
+					t.Errorf("the client of a reads %v, want a reset", err)
+				}
+				r := <-conns[0].result
+				if r.End != EndUpstreamError || !errors.Is(r.Err, errUpstreamDown) || r.Upstream != "a:1" {
+					t.Errorf("%+v", r)
+				}
+			} else {
+				ping(t, conns[0])
+			}
+			ping(t, conns[1])
+			ping(t, conns[3])
+			w.set(nil, "a:1")
+			time.Sleep(time.Minute)
+			again := serveFake(t.Context(), a, &Conn{})
+			ping(t, again) // on a, up again
+			w.set(errSick, "b:1")
+			time.Sleep(time.Minute)
+			wantStates(t, "b is sick", a, "up down")
+			ping(t, again)
+			a.Close()
+		})
+	}
+}
+
+func TestADrainingUpstreamIsChecked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWard()
+		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: dialFake(echoFake)}, "a:1", "b:1")
+		if err := a.SetUpstreams([]Upstream{{Addr: "a:1", Drain: true}, {Addr: "b:1", Drain: true}}); err != nil {
+			t.Fatal(err)
+		}
+		w.set(errSick, "a:1")
+		time.Sleep(time.Minute)
+		wantStates(t, "both drain", a, "down up")
+		s := a.Stats().Upstreams[0]
+		if s.Err != errSick || !s.Drain || time.Since(s.Since) < 45*time.Second || time.Since(s.Since) > 51*time.Second {
+			t.Errorf("%+v at %v", s, time.Now())
+		}
+		c := serveFake(t.Context(), a, &Conn{})
+		r := <-c.result
+		if want := "lbproxy: no upstream available: 2 draining"; r.End != EndNoUpstream || r.Err.Error() != want {
+			t.Errorf("%+v, want %s", r, want)
+		}
 	})
 }
 
@@ -889,7 +1058,7 @@ func TestShutdownDoesNotWaitForAHungCheckLongerThanItsContext(t *testing.T) {
 }
 
 // A check whose result is known has returned, so that the next one, be it due at once, does not fail for that.
-func TestACheckWithAResultHasReturned(t *testing.T) {
+func TestCheckWithAResultHasReturned(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	hc, _ := HealthCheck{Check: func(context.Context, Upstream) error { return nil }}.complete()
 	p := &prober{checker: newChecker(a, hc), conf: &Upstream{Addr: "u:1"}}
@@ -911,4 +1080,28 @@ func TestACheckWithAResultHasReturned(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// An upstream that stays up must not hold on to the connections that it has served.
+func TestCloseOnDownForgetsConnectionsThatHaveEnded(t *testing.T) {
+	a, results := newApp(t, Options{
+		HealthCheck: &HealthCheck{Interval: time.Hour}, DialContext: dialFake(echoFake), CloseOnDown: true,
+	}, "a:1")
+	var clients []weak.Pointer[duplexConn]
+	for range 10 {
+		client, ours := duplex()
+		clients = append(clients, weak.Make(ours))
+		client.Close()
+		if r, err := a.ServeConn(t.Context(), &Conn{Client: ours}); err != nil {
+			t.Fatalf("%+v", r)
+		}
+		<-results // which has the Conn, and so its Client
+	}
+	deadline := time.Now().Add(20 * time.Second)
+	for slices.ContainsFunc(clients, func(c weak.Pointer[duplexConn]) bool { return c.Value() != nil }) {
+		if time.Now().After(deadline) {
+			t.Fatal("a connection that has ended is still in memory")
+		}
+		runtime.GC()
+	}
 }

@@ -3,38 +3,55 @@ package lbproxy
 import (
 	"container/list"
 	"context"
+	"fmt"
 	"math"
 	"math/bits"
 	"sync"
 	"time"
 )
 
-// A RateLimitManager is told what connections do and answers whether a rate has been exceeded. Its scope is
-// whatever the caller makes it by choosing which instance goes into which [Conn]: one client, one app, everything.
-// It must be safe for concurrent use.
+// A RateLimitManager hears what connections do and decides whether they may go on. Its scope is the
+// caller's choice: connections whose [Conn.RateLimit] is the same manager share its limit, be that
+// a client's, an app's or the whole program's. It must be safe for concurrent use.
 //
-// EventOpen comes before anything is dialled. An open that is let in is followed by exactly one EventClose, whatever
-// happens; one that is refused is followed by nothing and must not cost anything. EventData comes after the bytes
-// were moved, for at most 1 MiB at a time; waiting then is backpressure. Report runs in the connection's own
-// goroutines and may block; ctx ends with the connection, but for an EventClose it does not. A manager that depends
-// on something that can fail, such as a store, chooses for itself whether to let things go on then. A panic ends the
-// connection, not its accounting. A manager that [ClientLimits] keeps should have a method Idle() bool if it remembers
-// more than open connections.
+// EventOpen is reported before anything is dialled. If the manager allows it, exactly one
+// EventClose follows, whatever happens. If it refuses, nothing follows, and the open must not cost
+// anything. EventData is reported after the bytes have moved, at most 1 MiB of them at a time, so a
+// Wait is backpressure.
+//
+// Report is called on the connection's own goroutines and may block. Its ctx ends with the
+// connection, except for EventClose, where it does not end. If Report panics, the connection ends,
+// and the counts stay right. A manager that depends on something that can fail, such as a store,
+// decides itself whether to let connections go on meanwhile. A manager that is kept in
+// [ClientLimits] and remembers more than its open connections should have a method Idle() bool.
 type RateLimitManager interface {
 	Report(ctx context.Context, e Event) Decision
 }
 
-// An Event is one thing a connection did.
+// An Event is one thing that a connection did.
 type Event struct {
 	Kind      EventKind
 	App       string    // the app's id
-	ClientID  string    // as given in Conn
+	ClientID  string    // from Conn
 	Direction Direction // EventData only
-	Bytes     int64     // EventData only: how many were moved, at most 1 MiB
+	Bytes     int64     // EventData only: how many moved, at most 1 MiB
 
-	// Refused is set on an EventClose that takes back an open which this manager let in and another one,
-	// asked later by All, refused: the connection never was. What the open cost is to be given back.
+	// Refused is set on the EventClose that undoes an EventOpen: this manager allowed the open, but
+	// a later one of the same [All] refused it, so there never was a connection. Whatever the open
+	// cost is to be given back.
 	Refused bool
+}
+
+// String describes e in one line, with the client's id quoted.
+func (e Event) String() string {
+	s := fmt.Sprintf("%v app=%q client=%q", e.Kind, e.App, e.ClientID)
+	if e.Kind == EventData {
+		s += fmt.Sprintf(" %v %d bytes", e.Direction, e.Bytes)
+	}
+	if e.Refused {
+		s += " refused"
+	}
+	return s
 }
 
 // An EventKind says what an [Event] is about.
@@ -42,9 +59,22 @@ type EventKind int
 
 const (
 	EventOpen  EventKind = iota + 1 // a connection asks to be served
-	EventData                       // bytes were moved
-	EventClose                      // a connection that had been let in is over
+	EventData                       // bytes have moved
+	EventClose                      // an allowed connection is over
 )
+
+// String returns "open", "data" or "close".
+func (k EventKind) String() string {
+	switch k {
+	case EventOpen:
+		return "open"
+	case EventData:
+		return "data"
+	case EventClose:
+		return "close"
+	}
+	return fmt.Sprintf("EventKind(%d)", int(k))
+}
 
 // A Direction says which way bytes went.
 type Direction int
@@ -54,23 +84,63 @@ const (
 	Download                      // upstream to client
 )
 
-// A Decision is the answer to an [Event]. The zero Decision lets things go on. The answer to an EventClose is ignored.
-type Decision struct {
-	Exceeded bool          // EventOpen: refuse the connection; EventData: cut it
-	Wait     time.Duration // otherwise: hold the connection (EventData: this direction of it) so long first
-	Chunk    int           // most bytes to move at once next
+// String returns "upload" or "download".
+func (d Direction) String() string {
+	switch d {
+	case Upload:
+		return "upload"
+	case Download:
+		return "download"
+	}
+	return fmt.Sprintf("Direction(%d)", int(d))
 }
 
-// A TokenBucket limits how often connections open: Burst at once, then one more each Every. It refuses what
-// exceeds that and never makes anything wait. The zero value refuses all. The fields must not change once it
-// is in use. It is safe for concurrent use.
+// A Decision is the answer to an [Event]. The zero Decision lets the connection go on. The answer
+// to an EventClose is ignored.
+type Decision struct {
+	// Exceeded refuses the connection (EventOpen) or resets it (EventData).
+	Exceeded bool
+
+	// Err is the reason for Exceeded and becomes Result.Err; nil means [ErrRateLimited]. An error
+	// of a manager's own should wrap that one, so that errors.Is finds it.
+	Err error
+
+	// Wait holds the connection (EventOpen) or this direction of it (EventData) for so long. The
+	// time is exact on average: a wait of less than a millisecond is added to the next one, and one
+	// that has lasted too long shortens the next. Not positive: no wait.
+	Wait time.Duration
+
+	// Chunk is the most bytes to move at once next: in this direction (EventData) or in both
+	// (EventOpen). Not positive: the manager does not say, and the size is chosen such that waits
+	// stay near 20 ms. A rate that is shared should set it, the same for all: otherwise shares
+	// become equal only after some time, or not quite.
+	Chunk int
+}
+
+// and returns the decision of two managers together.
+func (d Decision) and(o Decision) Decision {
+	if o.Exceeded && !d.Exceeded {
+		d.Exceeded, d.Err = true, o.Err
+	}
+	d.Wait = max(d.Wait, o.Wait)
+	if o.Chunk > 0 && (d.Chunk <= 0 || o.Chunk < d.Chunk) {
+		d.Chunk = o.Chunk
+	}
+	return d
+}
+
+// A TokenBucket limits how often connections open: Burst at once, then one more each Every. It
+// refuses connections over that rate and never makes one wait. The zero value refuses all. The
+// fields must not change after first use. It is safe for concurrent use.
 type TokenBucket struct {
 	Burst int           // most openings at once; 0 or less refuses all
-	Every time.Duration // time in which one opening is regained; 0 or less: none ever is
+	Every time.Duration // time to regain one opening; 0 or less: none is ever regained
 
+	// mu guards the fields below. An empty bucket needs no more state than this: time is compared
+	// when somebody asks, so there is no refilling goroutine, no float and no overflow.
 	mu    sync.Mutex
-	spent int       // openings not yet regained
-	since time.Time // when the one to be regained next was begun
+	spent int       // openings not yet regained, from 0 to Burst
+	since time.Time // when the next one to be regained began to be; meaningless if spent is 0
 }
 
 // Report implements [RateLimitManager].
@@ -84,7 +154,7 @@ func (b *TokenBucket) Report(_ context.Context, e Event) Decision {
 	return Decision{}
 }
 
-// Idle reports whether the bucket is full, so that a new one would serve as well. [ClientLimits] asks.
+// Idle reports whether the bucket is full, so that a new one could replace it. See [ClientLimits].
 func (b *TokenBucket) Idle() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -106,7 +176,8 @@ func (b *TokenBucket) take(now time.Time) bool {
 	return true
 }
 
-// regain counts whole openings, so it is exact and nothing overflows: whole*Every never exceeds the time passed.
+// regain counts whole openings. It is exact, and whole*Every cannot overflow because it never
+// exceeds the time that has passed. The caller holds mu.
 func (b *TokenBucket) regain(now time.Time) {
 	if b.Every <= 0 || b.spent == 0 {
 		return
@@ -126,16 +197,16 @@ func (b *TokenBucket) giveBack() {
 	b.spent = max(b.spent-1, 0)
 }
 
-// An OpenLimit limits how many connections are open at once. The zero value refuses all. Max must not change
-// once it is in use. It is safe for concurrent use.
+// An OpenLimit limits how many connections are open at once. The zero value refuses all. Max must
+// not change after first use. It is safe for concurrent use.
 type OpenLimit struct {
 	Max int // most connections at once; 0 or less refuses all
 
 	mu   sync.Mutex
-	open int
+	open int // guarded by mu
 }
 
-// Report implements [RateLimitManager]. It panics on an EventClose that no EventOpen came before.
+// Report implements [RateLimitManager]. It panics on an EventClose without an EventOpen.
 func (l *OpenLimit) Report(_ context.Context, e Event) Decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -154,43 +225,119 @@ func (l *OpenLimit) Report(_ context.Context, e Event) Decision {
 	return Decision{}
 }
 
-// Bandwidth limits bytes per second, both directions and all connections that share it taken together. It
-// throttles by Wait and rejects nothing, but for the zero value, which has no rate to let anything through at
-// and refuses all. The fields must not change once it is in use. It is safe for concurrent use.
+// A Bandwidth limits bytes per second, in both directions and over all connections that share it,
+// taken together. It never refuses a connection, except that the zero value, which has no rate,
+// refuses all. The fields must not change after first use. It is safe for concurrent use.
+//
+// Connections share the rate equally, whenever they came, and a direction that uses less than its
+// share is hardly delayed by what others move, so that an interactive session stays responsive
+// beside any number of downloads. Each stream that is held gets its turn in about 20 ms. With very
+// many streams a turn takes longer, because no turn is for less than 512 bytes, or what passes in
+// 0.25 ms if that is more.
 type Bandwidth struct {
 	BytesPerSecond int64 // 0 or less refuses all
-	Burst          int64 // bytes that may go unthrottled after a rest; 0 or less means none
 
+	// Burst is how many bytes pass without a wait after a rest; 0 or less means none. The last of
+	// them move in ever smaller pieces, so that the change to BytesPerSecond is smooth: up to 64
+	// streams that spend a burst together overdraw it by what passes in 20 ms, or by 512 bytes each
+	// if that is more: 50 of them at 100 KiB per second then pause for a quarter of a second, while
+	// a stream that sends a byte now and then waits 0.03 s at most.
+	Burst int64
+
+	// mu guards the fields below.
 	mu   sync.Mutex
 	paid time.Time // when the bytes moved so far are paid for, at BytesPerSecond …
-	owed uint64    // … and so many BytesPerSecond-ths of a nanosecond: exact, however small the pieces
+	owed uint64    // … and so many BytesPerSecond-ths of a nanosecond: exact for the smallest pieces
+
+	// An estimate of how many streams are held. It begins anew, at manyStreams, after a rest.
+	streams float64       // at least 1
+	since   time.Time     // when the count that follows began
+	waits   time.Duration // the sum of all waits told since then
 }
+
+const (
+	turn        = 20 * time.Millisecond // in which each stream that a Bandwidth holds gets its share
+	manyStreams = 64                    // so many are assumed until they have been counted
+	countFor    = 5 * turn              // how long that takes
+	maxBytes    = 1 << 20               // in an Event
+)
 
 // Report implements [RateLimitManager].
 func (b *Bandwidth) Report(_ context.Context, e Event) Decision {
-	switch {
-	case e.Kind == EventOpen && b.BytesPerSecond <= 0:
-		return Decision{Exceeded: true}
-	case e.Kind == EventData:
-		return Decision{Wait: b.take(time.Now(), e.Bytes)}
+	if b.BytesPerSecond <= 0 || e.Kind != EventOpen && e.Kind != EventData {
+		return Decision{Exceeded: e.Kind == EventOpen}
 	}
-	return Decision{}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if e.Kind == EventOpen {
+		b.streams++
+	}
+	return b.move(time.Now(), max(e.Bytes, 0))
 }
 
-// Idle reports whether everything moved is paid for, so that a new one would serve as well. [ClientLimits] asks.
+// Idle reports whether everything is paid for, so that a new one could replace it. See
+// [ClientLimits].
 func (b *Bandwidth) Idle() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return !b.paid.After(time.Now())
 }
 
-// take returns how long to hold on after n bytes were moved.
-func (b *Bandwidth) take(now time.Time, n int64) time.Duration {
-	if n <= 0 || b.BytesPerSecond <= 0 {
-		return 0
+// move charges n bytes that a stream has moved and says how long that stream is to wait.
+//
+// There is one account for all, so the rate holds for all together. It would be simple to let each
+// stream wait until the account is settled, but unfair: all waits would be equally long, so a
+// stream's share would be as large as its chunks, and a small request would wait for large ones.
+// Instead each stream has a quantum, its share of a turn, and waits for as much of the debt as its
+// bytes are of its quantum. So each moves quantum/debt bytes a second, in pieces of whatever size.
+// If they are too fast together the debt grows, which slows all of them. With the right quantum the
+// debt is about a turn. With a wrong one it is larger or smaller, but the rate is right.
+//
+// Start-time fair queueing would need to know the streams, and a queue. The caller holds mu.
+func (b *Bandwidth) move(now time.Time, n int64) (d Decision) {
+	burst, _ := nanoseconds(max(b.Burst, 0), b.BytesPerSecond)
+	if now.Sub(b.paid) > turn-burst { // more than a turn of the burst is unspent, or it was a rest
+		b.streams, b.since, b.waits = manyStreams, now, 0
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	debt := b.charge(now, n) - burst
+	whole := inTime(turn, b.BytesPerSecond)
+	quantum := max(float64(whole)/b.streams, 1)
+	switch {
+	case debt <= 0:
+		unspent := inTime(-debt, b.BytesPerSecond)
+		quantum = max(quantum, float64(min(whole, unspent/(2*manyStreams))))
+	default:
+		d.Wait = debt
+		if float64(n) < quantum { // half of n's own cost counts, else small pieces would gain
+			cost, _ := nanoseconds(n, b.BytesPerSecond)
+			d.Wait = time.Duration(float64(debt-min(cost, debt)/2) * float64(n) / quantum)
+		}
+		b.count(now, d.Wait)
+		if debt > 2*turn { // there are more streams than were counted
+			quantum *= float64(2*turn) / float64(debt)
+		}
+	}
+	least := max(512, b.BytesPerSecond/4096)
+	d.Chunk = int(min(max(int64(quantum), least), maxBytes))
+	return d
+}
+
+// count estimates the number of streams by Little's law: one that is held waits all the time, so
+// the waits of a second add up to as many seconds as there are streams. The caller holds mu.
+func (b *Bandwidth) count(now time.Time, wait time.Duration) {
+	b.waits += min(wait, forever-b.waits)
+	if passed := now.Sub(b.since); passed >= countFor {
+		b.streams = max(float64(b.waits)/float64(passed), 1)
+		b.since, b.waits = now, 0
+	}
+}
+
+// A debt of a hundred years is as good as for ever, and leaves room to add to it.
+const forever = 100 * 365 * 24 * time.Hour
+
+// charge adds n bytes to the account and returns how long it takes until it is settled. The caller
+// holds mu.
+func (b *Bandwidth) charge(now time.Time, n int64) time.Duration {
 	if b.paid.Before(now) {
 		b.paid, b.owed = now, 0
 	}
@@ -199,14 +346,12 @@ func (b *Bandwidth) take(now time.Time, n int64) time.Duration {
 		b.owed -= uint64(b.BytesPerSecond)
 		cost++
 	}
-	// A debt of more than a hundred years is as good as for ever, and leaves room to add to it.
-	const forever = 100 * 365 * 24 * time.Hour
 	b.paid = b.paid.Add(min(cost, forever-min(b.paid.Sub(now), forever)))
-	free, _ := nanoseconds(max(b.Burst, 0), b.BytesPerSecond)
-	return max(b.paid.Sub(now)-free, 0)
+	return b.paid.Sub(now)
 }
 
-// nanoseconds returns how long n bytes take at rate: whole nanoseconds, saturating, and what remains in rate-ths of one.
+// nanoseconds returns how long n bytes take at rate: whole nanoseconds, saturating, and what
+// remains in rate-ths of one.
 func nanoseconds(n, rate int64) (whole time.Duration, remainder uint64) {
 	hi, lo := bits.Mul64(uint64(n), uint64(time.Second))
 	if hi >= uint64(rate) {
@@ -219,9 +364,20 @@ func nanoseconds(n, rate int64) (whole time.Duration, remainder uint64) {
 	return time.Duration(quo), rem
 }
 
-// All returns a manager that lets an open in only if every one of managers does, asked in order: when one
-// refuses, those asked before it are told so at once by an EventClose with Refused set. Data is cut when any
-// one says so. Of several waits the longest counts. A nil manager sets no limit.
+// inTime returns how many bytes pass in d at rate, saturating.
+func inTime(d time.Duration, rate int64) int64 {
+	hi, lo := bits.Mul64(uint64(d), uint64(rate))
+	if hi >= uint64(time.Second) {
+		return math.MaxInt64
+	}
+	quo, _ := bits.Div64(hi, lo, uint64(time.Second))
+	return int64(min(quo, math.MaxInt64))
+}
+
+// All returns a manager that allows an open if every one of managers does. It asks them in order.
+// When one refuses, those asked before it get an EventClose with Refused set at once. It resets a
+// connection when any of them does. The longest Wait and the smallest Chunk count. Nil managers are
+// left out.
 func All(managers ...RateLimitManager) RateLimitManager {
 	var all all
 	for _, m := range managers {
@@ -243,8 +399,7 @@ func (a all) Report(ctx context.Context, e Event) (d Decision) {
 		return Decision{}
 	}
 	for _, m := range a {
-		one := m.Report(ctx, e)
-		d.Exceeded, d.Wait = d.Exceeded || one.Exceeded, max(d.Wait, one.Wait)
+		d = d.and(m.Report(ctx, e))
 	}
 	return d
 }
@@ -253,7 +408,8 @@ func (a all) open(ctx context.Context, e Event) (d Decision) {
 	asked, agreed := 0, false
 	defer func() { // also when one of them panics
 		if !agreed {
-			a[:asked].close(context.WithoutCancel(ctx), Event{Kind: EventClose, App: e.App, ClientID: e.ClientID, Refused: true})
+			undo := Event{Kind: EventClose, App: e.App, ClientID: e.ClientID, Refused: true}
+			a[:asked].close(context.WithoutCancel(ctx), undo)
 		}
 	}()
 	for _, m := range a {
@@ -261,14 +417,14 @@ func (a all) open(ctx context.Context, e Event) (d Decision) {
 		if one.Exceeded {
 			return one
 		}
-		d.Wait = max(d.Wait, one.Wait)
+		d = d.and(one)
 		asked++
 	}
 	agreed = true
 	return d
 }
 
-// close tells all of them in order, also those after one that panics.
+// close reports e to all of them in order, also to those after one that panics.
 func (a all) close(ctx context.Context, e Event) {
 	if len(a) > 0 {
 		defer a[1:].close(ctx, e)
@@ -286,38 +442,45 @@ func (a all) Idle() bool {
 	return true
 }
 
-// idle reports whether m, none of whose connections is open, may be replaced by a new one.
+// idle reports whether m, which has no open connection, may be replaced by a new manager.
 func idle(m RateLimitManager) bool {
 	i, ok := m.(interface{ Idle() bool })
 	return !ok || i.Idle()
 }
 
-// ClientLimits keeps one [RateLimitManager] per client. It is made by [NewClientLimits]; the zero value refuses all. It
-// is safe for concurrent use.
+// ErrTooManyClients is why a [ClientLimits] that is full refuses a client. It is an
+// [ErrRateLimited], as errors.Is sees it.
+var ErrTooManyClients = fmt.Errorf("%w: ClientLimits has no room for a new client", ErrRateLimited)
+
+// ClientLimits keeps one [RateLimitManager] per client. [NewClientLimits] makes one; the zero value
+// refuses all. It is safe for concurrent use.
 type ClientLimits struct {
 	max      int
 	newLimit func(client string) RateLimitManager
 
+	// mu guards the fields below, and those of clientLimit. It is not held while a manager is called.
 	mu      sync.Mutex
 	clients map[string]*clientLimit // at most max
-	quiet   list.List               // of *clientLimit: those with nothing open
+	quiet   list.List               // of *clientLimit without connections, the longest quiet first
 }
 
-// NewClientLimits returns a ClientLimits that has newLimit make a manager for each client and remembers at most
-// max clients (0 or less: none). For calls newLimit for each client that is not remembered, so perhaps more than
-// once for a client, of whose managers then one is used. newLimit must be safe for concurrent use; nil from it
-// means no limit for that client, nil in place of it refuses all.
+// NewClientLimits returns a ClientLimits that remembers at most max clients (0 or less: none) and
+// calls newLimit to make the manager of each. For calls newLimit whenever the client is not
+// remembered, so perhaps several times for one client; one of the results is used. newLimit must be
+// safe for concurrent use. If it returns nil the client has no limit. A nil newLimit refuses all.
 //
-// When max is reached, an idle client is forgotten to make room: one that has no connection open and whose
-// manager, if it has a method Idle() bool, returns true. [TokenBucket], [Bandwidth] and [All] have that method, so
-// what a client has spent is not regained by being forgotten. When a few clients have been looked at and none is
-// idle, the newcomer is refused.
+// When max is reached, a new client takes the place of an idle one, which is forgotten: a client
+// without open connections whose manager has no method Idle() bool, or one that returns true.
+// [TokenBucket], [Bandwidth] and [All] have that method, so no client regains what it has spent by
+// being forgotten. If a few clients have been looked at and none of them is idle, the new client is
+// refused with [ErrTooManyClients].
 func NewClientLimits(max int, newLimit func(client string) RateLimitManager) *ClientLimits {
 	return &ClientLimits{max: max, newLimit: newLimit, clients: map[string]*clientLimit{}}
 }
 
-// For returns the manager of client, for [Conn.RateLimit]. It may be kept, or asked for anew for each connection:
-// all that For returns for one client acts as one. A client is remembered from its first EventOpen.
+// For returns the manager of client, for [Conn.RateLimit]. It may be kept, or asked for again for
+// each connection: all that For returns for one client act as one. A client is remembered from its
+// first EventOpen. For returns nil if the client has no limit.
 func (l *ClientLimits) For(client string) RateLimitManager {
 	l.mu.Lock()
 	c := l.clients[client]
@@ -335,16 +498,24 @@ func (l *ClientLimits) For(client string) RateLimitManager {
 	return &clientLimit{in: l, client: client, limit: limit}
 }
 
+// Len returns how many clients are remembered: those with open connections and those whose managers
+// have not been forgotten yet. It never exceeds the max that NewClientLimits was given.
+func (l *ClientLimits) Len() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.clients)
+}
+
 // A clientLimit is what For returns: the remembered one of its client, or one that may become it.
 type clientLimit struct {
 	in     *ClientLimits
 	client string
 	limit  RateLimitManager
 
-	// The fields below belong to in.mu, but for known: it changes only when it has no connection open, so
-	// events of an open one may read it.
+	// in.mu guards the fields below. Events of an open connection may read known without it: known
+	// changes only while c has no open connection.
 	known *clientLimit  // the remembered one, as of the last EventOpen
-	open  int           // known == itself: connections open; it is not forgotten while there are any
+	open  int           // if known is c itself: open connections, which keep it from being forgotten
 	quiet *list.Element // its place in in.quiet while open is 0
 }
 
@@ -361,7 +532,7 @@ func (c *clientLimit) Report(ctx context.Context, e Event) Decision {
 func (c *clientLimit) reportOpen(ctx context.Context, e Event) (d Decision) {
 	known := c.in.enter(c)
 	if known == nil {
-		return Decision{Exceeded: true}
+		return Decision{Exceeded: true, Err: ErrTooManyClients}
 	}
 	d.Exceeded = true
 	defer func() { // also when it panics
@@ -372,8 +543,8 @@ func (c *clientLimit) reportOpen(ctx context.Context, e Event) (d Decision) {
 	return known.limit.Report(ctx, e)
 }
 
-// enter counts a connection of c's client, remembering c if the client was unknown. It returns the remembered
-// one, or nil if there is no room.
+// enter counts a connection of c's client and remembers c if the client is new. It returns the
+// remembered clientLimit, or nil if there is no room.
 func (l *ClientLimits) enter(c *clientLimit) *clientLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -396,6 +567,7 @@ func (l *ClientLimits) enter(c *clientLimit) *clientLimit {
 	return known
 }
 
+// leave counts a connection out.
 func (l *ClientLimits) leave(known *clientLimit) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -407,8 +579,9 @@ func (l *ClientLimits) leave(known *clientLimit) {
 	}
 }
 
-// forgetOne makes room and reports whether it could. The caller holds mu, which is released while a manager is
-// asked. The cost is bounded: who has been asked stands at the back until the others were.
+// forgetOne makes room and reports whether it could. The caller holds mu, which is released while a
+// manager is asked. Eight clients are asked at most, so the cost is bounded; each goes to the back
+// of the list first, so that the next call asks others.
 func (l *ClientLimits) forgetOne() bool {
 	for range 8 {
 		if len(l.clients) < l.max {
@@ -420,7 +593,7 @@ func (l *ClientLimits) forgetOne() bool {
 		}
 		l.quiet.MoveToBack(place)
 		c := place.Value.(*clientLimit)
-		if l.askIdle(c) && c.quiet == place { // it has not been used meanwhile
+		if l.askIdle(c) && c.quiet == place { // and it has not been used meanwhile
 			l.quiet.Remove(place)
 			c.quiet = nil
 			delete(l.clients, c.client)

@@ -1,9 +1,12 @@
 package lbproxy
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"math"
 	"math/big"
 	"math/rand/v2"
@@ -25,10 +28,10 @@ var (
 	rateRefused = Event{Kind: EventClose, App: "app", ClientID: "ann", Refused: true}
 )
 
-// letsIn reports whether m lets a connection in.
+// letsIn reports whether m allows an EventOpen.
 func letsIn(m RateLimitManager) bool { return !m.Report(context.Background(), rateOpen).Exceeded }
 
-// opens asks m for n connections and returns how many it lets in.
+// opens reports n EventOpens to m and returns how many it allows.
 func opens(m RateLimitManager, n int) (in int) {
 	for range n {
 		if letsIn(m) {
@@ -40,10 +43,10 @@ func opens(m RateLimitManager, n int) (in int) {
 
 func closes(m RateLimitManager) { m.Report(context.Background(), rateClose) }
 
-// rateLater lets d go by on the clock of the test's bubble.
+// rateLater advances the clock of the test's bubble by d.
 func rateLater(d time.Duration) { <-time.After(d) }
 
-// rateDone fails the test if f is not done soon: it is for what would deadlock.
+// rateDone fails the test if f deadlocks.
 func rateDone(t *testing.T, f func()) {
 	t.Helper()
 	done := make(chan struct{})
@@ -55,14 +58,14 @@ func rateDone(t *testing.T, f func()) {
 	}
 }
 
-// ratePanic returns what f panics with.
+// ratePanic returns the value that f panics with.
 func ratePanic(f func()) (p any) {
 	defer func() { p = recover() }()
 	f()
 	return nil
 }
 
-// A rateFake is a manager that notes what it is told and answers as told.
+// A rateFake is a manager that records its events and answers as it is told.
 type rateFake struct {
 	name   string
 	heard  *[]string
@@ -86,13 +89,36 @@ func ratePanics(Event) Decision   { panic("store gone") }
 func rateCut(e Event) Decision    { return Decision{Exceeded: e.Kind == EventData} }
 func rateNeverIdle() *rateHasIdle { return &rateHasIdle{idle: func() bool { return false }} }
 
-// A rateHasIdle limits nothing and is asked whether it is idle.
+// A rateHasIdle limits nothing and has an Idle method.
 type rateHasIdle struct {
 	idle func() bool
 }
 
 func (*rateHasIdle) Report(context.Context, Event) Decision { return Decision{} }
 func (i *rateHasIdle) Idle() bool                           { return i.idle() }
+
+func TestEventsPrintReadably(t *testing.T) {
+	for _, tt := range []struct {
+		value any
+		want  string
+	}{
+		{EventOpen, "open"},
+		{EventData, "data"},
+		{EventClose, "close"},
+		{EventKind(0), "EventKind(0)"},
+		{EventKind(-7), "EventKind(-7)"},
+		{Upload, "upload"},
+		{Download, "download"},
+		{Direction(3), "Direction(3)"},
+		{rateOpen, `open app="app" client="ann"`},
+		{Event{Kind: EventData, App: "a", ClientID: "x\ny", Direction: Download, Bytes: 5}, `data app="a" client="x\ny" download 5 bytes`},
+		{&rateRefused, `close app="app" client="ann" refused`},
+	} {
+		if got := fmt.Sprint(tt.value); got != tt.want {
+			t.Errorf("%s, want %s", got, tt.want)
+		}
+	}
+}
 
 func TestTokenBucketStepByStep(t *testing.T) {
 	type step struct {
@@ -109,13 +135,13 @@ func TestTokenBucketStepByStep(t *testing.T) {
 			[]step{{0, 5, 3}, {999 * ms, 1, 0}, {1 * s, 2, 1}, {2*s - 1, 1, 0}, {2 * s, 2, 1}, {4 * s, 5, 2}}},
 		{"it fills up to the burst and no further", &TokenBucket{Burst: 3, Every: s},
 			[]step{{0, 3, 3}, {100 * 365 * 24 * time.Hour, 9, 3}}},
-		{"a full one gains nothing by waiting", &TokenBucket{Burst: 1, Every: s},
+		{"a full bucket gains nothing by waiting", &TokenBucket{Burst: 1, Every: s},
 			[]step{{0, 0, 0}, {900 * ms, 1, 1}, {1 * s, 1, 0}, {1899 * ms, 1, 0}, {1900 * ms, 2, 1}}},
-		{"one that filled up begins anew", &TokenBucket{Burst: 2, Every: s},
+		{"a bucket that filled up starts over", &TokenBucket{Burst: 2, Every: s},
 			[]step{{0, 1, 1}, {1500 * ms, 3, 2}, {2499 * ms, 1, 0}, {2500 * ms, 2, 1}}},
 		{"fractions of the time are not lost", &TokenBucket{Burst: 2, Every: s},
 			[]step{{0, 2, 2}, {1500 * ms, 2, 1}, {2 * s, 2, 1}, {2700 * ms, 1, 0}, {3 * s, 2, 1}}},
-		{"asking in vain costs nothing", &TokenBucket{Burst: 1, Every: s},
+		{"refused openings cost nothing", &TokenBucket{Burst: 1, Every: s},
 			[]step{{0, 1000, 1}, {400 * ms, 1000, 0}, {800 * ms, 1000, 0}, {1 * s, 1000, 1}, {2 * s, 1, 1}}},
 		{"the zero value refuses all", &TokenBucket{},
 			[]step{{0, 9, 0}, {time.Hour, 9, 0}}},
@@ -127,7 +153,7 @@ func TestTokenBucketStepByStep(t *testing.T) {
 			[]step{{0, 3, 2}, {1000 * time.Hour, 3, 0}}},
 		{"nor with a negative one", &TokenBucket{Burst: 2, Every: -s},
 			[]step{{0, 3, 2}, {1000 * time.Hour, 3, 0}, {-time.Hour, 3, 0}}},
-		{"readings of the clock that come in late neither burst nor freeze", &TokenBucket{Burst: 3, Every: s},
+		{"late clock readings cause neither a burst nor a freeze", &TokenBucket{Burst: 3, Every: s},
 			[]step{{10 * s, 2, 2}, {9 * s, 1, 1}, {0, 9, 0}, {10 * s, 9, 0}, {11 * s, 9, 1}, {9 * s, 9, 0}, {12 * s, 9, 1}, {13 * s, 9, 1}}},
 		{"the largest burst", &TokenBucket{Burst: math.MaxInt, Every: 1},
 			[]step{{0, 9, 9}, {5, 9, 9}, {math.MaxInt64, 9, 9}}},
@@ -178,7 +204,7 @@ func TestTokenBucketRunsOnTheClock(t *testing.T) {
 	})
 }
 
-// A step of the wall clock does not show in differences of times that have a monotonic reading.
+// Differences of times that have a monotonic reading ignore steps of the wall clock.
 func TestLimitsKeepMonotonicTime(t *testing.T) {
 	b := &TokenBucket{Burst: 2, Every: 1}
 	opens(b, 3)
@@ -191,7 +217,7 @@ func TestLimitsKeepMonotonicTime(t *testing.T) {
 	}
 }
 
-func TestTokenBucketIsGivenBackWhatARefusedOpenTook(t *testing.T) {
+func TestTokenBucketRefundsARefusedOpen(t *testing.T) {
 	now := time.Unix(0, 0)
 	b := &TokenBucket{Burst: 2, Every: time.Second}
 	undo := func() { b.Report(t.Context(), rateRefused) }
@@ -294,11 +320,11 @@ func TestOpenLimitStepByStep(t *testing.T) {
 	}{
 		{"up to max", 2, "++--"},
 		{"one closes, one gets in", 2, "++-o+-oo++-"},
-		{"a refused one has no place to give back", 1, "+---o+-"},
-		{"taken back is closed", 1, "+-r+-"},
+		{"a refused open takes no place", 1, "+---o+-"},
+		{"an undone open is closed", 1, "+-r+-"},
 		{"data changes nothing", 1, "+ddd-do+"},
 		{"the zero value refuses all", 0, "---"},
-		{"and so does less", -1, "---"},
+		{"so does a negative one", -1, "---"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			l := &OpenLimit{Max: tt.max}
@@ -319,7 +345,7 @@ func TestOpenLimitStepByStep(t *testing.T) {
 	}
 }
 
-func TestOpenLimitPanicsOnACloseTooMany(t *testing.T) {
+func TestOpenLimitPanicsOnExtraClose(t *testing.T) {
 	l := &OpenLimit{Max: 1}
 	for range 2 {
 		if p := fmt.Sprint(ratePanic(func() { closes(l) })); !strings.Contains(p, "without EventOpen") {
@@ -330,6 +356,14 @@ func TestOpenLimitPanicsOnACloseTooMany(t *testing.T) {
 		}
 		closes(l)
 	}
+}
+
+// owes charges n bytes to b and returns how long it takes until all is paid for, beyond the burst.
+func owes(b *Bandwidth, now time.Time, n int64) time.Duration {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	burst, _ := nanoseconds(max(b.Burst, 0), b.BytesPerSecond)
+	return max(b.charge(now, n)-burst, 0)
 }
 
 func TestBandwidthStepByStep(t *testing.T) {
@@ -349,7 +383,7 @@ func TestBandwidthStepByStep(t *testing.T) {
 			[]step{{0, 1000, 1 * s}, {1 * s, 500, 500 * ms}, {1 * s, 500, 1 * s}, {1900 * ms, 100, 200 * ms}}},
 		{"a rest is no credit without a burst", &Bandwidth{BytesPerSecond: 1000},
 			[]step{{0, 1, 1 * ms}, {time.Hour, 1, 1 * ms}}},
-		{"a burst goes at once, the rest waits", &Bandwidth{BytesPerSecond: 1000, Burst: 2000},
+		{"a burst passes at once, the rest waits", &Bandwidth{BytesPerSecond: 1000, Burst: 2000},
 			[]step{{0, 1500, 0}, {0, 500, 0}, {0, 1000, 1 * s}, {1 * s, 1, 1 * ms}}},
 		{"a burst is regained at the rate, and once only", &Bandwidth{BytesPerSecond: 1000, Burst: 1000},
 			[]step{{0, 1000, 0}, {500 * ms, 1000, 500 * ms}, {time.Hour, 1001, 1 * ms}, {time.Hour, 1, 2 * ms}}},
@@ -357,19 +391,19 @@ func TestBandwidthStepByStep(t *testing.T) {
 			[]step{{0, 1, 333333333}, {0, 1, 666666666}, {0, 1, 1 * s}, {1 * s, 1, 333333333}, {1333333333, 1, 333333333}, {1666666666, 1, 333333334}}},
 		{"bytes that take less than a nanosecond add up", &Bandwidth{BytesPerSecond: 4e9},
 			[]step{{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 1}, {1, 3, 0}, {1, 1, 1}}},
-		{"and are paid for when it is over", &Bandwidth{BytesPerSecond: 4e9},
+		{"and are paid for when it has passed", &Bandwidth{BytesPerSecond: 4e9},
 			[]step{{0, 3, 0}, {1, 3, 0}, {2, 3, 0}, {2, 1, 1}}},
 		{"no bytes cost nothing", &Bandwidth{BytesPerSecond: 1},
-			[]step{{0, 0, 0}, {0, -5, 0}, {0, 1, 1 * s}}},
+			[]step{{0, 0, 0}, {0, 1, 1 * s}}},
 		{"a negative burst is none", &Bandwidth{BytesPerSecond: 1, Burst: -9},
 			[]step{{0, 1, 1 * s}}},
-		{"readings of the clock that come in late lose nothing", &Bandwidth{BytesPerSecond: 1000},
-			[]step{{10 * s, 1000, 1 * s}, {9 * s, 1000, 3 * s}, {11 * s, 0, 0}, {12 * s, 1, 1 * ms}}},
-		{"a debt has an end", &Bandwidth{BytesPerSecond: 1},
+		{"late clock readings lose nothing", &Bandwidth{BytesPerSecond: 1000},
+			[]step{{10 * s, 1000, 1 * s}, {9 * s, 1000, 3 * s}, {11 * s, 0, 1 * s}, {12 * s, 1, 1 * ms}}},
+		{"a debt is bounded", &Bandwidth{BytesPerSecond: 1},
 			[]step{{0, math.MaxInt64, forever}, {0, math.MaxInt64, forever}, {0, 1, forever}, {forever, 1, 1 * s}}},
-		{"a debt that fills 64 bits has one, too", &Bandwidth{BytesPerSecond: 1},
+		{"so is a debt that fills 64 bits", &Bandwidth{BytesPerSecond: 1},
 			[]step{{0, 15e9, forever}}},
-		{"and one that a fraction would carry over", &Bandwidth{BytesPerSecond: 999_999_999},
+		{"and one that overflows by a fraction", &Bandwidth{BytesPerSecond: 999_999_999},
 			[]step{{0, 2e8, 200 * ms}, {0, 9_223_372_027_631_403_771, forever}}}, // 1<<63 - 1 ns, and 0.85 more
 		{"a burst that fills 64 bits", &Bandwidth{BytesPerSecond: 1, Burst: 15e9},
 			[]step{{0, 9e9, 0}}},
@@ -377,13 +411,13 @@ func TestBandwidthStepByStep(t *testing.T) {
 			[]step{{0, math.MaxInt64, 1 * s}, {0, 1 << 20, 1 * s}, {1 * s, math.MaxInt64, 1 * s}}},
 		{"the largest burst", &Bandwidth{BytesPerSecond: 1, Burst: math.MaxInt64},
 			[]step{{0, 1 << 20, 0}, {0, math.MaxInt64, 0}}},
-		{"as much as can be", &Bandwidth{BytesPerSecond: 1e9, Burst: math.MaxInt64},
+		{"the largest burst at a high rate", &Bandwidth{BytesPerSecond: 1e9, Burst: math.MaxInt64},
 			[]step{{0, math.MaxInt64, 0}, {0, math.MaxInt64, 0}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			start := time.Unix(0, 0)
 			for i, step := range tt.steps {
-				if got := tt.b.take(start.Add(step.at), step.bytes); got != step.wait {
+				if got := owes(tt.b, start.Add(step.at), step.bytes); got != step.wait {
 					t.Fatalf("step %d, %d bytes at %v: wait %v, want %v", i, step.bytes, step.at, got, step.wait)
 				}
 			}
@@ -391,30 +425,92 @@ func TestBandwidthStepByStep(t *testing.T) {
 	}
 }
 
-func TestSmallPiecesAtHugeRatesAddUpExactly(t *testing.T) {
+func TestBandwidthAddsSmallPiecesExactly(t *testing.T) {
 	const rate, pieces = 3_000_000_001, 100_000
 	b, now := &Bandwidth{BytesPerSecond: rate}, time.Unix(0, 0)
 	for n := int64(1); n <= pieces; n++ {
-		if got, want := b.take(now, 7), time.Duration(n*7*1e9/rate); got != want {
+		if got, want := owes(b, now, 7), time.Duration(n*7*1e9/rate); got != want {
 			t.Fatalf("after %d pieces: wait %d ns, want %d ns", n, got, want)
 		}
 	}
 }
 
-func TestBandwidthRefusesNothingButHasNoRateByDefault(t *testing.T) {
+func TestBandwidthWithoutRateRefusesAll(t *testing.T) {
 	for _, rate := range []int64{0, -1} {
 		if b := (&Bandwidth{BytesPerSecond: rate, Burst: 1 << 20}); letsIn(b) {
 			t.Errorf("let in at %d bytes per second", rate)
 		}
 	}
 	b := &Bandwidth{BytesPerSecond: 1}
-	b.take(time.Now(), math.MaxInt64)
+	owes(b, time.Now(), math.MaxInt64)
 	if opens(b, 9) != 9 {
 		t.Error("one that has a rate refused")
 	}
 }
 
-func TestBandwidthIsSharedByBothDirectionsAndAllConnections(t *testing.T) {
+func TestBandwidthIgnoresEventsWithoutBytes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, b := range []*Bandwidth{{BytesPerSecond: 1}, {}, {BytesPerSecond: -1}} {
+			for _, n := range []int64{0, -5, math.MinInt64} {
+				if d := b.Report(t.Context(), Event{Kind: EventData, Bytes: n}); d.Wait != 0 || d.Exceeded {
+					t.Errorf("%d bytes: %+v", n, d)
+				}
+			}
+			if !b.Idle() {
+				t.Errorf("%+v: not idle", b)
+			}
+		}
+	})
+}
+
+// What each stream is told when it has moved n bytes: how long to wait, how much to move next.
+func TestBandwidthSharesATurn(t *testing.T) {
+	const ms = time.Millisecond
+	start := time.Unix(0, 0)
+	for _, tt := range []struct {
+		name    string
+		b       *Bandwidth
+		streams float64 // as counted; 0: after a rest
+		debt    time.Duration
+		n       int64
+		want    Decision
+	}{
+		// 1,000,000 B/s are 20,000 in a turn.
+		{"a quantum waits for the whole debt", &Bandwidth{BytesPerSecond: 1e6}, 1, 0, 20_000,
+			Decision{Wait: 20 * ms, Chunk: 20_000}},
+		{"and so does more", &Bandwidth{BytesPerSecond: 1e6}, 4, 0, 20_000,
+			Decision{Wait: 20 * ms, Chunk: 5_000}},
+		{"half of it waits half as long, and half of its own does not count", &Bandwidth{BytesPerSecond: 1e6}, 1, 30 * ms, 10_000,
+			Decision{Wait: 17_500 * time.Microsecond, Chunk: 20_000}},
+		{"a byte hardly waits", &Bandwidth{BytesPerSecond: 1e6}, 2, 39 * ms, 1,
+			Decision{Wait: 3900 * time.Nanosecond, Chunk: 10_000}},
+		{"a large debt makes the chunk smaller", &Bandwidth{BytesPerSecond: 1e6}, 1, 60 * ms, 20_000,
+			Decision{Wait: 80 * ms, Chunk: 10_000}},
+		{"64 streams are assumed at first", &Bandwidth{BytesPerSecond: 64e6}, 0, 0, 64e6,
+			Decision{Wait: time.Second, Chunk: 64e6 / 4096}},
+		{"512 bytes is the least chunk", &Bandwidth{BytesPerSecond: 1000}, 1, 0, 20,
+			Decision{Wait: 20 * ms, Chunk: 512}},
+		{"1 MiB is the largest", &Bandwidth{BytesPerSecond: math.MaxInt64}, 1, 0, 1 << 20,
+			Decision{Wait: 0, Chunk: 1 << 20}},
+		{"in a burst a turn may pass at once", &Bandwidth{BytesPerSecond: 1e6, Burst: 1e9}, 0, 0, 20_000,
+			Decision{Chunk: 20_000}},
+		{"towards its end a 128th of what is left", &Bandwidth{BytesPerSecond: 1e6, Burst: 1_000_000}, 0, 360 * ms, 0,
+			Decision{Chunk: 5_000}},
+	} {
+		b := tt.b
+		if tt.streams != 0 {
+			b.streams, b.since, b.paid = tt.streams, start, start.Add(tt.debt)
+		} else if tt.debt > 0 {
+			b.paid = start.Add(tt.debt)
+		}
+		got := b.move(start, tt.n)
+		if off := got.Wait - tt.want.Wait; off < -1 || off > 1 || got.Chunk != tt.want.Chunk {
+			t.Errorf("%s: %v and %d, want %v and %d", tt.name, got.Wait, got.Chunk, tt.want.Wait, tt.want.Chunk)
+		}
+	}
+}
+
+func TestBandwidthSpansDirectionsAndConnections(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &Bandwidth{BytesPerSecond: 1000}
 		if !b.Idle() {
@@ -428,7 +524,11 @@ func TestBandwidthIsSharedByBothDirectionsAndAllConnections(t *testing.T) {
 			{Kind: EventClose, ClientID: "bob"},
 		} {
 			want := map[int]time.Duration{0: 1, 1: 2, 3: 3}[i] * time.Second
-			if d := b.Report(t.Context(), e); d != (Decision{Wait: want}) {
+			d := b.Report(t.Context(), e)
+			if chunk := min(d.Chunk, 512); e.Kind == EventClose && chunk != 0 || e.Kind != EventClose && chunk != 512 {
+				t.Errorf("event %d: chunk %d, want one unless it is a close", i, d.Chunk)
+			}
+			if d.Wait != want || d.Exceeded {
 				t.Errorf("event %d: %+v, want to wait %v", i, d, want)
 			}
 		}
@@ -443,7 +543,7 @@ func TestBandwidthIsSharedByBothDirectionsAndAllConnections(t *testing.T) {
 	})
 }
 
-// The oracle is a debt in exact nanoseconds that each byte adds to and time takes from.
+// The oracle is a debt in exact nanoseconds: bytes add to it, time takes from it.
 func FuzzBandwidth(f *testing.F) {
 	f.Add(int64(1000), int64(0), []byte("\x00\x00\x00\x00\x00\x00\x00\x03\xe8\x10\x00\x00\x00\x00\x00\x00\x03\xe8"))
 	f.Add(int64(math.MaxInt64), int64(math.MaxInt64), []byte("\x00\x7f\xff\xff\xff\xff\xff\xff\xff\x30\x7f\xff\xff\xff\xff\xff\xff\xff"))
@@ -463,7 +563,7 @@ func FuzzBandwidth(f *testing.F) {
 		nanoseconds := func(n int64) *big.Rat {
 			return new(big.Rat).Mul(big.NewRat(n, 1), big.NewRat(int64(time.Second), rate))
 		}
-		b := &Bandwidth{BytesPerSecond: rate, Burst: burst}
+		b, shared := &Bandwidth{BytesPerSecond: rate, Burst: burst}, &Bandwidth{BytesPerSecond: rate, Burst: burst}
 		now, debt, slack := time.Unix(0, 0), new(big.Rat), int64(0)
 		for ; len(steps) >= 9; steps = steps[9:] {
 			op, n := steps[0], int64(binary.BigEndian.Uint64(steps[1:]))
@@ -474,10 +574,7 @@ func FuzzBandwidth(f *testing.F) {
 				n >>= 56
 			}
 			if n <= 0 || rate <= 0 {
-				if wait := b.take(now, n); wait != 0 {
-					t.Fatalf("%d bytes at rate %d: wait %v", n, rate, wait)
-				}
-				continue
+				continue // Report does not charge that
 			}
 			passed := int64(0)
 			switch op >> 4 & 3 {
@@ -501,15 +598,25 @@ func FuzzBandwidth(f *testing.F) {
 			if want.Sub(want, floor(nanoseconds(max(burst, 0)))); want.Sign() < 0 {
 				want.SetInt64(0)
 			}
-			got := b.take(now, n)
+			got := owes(b, now, n)
 			if off := int64(got) - want.Int64(); got < 0 || off < -slack || off > slack {
 				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: wait %d, want %v", n, rate, burst, passed, got, want)
+			}
+			// move keeps the same account. It lets small pieces wait for a part of the debt only.
+			shared.mu.Lock()
+			d := shared.move(now, n)
+			shared.mu.Unlock()
+			if shared.paid != b.paid || d.Exceeded || d.Wait < 0 || d.Wait > got || (d.Wait == 0) != (got == 0) && n >= rate {
+				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v with a debt of %v", n, rate, burst, passed, d, got)
+			}
+			if d.Chunk < 512 || d.Chunk > 1<<20 || shared.streams < 1 || math.IsNaN(shared.streams) {
+				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v for %v streams", n, rate, burst, passed, d, shared.streams)
 			}
 		}
 	})
 }
 
-func TestAllLetsInOnlyWhatEveryOneAgreesTo(t *testing.T) {
+func TestAllAllowsIfEveryManagerDoes(t *testing.T) {
 	yes, no := &OpenLimit{Max: 9}, &OpenLimit{}
 	for _, tt := range []struct {
 		managers []RateLimitManager
@@ -530,7 +637,7 @@ func TestAllLetsInOnlyWhatEveryOneAgreesTo(t *testing.T) {
 	}
 }
 
-func TestAllGivesBackWhatALateRefusalHadBeenLetInTo(t *testing.T) {
+func TestAllRefundsAfterALaterRefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		bucket, limit, last := &TokenBucket{Burst: 3, Every: time.Hour}, &OpenLimit{Max: 3}, &OpenLimit{Max: 1}
 		all := All(bucket, limit, last)
@@ -547,7 +654,7 @@ func TestAllGivesBackWhatALateRefusalHadBeenLetInTo(t *testing.T) {
 	})
 }
 
-func TestAllAsksInOrderAndTakesBackAtOnce(t *testing.T) {
+func TestAllAsksInOrderAndUndoesAtOnce(t *testing.T) {
 	var heard []string
 	fake := func(name string, answer func(Event) Decision) RateLimitManager {
 		return &rateFake{name, &heard, answer}
@@ -585,7 +692,7 @@ func TestAllAsksInOrderAndTakesBackAtOnce(t *testing.T) {
 	}
 }
 
-func TestAllTellsEveryOneOfTheEndThoughOnePanics(t *testing.T) {
+func TestAllReportsCloseToEveryManagerDespitePanic(t *testing.T) {
 	var heard []string
 	fake := func(name string) RateLimitManager {
 		return &rateFake{name, &heard, func(e Event) Decision {
@@ -614,7 +721,7 @@ func TestAllTellsEveryOneOfTheEndThoughOnePanics(t *testing.T) {
 	}
 }
 
-func TestAllPassesEventsOnUnchangedAndPanicsToo(t *testing.T) {
+func TestAllForwardsEventsAndPanics(t *testing.T) {
 	type key struct{}
 	ctx := context.WithValue(t.Context(), key{}, 1)
 	var got []Event
@@ -641,10 +748,14 @@ type rateFunc func(context.Context, Event) Decision
 
 func (f rateFunc) Report(ctx context.Context, e Event) Decision { return f(ctx, e) }
 
-func TestAllWaitsTheLongestAndIsCutByAny(t *testing.T) {
-	says := func(exceeded bool, wait time.Duration) RateLimitManager {
+func TestAllCombinesDecisions(t *testing.T) {
+	errA, errB := errors.New("a"), errors.New("b")
+	says := func(d Decision) RateLimitManager {
 		return rateFunc(func(_ context.Context, e Event) Decision {
-			return Decision{Exceeded: exceeded && e.Kind == EventData, Wait: wait}
+			if e.Kind == EventOpen {
+				d.Exceeded = false
+			}
+			return d
 		})
 	}
 	for _, tt := range []struct {
@@ -652,27 +763,35 @@ func TestAllWaitsTheLongestAndIsCutByAny(t *testing.T) {
 		want     Decision // on data
 	}{
 		{nil, Decision{}},
-		{[]RateLimitManager{says(false, 1), says(false, 3), says(false, 2)}, Decision{Wait: 3}},
-		{[]RateLimitManager{says(false, 0), All(says(false, 5), nil), says(false, 4)}, Decision{Wait: 5}},
-		{[]RateLimitManager{says(true, 0), says(false, 0)}, Decision{Exceeded: true}},
-		{[]RateLimitManager{says(false, 0), says(true, 0)}, Decision{Exceeded: true}},
-		{[]RateLimitManager{says(false, 0), All(says(true, 0), says(false, 0))}, Decision{Exceeded: true}},
+		{[]RateLimitManager{says(Decision{Wait: 1}), says(Decision{Wait: 3}), says(Decision{Wait: 2})}, Decision{Wait: 3}},
+		{[]RateLimitManager{says(Decision{}), All(says(Decision{Wait: 5}), nil), says(Decision{Wait: 4})}, Decision{Wait: 5}},
+		{[]RateLimitManager{says(Decision{}), says(Decision{Chunk: 7}), All(says(Decision{Chunk: 5}), says(Decision{})), says(Decision{Chunk: 6})},
+			Decision{Chunk: 5}},
+		{[]RateLimitManager{says(Decision{Chunk: 7}), says(Decision{Chunk: -1})}, Decision{Chunk: 7}},
+		{[]RateLimitManager{says(Decision{Exceeded: true}), says(Decision{})}, Decision{Exceeded: true}},
+		{[]RateLimitManager{says(Decision{}), says(Decision{Exceeded: true})}, Decision{Exceeded: true}},
+		{[]RateLimitManager{says(Decision{}), All(says(Decision{Exceeded: true, Err: errA}), says(Decision{Exceeded: true, Err: errB}))},
+			Decision{Exceeded: true, Err: errA}},
 	} {
 		all := All(tt.managers...)
 		if got := all.Report(t.Context(), rateData); got != tt.want {
 			t.Errorf("data: %+v, want %+v", got, tt.want)
 		}
-		if got, want := all.Report(t.Context(), rateOpen), (Decision{Wait: tt.want.Wait}); got != want {
+		if got, want := all.Report(t.Context(), rateOpen), (Decision{Wait: tt.want.Wait, Chunk: tt.want.Chunk}); got != want {
 			t.Errorf("open: %+v, want %+v", got, want)
 		}
 	}
+	refuses := rateFunc(func(context.Context, Event) Decision { return Decision{Exceeded: true, Err: errB} })
+	if got := All(says(Decision{Wait: 1}), refuses).Report(t.Context(), rateOpen); !got.Exceeded || got.Err != errB {
+		t.Errorf("refused: %+v", got)
+	}
 }
 
-func TestAllIsIdleWhenAllAre(t *testing.T) {
+func TestAllIsIdleIfEveryManagerIs(t *testing.T) {
 	now := time.Now()
 	spent, owing := &TokenBucket{Burst: 1}, &Bandwidth{BytesPerSecond: 1}
 	spent.take(now)
-	owing.take(now, 1<<20)
+	owes(owing, now, 1<<20)
 	for _, tt := range []struct {
 		all  RateLimitManager
 		want bool
@@ -689,7 +808,55 @@ func TestAllIsIdleWhenAllAre(t *testing.T) {
 	}
 }
 
-// A rateQuota is a manager as a user might write it: so many bytes for each client, ever.
+func TestDecisionsReachTheConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		errMine := fmt.Errorf("no more today: %w", ErrRateLimited)
+		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
+		full := NewClientLimits(0, rateOpenLimits(1)).For("ann")
+		c := serveFake(t.Context(), a, &Conn{RateLimit: full})
+		if r := <-c.result; r.End != EndRateLimited || r.Err != ErrTooManyClients {
+			t.Errorf("ended as %s by %v, want ErrTooManyClients", r.End, r.Err)
+		}
+		var sizes []int64
+		c = serveFake(t.Context(), a, &Conn{RateLimit: rateFunc(func(_ context.Context, e Event) Decision {
+			switch {
+			case e.Kind == EventOpen:
+				return Decision{Chunk: 1000}
+			case e.Kind == EventClose || e.Direction == Download:
+				return Decision{}
+			}
+			if sizes = append(sizes, e.Bytes); len(sizes) == 4 {
+				return Decision{Exceeded: true, Err: errMine}
+			}
+			return Decision{Chunk: 100 * len(sizes)}
+		})})
+		go io.Copy(io.Discard, c)
+		c.Write(make([]byte, 4000))
+		if r := <-c.result; r.End != EndRateLimited || r.Err != errMine {
+			t.Errorf("ended as %s by %v, want %v", r.End, r.Err, errMine)
+		}
+		if want := []int64{1000, 100, 200, 300}; !slices.Equal(sizes, want) {
+			t.Errorf("chunks of %d bytes, want %d", sizes, want)
+		}
+	})
+}
+
+func TestEventsDoNotAllocate(t *testing.T) {
+	m := All(&OpenLimit{Max: math.MaxInt}, &Bandwidth{BytesPerSecond: 1000})
+	ctx := t.Context()
+	if n := testing.AllocsPerRun(100, func() { m.Report(ctx, rateData) }); n != 0 {
+		t.Errorf("%v allocations for EventData", n)
+	}
+	n := testing.AllocsPerRun(100, func() {
+		m.Report(ctx, rateOpen)
+		m.Report(ctx, rateClose)
+	})
+	if n != 0 {
+		t.Errorf("%v allocations for EventOpen and EventClose", n)
+	}
+}
+
+// A rateQuota is a manager as a user might write it: a number of bytes per client, for good.
 type rateQuota struct {
 	mu   sync.Mutex
 	left map[string]int64
@@ -702,7 +869,7 @@ func (q *rateQuota) Report(_ context.Context, e Event) Decision {
 	return Decision{Exceeded: q.left[e.ClientID] <= 0}
 }
 
-func TestCustomManagerOfTenLinesWorksWithTheOthers(t *testing.T) {
+func TestCustomManagerWorksInAll(t *testing.T) {
 	quota := &rateQuota{left: map[string]int64{"ann": 100, "bob": 1000}}
 	limit := &OpenLimit{Max: 2}
 	all := All(limit, quota)
@@ -724,7 +891,7 @@ func TestCustomManagerOfTenLinesWorksWithTheOthers(t *testing.T) {
 	}
 }
 
-// rateCheck fails the test unless l is in order: each client is either in use or in the list of the quiet.
+// rateCheck fails the test unless each client of l is either in use or in the list of quiet ones.
 func rateCheck(t *testing.T, l *ClientLimits, open int) {
 	t.Helper()
 	l.mu.Lock()
@@ -752,7 +919,7 @@ func rateOpenLimits(most int) func(string) RateLimitManager {
 	return func(string) RateLimitManager { return &OpenLimit{Max: most} }
 }
 
-func TestEachClientHasOneLimitOfItsOwn(t *testing.T) {
+func TestEachClientHasItsOwnLimit(t *testing.T) {
 	made := map[string]int{}
 	l := NewClientLimits(10, func(client string) RateLimitManager {
 		made[client]++
@@ -776,7 +943,7 @@ func TestEachClientHasOneLimitOfItsOwn(t *testing.T) {
 	}
 }
 
-func TestNilClientLimitIsNone(t *testing.T) {
+func TestNilClientLimitMeansUnlimited(t *testing.T) {
 	l := NewClientLimits(0, func(string) RateLimitManager { return nil })
 	if m := l.For("ann"); m != nil {
 		t.Errorf("For returned %v", m)
@@ -814,17 +981,45 @@ func TestClientIsRememberedFromItsFirstOpen(t *testing.T) {
 	rateCheck(t, l, 0)
 }
 
-func TestWithoutRoomAllClientsAreRefused(t *testing.T) {
+func TestClientLimitsWithoutRoomRefuseAll(t *testing.T) {
 	for _, most := range []int{0, -1, math.MinInt} {
 		l := NewClientLimits(most, rateOpenLimits(9))
-		if opens(l.For("ann"), 3) != 0 {
-			t.Errorf("max %d: let in", most)
+		if d := l.For("ann").Report(t.Context(), rateOpen); !d.Exceeded || d.Err != ErrTooManyClients {
+			t.Errorf("max %d: %+v, want ErrTooManyClients", most, d)
 		}
 		rateCheck(t, l, 0)
 	}
 }
 
-func TestRefusedOpenOfAClientIsFollowedByNothing(t *testing.T) {
+func TestFullClientLimitsSaySo(t *testing.T) {
+	l := NewClientLimits(2, rateOpenLimits(1))
+	for i, step := range []struct {
+		client string
+		err    error
+		length int
+	}{{"ann", nil, 1}, {"bob", nil, 2}, {"eve", ErrTooManyClients, 2}, {"ann", ErrRateLimited, 2}} {
+		d := l.For(step.client).Report(t.Context(), rateOpen)
+		var err error
+		if d.Exceeded {
+			err = cmp.Or(d.Err, ErrRateLimited)
+		}
+		if err != step.err || l.Len() != step.length {
+			t.Errorf("step %d: %s: %v with %d clients, want %v with %d", i, step.client, err, l.Len(), step.err, step.length)
+		}
+	}
+	if !errors.Is(ErrTooManyClients, ErrRateLimited) || errors.Is(ErrRateLimited, ErrTooManyClients) {
+		t.Error("ErrTooManyClients is not an ErrRateLimited, or the other way round")
+	}
+	closes(l.For("bob"))
+	if !letsIn(l.For("eve")) || l.Len() != 2 {
+		t.Errorf("eve is refused, or has not taken bob's place: %d clients", l.Len())
+	}
+	if n := new(ClientLimits).Len(); n != 0 {
+		t.Errorf("the zero value has %d clients", n)
+	}
+}
+
+func TestClientLimitReportsNoCloseOfRefusedOpen(t *testing.T) {
 	var heard []string
 	refuse := false
 	l := NewClientLimits(1, func(string) RateLimitManager {
@@ -849,7 +1044,7 @@ func TestRefusedOpenOfAClientIsFollowedByNothing(t *testing.T) {
 	}
 }
 
-func TestClientLimitInsideAllIsGivenBack(t *testing.T) {
+func TestClientLimitInAllIsRefunded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewClientLimits(1, func(string) RateLimitManager { return &TokenBucket{Burst: 3, Every: time.Hour} })
 		all := All(l.For("ann"), &OpenLimit{})
@@ -912,7 +1107,7 @@ func TestOpenConnectionsPinTheirClient(t *testing.T) {
 	rateCheck(t, l, 1)
 }
 
-func TestBandwidthOwedPinsTheClient(t *testing.T) {
+func TestBandwidthDebtPinsTheClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewClientLimits(1, func(string) RateLimitManager { return &Bandwidth{BytesPerSecond: 1, Burst: 99} })
 		ann := l.For("ann")
@@ -949,7 +1144,7 @@ func TestLongestQuietClientIsForgottenFirst(t *testing.T) {
 	}
 }
 
-func TestANewcomerHasAFewClientsLookedAtAndOthersTheNext(t *testing.T) {
+func TestForgettingAsksEightClientsAtMost(t *testing.T) {
 	const clients = 100
 	asked := 0
 	l := NewClientLimits(clients, func(client string) RateLimitManager {
@@ -1013,7 +1208,7 @@ func TestIdleMayUseTheSameClientLimits(t *testing.T) {
 	})
 }
 
-func TestClientForgottenAndBackWhileItIsAskedIsNotForgottenAgain(t *testing.T) {
+func TestClientThatReturnsDuringIdleIsKept(t *testing.T) {
 	var l *ClientLimits
 	asked := 0
 	l = NewClientLimits(1, func(string) RateLimitManager {
@@ -1036,7 +1231,7 @@ func TestClientForgottenAndBackWhileItIsAskedIsNotForgottenAgain(t *testing.T) {
 	})
 }
 
-func TestClientIsNotForgottenBeforeItsCloseIsHeard(t *testing.T) {
+func TestClientIsKeptUntilItsCloseReturns(t *testing.T) {
 	var l *ClientLimits
 	l = NewClientLimits(1, func(client string) RateLimitManager {
 		return rateFunc(func(_ context.Context, e Event) Decision {
@@ -1053,7 +1248,7 @@ func TestClientIsNotForgottenBeforeItsCloseIsHeard(t *testing.T) {
 	})
 }
 
-func TestKeptLimitOfAForgottenClientActsAsOneWithTheRemembered(t *testing.T) {
+func TestOldLimitOfForgottenClientJoinsTheNewOne(t *testing.T) {
 	l := NewClientLimits(1, rateOpenLimits(1))
 	old := l.For("ann")
 	letsIn(old)
@@ -1085,7 +1280,7 @@ func TestKeptLimitOfAForgottenClientActsAsOneWithTheRemembered(t *testing.T) {
 	rateCheck(t, l, 0)
 }
 
-func TestClientLimitsPanicOnACloseTooMany(t *testing.T) {
+func TestClientLimitsPanicOnExtraClose(t *testing.T) {
 	l := NewClientLimits(1, func(string) RateLimitManager { return &TokenBucket{Burst: 9} })
 	ann := l.For("ann")
 	for range 2 {
@@ -1098,7 +1293,7 @@ func TestClientLimitsPanicOnACloseTooMany(t *testing.T) {
 	}
 }
 
-func TestPanickingClientLimitLeavesCountsPaired(t *testing.T) {
+func TestPanickingClientLimitKeepsCountsRight(t *testing.T) {
 	for _, when := range []EventKind{EventOpen, EventData, EventClose} {
 		l := NewClientLimits(1, func(client string) RateLimitManager {
 			return rateFunc(func(_ context.Context, e Event) Decision {
@@ -1161,7 +1356,7 @@ func TestMillionClientsAreBoundedByMax(t *testing.T) {
 	runtime.KeepAlive(l)
 }
 
-// A rateAudit makes limits and checks that only one of each client is in use at a time.
+// A rateAudit makes limits and checks that each client uses one of them at a time.
 type rateAudit struct {
 	t       *testing.T
 	clients [200]struct {
@@ -1198,7 +1393,7 @@ func (a *rateAudited) Report(ctx context.Context, e Event) Decision {
 	return d
 }
 
-func TestConcurrentClientsSeeOneCloseForEachOpenLetIn(t *testing.T) {
+func TestConcurrentClientsGetOneClosePerOpen(t *testing.T) {
 	const goroutines, rounds = 64, 400
 	audit := &rateAudit{t: t}
 	l := NewClientLimits(100, func(client string) RateLimitManager {
@@ -1247,7 +1442,7 @@ func TestConcurrentClientsSeeOneCloseForEachOpenLetIn(t *testing.T) {
 	}
 }
 
-func TestConcurrentUseOfALimitAddsUp(t *testing.T) {
+func TestConcurrentUseAddsUp(t *testing.T) {
 	bucket, limit, bandwidth := &TokenBucket{Burst: 60 + 64}, &OpenLimit{Max: 60}, &Bandwidth{BytesPerSecond: 1e9}
 	all := All(bucket, limit)
 	now := time.Unix(0, 0)
@@ -1259,7 +1454,7 @@ func TestConcurrentUseOfALimitAddsUp(t *testing.T) {
 				if letsIn(all) {
 					in.Add(1)
 				}
-				bandwidth.take(now, 10)
+				owes(bandwidth, now, 10)
 			}
 		})
 	}
@@ -1307,11 +1502,11 @@ func BenchmarkTokenBucket(b *testing.B) {
 
 func BenchmarkBandwidth(b *testing.B) {
 	bandwidth, now := &Bandwidth{BytesPerSecond: 3e9 + 1, Burst: 1 << 20}, time.Now()
-	b.Run("take", func(b *testing.B) {
+	b.Run("move", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
 			now = now.Add(5 * time.Microsecond)
-			bandwidth.take(now, 16<<10)
+			bandwidth.move(now, 16<<10)
 		}
 	})
 	b.Run("report", func(b *testing.B) {
@@ -1330,7 +1525,7 @@ func BenchmarkBandwidth(b *testing.B) {
 	})
 }
 
-// One operation is a connection's For, open and close.
+// One operation is a For, an EventOpen and an EventClose.
 func BenchmarkClientLimits(b *testing.B) {
 	const clients = 100_000
 	names := make([]string, 2*clients)

@@ -15,10 +15,11 @@ type direction struct {
 	name     Direction
 	from, to *end         // to is nil in an upload that has not needed its server yet
 	moved    atomic.Int64 // bytes written to to
+	before   int64        // bytes that the other direction had moved when to was last written to
 	phase    atomic.Int32 // set to ended under Relay.mu; may be read by anybody
 	atEnd    bool         // from has ended its stream, which is being passed on; guarded by Relay.mu
 
-	pacer     pacer
+	pacer     Pacer
 	buf       *buffer // what try has read into: n bytes, and then err
 	n         int
 	err       error
@@ -37,12 +38,12 @@ const (
 )
 
 const (
-	// maxChunk is the most that moves at once, and so the most that one call of Moved is about.
-	maxChunk = 1 << 20
-
 	// writePiece is the most that is written at once to a conn of which the system does not say how
 	// much is still queued: then each write that returns is a sign that a slow reader is not idle.
 	writePiece = 16 << 10
+
+	// quietTime without an answer is enough for a connection to be quiet: see isQuiet.
+	quietTime = 200 * time.Millisecond
 )
 
 // run copies until from has ended or something has failed.
@@ -178,7 +179,7 @@ func (d *direction) read() (int, error) {
 // try reads what there is, or returns false if that is nothing.
 func (d *direction) try() bool {
 	d.buf = newBuffer(d.bufferSize())
-	d.n, d.err = d.from.stream.read((*d.buf)[:d.pacer.limit(len(*d.buf))])
+	d.n, d.err = d.from.stream.read((*d.buf)[:d.pacer.Limit(len(*d.buf))])
 	if d.err == errWait {
 		d.freeBuffer()
 		return false
@@ -211,6 +212,7 @@ func (d *direction) write(n int) (int, error) {
 			return 0, net.ErrClosed
 		}
 	}
+	d.before = d.other().moved.Load()
 	d.phase.Store(writing)
 	n, err := d.writePieces((*b)[:n], b)
 	if err == nil {
@@ -257,9 +259,10 @@ func (d *direction) account(n int) {
 		r.Abort(v.Err)
 		return
 	}
-	d.pacer.moved(n, v.Wait, v.Chunk)
-	if v.Wait > 0 {
-		r.pause(v.Wait)
+	if wait := d.pacer.Moved(n, v.Wait, v.Chunk); wait > 0 {
+		began := clock()
+		r.pause(wait)
+		d.pacer.Paused(time.Duration(clock() - began))
 	}
 	now := clock()
 	r.last.Store(now) // before it is no longer held, or it might look idle for a moment
@@ -272,7 +275,12 @@ func (d *direction) account(n int) {
 func (d *direction) judge(err error) error {
 	quiet := false
 	if t, ok := d.from.stream.(*TLS); ok && t.atBoundary {
-		quiet = d.isQuiet()
+		// The peer may have got what the other direction has written before that came to know.
+		for n := 0; n < 10 && !quiet; n++ {
+			if quiet = d.isQuiet(); !quiet {
+				time.Sleep(time.Millisecond)
+			}
+		}
 		if t.wire.end == io.EOF && (t.CloseNotify == Optional || t.CloseNotify == Idle && quiet) {
 			return io.EOF
 		}
@@ -281,8 +289,9 @@ func (d *direction) judge(err error) error {
 	return err
 }
 
-// isQuiet reports whether nothing is under way: d has delivered all, the other direction has
-// nothing to deliver, and both peers' systems have acknowledged everything.
+// isQuiet reports whether nothing is under way: the other direction has nothing to deliver, both
+// peers' systems have acknowledged everything, and d's last bytes had an answer, or nothing has moved
+// for some time. Without that, an upload whose client is killed would look quiet.
 func (d *direction) isQuiet() bool {
 	q := d.other()
 	d.relay.mu.Lock()
@@ -299,7 +308,8 @@ func (d *direction) isQuiet() bool {
 			return false
 		}
 	}
-	return q.from.unsent() == 0 && d.from.unsent() == 0
+	answered := q.moved.Load() > d.before || clock()-d.relay.last.Load() > int64(quietTime)
+	return answered && q.from.unsent() == 0 && d.from.unsent() == 0
 }
 
 // passEnd passes the end of the stream from from on to to.
@@ -357,33 +367,6 @@ func (d *direction) discard() {
 		d.freeBuffer()
 		if err != nil {
 			return
-		}
-	}
-}
-
-// A pacer chooses how much moves at once, such that waits are short: a stream that is held to a
-// rate is to flow, not to come in lumps.
-type pacer struct {
-	chunk int // the most; 0: no bound
-}
-
-func (p *pacer) limit(n int) int {
-	if p.chunk > 0 {
-		return min(n, p.chunk)
-	}
-	return n
-}
-
-func (p *pacer) moved(n int, wait time.Duration, hint int) {
-	const short = 20 * time.Millisecond
-	switch {
-	case hint > 0:
-		p.chunk = hint
-	case wait > short:
-		p.chunk = max(int(int64(n)*int64(short)/int64(wait)), 512)
-	case p.chunk > 0 && wait < short/2:
-		if p.chunk *= 2; p.chunk > maxChunk {
-			p.chunk = 0
 		}
 	}
 }

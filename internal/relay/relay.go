@@ -134,8 +134,8 @@ const (
 // one call of Connect.
 func (e *Engine) Start(client net.Conn, h Handler, chunk int) *Relay {
 	r := &Relay{engine: e, handler: h, client: newEnd(client), refs: 2} // the upload and Connect
-	r.up = direction{relay: r, name: Upload, from: &r.client, pacer: pacer{chunk}}
-	r.down = direction{relay: r, name: Download, to: &r.client, pacer: pacer{chunk}}
+	r.up = direction{relay: r, name: Upload, from: &r.client, pacer: Pacer{Chunk: chunk}}
+	r.down = direction{relay: r, name: Download, to: &r.client, pacer: Pacer{Chunk: chunk}}
 	go r.up.run()
 	return r
 }
@@ -278,6 +278,9 @@ func (r *Relay) awaitServer() *end {
 			if over || server {
 				close(r.settled)
 			}
+		}
+		if server {
+			r.settled = nil
 		}
 		r.mu.Unlock()
 		switch {

@@ -3,11 +3,11 @@
 package relay
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -139,7 +139,7 @@ func TestSocketThatBlocksHoldsNobody(t *testing.T) {
 					makeBlocking(t, theirs)
 				}
 				h := newRecorder(nil)
-				r := newEngine(t, Config{Idle: time.Second}).Start(ours, h, 0)
+				r := newEngine(t, Config{Idle: 300 * time.Millisecond}).Start(ours, h, 0)
 				r.Connect(theirs)
 				from, to := client, server
 				if d == Download {
@@ -183,6 +183,11 @@ func TestSocketThatBlocksHoldsNobody(t *testing.T) {
 func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
 	before := openPipes()
 	var pool pipePool
+	counted := func() int { // beside the timer that trims the pool
+		pool.mu.Lock()
+		defer pool.mu.Unlock()
+		return pool.all
+	}
 	inUse := make([]*pipe, maxPipes)
 	for range 2 { // once with new pipes, once with used ones
 		for i := range inUse {
@@ -202,15 +207,15 @@ func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
 	pool.spare = len(pool.free)
 	pool.mu.Unlock()
 	pool.trim()
-	if n := pipesSince(before); n != 0 || pool.all != 0 {
-		t.Errorf("trimmed: %d pipes are open, %d counted", n, pool.all)
+	if n := pipesSince(before); n != 0 || counted() != 0 {
+		t.Errorf("trimmed: %d pipes are open, %d counted", n, counted())
 	}
 	late, early := pool.get(), pool.get()
 	pool.put(early)
 	pool.close()
 	pool.put(late)
-	if n := pipesSince(before); n != 0 || pool.all != 0 {
-		t.Errorf("closed: %d pipes are open, %d counted", n, pool.all)
+	if n := pipesSince(before); n != 0 || counted() != 0 {
+		t.Errorf("closed: %d pipes are open, %d counted", n, counted())
 	}
 }
 
@@ -544,27 +549,35 @@ func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 		_, err = s.Write(make([]byte, 64<<10))
 	}
 	c.SetWriteDeadline(time.Time{})
-	b := newBuffer(largeBuffer)
-	wrote := make(chan error, 1)
-	go func() {
-		_, err := s.write((*b)[:100], b)
-		wrote <- err
-	}()
-	proxytest.Eventually(t, "the write waits", func() bool { return writersParked() > 0 })
-	if len(*s.out.buf) != smallBuffer { // which the goroutine does not touch while it waits
-		t.Errorf("it holds %d bytes", len(*s.out.buf))
-	}
-	c.Close()
-	if err := <-wrote; err == nil {
-		t.Error("no error")
+	s.out.buf = newBuffer(largeBuffer)
+	s.out.b = (*s.out.buf)[:100]
+	copy(s.out.b, pattern.At(0, 100))
+	waits := false
+	s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
+	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 || pattern.Check(0, s.out.b) != nil {
+		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits, len(*s.out.buf), len(s.out.b))
 	}
 }
 
-func writersParked() (n int) {
-	for _, stack := range proxytest.Goroutines() {
-		if strings.Contains(stack, "RawWrite") && strings.Contains(stack, "IO wait") {
-			n++
+// After the handshake of a server the client's last message is acknowledged at once: the socket has
+// left the mode in which acknowledgements wait for an answer to go along with.
+func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
+	serverTLS, clientTLS := proxytest.TLSConfigs()
+	serverTLS.SessionTicketsDisabled = true
+	for _, ours := range []bool{false, true} {
+		peer, c := duplex(t)
+		var server interface{ Handshake() error } = tls.Server(c, serverTLS)
+		if ours {
+			server = NewTLS(tls.Server, c, serverTLS, 0)
+		}
+		done := make(chan error, 1)
+		go func() { done <- tls.Client(peer, clientTLS).Handshake() }()
+		proxytest.Must(t, server.Handshake())
+		proxytest.Must(t, <-done)
+		quick := 0
+		control(rawTCP(c), func(fd int) { quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK) })
+		if quick != map[bool]int{true: 1}[ours] {
+			t.Errorf("with this package's TLS: %v; at once: %d", ours, quick)
 		}
 	}
-	return n
 }

@@ -40,7 +40,8 @@ type pki struct {
 }
 
 func newPKI(t testing.TB) *pki {
-	p := &pki{Authority: proxytest.NewAuthority(), serials: map[string]string{}, clients: map[string]*tls.Config{}}
+	p := &pki{Authority: proxytest.NewAuthority(), serials: map[string]string{},
+		clients: map[string]*tls.Config{}}
 	p.server = p.Server()
 	dir := t.TempDir()
 	p.files.Cert, p.files.Key = proxytest.WritePEM(t, dir, "server", p.server)
@@ -76,12 +77,13 @@ type mtlsFront struct {
 	revokes [revocableUsers][]*revocation
 }
 
-// A revocation is when a user was out of the list: from between begun and done until shortly before restored. Those
-// to come are zero.
+// A revocation is when a user was out of the list: from between begun and done until shortly before
+// restored. Those to come are zero.
 type revocation struct{ begun, done, restored time.Time }
 
 func newMTLSFront(t testing.TB, r *run) *mtlsFront {
-	f := &mtlsFront{run: r, addrs: map[string]string{}, ran: make(chan error, 1), web: r.web, idle: time.Minute, apart: -1}
+	f := &mtlsFront{run: r, addrs: map[string]string{}, ran: make(chan error, 1), web: r.web,
+		idle: time.Minute, apart: -1}
 	var err error
 	f.server, err = mtlsserver.New(f.config(), &mtlsserver.Options{Logger: slog.New(resultLog{r})})
 	proxytest.Must(t, err)
@@ -152,8 +154,8 @@ func (f *mtlsFront) client(c *conn) *tls.Config {
 	return f.run.pki.clients[name]
 }
 
-// reload revokes a user and lets them in again, and changes the app web: its upstreams, and now and then its idle
-// timeout, for which the app is replaced, with connections open.
+// reload revokes a user and lets them in again, and changes the app web: its upstreams, and now and
+// then its idle timeout, for which the app is replaced, with connections open.
 func (f *mtlsFront) reload(round int) {
 	user := round % revocableUsers
 	f.web = slices.Clone(f.run.web)
@@ -187,7 +189,8 @@ func (f *mtlsFront) apply() {
 	f.run.count(reload)
 }
 
-// judge says what is wrong with when c, whose user is revoked now and then, was cut: soon after that, and only then.
+// judge says what is wrong with when c, whose user is revoked now and then, was cut: soon after
+// that, and only then.
 func (f *mtlsFront) judge(c *conn) (wrong []string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -197,7 +200,8 @@ func (f *mtlsFront) judge(c *conn) (wrong []string) {
 			cause = true
 		}
 		held := !c.holding.IsZero() && c.holding.Before(r.begun)
-		if took := c.ended.Sub(r.done); held && !r.done.IsZero() && took > time.Second+f.run.lag.between(r.done, c.ended) {
+		if took := c.ended.Sub(r.done); held && !r.done.IsZero() &&
+			took > time.Second+f.run.lag.between(r.done, c.ended) {
 			return []string{fmt.Sprintf("still there %v after its user was revoked", took)}
 		}
 	}
