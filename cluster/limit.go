@@ -148,17 +148,28 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 		if m.l.refuses() || !m.enter(ctx) {
 			return lbproxy.Decision{Exceeded: true}
 		}
-		if m.l.BytesPerSecond > 0 {
-			return m.take(ctx, e)
-		}
-	case lbproxy.EventData:
-		if m.l.BytesPerSecond > 0 {
-			return m.take(ctx, e)
-		}
 	case lbproxy.EventClose:
 		m.leave(e.Refused)
+		return lbproxy.Decision{}
 	}
-	return lbproxy.Decision{}
+	if m.l.BytesPerSecond <= 0 {
+		return lbproxy.Decision{}
+	}
+	// The waits are those of a Bandwidth with the whole rate, to which bytes are as many more as this proxy's
+	// part of it is less.
+	scale := m.scale()
+	if scale == 0 {
+		return lbproxy.Decision{}
+	}
+	if n := e.Bytes; n > 0 && m.moved.Add(n) == n {
+		m.moving()
+	}
+	e.Bytes = int64(float64(e.Bytes) * scale)
+	d := m.pace.Report(ctx, e)
+	if d.Chunk > 0 {
+		d.Chunk = max(int(float64(d.Chunk)/scale), 512)
+	}
+	return d
 }
 
 // Idle reports whether another limiter of the same key would serve as well: what was spent is in the store.
@@ -311,26 +322,16 @@ func (m *limiter) leave(refused bool) {
 	}
 }
 
-// take counts n bytes moved and says how long to wait until they are paid for. The waits are those of a
-// [lbproxy.Bandwidth] with the whole rate, to which bytes are as many more as this proxy's part is less.
-func (m *limiter) take(ctx context.Context, e lbproxy.Event) lbproxy.Decision {
-	away := m.store.client.Load() == nil
-	if away && m.l.Outage == Open {
-		return lbproxy.Decision{}
+// scale is how many bytes of the whole rate one of this proxy's is, or 0 if there is no bound now.
+func (m *limiter) scale() float64 {
+	if m.store.client.Load() == nil {
+		if m.l.Outage == Open {
+			return 0
+		}
+	} else if rate := m.rate.Load(); rate > 0 {
+		return float64(m.l.BytesPerSecond) / float64(rate)
 	}
-	scale := float64(m.store.peers.Load()) // an even part
-	if rate := m.rate.Load(); rate > 0 && !away {
-		scale = float64(m.l.BytesPerSecond) / float64(rate)
-	}
-	if n := e.Bytes; n > 0 && !away && m.moved.Add(n) == n {
-		m.moving()
-	}
-	e.Bytes = int64(float64(e.Bytes) * scale)
-	d := m.pace.Report(ctx, e)
-	if d.Chunk > 0 {
-		d.Chunk = max(int(float64(d.Chunk)/scale), 512)
-	}
-	return d
+	return float64(m.store.peers.Load()) // an even part
 }
 
 // moving is called for the first bytes since the store was told.

@@ -145,10 +145,13 @@ func (s *sim) run(seed uint64) float64 {
 // The bias does nothing where everybody knows the same upstreams, and helps where they do not.
 func TestBiasInSimulation(t *testing.T) {
 	mean := func(s sim) (m float64) {
-		const seeds = 3
-		for seed := range uint64(seeds) {
+		seeds := 1
+		if *long {
+			seeds = 3
+		}
+		for seed := range seeds {
 			s := s
-			m += s.run(seed) / seeds
+			m += s.run(uint64(seed)) / float64(seeds)
 		}
 		return m
 	}
@@ -164,7 +167,7 @@ func TestBiasInSimulation(t *testing.T) {
 	biased.biased = true
 	alone, with, herd := mean(base), mean(biased), mean(slice)
 	t.Logf("%dx%d, load %g: in slice order %.2f, rotated %.2f, rotated with bias %.2f", base.n, base.m, base.load, herd, alone, with)
-	if with > alone*1.03 || alone > 1.45 || *simulate == "" && herd < 1.8 {
+	if with > alone*1.06 || alone > 1.45 || *simulate == "" && herd < 1.8 {
 		t.Errorf("in slice order %.2f, rotated %.2f, with bias %.2f", herd, alone, with)
 	}
 	base.lopsided, base.load = true, 60
