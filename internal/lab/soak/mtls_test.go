@@ -45,7 +45,8 @@ func newPKI(t testing.TB) *pki {
 	p.server = p.Server()
 	dir := t.TempDir()
 	p.files.Cert, p.files.Key = proxytest.WritePEM(t, dir, "server", p.server)
-	p.files.CA, _ = proxytest.WritePEM(t, dir, "ca", p.TLS())
+	ca, _ := proxytest.WritePEM(t, dir, "ca", p.TLS())
+	p.files.CA = []string{ca}
 	names := []string{steadyUser, limitedUser, nobodyUser}
 	for i := range revocableUsers {
 		names = append(names, revocableUser(i))
