@@ -118,7 +118,7 @@ func (f *mtlsFront) config() *mtlsserver.Config {
 		for _, s := range app.servers {
 			u := mtlsserver.Upstream{Addr: s.addr}
 			if s.tls != nil {
-				u.TLS = &mtlsserver.UpstreamTLS{CA: f.run.pki.files.CA}
+				u.TLS = &mtlsserver.UpstreamTLS{CA: f.run.pki.files.CA[0]}
 			}
 			conf.Upstreams = append(conf.Upstreams, u)
 		}
