@@ -124,7 +124,7 @@ func makeBlocking(t *testing.T, c *net.TCPConn) {
 }
 
 // A socket that blocks is neither spliced nor read nor written such that it does.
-func TestSocketThatBlocksHoldsNobody(t *testing.T) {
+func TestBlockingSocketBlocksNobody(t *testing.T) {
 	const size = 4 << 20
 	for _, which := range []string{"client", "server", "both"} {
 		for _, d := range []Direction{Upload, Download} {
@@ -310,7 +310,7 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	}
 }
 
-func TestNothingIsUnsentToAPeerThatIsGone(t *testing.T) {
+func TestNothingIsUnsentAfterAReset(t *testing.T) {
 	peer, c := duplex(t)
 	e := newEnd(c)
 	go c.Write(make([]byte, 64<<20)) // far more than the systems take
@@ -327,7 +327,7 @@ func TestNothingIsUnsentToAPeerThatIsGone(t *testing.T) {
 }
 
 // The end of a stream fails as it does in net.
-func TestCloseWriteOfWhatIsOver(t *testing.T) {
+func TestCloseWriteAfterTheEnd(t *testing.T) {
 	peer, c := duplex(t)
 	s := newSocket(c)
 	peer.SetLinger(0)
@@ -402,7 +402,7 @@ func TestServersGetKeepAlive(t *testing.T) {
 
 // A reset that a write of the other direction has met leaves reading with what looks like an end.
 // The write is late to return here.
-func TestResetThatAWriteMetIsNotTakenForAnEnd(t *testing.T) {
+func TestResetSeenByAWriteIsNotAnEnd(t *testing.T) {
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
 	writing, release := make(chan struct{}), make(chan struct{})
@@ -443,7 +443,7 @@ func (c *heldError) Read(b []byte) (int, error) {
 
 func (c *heldError) NetConn() net.Conn { return c.Conn }
 
-func TestEndOfBothSidesIsNotTakenForAReset(t *testing.T) {
+func TestEndOfBothSidesIsNotAReset(t *testing.T) {
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
 	late := &lateWrite{TCPConn: theirs, writing: make(chan struct{}), goOn: make(chan struct{})}
@@ -511,7 +511,7 @@ func heapOf(t *testing.T, wait func(r *Relay, client, server, theirs *net.TCPCon
 }
 
 // While a relay waits for its server it holds a small buffer, if its client has spoken.
-func TestMemoryOfClientsThatSpokeBeforeConnect(t *testing.T) {
+func TestRelayBeforeConnectHoldsASmallBuffer(t *testing.T) {
 	each := heapOf(t, func(r *Relay, client, _, _ *net.TCPConn) {
 		client.Write(make([]byte, 100))
 		proxytest.Eventually(t, "it waits for its server", func() bool {

@@ -7,7 +7,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-func TestOnlySmallMessagesMakeMovesTakeTurns(t *testing.T) {
+func TestLargeMovesTakeTurnsBesideSmallMessages(t *testing.T) {
 	defer lastSmall.Store(0)
 	now := clock() + int64(smallRecent) // of the last test's
 	for _, row := range []struct {
