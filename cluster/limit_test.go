@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"math"
 	"strconv"
 	"sync"
 	"testing"
@@ -89,8 +90,8 @@ func TestHugeLimitsDoNotOverflow(t *testing.T) {
 	const huge = 1<<63 - 1
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), calm)
 	for _, l := range []Limit{
-		{Burst: huge, Every: huge}, {Burst: 1, Every: huge}, {Burst: huge}, {Burst: 1}, {Burst: huge, Every: 1},
-		{Burst: huge, Every: huge, Open: huge, BytesPerSecond: huge, Exact: true},
+		{Burst: math.MaxInt, Every: huge}, {Burst: 1, Every: huge}, {Burst: math.MaxInt}, {Burst: 1}, {Burst: math.MaxInt, Every: 1},
+		{Burst: math.MaxInt, Every: huge, Open: math.MaxInt, BytesPerSecond: huge, Exact: true},
 	} {
 		m := s.Limit("k", l)
 		if !open(t, m) {
