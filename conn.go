@@ -152,15 +152,24 @@ func (c *Conn) abort(e *ending) {
 		s.relay.Abort(e)
 		return
 	}
-	first := c.cause == nil && (s != nil || !c.used)
-	if first {
+	if c.cause == nil && (s != nil || !c.used) {
 		c.cause = e
 	}
 	c.mu.Unlock()
-	if first && s != nil {
+	if s != nil { // also after admit has rejected it, while what admit wrote is on its way
 		s.cancel(e.err)
 		relay.Reset(s.raw)
 	}
+}
+
+// decide makes e the cause of an end without a relay, unless there is one, and returns the cause.
+func (c *Conn) decide(e *ending) *ending {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause == nil {
+		c.cause = e
+	}
+	return c.cause
 }
 
 // An ending is the cause of an abort: an error, and the name for it.
@@ -253,6 +262,7 @@ func (e EndReason) String() string { return string(e) }
 
 var (
 	errNilDialed = errors.New("Options.DialContext returned neither a conn nor an error")
+	errNoClient  = errors.New("lbproxy: admit left Conn.Client nil")
 )
 
 // A session drives one Conn from when it is counted in until its Result is known. Its fields
@@ -294,6 +304,9 @@ func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
 		return nil
 	}
 	c.used, c.session = true, s
+	if c.cause != nil { // aborted before
+		s.cancel(c.cause.err)
+	}
 	return s
 }
 
@@ -387,9 +400,16 @@ func (s *session) logPanic() {
 func (s *session) admit(f AdmitFunc) (ok bool) {
 	e := &ending{EndCanceled, relay.ErrPanicked} // unless f returns
 	defer func() {
+		if isNil(s.conn.Client) {
+			s.conn.Client = s.raw
+			if ok {
+				ok, e = false, &ending{EndNotAdmitted, errNoClient}
+			}
+		}
 		if !ok {
+			s.outcome.Err = s.conn.decide(e)
 			relay.Linger(s.raw, s.ctx.Done())
-			s.refuse(e)
+			s.finish()
 		}
 	}()
 	if err := f(s.ctx, s.conn); err != nil {
@@ -397,17 +417,6 @@ func (s *session) admit(f AdmitFunc) (ok bool) {
 		return false
 	}
 	return true
-}
-
-// refuse finishes a session that has no relay.
-func (s *session) refuse(e *ending) {
-	s.conn.mu.Lock()
-	if s.conn.cause != nil {
-		e = s.conn.cause
-	}
-	s.conn.mu.Unlock()
-	s.outcome.Err = e
-	s.finish()
 }
 
 // serve asks the RateLimitManager, connects, and starts the relay. It returns when the session is
@@ -443,7 +452,7 @@ func (s *session) serve(wait bool) {
 // open asks the RateLimitManager whether the session may go on, after what delay, and how many
 // bytes may move at first.
 func (s *session) open() (delay time.Duration, chunk int, failed *ending) {
-	s.client = s.conn.hold()
+	s.hold()
 	limit := s.conn.RateLimit
 	if limit == nil || s.ctx.Err() != nil {
 		return 0, 0, nil
@@ -499,19 +508,19 @@ func (s *session) pause(d time.Duration) {
 
 // giveUp ends a session that is not connected, for e if there was no cause before.
 func (s *session) giveUp(e *ending) {
-	lastWord := s.conn.OnRefused != nil && (e.end == EndRateLimited || e.end == EndNoUpstream || e.end == EndDialFailed)
 	if s.relay == nil {
-		s.keep = lastWord && s.ctx.Err() == nil && s.app.reserveLastWord(s.client)
-		if !s.keep {
+		e = s.conn.decide(e)
+		s.outcome.Err = e
+		if s.keep = s.reserveLastWord(e); !s.keep {
 			relay.Reset(s.client)
 		}
-		s.refuse(e)
+		s.finish()
 		return
 	}
 	s.over = make(chan struct{})
-	if lastWord && s.app.reserveLastWord(s.client) {
+	if s.reserveLastWord(e) {
 		if s.keep = s.relay.Release(e); !s.keep {
-			s.app.endLastWord(s.client)
+			s.app.endLastWord(s)
 		}
 	} else {
 		s.relay.Abort(e)
@@ -656,9 +665,20 @@ func (s *session) finish() {
 	}
 }
 
+// reserveLastWord reports whether OnRefused is to be called for a session that ends with e. If so,
+// the caller owes an endLastWord.
+func (s *session) reserveLastWord(e *ending) bool {
+	switch e.end {
+	case EndRateLimited, EndNoUpstream, EndDialFailed:
+		return s.conn.OnRefused != nil && s.app.reserveLastWord(s)
+	}
+	return false
+}
+
 // lastWord lets OnRefused write to the client, and closes it when that has arrived.
 func (s *session) lastWord() {
-	defer s.app.endLastWord(s.client)
+	defer s.app.endLastWord(s)
+	defer s.release()
 	defer s.raw.Close()
 	defer relay.LastWord(s.client)
 	defer s.logPanic()
@@ -688,6 +708,9 @@ func (s *session) settle() {
 	c.session = nil
 	c.mu.Unlock()
 	s.cancel(err)
+	if !s.keep {
+		s.release()
+	}
 	s.result = Result{
 		Conn: c, App: s.app.id, ClientID: c.ClientID, Client: c.clientAddr(), Attempts: s.attempts,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
@@ -696,7 +719,11 @@ func (s *session) settle() {
 	if s.outcome.Connected {
 		s.result.Upstream = s.addr
 	}
-	if t, ok := c.Client.(*TLSConn); ok && !s.keep {
+}
+
+// release lets go of what a Conn that is kept after the end must not hold.
+func (s *session) release() {
+	if t, ok := s.conn.Client.(*TLSConn); ok {
 		t.release()
 	}
 }
@@ -747,17 +774,19 @@ func (s *session) event(kind EventKind) Event {
 	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
 }
 
-// hold returns what is to be relayed and leaves in its place, for plain TCP, what a kept Conn may
-// hold on to.
-func (c *Conn) hold() net.Conn {
-	switch client := c.Client.(type) {
+// hold takes what is to be relayed. A plain TCP connection that Serve has accepted leaves a stub in
+// its place, so that a kept Conn is small; nobody else has seen Client yet. ServeConn's caller may
+// be looking at it.
+func (s *session) hold() {
+	s.client = s.conn.Client
+	switch client := s.client.(type) {
 	case *net.TCPConn:
-		c.Client = &heldConn{client.LocalAddr(), client.RemoteAddr()}
-		return client
+		if s.accepted {
+			s.conn.Client = &heldConn{client.LocalAddr(), client.RemoteAddr()}
+		}
 	case *TLSConn:
-		return client.hold()
+		s.client = client.hold()
 	}
-	return c.Client
 }
 
 // A heldConn stands for a connection that the app holds.

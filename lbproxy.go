@@ -118,7 +118,7 @@ type LBProxyApp struct {
 	active    int        // calls of Serve, and connections until OnDone has returned
 	listeners map[*closeOnce]struct{}
 	sessions  list.List             // of *session, those open, oldest first; and the markers of walks
-	lastWords map[net.Conn]struct{} // the clients that an OnRefused writes to
+	lastWords map[*session]struct{} // those whose OnRefused runs
 	open      int                   // sessions in it
 	accepted  uint64
 	ends      map[EndReason]uint64
@@ -140,7 +140,7 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		stopping:  make(chan struct{}),
 		drained:   make(chan struct{}),
 		listeners: map[*closeOnce]struct{}{},
-		lastWords: map[net.Conn]struct{}{},
+		lastWords: map[*session]struct{}{},
 		ends:      map[EndReason]uint64{},
 	}
 	if opts != nil {
@@ -495,8 +495,8 @@ func (a *LBProxyApp) Close() error {
 	a.mu.Lock()
 	refused := slices.Collect(maps.Keys(a.lastWords))
 	a.mu.Unlock()
-	for _, c := range refused {
-		aborts.Go(func() { relay.Reset(c) })
+	for _, s := range refused {
+		aborts.Go(func() { relay.Reset(s.client) })
 	}
 	aborts.Wait()
 	return a.Shutdown(context.Background())
@@ -596,20 +596,20 @@ const maxLastWords = 256
 
 // reserveLastWord counts one more OnRefused, to be undone by endLastWord. It returns false if there
 // are too many, or the app has been closed.
-func (a *LBProxyApp) reserveLastWord(c net.Conn) bool {
+func (a *LBProxyApp) reserveLastWord(s *session) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.lastWords) >= maxLastWords || a.ctx.Err() != nil {
 		return false
 	}
-	a.lastWords[c] = struct{}{}
+	a.lastWords[s] = struct{}{}
 	return true
 }
 
-func (a *LBProxyApp) endLastWord(c net.Conn) {
+func (a *LBProxyApp) endLastWord(s *session) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	delete(a.lastWords, c)
+	delete(a.lastWords, s)
 }
 
 // logger returns where lines go.
