@@ -183,7 +183,7 @@ func wantBal[T any](t *testing.T, what string, got, want T) {
 	}
 }
 
-func TestLeastLoadedByWeightIsChosenAndTiesGoBySliceOrder(t *testing.T) {
+func TestLeastLoadedIsChosenAndTiesGoInSliceOrder(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
 		upstreams []Upstream
@@ -220,14 +220,14 @@ func TestLeastLoadedByWeightIsChosenAndTiesGoBySliceOrder(t *testing.T) {
 	}
 }
 
-func TestFullUpstreamIsChosenAgainWhenOneOfItsConnectionsEnds(t *testing.T) {
+func TestFullUpstreamIsChosenAgainAfterARelease(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a", MaxConns: 1}, Upstream{Addr: "b", MaxConns: 1})
 	wantBal(t, "chosen", f.takes(3), []string{"a", "b", "none"})
 	f.release(f.find("b"))
 	wantBal(t, "chosen", f.takes(2), []string{"b", "none"})
 }
 
-func TestConcurrentPicksLeaveNoTwoUpstreamsMoreThanOneApart(t *testing.T) {
+func TestConcurrentPicksDifferByAtMostOne(t *testing.T) {
 	const pickers, each, rounds = 64, 4, 400 // 102,400 picks; often, as later picks make up for earlier ones
 	for n := range rounds {
 		f := newBalFarm(balNamed(2 + n%9)...)
@@ -326,7 +326,7 @@ func TestInconclusiveTrialIsRepeated(t *testing.T) {
 	wantBal(t, "state", f.state("a:1"), "up")
 }
 
-func TestOneTrialAtATimeThoughAnOlderDialTellsNothing(t *testing.T) {
+func TestOneTrialAtATime(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.fill("b:1", 5)
 	slow := f.begin("a:1") // dials for longer than the cooling takes
@@ -342,7 +342,7 @@ func TestOneTrialAtATimeThoughAnOlderDialTellsNothing(t *testing.T) {
 	wantBal(t, "the next trial", f.take(), "a:1")
 }
 
-func TestAllCoolingTriesTheLongestFailedFirstAndEachOnce(t *testing.T) {
+func TestAllCoolingTriesLongestFailedFirst(t *testing.T) {
 	f := newBalFarm(balNamed(4)...)
 	for _, u := range f.heap {
 		f.says[u.conf.Addr] = fails
@@ -379,7 +379,7 @@ func TestNegativeFailTimeoutSkipsNoUpstream(t *testing.T) {
 	wantBal(t, "dials failed", f.find("a:1").failed, 10)
 }
 
-func TestUpstreamThatRefusesAtOnceIsTriedOnlyOncePerFailTimeout(t *testing.T) {
+func TestRefusingUpstreamIsTriedOncePerFailTimeout(t *testing.T) {
 	const picks, step = 100_000, time.Millisecond
 	f := newBalFarm(balNamed(3)...)
 	f.says["b:1"] = fails
@@ -412,7 +412,7 @@ func TestUpstreamThatRefusesAtOnceIsTriedOnlyOncePerFailTimeout(t *testing.T) {
 
 // The share of a recovered upstream is bounded: 50 of the first 100 connections after its trial, and every second
 // one from then on, until another upstream is as little loaded. It must not be starved either.
-func TestRecoveredUpstreamGetsAtMostEverySecondConnectionUntilItIsLevel(t *testing.T) {
+func TestSlowStartGivesAtMostEverySecondConnection(t *testing.T) {
 	const most, first = 50, 100
 	for _, weight := range []int{1, 1000} {
 		f := newBalFarm(Upstream{Addr: "a:1", Weight: weight}, Upstream{Addr: "b:1"}, Upstream{Addr: "c:1"})
@@ -479,7 +479,7 @@ func TestSlowStartHoldsWhileOthersRecoverToo(t *testing.T) {
 	}
 }
 
-func TestNewSetDoesNotShortenSlowStart(t *testing.T) {
+func TestSetUpstreamsDoesNotShortenSlowStart(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.fill("b:1", 100)
 	f.says["a:1"] = fails
@@ -493,7 +493,7 @@ func TestNewSetDoesNotShortenSlowStart(t *testing.T) {
 	}
 }
 
-func TestSlowStartIsBetterThanNoneAndThanCooling(t *testing.T) {
+func TestSlowStartIsPreferredToCooling(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 1}, Upstream{Addr: "c:1"})
 	f.says["a:1"] = fails
 	f.says["c:1"] = fails
@@ -506,7 +506,7 @@ func TestSlowStartIsBetterThanNoneAndThanCooling(t *testing.T) {
 	wantBal(t, "trial and picks", f.takes(4), []string{"a:1", "a:1", "a:1", "a:1"})
 }
 
-func TestOurOwnErrorNeverCountsAgainstAnUpstream(t *testing.T) {
+func TestLocalErrorDoesNotCoolAnUpstream(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.says["a:1"] = unknown
 	for range 100 {
@@ -587,7 +587,7 @@ func TestUpstreamFoundUpAgainIsInSlowStart(t *testing.T) {
 	}
 }
 
-func TestDownStateSurvivesANewSetButNotRemoval(t *testing.T) {
+func TestDownStateSurvivesSetUpstreamsButNotRemoval(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.fill("a:1", 2)
 	f.mark("a:1", true)
@@ -601,7 +601,7 @@ func TestDownStateSurvivesANewSetButNotRemoval(t *testing.T) {
 	wantBal(t, "open", f.find("a:1").open, 2)
 }
 
-func TestKeptUpstreamsKeepConnectionsStateAndCounters(t *testing.T) {
+func TestSetUpstreamsKeepsStateAndCounters(t *testing.T) {
 	f := newBalFarm(balNamed(3)...)
 	f.fill("a:1", 3)
 	f.fill("b:1", 2)
@@ -621,7 +621,7 @@ func TestKeptUpstreamsKeepConnectionsStateAndCounters(t *testing.T) {
 	wantBal(t, "its trial is due when it was", f.connect(), "c:1")
 }
 
-func TestRemovedUpstreamDrainsAndOldConnectionsReleaseTheOldOne(t *testing.T) {
+func TestRemovedUpstreamDrains(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	var old []*upstream
 	for range 3 {
@@ -655,7 +655,7 @@ func TestUpstreamRemovedWhileIdleIsGoneAtOnce(t *testing.T) {
 	wantBal(t, "chosen", f.takes(2), []string{"a:1", "a:1"})
 }
 
-func TestUpstreamAddedAgainWhileDrainingIsTheSame(t *testing.T) {
+func TestUpstreamAddedAgainKeepsItsConnections(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	u, _ := f.acquire(nil, f.now)
 	f.acquire(nil, f.now)
@@ -728,7 +728,7 @@ func TestStatsListRemovedUpstreamsLastByAddr(t *testing.T) {
 	wantBal(t, "order", addrs, []string{"x", "b", "k", "m", "z"})
 }
 
-func TestReleaseTooManyPanics(t *testing.T) {
+func TestExtraReleasePanics(t *testing.T) {
 	f := newBalFarm(balNamed(1)...)
 	f.take()
 	u := f.find("a:1")
@@ -779,7 +779,7 @@ func TestSetPeersRejectsBadValuesByName(t *testing.T) {
 	}
 }
 
-func TestTiesGoToTheFirstFromTheAppsPlaceAmongItsPeers(t *testing.T) {
+func TestTiesStartAtTheAppsPlaceAmongPeers(t *testing.T) {
 	for _, tc := range []struct {
 		index, count int
 		want         string
@@ -787,11 +787,11 @@ func TestTiesGoToTheFirstFromTheAppsPlaceAmongItsPeers(t *testing.T) {
 		{0, 0, "a b c d e a"}, // alone
 		{0, 1, "a b c d e a"},
 		{0, 2, "a b c d e a"},
-		{1, 2, "c d e a b c"},             // 5*1/2 is 2
-		{2, 3, "d e a b c d"},             // 5*2/3 is 3
-		{99, 100, "e a b c d e"},          // 5*99/100 is 4
-		{1, math.MaxInt, "a b c d e a"},   // nearly 0
-		{1 << 62, 1<<62 + 1, "e a b c d"}, // nearly 5, and 5<<62 overflows
+		{1, 2, "c d e a b c"},                       // 5*1/2 is 2
+		{2, 3, "d e a b c d"},                       // 5*2/3 is 3
+		{99, 100, "e a b c d e"},                    // 5*99/100 is 4
+		{1, math.MaxInt, "a b c d e a"},             // nearly 0
+		{math.MaxInt - 1, math.MaxInt, "e a b c d"}, // nearly 5; 5*Index overflows
 	} {
 		f := newBalFarm(balNamed(5)...)
 		f.setPeers(Peers{Index: tc.index, Count: tc.count})
@@ -803,7 +803,7 @@ func TestTiesGoToTheFirstFromTheAppsPlaceAmongItsPeers(t *testing.T) {
 	}
 }
 
-func TestPeersStayOverANewSet(t *testing.T) {
+func TestSetUpstreamsKeepsPeers(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	f.setPeers(Peers{Index: 1, Count: 2, Bias: map[string]float64{"d:1": 2}})
 	f.setUpstreams(balNamed(4)...)
@@ -816,7 +816,7 @@ func TestPeersStayOverANewSet(t *testing.T) {
 	wantBal(t, "no peers: d is emptiest", f.takes(3), strings.Fields("d:1 d:1 a:1"))
 }
 
-func TestBiasCountsAsOpenConnectionsInChoosingAlone(t *testing.T) {
+func TestBiasAffectsOnlyTheChoice(t *testing.T) {
 	f := newBalFarm(Upstream{Addr: "a", Weight: 2}, Upstream{Addr: "b"}, Upstream{Addr: "c", MaxConns: 1})
 	bias := map[string]float64{"a": 2.5, "c": 0.25, "nobody": 9}
 	f.setPeers(Peers{Bias: bias})
@@ -936,7 +936,7 @@ func TestPeersSpreadConnectionsEvenly(t *testing.T) {
 	}
 }
 
-func TestDrainingUpstreamGetsNothingNewAndKeepsWhatItHas(t *testing.T) {
+func TestDrainingUpstreamGetsNoNewConnections(t *testing.T) {
 	a, b := Upstream{Addr: "a:1"}, Upstream{Addr: "b:1"}
 	f := newBalFarm(a, b)
 	f.takes(4)
@@ -981,7 +981,7 @@ func TestErrNoUpstreamSaysWhy(t *testing.T) {
 	}
 }
 
-func TestSinceAndErrTellWhenAndWhyAStateBegan(t *testing.T) {
+func TestStatsHaveSinceAndErrOfTheState(t *testing.T) {
 	f := newBalFarm(balNamed(2)...)
 	begin := f.now
 	check := func(what string, since time.Duration, err error) {
@@ -1010,7 +1010,7 @@ func TestSinceAndErrTellWhenAndWhyAStateBegan(t *testing.T) {
 }
 
 // More than a connection tries in the exact order of loads, and upstreams that change meanwhile.
-func TestEachOfManyUpstreamsIsTriedOnceThoughNothingCools(t *testing.T) {
+func TestEachOfManyUpstreamsIsTriedOnce(t *testing.T) {
 	const n = 1000
 	confs := make([]Upstream, n)
 	for i := range confs {

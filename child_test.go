@@ -34,7 +34,7 @@ func childMain(upstream string) {
 	os.Exit(0)
 }
 
-func TestAProcessOutOfDescriptorsServesAgainWhenSomeAreFree(t *testing.T) {
+func TestServeRecoversWhenDescriptorsAreFree(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("there is no limit of descriptors to set")
 	}
@@ -136,7 +136,7 @@ func blockingMain() {
 	os.Exit(0)
 }
 
-func TestASocketThatBlocksDoesNotStopTheProcess(t *testing.T) {
+func TestBlockingSocketDoesNotStopTheProcess(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, os.Args[0])

@@ -157,7 +157,7 @@ func (c *Conn) abort(e *ending) {
 	}
 	c.mu.Unlock()
 	if s != nil { // also after admit has rejected it, while what admit wrote is on its way
-		s.cancel(e.err)
+		s.stop(e)
 		relay.Reset(s.raw)
 	}
 }
@@ -274,9 +274,9 @@ type session struct {
 	raw      net.Conn // what was accepted; admit may have wrapped it
 	accepted bool     // by Serve: it has a slot, and its end is logged
 	start    time.Time
-	ctx      context.Context // ends with the session
-	cancel   context.CancelCauseFunc
-	element  *list.Element // of app.sessions; belongs to app.mu
+	base     context.Context // has the values of the caller's, and the Conn, but does not end
+	ctx      context.Context // base, and ends with the session where a hook is there to see it
+	element  *list.Element   // of app.sessions; belongs to app.mu
 
 	client   net.Conn  // what is relayed: conn.Client as admit left it
 	upstream *upstream // what it is counted on
@@ -285,29 +285,66 @@ type session struct {
 	attempts int
 	keep     bool // client outlives the relay, for OnRefused
 	outcome  relay.Outcome
-	over     chan struct{} // closed by Done where a goroutine waits to finish the session
+	done     chan struct{} // closed by Done where a goroutine waits to finish the session
 	result   Result
 
-	relay *relay.Relay // guarded by conn.mu, like all that follows
-	state ConnState
-	addr  string // of the upstream that was dialed last
+	relay  *relay.Relay // guarded by conn.mu, like all that follows
+	state  ConnState
+	addr   string // of the upstream that was dialed last
+	isOver bool
+	cancel context.CancelCauseFunc // of ctx; nil if that does not end
+	undial context.CancelFunc      // ends the dial in progress, or one before; nil before any
 }
 
 // begin makes a session of c, or returns nil if c has had one.
 func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
 	s := &session{app: a, conn: c, raw: c.Client, start: time.Now(), state: ConnAdmitting}
-	// Only aborts end the session's context: whoever ends it says why.
-	s.ctx, s.cancel = context.WithCancelCause(context.WithValue(context.WithoutCancel(ctx), connKey{}, c))
+	s.base = context.WithValue(context.WithoutCancel(ctx), connKey{}, c)
+	s.ctx = s.base
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.used {
 		return nil
 	}
 	c.used, c.session = true, s
-	if c.cause != nil { // aborted before
-		s.cancel(c.cause.err)
-	}
+	s.isOver = c.cause != nil // aborted before
 	return s
+}
+
+// endCtx makes ctx end with the session, for hooks. A session that has none is spared the cost.
+func (s *session) endCtx() {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.cancel == nil {
+		s.ctx, s.cancel = context.WithCancelCause(s.base)
+		if c.cause != nil {
+			s.cancel(c.cause.err)
+		}
+	}
+}
+
+// stop ends the session's context and its dial, since it is over because of cause.
+func (s *session) stop(cause error) {
+	if e, ok := cause.(*ending); ok {
+		cause = e.err
+	}
+	s.conn.mu.Lock()
+	s.isOver = true
+	cancel, undial := s.cancel, s.undial
+	s.conn.mu.Unlock()
+	if cancel != nil {
+		cancel(cause)
+	}
+	if undial != nil {
+		undial()
+	}
+}
+
+func (s *session) over() bool {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	return s.isOver
 }
 
 // ServeConn serves one client: it asks c.RateLimit, chooses an upstream, dials it, goes on to the
@@ -412,6 +449,7 @@ func (s *session) admit(f AdmitFunc) (ok bool) {
 			s.finish()
 		}
 	}()
+	s.endCtx()
 	if err := f(s.ctx, s.conn); err != nil {
 		e = &ending{EndNotAdmitted, err}
 		return false
@@ -440,11 +478,11 @@ func (s *session) serve(wait bool) {
 		return
 	}
 	if wait {
-		s.over = make(chan struct{})
+		s.done = make(chan struct{})
 	}
 	s.relay.Connect(server)
 	if wait {
-		<-s.over
+		<-s.done
 		s.finish()
 	}
 }
@@ -454,7 +492,10 @@ func (s *session) serve(wait bool) {
 func (s *session) open() (delay time.Duration, chunk int, failed *ending) {
 	s.hold()
 	limit := s.conn.RateLimit
-	if limit == nil || s.ctx.Err() != nil {
+	if limit == nil {
+		return 0, 0, nil
+	}
+	if s.endCtx(); s.over() {
 		return 0, 0, nil
 	}
 	d := limit.Report(s.ctx, s.event(EventOpen))
@@ -517,7 +558,7 @@ func (s *session) giveUp(e *ending) {
 		s.finish()
 		return
 	}
-	s.over = make(chan struct{})
+	s.done = make(chan struct{})
 	if s.reserveLastWord(e) {
 		if s.keep = s.relay.Release(e); !s.keep {
 			s.app.endLastWord(s)
@@ -526,7 +567,7 @@ func (s *session) giveUp(e *ending) {
 		s.relay.Abort(e)
 		s.relay.Connect(nil)
 	}
-	<-s.over
+	<-s.done
 	s.finish()
 }
 
@@ -536,7 +577,7 @@ func (s *session) connect() (net.Conn, *ending) {
 	var search search
 	var errs []error
 	var none error
-	for s.ctx.Err() == nil {
+	for !s.over() {
 		p, err := b.acquire(&search, time.Now())
 		if err != nil {
 			none = err
@@ -578,24 +619,37 @@ func (s *session) connect() (net.Conn, *ending) {
 func (s *session) setState(state ConnState, addr string) {
 	s.conn.mu.Lock()
 	defer s.conn.mu.Unlock()
-	s.state, s.addr = state, addr
+	s.state, s.addr, s.undial = state, addr, nil
 }
 
 // try dials p once and tells the balancer how that went, also when the dialer panics.
 func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
 	v := unknown
 	defer func() { changed = s.app.balancer.settle(p.u, v, err, time.Now()) }()
-	ctx, cancel := context.WithTimeout(s.ctx, s.app.opts.DialTimeout)
+	ctx, cancel := s.dialContext()
 	defer cancel()
 	if p.lost != nil {
 		defer context.AfterFunc(p.lost, cancel)()
 	}
 	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
 	v, err = p.judge(err)
-	if v == fails && s.ctx.Err() != nil {
+	if v == fails && s.over() {
 		v = unknown
 	}
 	return c, false, err
+}
+
+// dialContext returns the context of a dial, which ends when the session is over.
+func (s *session) dialContext() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(s.base, s.app.opts.DialTimeout)
+	s.conn.mu.Lock()
+	s.undial = cancel
+	over := s.isOver
+	s.conn.mu.Unlock()
+	if over {
+		cancel()
+	}
+	return ctx, cancel
 }
 
 // Moved implements relay.Handler: it counts n bytes and asks the RateLimitManager.
@@ -619,18 +673,13 @@ func (s *session) Moved(d relay.Direction, n int) relay.Verdict {
 }
 
 // Over implements relay.Handler: it ends the dial in progress and what waits for the session.
-func (s *session) Over(cause error) {
-	if e, ok := cause.(*ending); ok {
-		cause = e.err
-	}
-	s.cancel(cause)
-}
+func (s *session) Over(cause error) { s.stop(cause) }
 
 // Done implements relay.Handler.
 func (s *session) Done(o relay.Outcome) {
 	s.outcome = o
-	if s.over != nil {
-		close(s.over)
+	if s.done != nil {
+		close(s.done)
 		return
 	}
 	defer s.logPanic()
@@ -661,7 +710,7 @@ func (s *session) finish() {
 	}
 	defer s.report()
 	if s.opened {
-		s.conn.RateLimit.Report(context.WithoutCancel(s.ctx), s.event(EventClose))
+		s.conn.RateLimit.Report(s.base, s.event(EventClose))
 	}
 }
 
@@ -707,7 +756,7 @@ func (s *session) settle() {
 	}
 	c.session = nil
 	c.mu.Unlock()
-	s.cancel(err)
+	s.stop(err)
 	if !s.keep {
 		s.release()
 	}
@@ -767,7 +816,7 @@ func (s *session) log() {
 	case EndNoUpstream, EndDialFailed, EndUpstreamError:
 		level = slog.LevelWarn
 	}
-	s.app.lines.Add(s.ctx, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
+	s.app.lines.Add(s.base, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
 }
 
 func (s *session) event(kind EventKind) Event {

@@ -203,7 +203,7 @@ func readAll(c io.Reader) string {
 	return b.sum()
 }
 
-func TestALongReplyAfterTheClientsEndArrivesWhole(t *testing.T) {
+func TestLongReplyAfterHalfCloseArrivesWhole(t *testing.T) {
 	const size = 64 << 20
 	serverTLS, clientTLS := tlsConfigs(t)
 	want := sha256.New()
@@ -238,7 +238,7 @@ func TestALongReplyAfterTheClientsEndArrivesWhole(t *testing.T) {
 }
 
 // A stream that keeps changing between small and bulk goes in and out of whatever is used for bulk.
-func TestSmallAndBulkAlternateWithoutLoss(t *testing.T) {
+func TestSmallAndBulkAlternate(t *testing.T) {
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
 	c := dial(t, serve(t, a, nil))
 	var sent int64
@@ -316,7 +316,7 @@ func pipesSince(before map[string]bool) (n int) {
 	return n
 }
 
-func TestSlowReadersCostABoundedAmountOfMemory(t *testing.T) {
+func TestSlowReadersUseBoundedMemory(t *testing.T) {
 	const conns, each = 100, 2 * 64 << 10
 	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
 		for b := make([]byte, 64<<10); ; {
@@ -397,7 +397,7 @@ func TestIdleTLSConnectionsHoldNoLargeBuffers(t *testing.T) {
 }
 
 // A connection that breaks while bulk is on its way leaves nothing of it to the next.
-func TestWhatABrokenConnectionLeavesIsNotTheNextOnes(t *testing.T) {
+func TestNothingOfABrokenConnectionReachesTheNext(t *testing.T) {
 	const size = 4 << 20
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 16*size) }))
 	addr := serve(t, a, nil)
@@ -425,7 +425,7 @@ func TestWhatABrokenConnectionLeavesIsNotTheNextOnes(t *testing.T) {
 
 // Idle time.
 
-func TestIdleTimeoutIsOverBothDirectionsAndExact(t *testing.T) {
+func TestIdleTimeoutIsExactOverBothDirections(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(func(c net.Conn) {
 			b := make([]byte, 1)
@@ -454,7 +454,7 @@ func TestIdleTimeoutIsOverBothDirectionsAndExact(t *testing.T) {
 	})
 }
 
-func TestIdleTimeoutEndsWhatOneSideNeverEnds(t *testing.T) {
+func TestIdleTimeoutEndsHalfClosedConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) { c.(*duplexConn).CloseWrite(); io.Copy(io.Discard, c) })}, "u:1")
 		start := time.Now()
@@ -469,7 +469,7 @@ func TestIdleTimeoutEndsWhatOneSideNeverEnds(t *testing.T) {
 }
 
 // There is no other bound on how long one stream may go on when the other has ended.
-func TestAReplyGoesOnPastTheIdleTimeoutAfterTheClientsEnd(t *testing.T) {
+func TestReplyAfterHalfCloseOutlastsIdleTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(func(c net.Conn) {
 			io.ReadAll(c)
@@ -503,7 +503,7 @@ func TestNegativeIdleTimeoutMeansNever(t *testing.T) {
 	})
 }
 
-func TestStalledConnectionsAreGoneAfterTheIdleTimeout(t *testing.T) {
+func TestIdleTimeoutEndsStalledConnections(t *testing.T) {
 	const conns = 200
 	a, results := newApp(t, Options{IdleTimeout: 300 * time.Millisecond}, upstreamDoing(t, func(c *net.TCPConn) {
 		io.Copy(io.Discard, c)
@@ -522,7 +522,7 @@ func TestStalledConnectionsAreGoneAfterTheIdleTimeout(t *testing.T) {
 }
 
 // What a slow reader takes out of its socket's queue is bytes that flow, though nothing wakes us meanwhile.
-func TestASlowReaderIsNotIdle(t *testing.T) {
+func TestSlowReaderIsNotIdle(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("there is no portable way to ask for the queue")
 	}
@@ -554,7 +554,7 @@ func TestASlowReaderIsNotIdle(t *testing.T) {
 	}
 }
 
-func TestWhatALimitHoldsIsNotIdle(t *testing.T) {
+func TestThrottledConnectionIsNotIdle(t *testing.T) {
 	for _, blocks := range []bool{false, true} { // or says how long to wait
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
@@ -590,7 +590,7 @@ func (f limitFunc) Report(_ context.Context, e Event) Decision { return f(e) }
 
 // Cut streams.
 
-func TestAResetFromEitherSideResetsTheOtherAfterWhatCameBefore(t *testing.T) {
+func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	const before = 100_000
 	rounds := 1_000
 	if testing.Short() {
@@ -640,7 +640,7 @@ func TestAResetFromEitherSideResetsTheOtherAfterWhatCameBefore(t *testing.T) {
 
 // A server that has seen enough answers and closes while its client is still sending: its system then resets the
 // connection. The client is to get the answer, and not to take it for one that ended well.
-func TestAnAnswerFollowedByAResetArrives(t *testing.T) {
+func TestAnswerFollowedByAResetArrives(t *testing.T) {
 	const rounds, answer = 100, 200_000
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
 		io.ReadFull(c, make([]byte, 1000))
@@ -672,7 +672,7 @@ func TestAnAnswerFollowedByAResetArrives(t *testing.T) {
 	}
 }
 
-func TestAnAnswerThatWasSentBeforeAResetIsNotLost(t *testing.T) {
+func TestAnswerReadBeforeAResetIsNotLost(t *testing.T) {
 	const rounds, answer = 10, 1_000_000
 	for _, sending := range []bool{false, true} {
 		answered := make(chan struct{})
@@ -735,7 +735,7 @@ func answeredThenReset(t *testing.T) served {
 }
 
 // A reader that takes a while for what came before the reset is not made to wait for the reset.
-func TestTheResetComesWhenWhatWasReadIsDelivered(t *testing.T) {
+func TestResetFollowsDeliveryAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, start := answeredThenReset(t), time.Now()
 		time.Sleep(100 * time.Millisecond)
@@ -748,7 +748,7 @@ func TestTheResetComesWhenWhatWasReadIsDelivered(t *testing.T) {
 	})
 }
 
-func TestWhatNobodyReadsIsWaitedForASecond(t *testing.T) {
+func TestResetWaitsOneSecondForUnreadData(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, start := answeredThenReset(t), time.Now()
 		if r := <-c.result; r.End != EndUpstreamError || r.Received != 0 || time.Since(start) != time.Second {
@@ -761,7 +761,7 @@ func TestWhatNobodyReadsIsWaitedForASecond(t *testing.T) {
 }
 
 // The upstream has reset the connection, and the client does not read what came before that.
-func TestWhatNobodyReadsIsNotWaitedForLong(t *testing.T) {
+func TestUnreadSocketDataDelaysTheResetBriefly(t *testing.T) {
 	stuck := make(chan bool)
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
 		for b := make([]byte, 64<<10); ; {
@@ -792,7 +792,7 @@ func TestWhatNobodyReadsIsNotWaitedForLong(t *testing.T) {
 }
 
 // The caller's context governs a session to its end, also when one side has ended its stream before.
-func TestAContextEndsAHalfClosedSession(t *testing.T) {
+func TestContextEndsHalfClosedConnection(t *testing.T) {
 	for name, half := range map[string]func(client, upstream *duplexConn){
 		"neither side has ended":    func(client, upstream *duplexConn) {},
 		"the client has ended":      func(client, upstream *duplexConn) { client.CloseWrite() },
@@ -832,7 +832,7 @@ func TestAContextEndsAHalfClosedSession(t *testing.T) {
 	}
 }
 
-func TestIdleTimeBeginsWhenThereIsAnUpstream(t *testing.T) {
+func TestIdleTimeBeginsWithTheUpstream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialTimeout: time.Hour, DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			time.Sleep(2 * time.Minute)
@@ -851,7 +851,7 @@ func TestIdleTimeBeginsWhenThereIsAnUpstream(t *testing.T) {
 }
 
 // Whatever ends a connection, the upstream that had it is the emptiest again.
-func TestEachConnectionGivesBackItsCountWhenItEnds(t *testing.T) {
+func TestEveryEndReleasesTheCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		upstreams := make(chan *duplexConn, 1)
 		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: func(context.Context, string, string) (net.Conn, error) {
@@ -915,7 +915,7 @@ func tlsPair(t *testing.T, maxHandshake int) (client *tls.Conn, server *TLSConn,
 	return tls.Client(theirs, clientTLS), TLSServer(wire, serverTLS, maxHandshake), wire
 }
 
-func TestTLSConnGathersWhatALargeWriteSends(t *testing.T) {
+func TestTLSConnBatchesRecordsOfALargeWrite(t *testing.T) {
 	client, server, wire := tlsPair(t, 0)
 	got := make(chan []byte)
 	go func() {
@@ -945,7 +945,7 @@ func TestTLSConnGathersWhatALargeWriteSends(t *testing.T) {
 	}
 }
 
-func TestTLSConnSaysWhenWhatWasGatheredDidNotLeave(t *testing.T) {
+func TestTLSConnReportsABatchThatFailed(t *testing.T) {
 	for which := 1; which <= 4; which++ { // of the writes that it takes
 		client, server, wire := tlsPair(t, 0)
 		go io.Copy(io.Discard, client)
@@ -987,7 +987,7 @@ func TestTLSConnBoundsTheHandshake(t *testing.T) {
 }
 
 // A large write that makes the handshake itself must not keep that back.
-func TestTLSConnMakesTheHandshakeBeforeItGathers(t *testing.T) {
+func TestTLSConnHandshakesBeforeItBatches(t *testing.T) {
 	client, server, _ := tlsPair(t, 0)
 	go func() {
 		server.Write(make([]byte, 100_000))
@@ -999,7 +999,7 @@ func TestTLSConnMakesTheHandshakeBeforeItGathers(t *testing.T) {
 	}
 }
 
-func TestTLSConnShowsWhatIsBelow(t *testing.T) {
+func TestTLSConnNetConn(t *testing.T) {
 	_, server, wire := tlsPair(t, 0)
 	if server.NetConn() != net.Conn(wire) {
 		t.Errorf("%T", server.NetConn())

@@ -53,7 +53,7 @@ func tlsConfigs(t testing.TB) (server, client *tls.Config) {
 
 // Dials that fail.
 
-func TestARefusingUpstreamIsNotTheClientsProblem(t *testing.T) {
+func TestRefusingUpstreamCostsNoClient(t *testing.T) {
 	const workers = 10
 	conns := 10_000
 	if testing.Short() {
@@ -95,7 +95,7 @@ func TestARefusingUpstreamIsNotTheClientsProblem(t *testing.T) {
 	}
 }
 
-func TestABlackHoleCostsADialTimeoutThenTheNextUpstreamServes(t *testing.T) {
+func TestBlackHoleCostsOneDialTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log syncBuffer
 		a, _ := newApp(t, Options{
@@ -150,7 +150,7 @@ func TestABlackHoleCostsADialTimeoutThenTheNextUpstreamServes(t *testing.T) {
 	})
 }
 
-func TestDialTimeoutIs5SecondsAndFailTimeout10IfNotGiven(t *testing.T) {
+func TestDefaultDialTimeoutAndFailTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if addr == "hole:1" {
@@ -233,7 +233,7 @@ func TestAllUpstreamsFull(t *testing.T) {
 	wantCounts(t, a, 2, 0, 1)
 }
 
-func TestOurOwnErrorsNeverCountAgainstAnUpstream(t *testing.T) {
+func TestLocalDialErrorsDoNotCountAsFailures(t *testing.T) {
 	for ours, attempts := range map[error]int{
 		syscall.EADDRNOTAVAIL: 2, context.Canceled: 2,
 		syscall.EMFILE: 1, syscall.ENFILE: 1, syscall.ENOBUFS: 1, syscall.ENOMEM: 1, // the next would fail as well
@@ -253,7 +253,7 @@ func TestOurOwnErrorsNeverCountAgainstAnUpstream(t *testing.T) {
 	}
 }
 
-func TestADialerThatReturnsNothingIsAnError(t *testing.T) {
+func TestNilConnFromDialerIsAnError(t *testing.T) {
 	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, nil }}, "a:1")
 	c := serveFake(t.Context(), a, &Conn{})
 	if r := <-c.result; r.End != EndDialFailed || !errors.Is(r.Err, errNilDialed) {
@@ -263,7 +263,7 @@ func TestADialerThatReturnsNothingIsAnError(t *testing.T) {
 
 // Clients that do something before the dial is done.
 
-func TestNothingSentBeforeTheDialIsDoneIsLost(t *testing.T) {
+func TestDataSentDuringTheDialArrives(t *testing.T) {
 	const size = 300_000
 	for _, half := range []bool{false, true} {
 		got := make(chan string, 1)
@@ -308,7 +308,7 @@ func TestNothingSentBeforeTheDialIsDoneIsLost(t *testing.T) {
 	}
 }
 
-func TestAClientGoneDuringTheDialCancelsIt(t *testing.T) {
+func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 	for name, leave := range map[string]func(c *duplexConn){
 		"reset":                            func(c *duplexConn) { c.SetLinger(0); c.Close() },
 		"closed, where there is half-open": nil,
@@ -342,7 +342,7 @@ func TestAClientGoneDuringTheDialCancelsIt(t *testing.T) {
 	}
 }
 
-func TestAClientThatSpokeAndIsGoneDuringTheDialCancelsIt(t *testing.T) {
+func TestResetBehindUnreadDataCancelsDial(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("elsewhere it is noticed when the dial is done")
 	}
@@ -365,7 +365,7 @@ func TestAClientThatSpokeAndIsGoneDuringTheDialCancelsIt(t *testing.T) {
 	}
 }
 
-func TestAContextThatEndsBreaksWhateverIsGoingOn(t *testing.T) {
+func TestContextEndsConnectionInEveryState(t *testing.T) {
 	cause := errors.New("because")
 	hang := func(ctx context.Context, _, _ string) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
 	hold := limitFunc(func(e Event) Decision { return Decision{Wait: time.Hour} })
@@ -408,7 +408,7 @@ func TestAContextThatEndsBreaksWhateverIsGoingOn(t *testing.T) {
 	wantCounts(t, a, 1, 0, 0)
 }
 
-func TestAnUpstreamThatIsReachedTooLateIsReset(t *testing.T) {
+func TestUpstreamConnectedTooLateIsReset(t *testing.T) {
 	dialling, reached := make(chan bool), make(chan *duplexConn, 1)
 	a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		dialling <- true
@@ -445,7 +445,7 @@ func (c *watchedContext) AfterFunc(f func()) (stop func() bool) {
 	return func() bool { c.watchers.Add(-1); return ours() }
 }
 
-func TestNothingOfASessionIsLeftInTheContextOfItsCaller(t *testing.T) {
+func TestServeConnLeavesNothingInTheContext(t *testing.T) {
 	a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 	ctx := &watchedContext{Context: t.Context()}
 	c := serveFake(ctx, a, &Conn{})
@@ -489,7 +489,7 @@ func TestUpstreamTLSIsVerifiedWithinTheDialTimeout(t *testing.T) {
 	}
 }
 
-func TestATLSStreamThatEndsWithoutSayingSoIsCut(t *testing.T) {
+func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	a, results := newAppOver(t, Options{}, Upstream{TLS: clientTLS, Addr: upstreamDoing(t, func(c *net.TCPConn) {
 		tc := tls.Server(c, serverTLS)
@@ -508,7 +508,7 @@ func TestATLSStreamThatEndsWithoutSayingSoIsCut(t *testing.T) {
 }
 
 // It gets a reset, which is below TLS, rather than a goodbye.
-func TestATLSClientThatIsCutDoesNotSeeAnEnd(t *testing.T) {
+func TestAbortedTLSClientSeesAReset(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
 	c := tls.Client(dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
@@ -525,7 +525,7 @@ func TestATLSClientThatIsCutDoesNotSeeAnEnd(t *testing.T) {
 	}
 }
 
-func TestATLSEndWaitsForASlowReader(t *testing.T) {
+func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	serverTLS.SessionTicketsDisabled = true     // the handshake is over when both say so
 	for _, ended := range []bool{false, true} { // the client's own stream
@@ -560,7 +560,7 @@ func TestATLSEndWaitsForASlowReader(t *testing.T) {
 	}
 }
 
-func TestATLSPeerThatDoesNotReadDoesNotHoldClose(t *testing.T) {
+func TestCloseDoesNotWaitForStuckTLSPeer(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	flood := func(c net.Conn) {
 		for b := make([]byte, 64<<10); ; {
@@ -660,7 +660,7 @@ func TestSetUpstreamsWhileInUse(t *testing.T) {
 	}
 }
 
-func TestAnUpstreamRemovedWhileItIsDialled(t *testing.T) {
+func TestUpstreamRemovedDuringDial(t *testing.T) {
 	dialling, goOn := make(chan bool), make(chan error)
 	a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 		if addr == "a:1" {
@@ -690,7 +690,7 @@ func TestAnUpstreamRemovedWhileItIsDialled(t *testing.T) {
 }
 
 // A TLS client may shake hands after its upstream has ended its stream.
-func TestAnEndThatComesBeforeTheHandshakeWaitsForIt(t *testing.T) {
+func TestUpstreamEndWaitsForTheHandshake(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	for name, server := range map[string]func(net.Conn) net.Conn{
 		"tls.Conn": func(c net.Conn) net.Conn { return tls.Server(c, serverTLS) },

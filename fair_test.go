@@ -2,6 +2,7 @@ package lbproxy
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -43,25 +44,36 @@ func TestDownloadsShareABandwidthEqually(t *testing.T) {
 			groups[i].join(t, n)
 		}
 		time.Sleep(settle)
-		for i := range groups {
-			groups[i].mark()
+		unfair := measureShares(t, groups, rates, measure)
+		for tries := 1; unfair != "" && tries < 3; tries++ { // a busy machine may pause for some time
+			unfair = measureShares(t, groups, rates, measure)
 		}
-		start := time.Now()
-		time.Sleep(measure)
-		for i, rate := range rates {
-			least, most, sum := groups[i].shares()
-			reached := sum / time.Since(start).Seconds() / float64(rate<<20)
-			t.Logf("%d MiB/s: %.3f reached, shares of %d streams from %.3f to %.3f",
-				rate, reached, n, least, most)
-			if reached < 0.8 {
-				continue // a busy machine has divided its time, not the limit
-			}
-			if least < 0.9 || most > 1.1 {
-				t.Errorf("%d MiB/s: shares of %d streams from %.2f to %.2f, want 0.9 to 1.1",
-					rate, n, least, most)
-			}
+		if unfair != "" {
+			t.Error(unfair)
 		}
 	}
+}
+
+// measureShares returns which group does not share equally, or "".
+func measureShares(t *testing.T, groups []downloads, rates []int64,
+	during time.Duration) (unfair string) {
+	for i := range groups {
+		groups[i].mark()
+	}
+	start := time.Now()
+	time.Sleep(during)
+	for i, rate := range rates {
+		least, most, sum := groups[i].shares()
+		reached := sum / time.Since(start).Seconds() / float64(rate<<20)
+		result := fmt.Sprintf("%d MiB/s: %.3f reached, shares of %d streams from %.3f to %.3f",
+			rate, reached, len(groups[i].counts), least, most)
+		t.Log(result)
+		// If the rate is not reached, the machine has divided its time, not the limit.
+		if reached > 0.95 && (least < 0.9 || most > 1.1) {
+			unfair = result + ", want 0.9 to 1.1"
+		}
+	}
+	return unfair
 }
 
 type downloads struct {
@@ -75,7 +87,9 @@ func (d *downloads) join(t *testing.T, n int) {
 	for len(d.counts) < n {
 		c := new(counter)
 		d.counts = append(d.counts, c)
-		go io.Copy(c, dial(t, d.addr))
+		from := dial(t, d.addr)
+		from.SetDeadline(time.Now().Add(time.Minute))
+		go io.Copy(c, from)
 	}
 }
 

@@ -103,7 +103,7 @@ const (
 	saysUp   = "upstream is up again by its health checks"
 )
 
-func TestBadHealthChecksAreRefusedByNameAndValue(t *testing.T) {
+func TestBadHealthCheckIsRejectedByNameAndValue(t *testing.T) {
 	for want, hc := range map[string]HealthCheck{
 		"Options.HealthCheck.Interval -1s is negative: use 0 for the default of 5s": {Interval: -time.Second},
 		"Options.HealthCheck.Timeout -1ns is negative: use 0 for the default of 2s": {Timeout: -1},
@@ -145,7 +145,7 @@ func TestNoHealthCheckMeansNoChecks(t *testing.T) {
 }
 
 // Not all at once, then each in its own time: never later than the Interval, nor by more than a tenth before.
-func TestChecksAreSpreadAndKeepTheirDistance(t *testing.T) {
+func TestChecksAreSpreadOverTheInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const interval, upstreams = 10 * time.Second, 200
 		w := newWard()
@@ -227,7 +227,7 @@ func TestRiseAndFallAreExact(t *testing.T) {
 	}
 }
 
-func TestOurOwnErrorsCountNeitherWayInChecks(t *testing.T) {
+func TestLocalErrorsInChecksChangeNothing(t *testing.T) {
 	for _, ours := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL, context.Canceled} {
 		synctest.Test(t, func(t *testing.T) {
 			var broken atomic.Bool
@@ -307,7 +307,7 @@ func awaitStates(t *testing.T, a *LBProxyApp, want string) {
 	}
 }
 
-func TestChecksFindAServerThatIsGoneAndBack(t *testing.T) {
+func TestChecksFollowAServerDownAndUp(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	start := func(addr string) (_ string, stop func()) {
 		l, err := net.Listen("tcp", addr)
@@ -347,7 +347,7 @@ func TestChecksFindAServerThatIsGoneAndBack(t *testing.T) {
 
 // Checks that misbehave.
 
-func TestHungCheckFailsAtItsTimeoutAndDelaysNoOther(t *testing.T) {
+func TestHungCheckFailsAtItsTimeout(t *testing.T) {
 	for _, obeys := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			release := make(chan bool)
@@ -417,7 +417,7 @@ func TestCheckThatNeverReturnsCountsAsFailed(t *testing.T) {
 	})
 }
 
-func TestAPanicInACheckIsAFailureAndIsLogged(t *testing.T) {
+func TestPanicInCheckIsAFailureAndIsLogged(t *testing.T) {
 	for name, fail := range map[string]func(){
 		"panic":  func() { panic("boom") },
 		"Goexit": runtime.Goexit,
@@ -448,7 +448,7 @@ func TestAPanicInACheckIsAFailureAndIsLogged(t *testing.T) {
 	}
 }
 
-func TestALoggerThatPanicsOrBlocksIsSurvivedByChecks(t *testing.T) {
+func TestChecksSurviveLoggerThatPanicsOrBlocks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		w.set(errSick, "a:1")
@@ -566,7 +566,7 @@ func TestDownUpstreamsAreNotDialed(t *testing.T) {
 	})
 }
 
-func TestAnUpstreamFoundUpAgainIsNotStampeded(t *testing.T) {
+func TestRecoveredUpstreamIsNotStampeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		w.set(errSick, "a:1")
@@ -596,7 +596,7 @@ func TestAnUpstreamFoundUpAgainIsNotStampeded(t *testing.T) {
 	})
 }
 
-func TestPassedChecksDoNotEndCoolingButBeingFoundUpDoes(t *testing.T) {
+func TestOnlyBeingFoundUpEndsCooling(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		a, log := newCheckedApp(t, HealthCheck{Interval: time.Second, Check: w.check}, Options{
@@ -678,7 +678,7 @@ func newHoleDialer() *holeDialer {
 	return &holeDialer{holes: map[string]bool{}, dials: map[string]int{}}
 }
 
-func TestDialsToAnUpstreamFoundDownGoOnToTheNextAtOnce(t *testing.T) {
+func TestDialMovesOnWhenUpstreamIsFoundDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newHoleDialer()
 		a, log := newCheckedApp(t, HealthCheck{Interval: time.Second, Timeout: time.Second, Fall: 1},
@@ -723,7 +723,7 @@ func TestDialsToAnUpstreamFoundDownGoOnToTheNextAtOnce(t *testing.T) {
 	})
 }
 
-func TestADialGivenUpSaysWhyWhenThereIsNoOtherUpstream(t *testing.T) {
+func TestAbandonedDialSaysUpstreamIsDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newHoleDialer()
 		a, _ := newCheckedApp(t, HealthCheck{Interval: time.Second, Timeout: time.Second, Fall: 1},
@@ -793,7 +793,7 @@ func TestCloseOnDownResetsOpenConnections(t *testing.T) {
 	}
 }
 
-func TestADrainingUpstreamIsChecked(t *testing.T) {
+func TestDrainingUpstreamIsChecked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: dialFake(echoFake)}, "a:1", "b:1")
@@ -817,7 +817,7 @@ func TestADrainingUpstreamIsChecked(t *testing.T) {
 
 // Sets that change.
 
-func TestANewSetKeepsHealthAndItsCounters(t *testing.T) {
+func TestSetUpstreamsKeepsHealthAndItsCounters(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		asked := make(chan chan error)
 		a, log := newCheckedApp(t, HealthCheck{Timeout: time.Hour, Check: func(ctx context.Context, u Upstream) error {
@@ -860,7 +860,7 @@ func TestANewSetKeepsHealthAndItsCounters(t *testing.T) {
 	})
 }
 
-func TestACheckOfARemovedUpstreamIsCanceledAndItsResultIgnored(t *testing.T) {
+func TestRemovingAnUpstreamCancelsItsCheck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		canceled := make(chan error, 1)
@@ -910,7 +910,7 @@ func TestACheckOfARemovedUpstreamIsCanceledAndItsResultIgnored(t *testing.T) {
 	})
 }
 
-func TestADownUpstreamThatIsRemovedAndAddedAgainStartsAnew(t *testing.T) {
+func TestDownUpstreamAddedAgainStartsUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		w.set(errSick, "a:1")
@@ -929,7 +929,7 @@ func TestADownUpstreamThatIsRemovedAndAddedAgainStartsAnew(t *testing.T) {
 
 // Whatever sets come while checks are in progress: one check of an Addr at a time, only of those that are there,
 // and nothing after Close.
-func TestChecksFollowSetsThatChangeAllTheTime(t *testing.T) {
+func TestChecksWhileUpstreamsChange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		var closed atomic.Bool
@@ -1011,7 +1011,7 @@ func TestCloseCancelsChecksAndWaitsForThem(t *testing.T) {
 	})
 }
 
-func TestChecksGoOnWhileConnectionsDrainAndEndWithThem(t *testing.T) {
+func TestChecksRunUntilTheDrainEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		a, _ := newCheckedApp(t, HealthCheck{Interval: time.Second, Check: w.check}, Options{DialContext: dialFake(echoFake)}, "a:1")
@@ -1038,7 +1038,7 @@ func TestChecksGoOnWhileConnectionsDrainAndEndWithThem(t *testing.T) {
 	})
 }
 
-func TestShutdownDoesNotWaitForAHungCheckLongerThanItsContext(t *testing.T) {
+func TestShutdownWithAHungCheckEndsWithItsContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan bool)
 		a, _ := newCheckedApp(t, HealthCheck{Check: func(context.Context, Upstream) error { <-release; return nil }}, Options{}, "a:1")
@@ -1058,7 +1058,7 @@ func TestShutdownDoesNotWaitForAHungCheckLongerThanItsContext(t *testing.T) {
 }
 
 // A check whose result is known has returned, so that the next one, be it due at once, does not fail for that.
-func TestCheckWithAResultHasReturned(t *testing.T) {
+func TestCheckHasReturnedOnceItsResultIsKnown(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	hc, _ := HealthCheck{Check: func(context.Context, Upstream) error { return nil }}.complete()
 	p := &prober{checker: newChecker(a, hc), conf: &Upstream{Addr: "u:1"}}
@@ -1083,15 +1083,10 @@ func TestCheckWithAResultHasReturned(t *testing.T) {
 }
 
 // An upstream that stays up must not hold on to the connections that it has served.
-func TestCloseOnDownForgetsConnectionsThatHaveEnded(t *testing.T) {
-	a, err := New("test", []Upstream{{Addr: "a:1"}}, &Options{ // newApp would keep the results
-		HealthCheck: &HealthCheck{Interval: time.Hour}, DialContext: dialFake(echoFake),
-		CloseOnDown: true, Logger: quiet,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer a.Close()
+func TestCloseOnDownForgetsEndedConnections(t *testing.T) {
+	a, results := newApp(t, Options{
+		HealthCheck: &HealthCheck{Interval: time.Hour}, DialContext: dialFake(echoFake), CloseOnDown: true,
+	}, "a:1")
 	var clients []weak.Pointer[duplexConn]
 	for range 10 {
 		client, ours := duplex()
@@ -1100,6 +1095,7 @@ func TestCloseOnDownForgetsConnectionsThatHaveEnded(t *testing.T) {
 		if r, err := a.ServeConn(t.Context(), &Conn{Client: ours}); err != nil {
 			t.Fatalf("%+v", r)
 		}
+		<-results // which has the Conn, and so its Client
 	}
 	deadline := time.Now().Add(20 * time.Second)
 	for slices.ContainsFunc(clients, func(c weak.Pointer[duplexConn]) bool { return c.Value() != nil }) {

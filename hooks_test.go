@@ -44,7 +44,7 @@ func (j *journal) count(kind EventKind) (n int) {
 	return n
 }
 
-func TestEventsTellTheStoryOfAConnection(t *testing.T) {
+func TestEventsOfAConnection(t *testing.T) {
 	const size = 8 << 20
 	var j journal
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
@@ -81,7 +81,7 @@ func TestEventsTellTheStoryOfAConnection(t *testing.T) {
 	}
 }
 
-func TestARefusedOpenIsFollowedByNothing(t *testing.T) {
+func TestRefusedOpenHasNoOtherEvents(t *testing.T) {
 	var events []Event
 	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { panic("dialled") }}, "u:1")
 	c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
@@ -120,7 +120,7 @@ func TestExceededOnDataCutsTheConnection(t *testing.T) {
 	wantCounts(t, a, 1, 0, 0)
 }
 
-func TestAWaitHoldsTheConnectionOrOneDirection(t *testing.T) {
+func TestWaitHoldsTheOpenOrOneDirection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 		start := time.Now()
@@ -222,7 +222,7 @@ func TestBandwidthOverRealSockets(t *testing.T) {
 }
 
 // The first chunk comes before a limit has said anything, so it is a small one.
-func TestTheFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
+func TestFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
 	first := make(chan int64, 1)
 	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 1<<20) }))
 	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
@@ -248,7 +248,7 @@ func TestTheFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
 
 // Hooks that panic: counts and events stay paired, the panic reaches ServeConn's caller, Serve lives on.
 
-func TestAPanicInAHookLeavesCountsAndEventsPaired(t *testing.T) {
+func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 	boom := func(when bool) {
 		if when {
 			panic("boom")
@@ -327,7 +327,7 @@ type panicHandler struct{ slog.Handler }
 func (panicHandler) Enabled(context.Context, slog.Level) bool  { return true }
 func (panicHandler) Handle(context.Context, slog.Record) error { panic("boom") }
 
-func TestAConnectionsOwnOnDoneComesBeforeThatOfTheApp(t *testing.T) {
+func TestConnOnDoneRunsBeforeOptionsOnDone(t *testing.T) {
 	for _, closed := range []bool{false, true} {
 		var own []Result
 		opts := Options{Logger: quiet, DialContext: dialFake(echoFake)}
@@ -347,7 +347,7 @@ func TestAConnectionsOwnOnDoneComesBeforeThatOfTheApp(t *testing.T) {
 	}
 }
 
-func TestServeOutlivesHooksThatPanic(t *testing.T) {
+func TestServeSurvivesHooksThatPanic(t *testing.T) {
 	broken := limitFunc(func(e Event) Decision {
 		if e.Kind != EventClose {
 			panic("boom")
@@ -439,7 +439,7 @@ func (c brokenConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-func TestBadConnsAreErrorsNeverSilentLoss(t *testing.T) {
+func TestBadConnsAreErrors(t *testing.T) {
 	boom := errors.New("boom")
 	for _, tc := range []struct {
 		name             string
@@ -476,7 +476,7 @@ func TestBadConnsAreErrorsNeverSilentLoss(t *testing.T) {
 	}
 }
 
-func TestAReadThatComesWithAnErrorIsDeliveredFirst(t *testing.T) {
+func TestDataReadWithAnErrorIsDelivered(t *testing.T) {
 	for _, err := range []error{io.EOF, errors.New("boom")} {
 		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 		_, ours := duplex()
@@ -501,7 +501,7 @@ type halfClosing struct{ brokenConn }
 
 func (halfClosing) CloseWrite() error { return nil }
 
-func TestAConnWithoutHalfCloseIsAnErrorWhenItWouldBeNeeded(t *testing.T) {
+func TestConnWithoutHalfClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		// The client ends its stream; its upstream cannot be told.
 		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
@@ -559,7 +559,7 @@ func TestAConnWithoutHalfCloseIsAnErrorWhenItWouldBeNeeded(t *testing.T) {
 
 // The client goes on sending, so that it has unread bytes in our socket when its answer is on its way: closing would
 // cost it the answer.
-func TestAWholeAnswerArrivesThoughTheClientCannotHalfClose(t *testing.T) {
+func TestAnswerArrivesAtClientWithoutHalfClose(t *testing.T) {
 	const size = 2 << 20
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
 		sendPattern(c, size)
@@ -595,7 +595,7 @@ func TestAWholeAnswerArrivesThoughTheClientCannotHalfClose(t *testing.T) {
 	}
 }
 
-func TestNoConnIsLeftOpenWhenAHookPanicsAfterTheDial(t *testing.T) {
+func TestPanicAfterTheDialClosesTheConn(t *testing.T) {
 	for _, what := range []string{"TLS"} {
 		t.Run(what, func(t *testing.T) {
 			dialled := make(chan *duplexConn, 1)
@@ -633,7 +633,7 @@ func TestNoConnIsLeftOpenWhenAHookPanicsAfterTheDial(t *testing.T) {
 	}
 }
 
-func TestANilClientIsAnError(t *testing.T) {
+func TestNilClientIsAnError(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	if r, err := a.ServeConn(t.Context(), &Conn{}); err == nil || r.End != EndClientError || r.Err != err {
 		t.Errorf("%+v, %v", r, err)
@@ -650,7 +650,7 @@ func (c countingConn) Close() error { c.closes.Add(1); return c.Conn.Close() }
 
 func (c countingConn) NetConn() net.Conn { return c.Conn }
 
-func TestTheClientIsClosedWhateverHappens(t *testing.T) {
+func TestServeConnAlwaysClosesTheClient(t *testing.T) {
 	for _, name := range []string{"done", "refused", "canceled", "closed"} {
 		a, _ := newApp(t, Options{DialContext: dialFake(func(net.Conn) {})}, "u:1")
 		ctx, cancel := context.WithCancel(t.Context())
@@ -696,7 +696,7 @@ func (c *goneConn) Read(b []byte) (int, error) {
 }
 
 // What a limit says of the bytes that left before an error does not put the error off.
-func TestALimitDoesNotPutAnErrorOff(t *testing.T) {
+func TestRateLimitDoesNotDelayAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		got := make(chan error, 1)
 		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
@@ -725,7 +725,7 @@ func TestALimitDoesNotPutAnErrorOff(t *testing.T) {
 }
 
 // Nothing that happens when both sides have ended their streams changes why it is over.
-func TestWhatHappensAfterTheEndIsNotTheReason(t *testing.T) {
+func TestLateEventsDoNotChangeTheResult(t *testing.T) {
 	for _, what := range []string{"idle", "close"} {
 		synctest.Test(t, func(t *testing.T) {
 			release := make(chan struct{})
@@ -770,7 +770,7 @@ func (c slowCloser) CloseWrite() error {
 }
 
 // What cannot be half-closed need not be when the other stream has ended, be that known for an instant only.
-func TestNoHalfCloseIsNeededWhenTheOtherStreamHasJustEnded(t *testing.T) {
+func TestHalfCloseIsNotNeededAtTheEnd(t *testing.T) {
 	t.Run("still being passed on", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
@@ -810,7 +810,7 @@ func (c *slowReset) SetLinger(int) error {
 }
 
 // A session is over when all that ends it is.
-func TestASessionIsNotOverWhileItIsReset(t *testing.T) {
+func TestServeConnReturnsAfterTheReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := &slowReset{resetting: make(chan struct{}), release: make(chan struct{})}
 		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: func(context.Context, string, string) (net.Conn, error) {

@@ -105,7 +105,7 @@ type LBProxyApp struct {
 	balancer balancer
 	checker  *checker // nil: no health checks
 	engine   *relay.Engine
-	lines    logqueue.Lines
+	lines    *logqueue.Lines
 	slots    chan struct{}   // holds an element for each connection of Serve; nil: no bound
 	ctx      context.Context // ends with ErrAppClosed when the app has been closed
 	cancel   context.CancelCauseFunc
@@ -142,6 +142,7 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		listeners: map[*closeOnce]struct{}{},
 		lastWords: map[*session]struct{}{},
 		ends:      map[EndReason]uint64{},
+		lines:     logqueue.NewLines(),
 	}
 	if opts != nil {
 		a.opts = *opts

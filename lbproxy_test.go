@@ -217,7 +217,7 @@ func wantCounts(t *testing.T, a *LBProxyApp, accepted, refused, failed uint64) {
 	}
 }
 
-func TestBadOptionsAreRefusedByNameAndValue(t *testing.T) {
+func TestBadOptionsAreRejectedByNameAndValue(t *testing.T) {
 	good := []Upstream{{Addr: "127.0.0.1:1"}}
 	up := func(u Upstream) []Upstream { return append(good[:1:1], u) }
 	for _, tc := range []struct {
@@ -261,7 +261,7 @@ func TestBadOptionsAreRefusedByNameAndValue(t *testing.T) {
 	}
 }
 
-func TestBadUpstreamsLeaveTheOldOnesInPlace(t *testing.T) {
+func TestBadUpstreamsChangeNothing(t *testing.T) {
 	a, _ := newApp(t, Options{}, "10.0.0.1:1", "10.0.0.2:1")
 	ups := []Upstream{{Addr: "10.0.0.3:1"}, {Addr: "10.0.0.4"}}
 	if err := a.SetUpstreams(ups); err == nil {
@@ -349,7 +349,7 @@ func TestAcceptErrorsNeitherEndTheLoopNorSpin(t *testing.T) {
 	})
 }
 
-func TestAcceptDelayDoublesFrom5MillisecondsToASecondAndStartsAnew(t *testing.T) {
+func TestAcceptBackoffGrowsFrom5msTo1sAndStartsAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {})}, "u:1")
 		var delays []time.Duration
@@ -379,7 +379,7 @@ func TestAcceptDelayDoublesFrom5MillisecondsToASecondAndStartsAnew(t *testing.T)
 	})
 }
 
-func TestCloseEndsTheWaitAfterAFailedAccept(t *testing.T) {
+func TestCloseEndsTheAcceptBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{}, "u:1")
 		l := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { return nil, errors.New("something passing") })
@@ -425,7 +425,7 @@ func TestServeReturnsWhenItsListenerIsClosed(t *testing.T) {
 	}
 }
 
-func TestMaxConnsLeavesClientsWaitingInTheQueue(t *testing.T) {
+func TestMaxConnsLeavesClientsInTheListenQueue(t *testing.T) {
 	a, _ := newApp(t, Options{MaxConns: 2}, upstreamDoing(t, echo))
 	addr := serve(t, a, nil)
 	one, two, three := dial(t, addr), dial(t, addr), dial(t, addr)
@@ -444,7 +444,7 @@ func TestMaxConnsLeavesClientsWaitingInTheQueue(t *testing.T) {
 	}
 }
 
-func TestMaxConnsIsSharedByListenersThatHaveNothingToAccept(t *testing.T) {
+func TestIdleListenersHoldNoSlotOfMaxConns(t *testing.T) {
 	a, results := newApp(t, Options{MaxConns: 1}, upstreamDoing(t, echo))
 	addrs := []string{serve(t, a, nil), serve(t, a, nil)}
 	for range 3 {
@@ -457,7 +457,7 @@ func TestMaxConnsIsSharedByListenersThatHaveNothingToAccept(t *testing.T) {
 	}
 }
 
-func TestAListenerThatReturnsNothingIsAnErrorThatPasses(t *testing.T) {
+func TestNilConnFromListenerIsTemporaryError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{}, "u:1")
 		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
@@ -477,7 +477,7 @@ func TestAListenerThatReturnsNothingIsAnErrorThatPasses(t *testing.T) {
 	})
 }
 
-func TestAConnectionAcceptedWhileStoppingIsReset(t *testing.T) {
+func TestConnAcceptedWhileStoppingIsReset(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	client, ours := duplex()
 	l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) { <-closed; return ours, nil })
@@ -555,7 +555,7 @@ func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
 	}
 }
 
-func TestWhatAdmitSaidToTheRefusedArrives(t *testing.T) {
+func TestMessageWrittenByAdmitArrives(t *testing.T) {
 	const size = 500_000
 	a, _ := newApp(t, Options{}, "u:1")
 	addr := serve(t, a, func(_ context.Context, c *Conn) error {
@@ -570,7 +570,7 @@ func TestWhatAdmitSaidToTheRefusedArrives(t *testing.T) {
 	}
 }
 
-func TestAClientThatAdmitBringsAfterCloseIsReset(t *testing.T) {
+func TestConnReplacedByAdmitAfterCloseIsReset(t *testing.T) {
 	a, results := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 	client, ours := duplex()
 	admitting := make(chan bool)
@@ -591,7 +591,7 @@ func TestAClientThatAdmitBringsAfterCloseIsReset(t *testing.T) {
 	}
 }
 
-func TestTheAcceptedConnIsClosedWhateverAdmitBrings(t *testing.T) {
+func TestAcceptedConnIsClosedWhenAdmitReplacesIt(t *testing.T) {
 	a, results := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 	client, ours := duplex()
 	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
@@ -625,7 +625,7 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-func TestNotYetAdmittedCountsAsOpenAndIsBrokenByClose(t *testing.T) {
+func TestConnDuringAdmitCountsAsOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{}, "u:1")
 		_, ours := duplex()
@@ -664,7 +664,7 @@ func TestNotYetAdmittedCountsAsOpenAndIsBrokenByClose(t *testing.T) {
 	})
 }
 
-func TestShutdownWaitsForConnectionsAndTakesNoMore(t *testing.T) {
+func TestShutdownWaitsForConnections(t *testing.T) {
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
 	addr := serve(t, a, nil)
 	c := dial(t, addr)
@@ -710,7 +710,7 @@ func TestShutdownWaitsForConnectionsAndTakesNoMore(t *testing.T) {
 	}
 }
 
-func TestCloseBreaksConnectionsAndDoesNotWaitForPeers(t *testing.T) {
+func TestCloseResetsConnectionsWithoutWaitingForPeers(t *testing.T) {
 	const conns, most, tries = 200, 100 * time.Millisecond, 5
 	serverTLS, clientTLS := tlsConfigs(t)
 	var took [tries]time.Duration
@@ -887,7 +887,7 @@ func TestShutdownInterleavings(t *testing.T) {
 	}
 }
 
-func TestOneLogLineForEachConnection(t *testing.T) {
+func TestOneLogLinePerConnection(t *testing.T) {
 	var log syncBuffer
 	a, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))},
 		upstreamDoing(t, echo))
@@ -921,7 +921,7 @@ func (c slowClose) Close() error {
 	return c.Conn.Close()
 }
 
-func TestIdleSessionsDoNotWaitForEachOther(t *testing.T) {
+func TestIdleConnectionsDoNotWaitForEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const timeout, sessions = 10 * time.Second, 20
 		a, results := newApp(t, Options{IdleTimeout: timeout, DialContext: dialFake(echoFake)}, "u:1")

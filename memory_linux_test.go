@@ -203,7 +203,7 @@ func TestSlowReadersDoNotGrowTheProcess(t *testing.T) {
 	}
 }
 
-func TestAProcessShortOfMemoryServesOn(t *testing.T) {
+func TestProcessShortOfMemoryKeepsServing(t *testing.T) {
 	const fast, bulk = 4, 16 << 20
 	limit := 24 << 20 * memoryFactor() // less than 300 connections would like
 	slow := 300

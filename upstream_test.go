@@ -35,7 +35,7 @@ func (c UpstreamChange) text() string {
 	return s
 }
 
-func TestOnUpstreamHearsOfEveryChangeInOrder(t *testing.T) {
+func TestOnUpstreamReportsChangesInOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		refuse := map[string]bool{}
@@ -129,7 +129,7 @@ func TestChangesMergeWhileOnUpstreamIsBusy(t *testing.T) {
 	})
 }
 
-func TestOnUpstreamThatBlocksHoldsUpNothing(t *testing.T) {
+func TestBlockedOnUpstreamDelaysNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		goOn := make(chan bool)
 		d := newHoleDialer()
@@ -189,7 +189,7 @@ func TestOnUpstreamIsCalledAgainAfterAPanic(t *testing.T) {
 	}
 }
 
-func TestUpstreamDialDoesWhatTheDefaultCheckDoes(t *testing.T) {
+func TestUpstreamDialMatchesTheDefaultCheck(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	clientTLS.ServerName = ""
 	plain := upstreamDoing(t, echo)
@@ -230,7 +230,7 @@ func TestUpstreamDialDoesWhatTheDefaultCheckDoes(t *testing.T) {
 	}
 }
 
-func TestUpstreamDialGivesUpAHandshakeWhenItsContextEnds(t *testing.T) {
+func TestUpstreamDialEndsHandshakeWithItsContext(t *testing.T) {
 	silent := upstreamDoing(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
@@ -242,7 +242,7 @@ func TestUpstreamDialGivesUpAHandshakeWhenItsContextEnds(t *testing.T) {
 
 // A lookup that fails because the process has no descriptor left is not held against the upstream,
 // neither by dials nor by checks, whichever resolver is used. The process that runs out is a child.
-func TestOutOfDescriptorsDuringNameResolutionIsNotTheUpstreamsFault(t *testing.T) {
+func TestLookupWithoutDescriptorsIsALocalError(t *testing.T) {
 	if os.Getenv("LBPROXY_TEST_LOOKUP") != "" {
 		lookUpOutOfDescriptors()
 	}

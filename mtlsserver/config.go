@@ -1,269 +1,231 @@
 package mtlsserver
 
 import (
-	"crypto/tls"
-	"crypto/x509"
-	"errors"
 	"fmt"
-	"maps"
-	"net"
-	"reflect"
-	"slices"
+	"path/filepath"
 	"strings"
 	"time"
 
-	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/strictjson"
 )
 
-// A Config says what a [Server] serves and to whom. Load reads one from a file; one may as well be made in Go.
-// Validate finds what is wrong with it.
+// A Config says what a [Server] serves and to whom. Load and Parse read one from JSON; it may as
+// well be made in Go. Marshalled to JSON it can be read again.
 type Config struct {
 	TLS          Files         `json:"tls"`
 	Apps         []App         `json:"apps"`
 	Users        []User        `json:"users"`
-	Handshake    Handshake     `json:"handshake"`
-	DrainTimeout time.Duration `json:"drainTimeout"` // how long a drain waits for connections to end; 0 means 30 seconds
+	DefaultLimit *Limit        `json:"defaultLimit,omitzero"` // of users who have no Limit; nil means none
+	Handshake    Handshake     `json:"handshake,omitzero"`
+	DrainTimeout time.Duration `json:"drainTimeout,omitzero"` // how long a drain waits for connections; 0 means 30 seconds
 
-	source // what Load read, if it was Load that made it
+	// LogAdmissions adds a line to the log when a client has been let in. Without, a connection
+	// is in the log when it is over.
+	LogAdmissions bool `json:"logAdmissions,omitzero"`
+
+	source
 }
 
-// Files are paths of PEM files, relative to the file that Load read, if it was Load that made the Config. Key must not be
-// readable by other users of the machine, CA holds exactly one certificate: the issuer of all clients.
+// A source is the text that a Config was parsed from. The zero source is that of a Config made in
+// Go.
+type source struct {
+	file string // for problems
+	dir  string // what paths are relative to
+	doc  *strictjson.Doc
+}
+
+// Files are paths of PEM files. They are relative to the file that Load read, if it made the
+// Config. Other users of the machine must not be able to read Key, nor to write any of them.
 type Files struct {
 	Cert string `json:"cert"`
 	Key  string `json:"key"`
-	CA   string `json:"ca"`
+
+	// CA are the issuers of all clients, one certificate a file. With more than one, every serial
+	// of a user must say which it is of, so that the same serial by another issuer is nobody. In
+	// JSON a single file may be written without the list.
+	CA []string `json:"ca,single"`
 }
 
 // An App is a service that is listened for and forwarded to upstreams.
 type App struct {
 	ID          string        `json:"id"`
-	Listen      string        `json:"listen"`      // "host:port"; port 0 is any free one
-	IdleTimeout time.Duration `json:"idleTimeout"` // 0 means the default of lbproxy.Options
-	HealthCheck *HealthCheck  `json:"healthCheck"` // nil means none
-	Upstreams   []Upstream    `json:"upstreams"`
+	Listen      string        `json:"listen"`               // "host:port"; port 0 is any free one
+	MaxConns    int           `json:"maxConns,omitzero"`    // connections at once, handshakes included; 0 means no bound
+	IdleTimeout time.Duration `json:"idleTimeout,omitzero"` // 0 means the default of lbproxy.Options, as for the next two
+	DialTimeout time.Duration `json:"dialTimeout,omitzero"`
+	FailTimeout time.Duration `json:"failTimeout,omitzero"`
+
+	// CloseNotify says what becomes of a client that closes its connection without TLS's
+	// close_notify: "required" (empty means that), "idle" or "optional". See
+	// lbproxy.CloseNotify.
+	CloseNotify string `json:"closeNotify,omitzero"`
+
+	// AcceptProxy are the networks, such as "10.0.0.0/8", of balancers in front of this one. They
+	// must send a PROXY protocol header, and the address in it counts as the client's.
+	AcceptProxy []string `json:"acceptProxy,omitzero"`
+
+	TLS         *AppTLS      `json:"tls,omitzero"`         // nil means the defaults
+	HealthCheck *HealthCheck `json:"healthCheck,omitzero"` // nil means none
+	Upstreams   []Upstream   `json:"upstreams"`
 }
 
-// A HealthCheck has an app's upstreams dialled at intervals. Zero values mean the defaults of lbproxy.HealthCheck.
+// AppTLS is what an app demands of its clients' TLS.
+type AppTLS struct {
+	// ServerName is the name that clients must mean. A client that asks for another one (SNI) is
+	// refused: it was led here from another app. One that names none is not. Empty means any.
+	ServerName string `json:"serverName,omitzero"`
+}
+
+// A HealthCheck makes an app dial its upstreams at intervals. Zero values mean the defaults of
+// lbproxy.HealthCheck.
 type HealthCheck struct {
-	Interval time.Duration `json:"interval"`
-	Timeout  time.Duration `json:"timeout"`
-	Rise     int           `json:"rise"` // checks in a row that have to go well for an upstream to be up again
-	Fall     int           `json:"fall"` // and that have to fail for it to be down
+	Interval time.Duration `json:"interval,omitzero"`
+	Timeout  time.Duration `json:"timeout,omitzero"`
+	Rise     int           `json:"rise,omitzero"` // successful checks in a row that bring an upstream up
+	Fall     int           `json:"fall,omitzero"` // failed checks in a row that bring it down
 }
 
 // An Upstream is an lbproxy.Upstream as it is written in a file.
 type Upstream struct {
-	Addr     string       `json:"addr"`
-	Weight   int          `json:"weight"`
-	MaxConns int          `json:"maxConns"`
-	TLS      *UpstreamTLS `json:"tls"` // nil means plain TCP
+	Addr          string       `json:"addr"`
+	Weight        int          `json:"weight,omitzero"`
+	MaxConns      int          `json:"maxConns,omitzero"`
+	Drain         bool         `json:"drain,omitzero"`
+	ProxyProtocol int          `json:"proxyProtocol,omitzero"` // 1 or 2; 0 means none
+	TLS           *UpstreamTLS `json:"tls,omitzero"`           // nil means plain TCP
 }
 
-// UpstreamTLS has TLS spoken to an upstream, which must prove to be ServerName (empty: the host of Addr) by a
-// certificate from CA (empty: any of the system's roots). Cert and Key, if set, prove the proxy to it.
+// UpstreamTLS makes the server speak TLS to an upstream, which must prove to be ServerName (empty:
+// the host of Addr) by a certificate from CA (empty: the system's roots). Cert and Key, if set,
+// prove the server to it.
 type UpstreamTLS struct {
-	CA         string `json:"ca"`
-	Cert       string `json:"cert"`
-	Key        string `json:"key"`
-	ServerName string `json:"serverName"`
+	CA         string `json:"ca,omitzero"`
+	Cert       string `json:"cert,omitzero"`
+	Key        string `json:"key,omitzero"`
+	ServerName string `json:"serverName,omitzero"`
 }
 
-// A User is who the holder of a certificate is, and what they may reach.
+// A User is the holder of certificates, and what they may reach.
 type User struct {
 	Name      string           `json:"name"`
-	Serials   []string         `json:"serials"`             // of the certificates, in any form that ParseSerial takes
-	Apps      []string         `json:"apps"`                // ids of those that may be reached
-	Limit     *Limit           `json:"limit,omitempty"`     // shared by all apps; nil means none
-	AppLimits map[string]Limit `json:"appLimits,omitempty"` // by app id; each is for that app alone
+	Serials   []UserSerial     `json:"serials"`
+	Apps      []string         `json:"apps"`               // ids of those that may be reached
+	Limit     *Limit           `json:"limit,omitzero"`     // shared by all apps; nil means the Config's DefaultLimit
+	AppLimits map[string]Limit `json:"appLimits,omitzero"` // by app id; each is for that app alone
 }
 
-// A Limit bounds what a user does. Fields that are zero set no bound; Burst and Every go together.
+// A UserSerial names a certificate of a user. In JSON it may be the serial alone.
+type UserSerial struct {
+	Serial     string `json:"serial,short"`        // in any form that ParseSerial takes
+	CA         string `json:"ca,omitzero"`         // the KeyID of its issuer; may be empty if there is one CA
+	CertSHA256 string `json:"certSHA256,omitzero"` // if set, the certificate's SHA-256 in hex: no other one is it
+}
+
+// A Limit bounds what a user does. Zero fields set no bound; Burst and Every go together.
 type Limit struct {
-	Burst          int           `json:"burst"`          // connections opened at once,
-	Every          time.Duration `json:"every"`          // and the time in which one more is regained
-	Open           int           `json:"open"`           // connections open at once
-	BytesPerSecond int64         `json:"bytesPerSecond"` // both directions together
+	Burst          int           `json:"burst,omitzero"`          // connections opened at once,
+	Every          time.Duration `json:"every,omitzero"`          // and the time in which one more is regained
+	Open           int           `json:"open,omitzero"`           // connections open at once
+	BytesPerSecond int64         `json:"bytesPerSecond,omitzero"` // both directions together
 }
 
-// Handshake bounds what clients may use up before it is known who they are.
+// Handshake bounds what clients may use before it is known who they are. A client needs a place
+// from its first byte on. When all places are taken, the handshake that has lasted longest gives
+// its place up, among those of the address (IPv6: network) that has most. Before its first byte a
+// client costs a socket; 16,384 may be silent at once.
 type Handshake struct {
-	Timeout       time.Duration `json:"timeout"`       // 0 means 10 seconds
-	MaxConcurrent int           `json:"maxConcurrent"` // handshakes at once; 0 means 256
-	MaxPerAddress int           `json:"maxPerAddress"` // of those from one address (IPv6: /64); 0 means 16
-	MaxBytes      int           `json:"maxBytes"`      // bytes read from a client; 0 means 16384
+	Timeout       time.Duration `json:"timeout,omitzero"`       // from accept to the end of the handshake; 0 means 10 seconds
+	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0 means 256
+	MaxPerAddress int           `json:"maxPerAddress,omitzero"` // of those for one address (IPv6: /64); 0 means 16
+	MaxBytes      int           `json:"maxBytes,omitzero"`      // bytes read from a client; 0 means 16384
 }
 
-// Validate reads the files that c names and returns all problems, a line each.
-func (c *Config) Validate() error {
-	_, err := c.materials()
-	return err
-}
+// MarshalJSON implements json.Marshaler. Durations are texts, as Load reads them.
+func (c Config) MarshalJSON() ([]byte, error)      { return strictjson.Encode(c) }
+func (a App) MarshalJSON() ([]byte, error)         { return strictjson.Encode(a) }
+func (u User) MarshalJSON() ([]byte, error)        { return strictjson.Encode(u) }
+func (l Limit) MarshalJSON() ([]byte, error)       { return strictjson.Encode(l) }
+func (h Handshake) MarshalJSON() ([]byte, error)   { return strictjson.Encode(h) }
+func (h HealthCheck) MarshalJSON() ([]byte, error) { return strictjson.Encode(h) }
 
-// Materials are what a Config's files and texts stand for, read once and found to be right.
-type materials struct {
-	ca        *x509.Certificate
-	server    tls.Certificate
-	upstreams [][]lbproxy.Upstream // of each of Config.Apps
-	users     StaticUsers          // the elements of Config.Users
-}
-
-// materials is Validate with what was found to be right.
-func (c *Config) materials() (*materials, error) {
-	r := &report{config: c}
-	return r.check(), errors.Join(r.problems...)
-}
-
-// check reads what the Config names and returns what it all stands for; that is of use only if nothing is wrong.
-func (r *report) check() *materials {
-	c, m := r.config, &materials{users: StaticUsers{}}
-	m.server = r.pair("tls", c.TLS.Cert, c.TLS.Key, x509.ExtKeyUsageServerAuth)
-	m.ca = r.ca("tls.ca", c.TLS.CA)
-	if len(c.Apps) == 0 {
-		r.add("apps", "none: give at least one")
+// Load reads the Config in a file of JSON and checks it with the files that it names. It fails
+// with all problems there are, a line each: syntax, unknown keys, keys written twice, values of the
+// wrong type, and what Validate finds, except for certificates that are out of date. Those are for
+// [New] and [Server.Reload] to judge. Durations are written as Go's ("10s"), paths are relative to
+// the file.
+func Load(path string) (*Config, error) {
+	text, err := readFile(path, false)
+	if err != nil {
+		return nil, err
 	}
-	ids, listens := map[string]string{}, map[string]string{}
-	for i, app := range c.Apps {
-		key := fmt.Sprintf("apps[%d]", i)
-		r.unique(ids, key+".id", app.ID)
-		r.positive(key, app)
-		if app.HealthCheck != nil {
-			r.positive(key+".healthCheck", *app.HealthCheck)
-		}
-		switch n := portOf(app.Listen); {
-		case n < 0:
-			r.add(key+".listen", `%q: want host:port, such as "127.0.0.1:9443", port 0 for any that is free`, app.Listen)
-		case n != 0:
-			r.unique(listens, key+".listen", app.Listen)
-		}
-		m.upstreams = append(m.upstreams, r.upstreams(key+".upstreams", app.Upstreams))
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return nil, err
 	}
-	names, serials := map[string]string{}, map[string]string{}
-	for i := range c.Users {
-		user, key := &c.Users[i], fmt.Sprintf("users[%d]", i)
-		r.unique(names, key+".name", user.Name)
-		r.rights(key, user, ids)
-		for j, text := range user.Serials {
-			key := fmt.Sprintf("%s.serials[%d]", key, j)
-			serial, err := ParseSerial(text)
-			if err != nil {
-				r.add(key, "%v", err)
-			} else if first, twice := serials[string(serial)]; twice {
-				r.add(key, "%q is the serial of %s too: remove one of the two", text, first)
-			} else {
-				serials[string(serial)] = fmt.Sprintf("%s (%q)", key, text)
-				m.users[serial] = user
+	return Parse(path, dir, text)
+}
+
+// Parse is Load for a text that is not in a file. Problems begin with name, and dir is the folder
+// that paths are relative to.
+func Parse(name, dir string, text []byte) (*Config, error) {
+	c := &Config{source: source{file: name, dir: dir}}
+	doc, problems := strictjson.Decode(text, c)
+	c.doc = doc
+	r := &report{config: c, problems: problems}
+	if doc.Has("") { // it is JSON
+		for _, key := range []string{"tls", "apps", "users"} {
+			if !doc.Has(key) {
+				r.add(key, "missing: it is required")
 			}
 		}
+		r.check()
 	}
-	r.positive("handshake", c.Handshake)
-	r.positive("", *c)
-	return m
+	if err := r.err(); err != nil {
+		return nil, err
+	}
+	return c, nil
 }
 
-// portOf returns the port of a "host:port", 0 if that is any that is free, or -1 if it is no such text.
-func portOf(listen string) int {
-	host, port, err := net.SplitHostPort(listen)
-	n, portErr := net.LookupPort("tcp", port)
-	if err != nil || portErr != nil || port == "" || strings.ContainsAny(host, " \t\r\n") {
-		return -1
-	}
-	return n
+// Validate reads the files that c names and returns all problems, a line each, also certificates
+// that are out of date.
+func (c *Config) Validate() error {
+	r := &report{config: c}
+	r.check()
+	r.dates(nil)
+	return r.err()
 }
 
-// upstreams has lbproxy say what is wrong with those of an app.
-func (r *report) upstreams(key string, upstreams []Upstream) (all []lbproxy.Upstream) {
-	valid := func(key, prefix string, upstreams ...lbproxy.Upstream) {
-		if _, err := lbproxy.New("-", upstreams, nil); err != nil {
-			r.add(key, "%s", strings.TrimPrefix(err.Error(), `lbproxy: app "-": `+prefix))
-		}
-	}
-	for i, u := range upstreams {
-		key := fmt.Sprintf("%s[%d]", key, i)
-		one := lbproxy.Upstream{Addr: u.Addr, Weight: u.Weight, MaxConns: u.MaxConns}
-		if u.TLS != nil {
-			one.TLS = r.upstreamTLS(key+".tls", u.TLS)
-		}
-		r.positive(key, u) // first: lbproxy would say that 0 is right, which must not be written here
-		valid(key, "upstream 0: ", one)
-		all = append(all, one)
-	}
-	valid(key, "", all...) // what it finds if each is right: two have the same Addr, or there are none
-	return all
+// Certificates returns the certificates that c names and their dates. It fails as Validate does.
+func (c *Config) Certificates() ([]Certificate, error) {
+	r := &report{config: c}
+	m := r.check()
+	return m.certificates, r.err()
 }
 
-func (r *report) upstreamTLS(key string, t *UpstreamTLS) *tls.Config {
-	conf := &tls.Config{ServerName: t.ServerName}
-	if t.ServerName == "" && r.config.written(key+".serverName") {
-		r.add(key+".serverName", "empty: give a name, or leave it out for the host of addr")
-	}
-	if t.CA != "" || r.config.written(key+".ca") {
-		if ca := r.ca(key+".ca", t.CA); ca != nil {
-			conf.RootCAs = poolOf(ca)
-		}
-	}
-	if t.Cert != "" || t.Key != "" || r.config.written(key+".cert") || r.config.written(key+".key") {
-		conf.Certificates = []tls.Certificate{r.pair(key, t.Cert, t.Key, x509.ExtKeyUsageClientAuth)}
-	}
-	return conf
+// A Certificate is one that a Config names: the server's, a CA, or one for upstreams.
+type Certificate struct {
+	Key       string // where the Config names it, such as "tls.cert"
+	File      string
+	Subject   string
+	NotBefore time.Time
+	NotAfter  time.Time
+
+	text [32]byte // the SHA-256 of the file
 }
 
-// rights says what is wrong with what u may do. The keys of ids are the apps there are.
-func (r *report) rights(key string, u *User, ids map[string]string) {
-	if len(u.Serials) == 0 {
-		r.add(key+".serials", "none: give that of the user's certificate, or remove the user")
-	}
-	if len(u.Apps) == 0 {
-		r.add(key+".apps", "none: give the id of one at least, or remove the user")
-	}
-	seen := map[string]string{}
-	for i, id := range u.Apps {
-		key := fmt.Sprintf("%s.apps[%d]", key, i)
-		if _, ok := ids[id]; !ok {
-			r.add(key, "there is no app %q: want one of %q", id, slices.Sorted(maps.Keys(ids)))
-		}
-		r.unique(seen, key, id)
-	}
-	if u.Limit != nil {
-		r.limit(key+".limit", *u.Limit)
-	}
-	for _, id := range slices.Sorted(maps.Keys(u.AppLimits)) {
-		key := fmt.Sprintf("%s.appLimits[%q]", key, id)
-		if !slices.Contains(u.Apps, id) {
-			r.add(key, "the user may not reach this app: add it to apps, or remove the limit")
-		}
-		r.limit(key, u.AppLimits[id])
-	}
-}
-
-func (r *report) limit(key string, l Limit) {
-	r.positive(key, l)
+// outOfDate says what is wrong with c's dates, if anything.
+func (c *Certificate) outOfDate(now time.Time) string {
 	switch {
-	case l == Limit{}:
-		r.add(key, "limits nothing: set burst and every, open or bytesPerSecond, or remove it")
-	case (l.Burst == 0) != (l.Every == 0):
-		r.add(key, "burst and every go together: set both or neither")
+	case now.Before(c.NotBefore):
+		return fmt.Sprintf("not valid before %s: wait, or set the clock", c.NotBefore.UTC().Format(time.RFC3339))
+	case now.After(c.NotAfter):
+		return fmt.Sprintf("expired at %s: make a new one", c.NotAfter.UTC().Format(time.RFC3339))
 	}
+	return ""
 }
 
-// positive refuses, among the numbers and durations of a struct, what is negative, and a zero that is written: zero
-// values are defaults.
-func (r *report) positive(key string, of any) {
-	for f, v := range reflect.ValueOf(of).Fields() {
-		key := strings.TrimPrefix(key+"."+f.Tag.Get("json"), ".")
-		if v.CanInt() && (v.Int() < 0 || v.Int() == 0 && r.config.written(key)) {
-			r.add(key, "%v: want more than 0, or leave it out for the default", v)
-		}
-	}
-}
-
-// unique refuses what is empty or in seen, which says where, and otherwise puts it there.
-func (r *report) unique(seen map[string]string, key, value string) {
-	if first, twice := seen[value]; twice {
-		r.add(key, "%q is that of %s already: change one of the two", value, first)
-	} else if value == "" {
-		r.add(key, "missing: give one")
-	} else {
-		seen[value] = key
-	}
+// parseDigest reads a SHA-256 as tools print it: hex in either case, with or without colons.
+func parseDigest(text string) (string, bool) {
+	digest := strings.ToLower(strings.ReplaceAll(text, ":", ""))
+	return digest, len(digest) == 64 && strings.Trim(digest, "0123456789abcdef") == ""
 }

@@ -33,12 +33,12 @@ func Example() {
 
 	config := &mtlsserver.Config{
 		TLS: mtlsserver.Files{
-			Cert: filepath.Join(dir, "server.pem"), Key: filepath.Join(dir, "server.key"), CA: filepath.Join(dir, "ca.pem"),
+			Cert: filepath.Join(dir, "server.pem"), Key: filepath.Join(dir, "server.key"), CA: []string{filepath.Join(dir, "ca.pem")},
 		},
 		Apps: []mtlsserver.App{{
 			ID: "web", Listen: "127.0.0.1:0", Upstreams: []mtlsserver.Upstream{{Addr: upstream("hello from web\n")}},
 		}},
-		Users: []mtlsserver.User{{Name: "alice", Serials: []string{"0A:11:CE"}, Apps: []string{"web"}}},
+		Users: []mtlsserver.User{{Name: "alice", Serials: []mtlsserver.UserSerial{{Serial: "0A:11:CE"}}, Apps: []string{"web"}}},
 	}
 	server, err := mtlsserver.New(config, &mtlsserver.Options{Logger: slog.New(slog.DiscardHandler)})
 	check(err)
@@ -58,7 +58,9 @@ func Example() {
 		fmt.Printf("%s%v\n", answer, err)
 	}
 	get()
-	check(server.Reload(&mtlsserver.Config{TLS: config.TLS, Apps: config.Apps}))
+	changes, err := server.Reload(&mtlsserver.Config{TLS: config.TLS, Apps: config.Apps})
+	check(err)
+	fmt.Println("users", changes.Users)
 	get()
 
 	cancel()
@@ -67,6 +69,7 @@ func Example() {
 	// Output:
 	// hello from web
 	// <nil>
+	// users -alice
 	// remote error: tls: bad certificate
 	// <nil>
 }
@@ -83,12 +86,12 @@ func ExampleAuthenticator() {
 	roots := x509.NewCertPool()
 	roots.AddCert(ca.Leaf)
 
-	auth := mtlsserver.Authenticator{CA: ca.Leaf, Users: mtlsserver.StaticUsers{
+	auth := mtlsserver.Authenticator{CAs: []*x509.Certificate{ca.Leaf}, Users: mtlsserver.StaticUsers{
 		"a11ce": {Name: "alice", Apps: []string{"web"}},
 	}}
 	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
 		Certificates: []tls.Certificate{server}, MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true,
-		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: roots,
+		ClientAuth: tls.RequireAnyClientCert, // Identify verifies it
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			_, err := auth.Identify(cs, "web")
 			return err

@@ -2,60 +2,71 @@ package mtlsserver
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
-	"time"
 )
 
-// pair reads a certificate and its key, which are to be good for usage.
+// pair reads a certificate and its key, which must be good for usage.
 func (r *report) pair(key, certFile, keyFile string, usage x509.ExtKeyUsage) (pair tls.Certificate) {
 	certText, keyText := r.file(key+".cert", certFile, false), r.file(key+".key", keyFile, true)
 	if certText == nil || keyText == nil {
 		return pair
 	}
-	leaf, err := certificate(certText, false)
+	leaf := r.certificate(key+".cert", certFile, certText, false)
 	switch {
-	case err != nil:
-		r.add(key+".cert", "%q: %v", certFile, err)
+	case leaf == nil:
 		return pair
 	case !slices.Contains(leaf.ExtKeyUsage, usage):
 		r.add(key+".cert", "%q: its extended key usage lacks %v: make one that has it", certFile, usage)
 	case usage == x509.ExtKeyUsageServerAuth && len(leaf.DNSNames)+len(leaf.IPAddresses) == 0:
 		r.add(key+".cert", "%q: it names no host (subjectAltName), so no client would take it: make one that does", certFile)
 	}
-	if pair, err = tls.X509KeyPair(certText, keyText); err != nil {
+	pair, err := tls.X509KeyPair(certText, keyText)
+	if err != nil {
 		r.add(key+".key", "%q: %v: want the key of the certificate in %q, not encrypted", keyFile, err, certFile)
 	}
 	return pair
 }
 
-// ca reads a file that holds one certificate and nothing else, that of an authority. Whatever else a file may hold,
-// such as a block that is broken, x509.CertPool would skip without a word.
+// ca reads a file that holds the certificate of an authority and nothing else. x509.CertPool would
+// silently skip whatever else is in a file, such as a broken block.
 func (r *report) ca(key, path string) *x509.Certificate {
 	text := r.file(key, path, false)
 	if text == nil {
 		return nil
 	}
-	cert, err := certificate(text, true)
-	switch {
-	case err != nil:
-		r.add(key, "%q: %v", path, err)
-		return nil
-	case !cert.IsCA || cert.KeyUsage&x509.KeyUsageCertSign == 0:
+	cert := r.certificate(key, path, text, true)
+	if cert != nil && (!cert.IsCA || cert.KeyUsage&x509.KeyUsageCertSign == 0) {
 		r.add(key, "%q: not an authority's: want CA:TRUE and key usage keyCertSign", path)
 	}
 	return cert
 }
 
-// certificate returns the first one in PEM text, or the only one, if it is in date.
+// certificate returns the first certificate in a file's text, or the only one, and notes its dates.
+func (r *report) certificate(key, path string, text []byte, only bool) *x509.Certificate {
+	cert, err := certificate(text, only)
+	if err != nil {
+		r.add(key, "%q: %v", path, err)
+		return nil
+	}
+	r.certs = append(r.certs, Certificate{
+		Key: key, File: path, Subject: cert.Subject.String(), NotBefore: cert.NotBefore, NotAfter: cert.NotAfter,
+		text: sha256.Sum256(text),
+	})
+	return cert
+}
+
 func certificate(text []byte, only bool) (*x509.Certificate, error) {
 	text = bytes.TrimSpace(text)
 	block, rest := pem.Decode(text)
@@ -70,29 +81,24 @@ func certificate(text []byte, only bool) (*x509.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: make a new one, or copy it anew", err)
 	}
-	if err := inDate(cert); err != nil {
-		return nil, err
-	}
 	return cert, nil
 }
 
-func poolOf(ca *x509.Certificate) *x509.CertPool {
+func poolOf(cas ...*x509.Certificate) *x509.CertPool {
 	pool := x509.NewCertPool()
-	pool.AddCert(ca)
+	for _, ca := range cas {
+		pool.AddCert(ca)
+	}
 	return pool
 }
 
-func inDate(cert *x509.Certificate) error {
-	switch now := time.Now(); {
-	case now.Before(cert.NotBefore):
-		return fmt.Errorf("not valid before %s: wait, or set the clock", cert.NotBefore.UTC().Format(time.RFC3339))
-	case now.After(cert.NotAfter):
-		return fmt.Errorf("expired at %s: make a new one", cert.NotAfter.UTC().Format(time.RFC3339))
-	}
-	return nil
+func digestOf(der []byte) string {
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:])
 }
 
-// file returns what is in a file, or nil if that was not to be had. Its path is relative to that of the Config.
+// file returns the text of a file, whose path is relative to that of the Config. If it cannot be
+// had, that is a problem, and file returns nil.
 func (r *report) file(key, path string, secret bool) []byte {
 	switch {
 	case path == "":
@@ -112,8 +118,8 @@ func (r *report) file(key, path string, secret bool) []byte {
 	return text
 }
 
-// readFile reads a regular file of sane size. A secret one must not be open to other users of the machine; where that
-// is not said by mode bits it is not looked at.
+// readFile reads a regular file of sane size that other users of the machine cannot write or
+// replace, nor read if it is secret. Where mode bits do not say that, it is not looked at.
 func readFile(path string, secret bool) ([]byte, error) {
 	info, err := os.Stat(path)
 	switch {
@@ -122,12 +128,38 @@ func readFile(path string, secret bool) ([]byte, error) {
 		return nil, fmt.Errorf("%q: not a file: name one", path)
 	case info.Size() > 8<<20:
 		return nil, fmt.Errorf("%q: larger than 8 MiB: name the right file", path)
-	case secret && runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0:
-		return nil, fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", path, info.Mode().Perm())
+	case runtime.GOOS != "windows":
+		if err := checkModes(path, info, secret); err != nil {
+			return nil, err
+		}
 	}
 	text, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("%q: %w: name a file that can be read", path, errors.Unwrap(err))
 	}
 	return text, nil
+}
+
+// checkModes refuses a file that others could have written. Others are all users but the owner and
+// the group. A secret file may not be open to its group, either, unless root owns it and the group
+// may only read: that is how Kubernetes mounts secrets for a process that is not root.
+func checkModes(path string, info fs.FileInfo, secret bool) error {
+	mode := info.Mode().Perm()
+	switch {
+	case secret && mode&0o077 != 0 && !(mode&0o037 == 0 && ownedByRoot(info)):
+		return fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", path, mode)
+	case mode&0o002 != 0:
+		return fmt.Errorf("%q: mode %#o lets others write it: chmod o-w it", path, mode)
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil // reading it says why
+	}
+	for _, folder := range []string{filepath.Dir(path), filepath.Dir(real)} {
+		info, err := os.Stat(folder)
+		if err == nil && info.Mode().Perm()&0o002 != 0 && info.Mode()&fs.ModeSticky == 0 && !readOnly(folder) {
+			return fmt.Errorf("%q: others may replace it, as the folder %q has mode %#o: chmod o-w the folder", path, folder, info.Mode().Perm())
+		}
+	}
+	return nil
 }

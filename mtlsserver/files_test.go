@@ -61,34 +61,64 @@ func TestReadFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("no mode bits")
 	}
-	path := filepath.Join(t.TempDir(), "key")
+	dir := t.TempDir()
+	path := filepath.Join(dir, "key")
 	if err := os.WriteFile(path, []byte("text"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, step := range []struct {
 		mode   os.FileMode
 		secret bool
+		folder os.FileMode
 		want   string
 	}{
-		{0o600, true, ""},
-		{0o400, true, ""},
-		{0o700, true, ""},
-		{0o604, true, "mode 0604 lets others at the key: chmod 600 it"},
-		{0o640, true, "mode 0640"},
-		{0o620, true, "mode 0620"},
-		{0o644, false, ""},
+		{0o600, true, 0o755, ""},
+		{0o400, true, 0o700, ""},
+		{0o700, true, 0o755, ""},
+		{0o604, true, 0o755, "mode 0604 lets others at the key: chmod 600 it"},
+		{0o620, true, 0o755, "mode 0620"},
+		{0o660, true, 0o755, "mode 0660"},
+		{0o644, false, 0o755, ""},
+		{0o664, false, 0o775, ""},
+		{0o646, false, 0o755, "mode 0646 lets others write it: chmod o-w it"},
+		{0o644, false, 0o777, `others may replace it, as the folder "` + dir + `" has mode 0777: chmod o-w the folder`},
+		{0o600, true, 0o777, "others may replace it"},
+		{0o644, false, 0o777 | os.ModeSticky, ""},
 	} {
 		if err := os.Chmod(path, step.mode); err != nil {
 			t.Fatal(err)
 		}
+		if err := os.Chmod(dir, step.folder); err != nil {
+			t.Fatal(err)
+		}
 		text, err := readFile(path, step.secret)
 		if err == nil && (string(text) != "text" || step.want != "") || err != nil && (step.want == "" || !strings.Contains(err.Error(), step.want)) {
-			t.Errorf("mode %#o: %q, %v, want %q", step.mode, text, err, step.want)
+			t.Errorf("mode %#o in %v: %q, %v, want %q", step.mode, step.folder, text, err, step.want)
 		}
 	}
 }
 
-func TestInDate(t *testing.T) {
+// Root hands a key to a group by its mode, as Kubernetes does.
+func TestAGroupMayReadAKeyThatRootOwns(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root has files that root owns")
+	}
+	path := filepath.Join(t.TempDir(), "key")
+	must(t, os.WriteFile(path, []byte("text"), 0o600))
+	for _, step := range []struct {
+		mode  os.FileMode
+		owner int
+		ok    bool
+	}{{0o440, 0, true}, {0o640, 0, true}, {0o660, 0, false}, {0o644, 0, false}, {0o640, 1234, false}} {
+		must(t, os.Chmod(path, step.mode))
+		must(t, os.Chown(path, step.owner, 1234))
+		if _, err := readFile(path, true); (err == nil) != step.ok {
+			t.Errorf("mode %#o of user %d: %v, want it read: %v", step.mode, step.owner, err, step.ok)
+		}
+	}
+}
+
+func TestOutOfDate(t *testing.T) {
 	now := time.Now()
 	for _, step := range []struct {
 		from, to time.Duration
@@ -98,9 +128,9 @@ func TestInDate(t *testing.T) {
 		{time.Hour, 2 * time.Hour, "not valid before " + now.Add(time.Hour).UTC().Format(time.RFC3339) + ": wait, or set the clock"},
 		{-2 * time.Hour, -time.Hour, "expired at " + now.Add(-time.Hour).UTC().Format(time.RFC3339) + ": make a new one"},
 	} {
-		err := inDate(&x509.Certificate{NotBefore: now.Add(step.from), NotAfter: now.Add(step.to)})
-		if err == nil && step.want != "" || err != nil && err.Error() != step.want {
-			t.Errorf("%v to %v: %v, want %q", step.from, step.to, err, step.want)
+		c := Certificate{NotBefore: now.Add(step.from), NotAfter: now.Add(step.to)}
+		if got := c.outOfDate(now); got != step.want {
+			t.Errorf("%v to %v: %q, want %q", step.from, step.to, got, step.want)
 		}
 	}
 }

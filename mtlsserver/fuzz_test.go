@@ -45,22 +45,23 @@ func FuzzNetwork(f *testing.F) {
 		return ""
 	}
 	f.Fuzz(func(t *testing.T, a, b []byte, portA, portB int, zoneA, zoneB string) {
-		got := network(&net.TCPAddr{IP: a, Port: portA, Zone: zoneA})
+		got, wide := networksOf(addrOf(&net.TCPAddr{IP: a, Port: portA, Zone: zoneA}))
 		switch want := key(a); len(want) {
 		case 0:
 			if got != (netip.Prefix{}) {
 				t.Fatalf("network of %x, which is no address: %v", a, got)
 			}
 		case net.IPv4len:
-			if got.Bits() != 32 || string(got.Addr().AsSlice()) != want {
+			if got.Bits() != 32 || string(got.Addr().AsSlice()) != want || wide != got {
 				t.Fatalf("network of %v: %v", net.IP(a), got)
 			}
 		default:
-			if got.Bits() != 64 || string(got.Addr().AsSlice()) != want || got.Addr().Zone() != "" {
+			if got.Bits() != 64 || string(got.Addr().AsSlice()) != want || got.Addr().Zone() != "" ||
+				wide.Bits() != 48 || !wide.Contains(got.Addr()) {
 				t.Fatalf("network of %v: %v", net.IP(a), got)
 			}
 		}
-		other := network(&net.TCPAddr{IP: b, Port: portB, Zone: zoneB})
+		other, _ := networksOf(addrOf(&net.TCPAddr{IP: b, Port: portB, Zone: zoneB}))
 		if alike := got == other; alike != (key(a) == key(b)) {
 			t.Fatalf("%v and %v are %v and %v: alike is %v", net.IP(a), net.IP(b), got, other, alike)
 		}
@@ -109,7 +110,7 @@ func FuzzLogLine(f *testing.F) {
 	})
 }
 
-const maxLine = 1500 // bytes: 200 characters of a peer, and what is ours
+const maxLine = 2500 // bytes: 328 characters of a peer, quoted, and what is ours
 
 // checkFinal checks the line of a connection, as it is in JSON.
 func checkFinal(t *testing.T, way int, line string, e map[string]any) {
@@ -186,12 +187,12 @@ func newLogLab(f *testing.F) *logLab {
 	caFile, _ := writePEM(f, dir, "ca", tls.Certificate{Certificate: [][]byte{l.ca.cert.Raw}})
 	serverFile, keyFile := writePEM(f, dir, "server", l.ca.issue(f, serverOf(2)))
 	l.config = Config{
-		TLS: Files{Cert: serverFile, Key: keyFile, CA: caFile},
+		TLS: Files{Cert: serverFile, Key: keyFile, CA: []string{caFile}},
 		Apps: []App{
 			{ID: "web", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.plain.Addr().String()}}},
 			{ID: "db", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.secured.Addr().String(), TLS: &UpstreamTLS{CA: caFile, ServerName: "localhost"}}}},
 		},
-		Users: []User{{Name: "alice", Serials: []string{"0xa11ce"}, Apps: []string{"web", "db"}}},
+		Users: []User{{Name: "alice", Serials: serials("0xa11ce"), Apps: []string{"web", "db"}}},
 	}
 	l.client = &tls.Config{InsecureSkipVerify: true}
 	return l

@@ -26,10 +26,10 @@ func TestHealthChecksOfAnAppAreThoseOfItsConfiguration(t *testing.T) {
 		}
 	}
 	refused("no-upstream")
-	must(t, l.server.Reload(l.with(func(c *Config) { c.Apps[0].HealthCheck = nil })))
+	l.reload(t, l.with(func(c *Config) { c.Apps[0].HealthCheck = nil }))
 	refused("dial-failed")
 	lines := len(l.log.all())
-	must(t, l.server.Reload(l.config))
+	l.reload(t, l.config)
 	l.log.await(t, "of an upstream that is down again", func(e entry) bool {
 		all := l.log.all()
 		for _, e := range all[lines:] {
@@ -41,9 +41,9 @@ func TestHealthChecksOfAnAppAreThoseOfItsConfiguration(t *testing.T) {
 	})
 	refused("no-upstream")
 	same := *l.config.Apps[0].HealthCheck
-	app := l.server.proxies["web"].app
-	must(t, l.server.Reload(l.with(func(c *Config) { c.Apps[0].HealthCheck = &same })))
-	if l.server.proxies["web"].app != app {
+	app := l.server.Apps()["web"]
+	l.reload(t, l.with(func(c *Config) { c.Apps[0].HealthCheck = &same }))
+	if l.server.Apps()["web"] != app {
 		t.Error("the same checks in another Config make another app")
 	}
 	must(t, echoed(c))

@@ -79,16 +79,29 @@ func newAuthority(t testing.TB, name string) *authority {
 
 // sub returns an authority that a certified.
 func (a *authority) sub(t testing.TB) *authority {
+	return a.certify(t, "sub of "+a.cert.Subject.CommonName)
+}
+
+func (a *authority) certify(t testing.TB, name string) *authority {
 	t.Helper()
 	key := newKey(t)
-	der, err := x509.CreateCertificate(rand.Reader, caOf("sub", 2), a.cert, key.Public(), a.key)
+	der, err := x509.CreateCertificate(rand.Reader, caOf(name, 2), a.cert, key.Public(), a.key)
 	return &authority{parse(t, der, err), key}
+}
+
+// renewed returns a with a new certificate for its key.
+func (a *authority) renewed(t testing.TB, change func(*x509.Certificate)) *authority {
+	t.Helper()
+	tmpl := caOf(a.cert.Subject.CommonName, 3)
+	change(tmpl)
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, a.key.Public(), a.key)
+	return &authority{parse(t, der, err), a.key}
 }
 
 func caOf(name string, serial int64) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(90 * 24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}
 }
@@ -314,18 +327,18 @@ func newLab(t testing.TB, change func(*lab)) *lab {
 	caFile, _ := writePEM(t, l.dir, "ca", tls.Certificate{Certificate: [][]byte{l.ca.cert.Raw}})
 	serverFile, keyFile := writePEM(t, l.dir, "server", l.ca.issue(t, serverOf(2)))
 	l.config = &Config{
-		TLS: Files{Cert: serverFile, Key: keyFile, CA: caFile},
+		TLS: Files{Cert: serverFile, Key: keyFile, CA: []string{caFile}},
 		Apps: []App{
 			{ID: "web", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.web.Addr().String()}}},
 			{ID: "db", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.db.Addr().String()}}},
 		},
-		Users: []User{{Name: "alice", Serials: []string{"0xa11ce"}, Apps: []string{"web"}}},
+		Users: []User{{Name: "alice", Serials: serials("0xa11ce"), Apps: []string{"web"}}},
 	}
 	if change != nil {
 		change(l)
 	}
 	var err error
-	l.server, err = New(l.config, &Options{Logger: slog.New(l.log)})
+	l.server, err = New(l.config, &Options{Logger: slog.New(l.log), RefusalLines: -1})
 	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	l.stop = cancel
@@ -334,16 +347,31 @@ func newLab(t testing.TB, change func(*lab)) *lab {
 		l.server.Close()
 		cancel()
 		<-l.ran
-		if gate := l.server.current.Load().gate; len(l.server.live) > 0 || len(l.server.apps) > 0 || len(gate.queues) > 0 {
-			t.Errorf("after Close: %d live, %d apps, queues %v", len(l.server.live), len(l.server.apps), gate.queues)
+		if n := l.server.gated(); len(l.server.live) > 0 || len(l.server.apps) > 0 || n > 0 {
+			t.Errorf("after Close: %d live, %d apps, %d at the gate", len(l.server.live), len(l.server.apps), n)
 		}
 	})
 	return l
 }
 
+// reload has the server reload c, which must succeed.
+func (l *lab) reload(t testing.TB, c *Config) Changes {
+	t.Helper()
+	changes, err := l.server.Reload(c)
+	must(t, err)
+	return changes
+}
+
+func serials(texts ...string) (all []UserSerial) {
+	for _, text := range texts {
+		all = append(all, UserSerial{Serial: text})
+	}
+	return all
+}
+
 func serverOf(serial int64) *x509.Certificate {
 	tmpl := leafOf(serial)
-	tmpl.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	tmpl.ExtKeyUsage, tmpl.NotAfter = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, time.Now().Add(60*24*time.Hour)
 	tmpl.DNSNames, tmpl.IPAddresses = []string{"localhost"}, []net.IP{net.IPv4(127, 0, 0, 1)}
 	return tmpl
 }
@@ -430,24 +458,28 @@ func ended(c net.Conn) error {
 // untouched reports whether nothing was ever charged to limits with a bucket that regains nothing.
 func (l *lab) untouched(t testing.TB) bool {
 	t.Helper()
-	limits := l.server.current.Load().limits
+	limits := l.server.limits.kept
 	if len(limits) == 0 {
 		t.Fatal("there are no limits")
 	}
 	for _, m := range limits {
-		if !m.(interface{ Idle() bool }).Idle() {
+		if !m.RateLimitManager.(interface{ Idle() bool }).Idle() {
 			return false
 		}
 	}
 	return true
 }
 
-// noSecrets fails if the log has anything that a peer said, unless it is escaped, or key material.
+// noSecrets fails if the log has anything that a peer said, unless it is quoted, or key material.
 func (l *lab) noSecrets(t testing.TB) {
 	t.Helper()
 	for _, e := range l.log.all() {
 		for key, value := range e {
-			if strings.Contains(value, "peer text") || strings.Contains(value, "PRIVATE") || strings.ContainsAny(value, "\n\r") && key != "stack" {
+			said := strings.Contains(value, "peer text")
+			if quoted, err := strconv.Unquote(value); said && strings.HasPrefix(key, "claimed_") && err == nil && len(quoted) <= 64 {
+				said = false
+			}
+			if said || strings.Contains(value, "PRIVATE") || strings.ContainsAny(value, "\n\r") && key != "stack" {
 				t.Errorf("line %v: %s has what it should not", e, key)
 			}
 		}

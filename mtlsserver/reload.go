@@ -5,88 +5,130 @@ import (
 	"fmt"
 	"log/slog"
 	"reflect"
-	"time"
 
 	"github.com/danielepagano/lbproxy"
 )
 
-// Reload replaces the configuration by c, which must not be changed afterwards. If anything is wrong with it or with a
-// file it names, or an address cannot be bound, nothing changes: that includes a server certificate that has expired
-// meanwhile, so renew it in time. Else connections that c does not allow are being reset when Reload returns. All others
-// live on, and so do listeners whose app and address are the same, what users have spent of limits that are the same, and
-// the counts of upstreams of apps that are otherwise the same. A changed limit, idleTimeout or healthCheck is for
-// connections that begin from now on.
-func (s *Server) Reload(c *Config) error {
-	m, err := c.materials()
-	if err != nil {
-		return err
+// Reload replaces the configuration by c, which must not be changed afterwards. If anything is
+// wrong with c or with a file that it names, or an address cannot be bound, nothing changes. A
+// certificate in force that has expired is no reason to refuse c, if its file is the same: users
+// can always be removed.
+//
+// Connections that c does not allow are being reset when Reload returns. All others live on, and
+// so do listeners whose app and address are the same, what users have spent of limits that are the
+// same, and the counts of upstreams. Changed limits, timeouts and health checks are for
+// connections that begin from now on. Reload logs what has changed and returns it.
+func (s *Server) Reload(c *Config) (Changes, error) {
+	changes, err := s.reload(c)
+	if err == nil {
+		s.say(slog.LevelInfo, "reloaded", changes.attrs()...)
+		s.warnOfExpiry()
 	}
+	return changes, err
+}
+
+func (s *Server) reload(c *Config) (changes Changes, err error) {
+	s.reloading.Lock()
+	defer s.reloading.Unlock()
+	old := s.current.Load()
+	r := &report{config: c}
+	m := r.check()
+	r.dates(old.certificates)
+	users := s.users
+	if users == nil {
+		users = m.users
+	} else if len(c.Users) > 0 {
+		r.add("users", "the server has a store of its own (Options.Users): remove them")
+	}
+	if err := r.err(); err != nil {
+		return changes, err
+	}
+	configured := s.limits.configure(c.Users, c.DefaultLimit)
+	defer func() { configured(err == nil) }()
+	proxies := map[string]*proxy{}
+	for i, conf := range c.Apps {
+		p, err := s.proxyFor(conf, m.upstreams[i], old.proxies)
+		if err != nil {
+			discard(proxies, old.proxies)
+			return changes, fmt.Errorf("mtlsserver: app %q: %w", conf.ID, err)
+		}
+		proxies[conf.ID] = p
+	}
+	snap := newSnapshot(c, m, users, proxies, old)
+	if err := s.install(snap, old, m.upstreams); err != nil {
+		discard(proxies, old.proxies)
+		return changes, err
+	}
+	changes = changesOf(old, snap)
+	changes.Ended = s.sweep(snap.judge)
+	return changes, nil
+}
+
+// install makes snap the snapshot in force, starts the proxies that are new, and closes the
+// listeners of those that are gone.
+func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closing.Err() != nil {
 		return ErrServerClosed
 	}
-	old, next := s.proxies, map[string]*proxy{}
-	for i, conf := range c.Apps {
-		p, err := s.proxyFor(conf, m.upstreams[i])
-		if err != nil {
-			for _, p := range next {
-				if p != old[p.conf.ID] {
-					p.listener.Close()
-					p.app.Close()
-				}
+	for i, conf := range snap.config.Apps { // before any user of the new snapshot is let in
+		if p := snap.proxies[conf.ID]; p == old.proxies[conf.ID] {
+			if err := p.app.SetUpstreams(upstreams[i]); err != nil {
+				panic(err) // check has found them valid
 			}
-			return fmt.Errorf("mtlsserver: app %q: %w", conf.ID, err)
 		}
-		next[conf.ID] = p
 	}
-	snap := newSnapshot(c, m, s.current.Load())
 	s.current.Store(snap)
-	s.proxies = next
-	for i, conf := range c.Apps {
-		p := next[conf.ID]
-		if p != old[conf.ID] {
+	for id, p := range snap.proxies {
+		if p != old.proxies[id] {
 			s.apps[p.app] = struct{}{}
 			s.start(p)
-		} else if err := p.app.SetUpstreams(m.upstreams[i]); err != nil {
-			panic(err) // materials has found them valid
 		}
 	}
-	for id, p := range old {
-		if p != next[id] {
+	for id, p := range old.proxies {
+		if p != snap.proxies[id] {
 			p.listener.Close()
 		}
 	}
-	s.sweep(func(l *session) error {
-		_, err := snap.allows(l)
-		return err
-	})
 	return nil
 }
 
-// A proxy is an app behind its listener. If anything about it but the upstreams changes another one takes over.
+// discard closes the proxies that are not among the old ones.
+func discard(proxies, old map[string]*proxy) {
+	for id, p := range proxies {
+		if p != old[id] {
+			p.listener.Close()
+			p.app.Close()
+		}
+	}
+}
+
+// A proxy is an app behind its listener. Another one takes over when its options change.
 type proxy struct {
 	server   *Server
-	conf     App // without upstreams
+	conf     App // what proxyOptions leaves of it
 	app      *lbproxy.LBProxyApp
 	listener *share
 }
 
-// proxyFor returns the proxy there is for an app, or a new one if there is none that can go on. The caller holds mu.
-func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream) (*proxy, error) {
-	conf.Upstreams = nil
-	if old := s.proxies[conf.ID]; old != nil && reflect.DeepEqual(old.conf, conf) {
-		return old, nil
+// proxyOptions returns a without what a proxy looks up in the snapshot.
+func (a App) proxyOptions() App {
+	a.Upstreams, a.TLS, a.CloseNotify, a.AcceptProxy = nil, nil, "", nil
+	return a
+}
+
+// proxyFor returns the proxy of an app: the old one if it can go on, else a new one.
+func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream, old map[string]*proxy) (*proxy, error) {
+	conf = conf.proxyOptions()
+	if p := old[conf.ID]; p != nil && reflect.DeepEqual(p.conf, conf) {
+		return p, nil
 	}
-	opts := lbproxy.Options{IdleTimeout: conf.IdleTimeout, Logger: slog.New(appLog{s.log.Handler()})}
-	if hc := conf.HealthCheck; hc != nil {
-		opts.HealthCheck = &lbproxy.HealthCheck{Interval: hc.Interval, Timeout: hc.Timeout, Rise: hc.Rise, Fall: hc.Fall}
-	}
-	l, err := s.listen(conf)
+	l, err := listen(conf, old)
 	if err != nil {
 		return nil, err
 	}
-	app, err := lbproxy.New(conf.ID, upstreams, &opts)
+	app, err := lbproxy.New(conf.ID, upstreams, conf.options(s.log))
 	if err != nil {
 		l.Close()
 		return nil, err
@@ -94,10 +136,28 @@ func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream) (*proxy, error
 	return &proxy{s, conf, app, l}, nil
 }
 
-// listen returns a share of what listens on conf's address: of what is bound already, by the same app or one that gives
-// it up, or of what it binds.
-func (s *Server) listen(conf App) (*share, error) {
-	for id, p := range s.proxies {
+func (a App) options(log *slog.Logger) *lbproxy.Options {
+	opts := &lbproxy.Options{
+		IdleTimeout: a.IdleTimeout, DialTimeout: a.DialTimeout, FailTimeout: a.FailTimeout, MaxConns: a.MaxConns,
+		Logger: slog.New(appLog{log.Handler()}),
+	}
+	if hc := a.HealthCheck; hc != nil {
+		opts.HealthCheck = &lbproxy.HealthCheck{Interval: hc.Interval, Timeout: hc.Timeout, Rise: hc.Rise, Fall: hc.Fall}
+	}
+	return opts
+}
+
+// lbproxy returns u for an lbproxy.LBProxyApp, but for its TLS.
+func (u *Upstream) lbproxy() lbproxy.Upstream {
+	return lbproxy.Upstream{
+		Addr: u.Addr, Weight: u.Weight, MaxConns: u.MaxConns, Drain: u.Drain, ProxyProtocol: u.ProxyProtocol,
+	}
+}
+
+// listen returns a share of the port at conf's address: of one that is bound already, by the same
+// app or one that gives it up, or of a new one.
+func listen(conf App, old map[string]*proxy) (*share, error) {
+	for id, p := range old {
 		if p.conf.Listen == conf.Listen && (id == conf.ID || portOf(conf.Listen) != 0) {
 			return p.listener.port.share(), nil
 		}
@@ -105,57 +165,18 @@ func (s *Server) listen(conf App) (*share, error) {
 	return bind(conf.Listen)
 }
 
-// start has p serve as soon as the server runs, until p's listener is closed and its last connection has ended.
+// start makes p serve as soon as the server runs, until p's listener is closed and its last
+// connection has ended. The caller holds mu.
 func (s *Server) start(p *proxy) {
 	s.serving.Go(func() {
 		select {
 		case <-s.running:
 		case <-s.closing.Done(): // then Serve closes the listener, and returns
 		}
-		p.app.Serve(p.listener, p.admit) // its error only says that it was stopped
+		_ = p.app.Serve(p.listener, p.admit) // its error only says that it was stopped
 		p.app.Shutdown(context.Background())
 		s.mu.Lock()
 		delete(s.apps, p.app)
 		s.mu.Unlock()
 	})
-}
-
-// sweep ends the sessions that verdict has something against.
-func (s *Server) sweep(verdict func(*session) error) {
-	s.liveMu.Lock()
-	defer s.liveMu.Unlock()
-	for l := range s.live {
-		if err := verdict(l); err != nil {
-			l.cancel(err)
-		}
-	}
-}
-
-// watch ends the sessions whose certificate expires, until there are none any more. It goes by the wall clock, which may be
-// set, and which goes on while the machine sleeps.
-func (s *Server) watch() {
-	every := time.NewTicker(time.Second / 2)
-	defer every.Stop()
-	for {
-		select {
-		case <-every.C:
-		case <-s.over.Done():
-			return
-		}
-		now := time.Now().Round(0)
-		s.sweep(func(l *session) error {
-			if now.After(l.id.Expires) {
-				return &Refusal{Reason: Expired}
-			}
-			return nil
-		})
-	}
-}
-
-// An appLog passes on what lbproxy says about an app, and not what it says about connections: that it does at level
-// Debug, or with the context of the session.
-type appLog struct{ slog.Handler }
-
-func (h appLog) Enabled(ctx context.Context, level slog.Level) bool {
-	return ctx.Done() == nil && level > slog.LevelDebug && h.Handler.Enabled(ctx, level)
 }

@@ -21,7 +21,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,9 +29,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
@@ -195,7 +192,7 @@ func TestABrokenHelloIsAnsweredByAnAlert(t *testing.T) {
 
 // withSpend gives alice limits that a connection would leave a mark on for good.
 func withSpend(l *lab) {
-	l.config.Users[0].Serials = append(l.config.Users[0].Serials, "0x8000", "0xb0b", "0x7fffffffffffffffffffffffffffffffffffffff")
+	l.config.Users[0].Serials = append(l.config.Users[0].Serials, serials("0x8000", "0xb0b", "0x7fffffffffffffffffffffffffffffffffffffff")...)
 	l.config.Users[0].Limit = &Limit{Burst: 1e6, Every: 1000 * time.Hour}
 	l.config.Users[0].AppLimits = map[string]Limit{"web": {Burst: 1e6, Every: 1000 * time.Hour, Open: 1e6}}
 }
@@ -295,7 +292,7 @@ func TestCertificateTableWithOpenSSL(t *testing.T) {
 		t.Skip("there is no openssl")
 	}
 	l := newLab(t, withSpend)
-	caFile := l.config.TLS.CA
+	caFile := l.config.TLS.CA[0]
 	for i, r := range certificateTable(t, l) {
 		if r.only {
 			continue
@@ -440,12 +437,12 @@ func TestRevokedWhileConnectingDoesNotSurvive(t *testing.T) {
 			over <- ended(c)
 		}()
 		<-half
-		must(t, l.server.Reload(without))
+		l.reload(t, without)
 		if err := <-over; err != nil {
 			t.Fatalf("round %d: %v", rounds, err)
 		}
 		raw.Close()
-		must(t, l.server.Reload(l.config))
+		l.reload(t, l.config)
 	}
 	for _, e := range l.log.all() {
 		if reason := Reason(e["reason"]); e["msg"] == "connection" && reason != Revoked && reason != UnknownSerial {
@@ -462,11 +459,12 @@ func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 		snap := *l.server.current.Load()
 		users, lookups := snap.auth.Users, 0
 		reloaded := make(chan error, 1)
-		snap.auth.Users = lookup(func(serial Serial) (*User, bool) {
+		snap.auth.Users = lookup(func(c Claim) (*User, bool) {
 			if lookups++; lookups == during {
-				reloaded <- l.server.Reload(l.with(func(c *Config) { c.Users = nil }))
+				_, err := l.server.Reload(l.with(func(c *Config) { c.Users = nil }))
+				reloaded <- err
 			}
-			return users.Lookup(serial)
+			return users.Lookup(c)
 		})
 		l.server.current.Store(&snap)
 		c := l.dial(t, "web", &l.alice)
@@ -485,7 +483,7 @@ func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	l := newLab(t, nil)
 	snap := *l.server.current.Load()
-	snap.configs = nil
+	snap.apps = nil
 	l.server.current.Store(&snap)
 	if c, err := net.Dial("tcp", l.addr("web")); err == nil { // else it was reset while it connected
 		defer c.Close()
@@ -496,9 +494,9 @@ func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	}
 }
 
-type lookup func(Serial) (*User, bool)
+type lookup func(Claim) (*User, bool)
 
-func (f lookup) Lookup(s Serial) (*User, bool) { return f(s) }
+func (f lookup) Lookup(c Claim) (*User, bool) { return f(c) }
 
 func TestHandshakeTimeoutIsForTheHandshakeOnly(t *testing.T) {
 	t.Parallel()
@@ -533,7 +531,7 @@ func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
 		change func(*lab, *Config)
 	}{
 		{"the user is gone", func(_ *lab, c *Config) { c.Users = c.Users[1:] }},
-		{"the serial is gone", func(_ *lab, c *Config) { c.Users[0].Serials = []string{"0xa"} }},
+		{"the serial is gone", func(_ *lab, c *Config) { c.Users[0].Serials = serials("0xa") }},
 		{"the serial is another's", func(_ *lab, c *Config) { c.Users[0].Name = "mallory" }},
 		{"the right is gone", func(_ *lab, c *Config) { c.Users[0].Apps = []string{"db"} }},
 	} {
@@ -541,11 +539,11 @@ func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
 			var bobs tls.Certificate
 			l := newLab(t, func(l *lab) {
 				bobs = l.ca.issue(t, bob)
-				l.config.Users = append(l.config.Users, User{Name: "bob", Serials: []string{"0xb0b"}, Apps: []string{"web"}})
+				l.config.Users = append(l.config.Users, User{Name: "bob", Serials: serials("0xb0b"), Apps: []string{"web"}})
 			})
 			victim, other := l.in(t, "web", &l.alice), l.in(t, "web", &bobs)
 			start := time.Now()
-			must(t, l.server.Reload(l.with(func(c *Config) { test.change(l, c) })))
+			l.reload(t, l.with(func(c *Config) { test.change(l, c) }))
 			if err := ended(victim); err != nil {
 				t.Error(err)
 			}
@@ -562,7 +560,7 @@ func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
 		l := newLab(t, func(l *lab) { l.config.Users[0].Apps = []string{"web", "db"} })
 		victim, other, addr := l.in(t, "db", &l.alice), l.in(t, "web", &l.alice), l.addr("db")
 		start := time.Now()
-		must(t, l.server.Reload(l.with(func(c *Config) { c.Apps, c.Users[0].Apps = c.Apps[:1], []string{"web"} })))
+		l.reload(t, l.with(func(c *Config) { c.Apps, c.Users[0].Apps = c.Apps[:1], []string{"web"} }))
 		must(t, ended(victim))
 		if d := time.Since(start); d > time.Second {
 			t.Errorf("it took %v", d)
@@ -579,7 +577,7 @@ func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
 		ca := newAuthority(t, "ca")
 		caFile, _ := writePEM(t, l.dir, "new-ca", tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
 		start := time.Now()
-		must(t, l.server.Reload(l.with(func(c *Config) { c.TLS.CA = caFile })))
+		l.reload(t, l.with(func(c *Config) { c.TLS.CA = []string{caFile} }))
 		must(t, ended(victim))
 		if d := time.Since(start); d > time.Second {
 			t.Errorf("it took %v", d)
@@ -626,9 +624,9 @@ func TestExpiryEndsTheConnectionDuringADrain(t *testing.T) {
 func TestReloadsUnderLoad(t *testing.T) {
 	l := newLab(t, nil)
 	broken := []*Config{
-		l.with(func(c *Config) { c.TLS.CA = filepath.Join(l.dir, "missing") }),
+		l.with(func(c *Config) { c.TLS.CA = []string{filepath.Join(l.dir, "missing")} }),
 		l.with(func(c *Config) { c.Apps[1].Listen = l.web.Addr().String() }), // taken
-		l.with(func(c *Config) { c.Users[0].Serials = []string{"1234"} }),
+		l.with(func(c *Config) { c.Users[0].Serials = serials("1234") }),
 	}
 	var wg sync.WaitGroup
 	var echoes atomic.Int64
@@ -667,7 +665,7 @@ func TestReloadsUnderLoad(t *testing.T) {
 		} else if i%2 == 1 {
 			c = l.with(func(c *Config) { c.Apps[0].Upstreams = []Upstream{{Addr: l.web.Addr().String(), Weight: 2}} })
 		}
-		if err := l.server.Reload(c); (err != nil) != (i%3 == 2) {
+		if _, err := l.server.Reload(c); (err != nil) != (i%3 == 2) {
 			t.Errorf("reload %d: %v", i, err)
 		}
 		for before := echoes.Load(); echoes.Load() < before+4 && len(errs) == 0; { // there is to be load between them
@@ -700,7 +698,7 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 	old := l.in(t, "web", &l.alice)
 
 	// Another idle timeout: another app behind the same listener.
-	must(t, l.server.Reload(l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Minute })))
+	l.reload(t, l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Minute }))
 	if l.addr("web") != web || l.addr("db") != db {
 		t.Errorf("web is at %s, db at %s; they were at %s, %s", l.addr("web"), l.addr("db"), web, db)
 	}
@@ -710,18 +708,18 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 	l.log.of(t, old.LocalAddr())
 
 	// Other upstreams: for new connections.
-	must(t, l.server.Reload(l.with(func(c *Config) {
+	l.reload(t, l.with(func(c *Config) {
 		c.Apps[0].IdleTimeout, c.Apps[0].Upstreams = time.Minute, c.Apps[1].Upstreams
-	})))
+	}))
 	must(t, echoed(second))
 	c := l.dial(t, "web", &l.alice)
 	must(t, greeted(c, "db"))
 
 	// An address of its own for web, and its old one for db.
-	must(t, l.server.Reload(l.with(func(c *Config) {
+	l.reload(t, l.with(func(c *Config) {
 		c.Apps[0].IdleTimeout = time.Minute
 		c.Apps[0].Listen, c.Apps[1].Listen = db, web
-	})))
+	}))
 	if l.addr("web") != db || l.addr("db") != web {
 		t.Errorf("web is at %s, db at %s; want them to have changed places: %s, %s", l.addr("web"), l.addr("db"), db, web)
 	}
@@ -730,10 +728,10 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 	l.in(t, "db", &l.alice)
 
 	// A name of its own for a listener.
-	must(t, l.server.Reload(l.with(func(c *Config) {
+	l.reload(t, l.with(func(c *Config) {
 		c.Apps = []App{{ID: "www", Listen: db, Upstreams: c.Apps[0].Upstreams}}
 		c.Users[0].Apps = []string{"www"}
-	})))
+	}))
 	must(t, ended(second))
 	must(t, greeted(l.dial(t, "www", &l.alice), "web"))
 }
@@ -746,7 +744,7 @@ func TestReloadKeepsAppsWithAnyPortApart(t *testing.T) {
 		})
 		before := l.server.Addrs()
 		for i := range 16 { // maps have no order
-			must(t, l.server.Reload(l.with(func(c *Config) { c.Apps[1].IdleTimeout = time.Duration(i+1) * time.Minute })))
+			l.reload(t, l.with(func(c *Config) { c.Apps[1].IdleTimeout = time.Duration(i+1) * time.Minute }))
 			after := l.server.Addrs()
 			for id, addr := range before {
 				if after[id].String() != addr.String() {
@@ -761,12 +759,10 @@ func TestReloadKeepsTheCountsOfUpstreams(t *testing.T) {
 	l := newLab(t, nil)
 	l.in(t, "web", &l.alice)
 	l.in(t, "web", &l.alice)
-	must(t, l.server.Reload(l.with(func(c *Config) {
+	l.reload(t, l.with(func(c *Config) {
 		c.Apps[0].Upstreams = []Upstream{{Addr: l.db.Addr().String()}, {Addr: l.web.Addr().String()}}
-	})))
-	l.server.mu.Lock()
-	stats := l.server.proxies["web"].app.Stats()
-	l.server.mu.Unlock()
+	}))
+	stats := l.server.Apps()["web"].Stats()
 	if up := stats.Upstreams; len(up) != 2 || up[0].Open != 0 || up[1].Open != 2 || up[1].Total != 2 {
 		t.Errorf("%+v, want the two connections on the second", up)
 	}
@@ -782,63 +778,52 @@ func ended2(c *tls.Conn) error {
 	return err
 }
 
-// Who comes while a reload ends sessions is judged by the new set already: else nobody would end theirs.
+// A resetHook is a connection that calls reset when it is reset.
+type resetHook struct {
+	net.Conn
+	reset func()
+}
+
+func (c resetHook) SetLinger(int) error {
+	c.reset()
+	return nil
+}
+
+// A client that connects while a reload ends sessions is judged by the new snapshot: otherwise
+// nobody would end its session.
 func TestReloadIsInForceBeforeItEndsSessions(t *testing.T) {
 	l := newLab(t, nil)
 	old := l.server.current.Load()
-	inForce := false
-	revoked := &session{app: "web", id: &Identity{User: &User{Name: "alice"}}, cancel: func(error) { inForce = l.server.current.Load() != old }}
+	var inForce atomic.Bool
+	dialing := make(chan struct{})
+	app, err := lbproxy.New("never", []lbproxy.Upstream{{Addr: "u:1"}}, &lbproxy.Options{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			close(dialing)
+			<-ctx.Done()
+			return nil, ctx.Err()
+		},
+	})
+	must(t, err)
+	defer app.Close()
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	conn := &lbproxy.Conn{Client: resetHook{ours, func() { inForce.Store(l.server.current.Load() != old) }}}
+	served := make(chan struct{})
+	go func() { defer close(served); app.ServeConn(t.Context(), conn) }()
+	<-dialing
+	revoked := &session{app: "web", conn: conn}
+	revoked.id.Store(&Identity{User: &User{Name: "alice"}, ca: l.ca.cert, claim: Claim{Cert: l.alice.Leaf}, Expires: time.Now().Add(time.Hour)})
 	l.server.liveMu.Lock()
 	l.server.live[revoked] = struct{}{}
 	l.server.liveMu.Unlock()
-	must(t, l.server.Reload(l.with(func(c *Config) { c.Users = nil })))
-	if !inForce {
-		t.Error("the session was ended, or not, before the new set was in force")
+	l.reload(t, l.with(func(c *Config) { c.Users = nil }))
+	<-served
+	if !inForce.Load() {
+		t.Error("the session was ended, or not, before the new snapshot was in force")
 	}
 	l.server.liveMu.Lock()
 	delete(l.server.live, revoked)
 	l.server.liveMu.Unlock()
-}
-
-// A watchedContext counts those who wait for its end.
-type watchedContext struct {
-	context.Context
-	watchers atomic.Int32
-}
-
-func (c *watchedContext) Value(any) any { return nil } // else package context would look behind it
-
-func (c *watchedContext) AfterFunc(f func()) (stop func() bool) {
-	c.watchers.Add(1)
-	ours := context.AfterFunc(c.Context, f)
-	return func() bool { c.watchers.Add(-1); return ours() }
-}
-
-// The app's context lives as long as the app: what a session left in it would be kept.
-func TestNothingOfASessionIsLeftInTheContextOfItsApp(t *testing.T) {
-	l := newLab(t, nil)
-	port, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer port.Close()
-	raw, err := net.Dial("tcp", port.Addr().String())
-	must(t, err)
-	defer raw.Close()
-	shaken := make(chan error, 1)
-	go func() { shaken <- tls.Client(raw, l.clientConfig(&l.alice)).Handshake() }()
-	ours, err := port.Accept()
-	must(t, err)
-	defer ours.Close()
-	ctx := &watchedContext{Context: t.Context()}
-	_, conn, err := l.server.proxies["web"].admit(ctx, ours)
-	must(t, err)
-	must(t, <-shaken)
-	if n := ctx.watchers.Load(); n != 1 {
-		t.Errorf("%d wait for its end, want the session", n)
-	}
-	conn.OnDone(lbproxy.Result{End: lbproxy.EndDone})
-	if n := ctx.watchers.Load(); n != 0 {
-		t.Errorf("%d wait for its end when it is over", n)
-	}
 }
 
 func TestIdleTimeoutIsThatOfTheApp(t *testing.T) {
@@ -856,7 +841,7 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	free.Close()
-	err = l.server.Reload(l.with(func(c *Config) {
+	_, err = l.server.Reload(l.with(func(c *Config) {
 		c.Users = nil
 		c.Apps = append([]App{{ID: "new", Listen: free.Addr().String(), HealthCheck: &HealthCheck{}, Upstreams: c.Apps[0].Upstreams}}, c.Apps...)
 		c.Apps[1].Listen = l.web.Addr().String()
@@ -892,14 +877,14 @@ func TestLimitsAreSharedByAppsAndKeptByReloads(t *testing.T) {
 	refused("db")
 	web := l.in(t, "web", &l.alice)
 	refused("web")
-	must(t, l.server.Reload(l.with(func(c *Config) {
+	l.reload(t, l.with(func(c *Config) {
 		c.Users[0].Limit = &Limit{Open: 2} // another pointer, the same limit
-	})))
+	}))
 	refused("web")
 	must(t, ended2(web))
 	l.log.of(t, web.LocalAddr())
 	l.in(t, "web", &l.alice)
-	must(t, l.server.Reload(l.with(func(c *Config) { c.Users[0].Limit = &Limit{Open: 100} })))
+	l.reload(t, l.with(func(c *Config) { c.Users[0].Limit = &Limit{Open: 100} }))
 	refused("db")
 	l.in(t, "web", &l.alice)
 }
@@ -923,170 +908,22 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
-func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
-	l := newLab(t, func(l *lab) { l.config.Handshake.Timeout = 2 * time.Second })
-	const hostile, addresses = 500, 10
-	var silent []net.Conn
-	var slow sync.WaitGroup
-	for i := range hostile {
-		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(2+i%addresses))}}
-		c, err := d.Dial("tcp", l.addr("web"))
-		if errors.Is(err, os.ErrInvalid) || err != nil && strings.Contains(err.Error(), "assign requested address") {
-			t.Skip("127.0.0.2 is not ours here")
-		}
-		if errors.Is(err, syscall.ECONNRESET) {
-			continue // one too many from its address
-		}
-		must(t, err)
-		defer c.Close()
-		if i%2 == 0 {
-			slow.Go(func() { dribble(t, c) })
-			continue
-		}
-		silent = append(silent, c)
-	}
-	start := time.Now()
-	for range 20 {
-		l.in(t, "web", &l.alice).Close()
-	}
-	t.Logf("20 legitimate clients took %v", time.Since(start))
-	for _, c := range silent {
-		must(t, ended(c))
-	}
-	slow.Wait()
-	l.stop()
-	must(t, <-l.ran)
-	l.ran <- nil
-	count := map[string]int{}
-	for _, e := range l.log.all() {
-		count[e["reason"]]++
-	}
-	if n := count[string(HandshakeTimeout)] + count[string(TooManyFromAddress)]; n != hostile || count[string(HandshakeTimeout)] < 16*addresses {
-		t.Errorf("reasons %v", count)
-	}
-}
-
-// dribble sends a hello a byte at a time, now and then, which must not put the end off. It ends when c has.
-func dribble(t *testing.T, c net.Conn) {
-	every := time.NewTicker(50 * time.Millisecond)
-	defer every.Stop()
-	text := []byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3} // how a long one begins
-	for late := time.Now().Add(patience); ; text = []byte{0} {
-		if _, err := c.Write(text); err != nil {
-			return // a read would find what looks like an end
-		}
-		if <-every.C; time.Now().After(late) {
-			t.Error("a slow handshake was let go on")
-			return
-		}
-	}
-}
-
-func TestHandshakesBeyondTheBoundsWaitForAPlaceInOrder(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := newGate(Handshake{MaxConcurrent: 3, MaxPerAddress: 2})
-		a, b := netip.MustParsePrefix("10.0.0.1/32"), netip.MustParsePrefix("2001:db8::/64")
-		c, d := netip.MustParsePrefix("10.0.0.2/32"), netip.MustParsePrefix("10.0.0.3/32")
-		var mu sync.Mutex
-		var got []string
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		ask := func(name string, from netip.Prefix) {
-			go func() {
-				err := g.enter(ctx, from)
-				var refusal *Refusal
-				if errors.As(err, &refusal) {
-					name += " " + string(refusal.Reason)
-				}
-				mu.Lock()
-				defer mu.Unlock()
-				got = append(got, name)
-			}()
-			synctest.Wait()
-		}
-		now := func(want string) {
-			t.Helper()
-			synctest.Wait()
-			mu.Lock()
-			defer mu.Unlock()
-			slices.Sort(got) // those who are refused at the same time are in no order
-			if s := strings.Join(got, ", "); s != want {
-				t.Errorf("got %q, want %q", s, want)
-			}
-			got = nil
-		}
-		ask("a1", a)
-		ask("a2", a)
-		ask("a3", a)
-		ask("b1", b)
-		ask("b2", b)
-		now("a1, a2, b1")
-		g.leave(b) // a3 is first, but its address has its two
-		now("b2")
-		g.leave(a)
-		now("a3")
-		for range 8 {
-			ask("a", a)
-		}
-		now("")
-		ask("a", a)
-		now("a too-many-from-address") // four times as many wait as may be in
-		ask("b3", b)                   // those who wait for their address are not in the way of others
-		ask("c1", c)
-		ask("c2", c)
-		now("")
-		ask("d", d)
-		now("d too-many-handshakes") // as many wait as may be in
-		g.leave(b)
-		now("b3")
-		ask("d1", d)
-		time.Sleep(time.Minute)
-		now("a too-many-from-address, a too-many-from-address, a too-many-from-address, a too-many-from-address, " +
-			"a too-many-from-address, a too-many-from-address, a too-many-from-address, a too-many-from-address, " +
-			"c1 too-many-handshakes, c2 too-many-handshakes, d1 too-many-handshakes")
-		g.leave(a)
-		g.leave(a)
-		g.leave(b)
-		if len(g.queues) != 0 {
-			t.Errorf("when all have left: %v", g.queues)
-		}
-	})
-}
-
 func TestReloadOfOtherBoundsOpensAnotherGate(t *testing.T) {
 	l := newLab(t, nil)
 	gate := l.server.current.Load().gate
-	must(t, l.server.Reload(l.with(func(c *Config) { c.Handshake.MaxPerAddress = 16 }))) // the default
+	l.reload(t, l.with(func(c *Config) { c.Handshake.MaxPerAddress = 16 })) // the default
 	if l.server.current.Load().gate != gate {
 		t.Error("the same bounds, and another gate")
 	}
 	silent, err := net.Dial("tcp", l.addr("web"))
 	must(t, err)
 	defer silent.Close()
-	for in := 0; in == 0; time.Sleep(time.Millisecond) {
-		gate.mu.Lock()
-		in = len(gate.queues)
-		gate.mu.Unlock()
+	silent.Write([]byte{22})
+	for l.server.gated() == 0 {
+		time.Sleep(time.Millisecond)
 	}
-	must(t, l.server.Reload(l.with(func(c *Config) { c.Handshake = Handshake{MaxPerAddress: 1, MaxConcurrent: 1} })))
+	l.reload(t, l.with(func(c *Config) { c.Handshake = Handshake{MaxPerAddress: 1, MaxConcurrent: 1} }))
 	l.in(t, "web", &l.alice).Close()
-}
-
-func TestNetwork(t *testing.T) {
-	for text, want := range map[string]string{
-		"192.0.2.1":                  "192.0.2.1/32",
-		"::ffff:192.0.2.1":           "192.0.2.1/32",
-		"2001:db8:1:2:3:4:5:6":       "2001:db8:1:2::/64",
-		"fe80::1:2:3:4":              "fe80::/64",
-		"::1":                        "::/64",
-		"64:ff9b:1:fffe:ffff::1":     "64:ff9b:1:fffe::/64",
-		"2001:db8:1:2:ffff:ffff::ff": "2001:db8:1:2::/64",
-	} {
-		a := &net.TCPAddr{IP: net.ParseIP(text), Port: 1, Zone: strings.Repeat("eth0", strings.Count(text, "fe80"))}
-		if got := network(a).String(); got != want {
-			t.Errorf("network(%s) = %s, want %s", text, got, want)
-		}
-	}
 }
 
 func TestUpstreamTLSProvesTheProxyAndIsVerified(t *testing.T) {
@@ -1110,9 +947,9 @@ func TestUpstreamTLSProvesTheProxyAndIsVerified(t *testing.T) {
 
 	wrong := *l.config.Apps[0].Upstreams[0].TLS
 	wrong.ServerName = "elsewhere"
-	must(t, l.server.Reload(l.with(func(c *Config) {
+	l.reload(t, l.with(func(c *Config) {
 		c.Apps[0].Upstreams = []Upstream{{Addr: secure.Addr().String(), TLS: &wrong}}
-	})))
+	}))
 	must(t, echoed(c))
 	c = l.dial(t, "web", &l.alice)
 	must(t, ended(c))
@@ -1175,7 +1012,7 @@ func TestRevokingDoesNotWaitForAClientThatFloodsKeyUpdatesAndDoesNotRead(t *test
 		t.Fatalf("flooding: %v, want that nothing moves any more", err)
 	}
 	start := time.Now()
-	must(t, l.server.Reload(l.with(func(c *Config) { c.Users = nil })))
+	l.reload(t, l.with(func(c *Config) { c.Users = nil }))
 	e := l.log.of(t, raw.LocalAddr())
 	if d := time.Since(start); e["reason"] != string(Revoked) || d > time.Second {
 		t.Errorf("after %v: line %v, want %s", d, e, Revoked)
@@ -1293,7 +1130,7 @@ func (s *Server) gated() int {
 	g := s.current.Load().gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return len(g.queues)
+	return g.waiting.Len() + g.inside.Len()
 }
 
 func TestRunDrains(t *testing.T) {
@@ -1311,7 +1148,7 @@ func TestRunDrains(t *testing.T) {
 		d.Close()
 	}
 	must(t, echoed(c))
-	if err := l.server.Reload(l.config); !errors.Is(err, ErrServerClosed) {
+	if _, err := l.server.Reload(l.config); !errors.Is(err, ErrServerClosed) {
 		t.Errorf("Reload during a drain = %v, want ErrServerClosed", err)
 	}
 	must(t, echoed(c))
@@ -1343,7 +1180,8 @@ func TestServerThatDoesNotRunCanBeClosed(t *testing.T) {
 	s, err := New(l.config, nil)
 	must(t, err)
 	addr := s.Addrs()["web"].String()
-	must(t, s.Reload(l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Second; c.Apps = c.Apps[:1] })))
+	_, err = s.Reload(l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Second; c.Apps = c.Apps[:1] }))
+	must(t, err)
 	must(t, s.Close())
 	if c, err := net.Dial("tcp", addr); err == nil {
 		c.Close()

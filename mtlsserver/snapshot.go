@@ -10,25 +10,35 @@ import (
 
 // A snapshot is everything that a connection is judged by. It does not change.
 type snapshot struct {
-	auth    Authenticator
-	configs map[string]*tls.Config // by app id
-	limits  map[limitKey]lbproxy.RateLimitManager
-	gate    *gate
-	drain   time.Duration
+	config        *Config
+	auth          Authenticator
+	apps          map[string]*appRules
+	proxies       map[string]*proxy // what serves each app
+	certificates  []Certificate
+	defaultLimit  *Limit
+	logAdmissions bool
+	gate          *gate
+	drain         time.Duration
 }
 
-// A limitKey is what managers are for. It has the Limit itself, so that a changed one begins anew.
-type limitKey struct {
-	user, app string // app is empty where all apps share it
-	limit     Limit
+// appRules are what connections to an app are judged by.
+type appRules struct {
+	tls         *tls.Config
+	serverName  string
+	closeNotify lbproxy.CloseNotify
+	acceptProxy lbproxy.AdmitFunc // nil: no peer is trusted to send PROXY headers
 }
 
-// newSnapshot returns that of c, with what goes on of the old one.
-func newSnapshot(c *Config, m *materials, old *snapshot) *snapshot {
+// newSnapshot returns the snapshot of c, with what goes on of the old one.
+func newSnapshot(c *Config, m *materials, users Users, proxies map[string]*proxy, old *snapshot) *snapshot {
 	n := &snapshot{
-		auth:    Authenticator{CA: m.ca, Users: m.users},
-		configs: map[string]*tls.Config{},
-		limits:  map[limitKey]lbproxy.RateLimitManager{},
+		config:        c,
+		auth:          Authenticator{CAs: m.cas, Users: users},
+		apps:          map[string]*appRules{},
+		proxies:       proxies,
+		certificates:  m.certificates,
+		defaultLimit:  c.DefaultLimit,
+		logAdmissions: c.LogAdmissions,
 		gate: newGate(Handshake{
 			Timeout:       cmp.Or(c.Handshake.Timeout, 10*time.Second),
 			MaxConcurrent: cmp.Or(c.Handshake.MaxConcurrent, 256),
@@ -40,74 +50,37 @@ func newSnapshot(c *Config, m *materials, old *snapshot) *snapshot {
 	if old.gate != nil && old.gate.Handshake == n.gate.Handshake {
 		n.gate = old.gate
 	}
-	for _, app := range c.Apps {
-		n.configs[app.ID] = &tls.Config{
-			MinVersion:             tls.VersionTLS13,
-			ClientAuth:             tls.RequireAndVerifyClientCert,
-			ClientCAs:              poolOf(m.ca),
+	for i, app := range c.Apps {
+		rules := &appRules{tls: &tls.Config{
+			MinVersion: tls.VersionTLS13,
+			ClientAuth: tls.RequireAnyClientCert, // Identify verifies it, for less
+			ClientCAs:  poolOf(m.cas...),         // tells clients which of their certificates to present
+
 			Certificates:           []tls.Certificate{m.server},
-			SessionTicketsDisabled: true, // a ticket would prove what was true when it was made, for ever
+			SessionTicketsDisabled: true, // a ticket would prove for ever what was true when it was made
 
 			DynamicRecordSizingDisabled: true, // small records cost more than the first byte gains on a link worth balancing
-			VerifyConnection: func(cs tls.ConnectionState) error {
-				_, err := n.auth.Identify(cs, app.ID)
-				return err
-			},
+		}}
+		if app.TLS != nil {
+			rules.serverName = app.TLS.ServerName
 		}
-	}
-	for _, u := range c.Users {
-		for _, app := range u.Apps {
-			for _, key := range limitKeys(&u, app) {
-				if n.limits[key] = old.limits[key]; n.limits[key] == nil {
-					n.limits[key] = key.limit.manager()
-				}
-			}
+		rules.closeNotify = closeNotifies[app.CloseNotify]
+		if trusted := m.proxies[i]; len(trusted) > 0 {
+			rules.acceptProxy = lbproxy.AcceptProxy(trusted, nil)
 		}
+		n.apps[app.ID] = rules
 	}
 	return n
 }
 
-func limitKeys(u *User, app string) (keys []limitKey) {
-	if l, ok := u.AppLimits[app]; ok {
-		keys = append(keys, limitKey{u.Name, app, l})
+// judge returns an error if nobody may have l, which was let in earlier, any more. Otherwise l's
+// Identity is as the snapshot has it.
+func (n *snapshot) judge(l *session) error {
+	was := l.id.Load()
+	id, err := n.auth.recheck(was, l.app)
+	if err != nil || id.User.Name != was.User.Name {
+		return &Refusal{Reason: Revoked}
 	}
-	if u.Limit != nil {
-		keys = append(keys, limitKey{u.Name, "", *u.Limit})
-	}
-	return keys
-}
-
-func (l Limit) manager() lbproxy.RateLimitManager {
-	var each []lbproxy.RateLimitManager
-	if l.Open > 0 {
-		each = append(each, &lbproxy.OpenLimit{Max: l.Open})
-	}
-	if l.Burst > 0 {
-		each = append(each, &lbproxy.TokenBucket{Burst: l.Burst, Every: l.Every})
-	}
-	if l.BytesPerSecond > 0 {
-		each = append(each, &lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond})
-	}
-	return lbproxy.All(each...)
-}
-
-// limit returns what bounds u's connections to app; nil if nothing does.
-func (n *snapshot) limit(u *User, app string) lbproxy.RateLimitManager {
-	var each []lbproxy.RateLimitManager
-	for _, key := range limitKeys(u, app) {
-		each = append(each, n.limits[key])
-	}
-	if each == nil {
-		return nil
-	}
-	return lbproxy.All(each...)
-}
-
-// allows returns who may have a session that was let in earlier, or why nobody may.
-func (n *snapshot) allows(l *session) (*User, error) {
-	id, err := n.auth.Identify(l.state, l.app)
-	if err != nil || id.User.Name != l.id.User.Name {
-		return nil, &Refusal{Reason: Revoked}
-	}
-	return id.User, nil
+	l.id.Store(id)
+	return nil
 }

@@ -50,8 +50,8 @@ func run(out io.Writer) (err error) {
 			{ID: "db", Listen: "127.0.0.1:0", Upstreams: upstreams.add("db-1")},
 		},
 		Users: []mtlsserver.User{
-			{Name: "reporting", Serials: []string{"0x4d2"}, Apps: []string{"web"}},
-			{Name: "alice", Serials: []string{"A1:1C:E0"}, Apps: []string{"web", "db"}},
+			{Name: "reporting", Serials: []mtlsserver.UserSerial{{Serial: "0x4d2"}}, Apps: []string{"web"}},
+			{Name: "alice", Serials: []mtlsserver.UserSerial{{Serial: "A1:1C:E0"}}, Apps: []string{"web", "db"}},
 		},
 	}
 	if upstreams.err != nil {
@@ -117,7 +117,7 @@ func run(out io.Writer) (err error) {
 
 	revoked := *config
 	revoked.Users = config.Users[:1]
-	if err := server.Reload(&revoked); err != nil {
+	if _, err := server.Reload(&revoked); err != nil {
 		return err
 	}
 	_, err = live.Read(make([]byte, 1))

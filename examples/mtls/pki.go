@@ -91,7 +91,7 @@ func (ca *authority) writeFiles(dir string) (files mtlsserver.Files, err error) 
 		}
 		return path
 	}
-	files.CA = write("ca.pem", "CERTIFICATE", ca.cert.Raw)
+	files.CA = []string{write("ca.pem", "CERTIFICATE", ca.cert.Raw)}
 	files.Cert = write("server.pem", "CERTIFICATE", server.Certificate[0])
 	files.Key = write("server.key", "PRIVATE KEY", key)
 	return files, err

@@ -266,7 +266,7 @@ func TestReadWrapsErrors(t *testing.T) {
 }
 
 // A peer that is not a proxy and waits for an answer is refused by its first bytes.
-func TestReadDoesNotWaitForMoreOfWhatIsNoHeader(t *testing.T) {
+func TestReadStopsAtTheFirstWrongByte(t *testing.T) {
 	for _, text := range []string{"S", "PROXX", "\r\n\r\n\r", "EHLO"} {
 		client, server := net.Pipe()
 		go client.Write([]byte(text))

@@ -11,7 +11,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-func TestIdleIsOverBothDirectionsAndExact(t *testing.T) {
+func TestIdleTimeIsExactOverBothDirections(t *testing.T) {
 	for _, keepAlive := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}), nil)
@@ -58,7 +58,7 @@ func TestIdleTimeBeginsWithConnect(t *testing.T) {
 }
 
 // There is no other bound on how long one stream may go on when the other has ended.
-func TestHalfClosedRelayIsBoundByIdleTimeAlone(t *testing.T) {
+func TestOnlyIdleTimeBoundsAHalfClosedRelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}), nil)
 		go func() {
@@ -91,7 +91,7 @@ func TestHalfClosedRelayIsBoundByIdleTimeAlone(t *testing.T) {
 	})
 }
 
-func TestNoIdleTimeMeansForEver(t *testing.T) {
+func TestNoIdleTimeMeansNoLimit(t *testing.T) {
 	for _, idle := range []time.Duration{0, -1} {
 		synctest.Test(t, func(t *testing.T) {
 			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: idle, KeepAlive: true}), nil)
@@ -165,7 +165,7 @@ func TestSlowReaderOfASocketIsNotIdle(t *testing.T) {
 	}
 }
 
-func TestStalledRelaysAreGoneAfterTheIdleTime(t *testing.T) {
+func TestIdleTimeEndsStalledRelays(t *testing.T) {
 	e := newEngine(t, Config{Idle: 300 * time.Millisecond})
 	var hs []*recorder
 	for range 100 {

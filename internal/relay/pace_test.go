@@ -282,7 +282,7 @@ func TestPingPassesBulk(t *testing.T) {
 }
 
 // 50 streams that come at once find a limit that one had for itself, which moved large chunks.
-func TestNewcomersDoNotMoveLumps(t *testing.T) {
+func TestNewStreamsHaveNoLongPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limit := &lbproxy.Bandwidth{BytesPerSecond: 1 << 20}
 		defer run(newStream(limit, 1<<20))()

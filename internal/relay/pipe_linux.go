@@ -100,7 +100,11 @@ func (s *splicer) fillReady(fd uintptr) bool {
 	if s.pipe = pipes.get(); s.pipe == nil {
 		return true
 	}
-	s.splice(int(fd), s.pipe.w, s.d.pacer.Limit(maxChunk))
+	most := maxChunk
+	if smallAbout(clock()) {
+		most = sharedChunk
+	}
+	s.splice(int(fd), s.pipe.w, s.d.pacer.Limit(most))
 	if s.n > 0 || s.errno != 0 && s.errno != syscall.EAGAIN {
 		return true
 	}

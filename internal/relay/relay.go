@@ -279,6 +279,9 @@ func (r *Relay) awaitServer() *end {
 				close(r.settled)
 			}
 		}
+		if server {
+			r.settled = nil
+		}
 		r.mu.Unlock()
 		switch {
 		case server:

@@ -99,7 +99,7 @@ type wrapped struct{ *net.TCPConn }
 
 func (w wrapped) NetConn() net.Conn { return w.TCPConn }
 
-func TestLongReplyAfterTheClientsEnd(t *testing.T) {
+func TestLongReplyAfterHalfClose(t *testing.T) {
 	const size = 64 << 20
 	client, server, h := join(t, nil)
 	go func() {
@@ -248,7 +248,7 @@ func TestClientGoneBeforeConnect(t *testing.T) {
 }
 
 // A client that has spoken and is reset is noticed although its bytes have not been read.
-func TestResetOfAClientThatSpokeIsNoticedBeforeConnect(t *testing.T) {
+func TestResetBehindUnreadDataIsNoticedBeforeConnect(t *testing.T) {
 	if !canMeasure {
 		t.Skip("elsewhere it is noticed when the dial is done")
 	}
@@ -279,7 +279,7 @@ func TestConnectWithoutServerAborts(t *testing.T) {
 
 // Cut streams.
 
-func TestResetFromEitherSideResetsTheOtherAfterWhatCameBefore(t *testing.T) {
+func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	const before = 100_000
 	rounds := 300
 	if !canMeasure {
@@ -312,7 +312,7 @@ func TestResetFromEitherSideResetsTheOtherAfterWhatCameBefore(t *testing.T) {
 
 // An answer that was read from a server that has failed then arrives, also at a client that is busy
 // sending.
-func TestAnswerBeforeAResetArrives(t *testing.T) {
+func TestAnswerReadBeforeAResetArrives(t *testing.T) {
 	const answer = 300 << 10
 	rounds := 20
 	if !canMeasure {
@@ -368,7 +368,7 @@ func answeredThenReset(t *testing.T) (client net.Conn, h *recorder) {
 	return c, h
 }
 
-func TestResetComesWhenWhatWasReadIsDelivered(t *testing.T) {
+func TestResetFollowsDeliveryAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, h := answeredThenReset(t)
 		start := time.Now()
@@ -394,7 +394,7 @@ func TestResetWaitsOneSecondForUnreadData(t *testing.T) {
 }
 
 // The server has reset the connection, and the client does not read what came before that.
-func TestUnreadDataOfASocketIsNotWaitedForLong(t *testing.T) {
+func TestUnreadSocketDataDelaysTheResetBriefly(t *testing.T) {
 	client, server, h := join(t, nil)
 	for b := make([]byte, 64<<10); ; {
 		server.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
@@ -525,7 +525,7 @@ func TestAbortAtAnyTime(t *testing.T) {
 }
 
 // A relay is not done while its conns are being reset.
-func TestNotDoneWhileItIsReset(t *testing.T) {
+func TestDoneWaitsForTheReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, ours := proxytest.Pipe()
 		server, theirs := proxytest.Pipe()
@@ -813,7 +813,7 @@ func TestPanickingConnAborts(t *testing.T) {
 	})
 }
 
-func TestReadThatComesWithAnErrorIsDeliveredFirst(t *testing.T) {
+func TestDataReadWithAnErrorIsDelivered(t *testing.T) {
 	for _, err := range []error{io.EOF, errors.New("boom")} {
 		synctest.Test(t, func(t *testing.T) {
 			_, ours := proxytest.Pipe()
@@ -839,7 +839,7 @@ func TestReadThatComesWithAnErrorIsDeliveredFirst(t *testing.T) {
 
 // Conns without half-close.
 
-func TestHalfCloseThatTheServerDoesNotHave(t *testing.T) {
+func TestServerWithoutHalfClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, ours := proxytest.Pipe()
 		server, theirs := net.Pipe()
@@ -858,7 +858,7 @@ func TestHalfCloseThatTheServerDoesNotHave(t *testing.T) {
 	})
 }
 
-func TestHalfCloseThatTheClientDoesNotHave(t *testing.T) {
+func TestClientWithoutHalfClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, ours := net.Pipe()
 		server, theirs := proxytest.Pipe()
@@ -877,7 +877,7 @@ func TestHalfCloseThatTheClientDoesNotHave(t *testing.T) {
 	})
 }
 
-func TestNoHalfCloseIsNeededWhenTheOtherStreamHasEnded(t *testing.T) {
+func TestHalfCloseIsNotNeededAtTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, ours := net.Pipe()
 		server, theirs := proxytest.Pipe()
@@ -925,7 +925,7 @@ func (c slowCloser) CloseWrite() error {
 
 // The client goes on sending, so that it has unread bytes in our socket when its answer is on its
 // way: closing would cost it the answer.
-func TestWholeAnswerArrivesThoughTheClientCannotHalfClose(t *testing.T) {
+func TestAnswerArrivesAtClientWithoutHalfClose(t *testing.T) {
 	const size = 2 << 20
 	client, ours := duplex(t)
 	server, theirs := duplex(t)

@@ -3,6 +3,7 @@
 package relay
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -123,7 +124,7 @@ func makeBlocking(t *testing.T, c *net.TCPConn) {
 }
 
 // A socket that blocks is neither spliced nor read nor written such that it does.
-func TestSocketThatBlocksHoldsNobody(t *testing.T) {
+func TestBlockingSocketBlocksNobody(t *testing.T) {
 	const size = 4 << 20
 	for _, which := range []string{"client", "server", "both"} {
 		for _, d := range []Direction{Upload, Download} {
@@ -182,6 +183,11 @@ func TestSocketThatBlocksHoldsNobody(t *testing.T) {
 func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
 	before := openPipes()
 	var pool pipePool
+	counted := func() int { // beside the timer that trims the pool
+		pool.mu.Lock()
+		defer pool.mu.Unlock()
+		return pool.all
+	}
 	inUse := make([]*pipe, maxPipes)
 	for range 2 { // once with new pipes, once with used ones
 		for i := range inUse {
@@ -201,15 +207,15 @@ func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
 	pool.spare = len(pool.free)
 	pool.mu.Unlock()
 	pool.trim()
-	if n := pipesSince(before); n != 0 || pool.all != 0 {
-		t.Errorf("trimmed: %d pipes are open, %d counted", n, pool.all)
+	if n := pipesSince(before); n != 0 || counted() != 0 {
+		t.Errorf("trimmed: %d pipes are open, %d counted", n, counted())
 	}
 	late, early := pool.get(), pool.get()
 	pool.put(early)
 	pool.close()
 	pool.put(late)
-	if n := pipesSince(before); n != 0 || pool.all != 0 {
-		t.Errorf("closed: %d pipes are open, %d counted", n, pool.all)
+	if n := pipesSince(before); n != 0 || counted() != 0 {
+		t.Errorf("closed: %d pipes are open, %d counted", n, counted())
 	}
 }
 
@@ -304,7 +310,7 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	}
 }
 
-func TestNothingIsUnsentToAPeerThatIsGone(t *testing.T) {
+func TestNothingIsUnsentAfterAReset(t *testing.T) {
 	peer, c := duplex(t)
 	e := newEnd(c)
 	go c.Write(make([]byte, 64<<20)) // far more than the systems take
@@ -321,7 +327,7 @@ func TestNothingIsUnsentToAPeerThatIsGone(t *testing.T) {
 }
 
 // The end of a stream fails as it does in net.
-func TestCloseWriteOfWhatIsOver(t *testing.T) {
+func TestCloseWriteAfterTheEnd(t *testing.T) {
 	peer, c := duplex(t)
 	s := newSocket(c)
 	peer.SetLinger(0)
@@ -396,7 +402,7 @@ func TestServersGetKeepAlive(t *testing.T) {
 
 // A reset that a write of the other direction has met leaves reading with what looks like an end.
 // The write is late to return here.
-func TestResetThatAWriteMetIsNotTakenForAnEnd(t *testing.T) {
+func TestResetSeenByAWriteIsNotAnEnd(t *testing.T) {
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
 	writing, release := make(chan struct{}), make(chan struct{})
@@ -437,7 +443,7 @@ func (c *heldError) Read(b []byte) (int, error) {
 
 func (c *heldError) NetConn() net.Conn { return c.Conn }
 
-func TestEndOfBothSidesIsNotTakenForAReset(t *testing.T) {
+func TestEndOfBothSidesIsNotAReset(t *testing.T) {
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
 	late := &lateWrite{TCPConn: theirs, writing: make(chan struct{}), goOn: make(chan struct{})}
@@ -505,7 +511,7 @@ func heapOf(t *testing.T, wait func(r *Relay, client, server, theirs *net.TCPCon
 }
 
 // While a relay waits for its server it holds a small buffer, if its client has spoken.
-func TestMemoryOfClientsThatSpokeBeforeConnect(t *testing.T) {
+func TestRelayBeforeConnectHoldsASmallBuffer(t *testing.T) {
 	each := heapOf(t, func(r *Relay, client, _, _ *net.TCPConn) {
 		client.Write(make([]byte, 100))
 		proxytest.Eventually(t, "it waits for its server", func() bool {
@@ -550,5 +556,28 @@ func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 	s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
 	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 || pattern.Check(0, s.out.b) != nil {
 		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits, len(*s.out.buf), len(s.out.b))
+	}
+}
+
+// After the handshake of a server the client's last message is acknowledged at once: the socket has
+// left the mode in which acknowledgements wait for an answer to go along with.
+func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
+	serverTLS, clientTLS := proxytest.TLSConfigs()
+	serverTLS.SessionTicketsDisabled = true
+	for _, ours := range []bool{false, true} {
+		peer, c := duplex(t)
+		var server interface{ Handshake() error } = tls.Server(c, serverTLS)
+		if ours {
+			server = NewTLS(tls.Server, c, serverTLS, 0)
+		}
+		done := make(chan error, 1)
+		go func() { done <- tls.Client(peer, clientTLS).Handshake() }()
+		proxytest.Must(t, server.Handshake())
+		proxytest.Must(t, <-done)
+		quick := 0
+		control(rawTCP(c), func(fd int) { quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK) })
+		if quick != map[bool]int{true: 1}[ours] {
+			t.Errorf("with this package's TLS: %v; at once: %d", ours, quick)
+		}
 	}
 }

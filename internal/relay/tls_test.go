@@ -56,7 +56,7 @@ func (j *tlsRig) exchange(n int) {
 
 func (j *tlsRig) kept() { j.exchange(5) }
 
-func TestTLSStreamThatEndsWithoutCloseNotifyIsCut(t *testing.T) {
+func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
@@ -202,7 +202,7 @@ func TestAbortedTLSClientSeesAReset(t *testing.T) {
 	j.wait(t)
 }
 
-func TestTLSEndWaitsForASlowReader(t *testing.T) {
+func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	serverTLS.SessionTicketsDisabled = true
 	for _, ended := range []bool{false, true} { // the client's own stream
@@ -241,7 +241,7 @@ func TestTLSEndWaitsForASlowReader(t *testing.T) {
 }
 
 // crypto/tls alone would try to say goodbye for 5 s.
-func TestTLSPeerThatDoesNotReadDoesNotHoldAbort(t *testing.T) {
+func TestAbortDoesNotWaitForStuckTLSPeer(t *testing.T) {
 	j := joinTLS(t, Required)
 	j.c.SetReadBuffer(4 << 10)
 	for b := make([]byte, 64<<10); ; { // until all buffers are full
@@ -260,7 +260,7 @@ func TestTLSPeerThatDoesNotReadDoesNotHoldAbort(t *testing.T) {
 }
 
 // A TLS client may shake hands after the server has ended its stream.
-func TestEndBeforeTheHandshakeWaitsForIt(t *testing.T) {
+func TestServerEndWaitsForTheHandshake(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	for name, layer := range map[string]func(net.Conn) net.Conn{
 		"tls.Conn": func(c net.Conn) net.Conn { return tls.Server(c, serverTLS) },
@@ -320,7 +320,7 @@ func tlsPair(t *testing.T, maxHandshake int) (client *tls.Conn, server *TLS, wir
 	return tls.Client(theirs, clientTLS), NewTLS(tls.Server, wire, serverTLS, maxHandshake), wire
 }
 
-func TestTLSGathersWhatALargeWriteSends(t *testing.T) {
+func TestTLSBatchesRecordsOfALargeWrite(t *testing.T) {
 	client, server, wire := tlsPair(t, 0)
 	got := make(chan []byte)
 	go func() {
@@ -344,7 +344,7 @@ func TestTLSGathersWhatALargeWriteSends(t *testing.T) {
 	}
 }
 
-func TestTLSSaysWhenWhatWasGatheredDidNotLeave(t *testing.T) {
+func TestTLSReportsABatchThatFailed(t *testing.T) {
 	for which := 1; which <= 4; which++ { // of the writes that it takes
 		client, server, wire := tlsPair(t, 0)
 		go io.Copy(io.Discard, client)
@@ -361,7 +361,7 @@ func TestTLSSaysWhenWhatWasGatheredDidNotLeave(t *testing.T) {
 
 // What is gathered is a second copy of what is written. While the peer does not take it, it is the
 // only one.
-func TestOneBufferIsHeldWhileTLSWaits(t *testing.T) {
+func TestTLSWriteHoldsOneBuffer(t *testing.T) {
 	client, server, wire := tlsPair(t, 0)
 	go io.Copy(io.Discard, client)
 	proxytest.Must(t, server.Handshake())
@@ -413,7 +413,7 @@ func TestTLSBoundsTheHandshake(t *testing.T) {
 }
 
 // A large write that makes the handshake itself must not keep that back.
-func TestTLSMakesTheHandshakeBeforeItGathers(t *testing.T) {
+func TestTLSHandshakesBeforeItBatches(t *testing.T) {
 	client, server, _ := tlsPair(t, 0)
 	go func() {
 		server.Write(make([]byte, 100_000))
@@ -425,7 +425,7 @@ func TestTLSMakesTheHandshakeBeforeItGathers(t *testing.T) {
 	}
 }
 
-func TestTLSShowsWhatIsBelow(t *testing.T) {
+func TestTLSNetConn(t *testing.T) {
 	_, server, wire := tlsPair(t, 0)
 	if server.NetConn() != net.Conn(wire) {
 		t.Errorf("%T", server.NetConn())

@@ -15,10 +15,11 @@ import (
 // processor to look. Without small messages turns would only cost, up to a quarter of the rate.
 
 const (
-	smallChunk  = 4 << 10               // less than that is a small message
-	bulkChunk   = 16 << 10              // that much or more, and a large move needs a turn
-	smallRecent = 20 * time.Millisecond // for so long after one, turns are taken
-	smallGrain  = time.Millisecond      // how often the stamp is written, which all processors share
+	smallChunk  = 4 << 10                // less than that is a small message
+	sharedChunk = 256 << 10              // the most that is spliced at once while there are any
+	bulkChunk   = 16 << 10               // that much or more, and a large move needs a turn
+	smallRecent = 100 * time.Millisecond // for so long after one, turns are taken
+	smallGrain  = time.Millisecond       // how often the stamp is written, which all processors share
 )
 
 var (
@@ -39,10 +40,13 @@ func noteChunk(n int, now int64) {
 	}
 }
 
-// takeTurn waits for a turn if there are small messages about. The caller gives back what it has got
-// when its move, which must not wait for anything, is done.
+// smallAbout reports whether there are small messages.
+func smallAbout(now int64) bool { return uint64(now-lastSmall.Load()) <= uint64(smallRecent) }
+
+// takeTurn waits for a turn if there are small messages. The caller gives back what it has got when
+// its move, which must not wait for anything, is done.
 func takeTurn() (taken bool) {
-	if uint64(clock()-lastSmall.Load()) > uint64(smallRecent) {
+	if !smallAbout(clock()) {
 		return false
 	}
 	turns <- struct{}{}

@@ -14,9 +14,9 @@ import (
 // baselineArg has this program be the baseline, in a process of its own.
 const baselineArg = "io.Copy"
 
-// baseline is the least one could write in Go: two goroutines of io.Copy for each connection, upstreams by turns, no
-// limits, no timeouts. Its arguments are the address to listen on, the files for mutual TLS (or "" three times), and the
-// upstreams. It returns only if it cannot start.
+// baseline is the least one could write in Go: two goroutines of io.Copy for each connection,
+// upstreams by turns, no limits, no timeouts. Its arguments are the address to listen on, the files
+// for mutual TLS (or "" three times), and the upstreams. It returns only if it cannot start.
 func baseline(args []string) error {
 	listen, cert, key, ca, upstreams := args[0], args[1], args[2], args[3], args[4:]
 	l, err := net.Listen("tcp", listen)
@@ -33,7 +33,8 @@ func baseline(args []string) error {
 			return err
 		}
 		l = tls.NewListener(l, &tls.Config{
-			Certificates: []tls.Certificate{pair}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert,
+			Certificates: []tls.Certificate{pair},
+			ClientCAs:    pool, ClientAuth: tls.RequireAndVerifyClientCert,
 			MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true,
 		})
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"slices"
@@ -37,10 +38,33 @@ func TestMedian(t *testing.T) {
 	}
 }
 
+func TestQuantiles(t *testing.T) {
+	var l latencies
+	if got := l.quantile(0.5); got != 0 {
+		t.Errorf("of none: %v", got)
+	}
+	for i := range 1000 {
+		l.add(time.Duration(i+1) * time.Microsecond)
+	}
+	l.add(-1)
+	for q, want := range map[float64]time.Duration{
+		0: 0, 0.5: 500 * time.Microsecond, 0.99: 990 * time.Microsecond, 0.999: time.Millisecond,
+	} {
+		if got := l.quantile(q); got < want || got > want+want/14+time.Microsecond {
+			t.Errorf("quantile %v of 1 to 1000 µs: %v, want %v", q, got, want)
+		}
+	}
+	l.reset()
+	if got := l.quantile(1); got != 0 {
+		t.Errorf("after reset: %v", got)
+	}
+}
+
 func TestTable(t *testing.T) {
 	micros := func(n ...int) (samples []sample) {
 		for _, n := range n {
-			samples = append(samples, sample{cpu: time.Duration(n) * time.Microsecond, rate: 1e6 / float64(n)})
+			took := time.Duration(n) * time.Microsecond
+			samples = append(samples, sample{cpu: took, rate: 1e6 / float64(n)})
 		}
 		return samples
 	}
@@ -65,7 +89,8 @@ func TestTable(t *testing.T) {
 | conn      | ours    |  100.0 |   0.50 |    10000 |      0 |
 | conn      | base    |  200.0 |   1.00 |     5000 |      0 |
 `, "\n")
-	if got := table(rows, []column{{"CPU µs", cpu, 1, true}, {"a second", rate, 0, false}}, "base"); got != want {
+	columns := []column{{"CPU µs", cpu, 1, true}, {"a second", rate, 0, false}}
+	if got := table(rows, columns, "base"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 	want = strings.TrimPrefix(`
@@ -78,8 +103,8 @@ func TestTable(t *testing.T) {
 	}
 }
 
-// All of the harness, with the one proxy that is always there. On a busy machine a moment may be too short for anything
-// to be done; then a longer one is measured.
+// All of the harness, with the one proxy that is always there. On a busy machine a moment may be
+// too short for anything to be done; then a longer one is measured.
 func TestBaselineIsMeasured(t *testing.T) {
 	b := &bench{dir: t.TempDir(), log: io.Discard, idle: 50}
 	if err := b.listen(); err != nil {
@@ -91,12 +116,15 @@ func TestBaselineIsMeasured(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.stop()
-	for _, w := range slices.Concat(works["conn"], works["ping"], works["bulk"]) {
+	for _, w := range slices.Concat(slices.Collect(maps.Values(works))...) {
 		var s sample
 		for window := 20 * time.Millisecond; window < patience; window *= 2 {
 			if s = p.measure(w, window); s.err != errNothingDone && (s.cpu > 0 || cannotMeasure != "") {
 				break
 			}
+		}
+		if w.ops == 1 && (s.p50 <= 0 || s.p999 < s.p50) {
+			t.Errorf("%s: p50 %v, p99.9 %v", w.name, s.p50, s.p999)
 		}
 		if s.errs > 0 || s.rate <= 0 || s.cpu <= 0 && cannotMeasure == "" {
 			t.Errorf("%s: %+v", w.name, s)
@@ -111,10 +139,12 @@ func TestBaselineIsMeasured(t *testing.T) {
 func TestEachProxyHasItsRounds(t *testing.T) {
 	b := &bench{log: io.Discard, rounds: 3, window: time.Millisecond, works: []string{"ping"}}
 	nobody := func(name string) *process {
-		return &process{name: name, dial: b.dialer("127.0.0.1:1"), cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
+		return &process{name: name, dial: b.dialer("127.0.0.1:1", true),
+			cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
 	}
 	rows, err := b.takeRounds(t.Context(), []*process{nobody("a"), nobody("b")})
-	if err != nil || len(rows) != 4 || rows[0].proxy != "a" || rows[1].proxy != "b" || rows[0].work != rows[1].work || len(rows[3].samples) != 3 {
+	if err != nil || len(rows) != 4 || rows[0].proxy != "a" || rows[1].proxy != "b" ||
+		rows[0].work != rows[1].work || len(rows[3].samples) != 3 {
 		t.Errorf("%+v, %v", rows, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -125,7 +155,8 @@ func TestEachProxyHasItsRounds(t *testing.T) {
 }
 
 func TestErrorsCount(t *testing.T) {
-	p := &process{dial: (&bench{}).dialer("127.0.0.1:1"), cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
+	p := &process{dial: (&bench{}).dialer("127.0.0.1:1", true),
+		cmd: &exec.Cmd{Process: &os.Process{Pid: os.Getpid()}}}
 	s := p.measure(works["conn"][0], 10*time.Millisecond) // nobody is there
 	if s.errs < 2 || s.err == nil || s.rate != 0 {
 		t.Errorf("%+v, want errors and no rate", s)
@@ -134,7 +165,8 @@ func TestErrorsCount(t *testing.T) {
 
 func TestWhatIsNotInstalledIsNamedWithTheRemedy(t *testing.T) {
 	_, err := find("no-such-proxy", "Make one.")
-	if err == nil || !strings.Contains(err.Error(), "no-such-proxy is not installed") || !strings.HasSuffix(err.Error(), "Make one.") {
+	if err == nil || !strings.Contains(err.Error(), "no-such-proxy is not installed") ||
+		!strings.HasSuffix(err.Error(), "Make one.") {
 		t.Error(err)
 	}
 }

@@ -1,14 +1,15 @@
-// Bench measures what a proxy costs on the machine it runs on: lbproxy beside haproxy, nginx and two goroutines of
-// io.Copy for each connection.
+// Bench measures what a proxy costs on the machine it runs on: lbproxy beside haproxy, nginx and
+// two goroutines of io.Copy for each connection.
 //
 //	go run ./bench          # some minutes
 //	go run ./bench -quick   # under a minute, and less exact
 //	go run ./bench -mtls    # mtlsserver, and the others with TLS 1.3 and client certificates
 //	go run ./bench -scale   # lbproxy alone: with many idle connections, and with many upstreams
 //
-// All is on loopback. Clients and upstreams are in this process, whose own cost does not count: what is measured is the
-// CPU time of the proxy's processes for each operation. Rounds are interleaved, so that a machine that is busy for a
-// while is so for all of them. Trust the ratios: times are another machine's.
+// All is on loopback. Clients and upstreams are in this process, whose own cost does not count:
+// what is measured is the CPU time of the proxy's processes for each operation. Rounds are
+// interleaved, so that a machine that is busy for a while is so for all of them. Trust the ratios:
+// times are another machine's.
 package main
 
 import (
@@ -36,7 +37,8 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil && !errors.Is(err, flag.ErrHelp) {
+	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil &&
+		!errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -70,34 +72,44 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	b := &bench{log: log, began: time.Now()}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(log)
-	flags.IntVar(&b.rounds, "rounds", 0, "`rounds` of which the median is taken (default 5; 15 with -scale)")
-	list := flags.String("work", "", "`what` to measure, some of conn,ping,bulk,idle (default all; conn with -scale)")
-	flags.IntVar(&b.idle, "idle", 0, "idle `connections` to hold, at most 9000 (default 3000; 9000 with -scale)")
+	flags.IntVar(&b.rounds, "rounds", 0,
+		"`rounds` of which the median is taken (default 5; 15 with -scale)")
+	list := flags.String("work", "",
+		"`what` to measure, some of conn,nagle,ping,beside,bulk,idle (default all; conn with -scale)")
+	flags.IntVar(&b.idle, "idle", 0,
+		"idle `connections` to hold, at most 9000 (default 3000; 9000 with -scale)")
 	flags.BoolVar(&b.mtls, "mtls", false, "measure mtlsserver: TLS 1.3 with client certificates")
-	flags.BoolVar(&b.scale, "scale", false, "measure lbproxy with many idle connections, and with 10000 upstreams")
+	flags.BoolVar(&b.scale, "scale", false,
+		"measure lbproxy with many idle connections, and with 10000 upstreams")
 	flags.StringVar(&b.md, "md", "", "`file` to write the result to, as Markdown")
 	quick := flags.Bool("quick", false, "take less time, and be less exact")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
-	rounds, idle, all := 5, 3000, "conn,ping,bulk,idle"
+	rounds, idle, all := 5, 3000, "conn,ping,beside,bulk,idle"
+	if b.mtls {
+		all = "conn,nagle,ping,beside,bulk,idle"
+	}
 	if b.window = time.Second; b.scale {
 		rounds, idle, all = 15, maxIdle, "conn"
 	}
 	if *quick {
 		b.window, rounds, idle = 250*time.Millisecond, (rounds+1)/2, idle/6
 	}
-	b.rounds, b.idle, b.works = cmp.Or(b.rounds, rounds), cmp.Or(b.idle, idle), strings.Split(cmp.Or(*list, all), ",")
+	b.rounds, b.idle = cmp.Or(b.rounds, rounds), cmp.Or(b.idle, idle)
+	b.works = strings.Split(cmp.Or(*list, all), ",")
 	for _, name := range b.works {
 		if works[name] == nil && name != "idle" {
-			return nil, fmt.Errorf("-work %s: there is no %q, want some of conn,ping,bulk,idle", *list, name)
+			return nil, fmt.Errorf("-work %s: there is no %q, want some of "+
+				"conn,nagle,ping,beside,bulk,idle", *list, name)
 		}
 	}
 	if flags.NArg() > 0 || b.rounds < 1 || b.idle < 1 || b.idle > maxIdle {
 		return nil, errors.New("want only flags, -rounds from 1 and -idle from 1 to 9000")
 	}
 	if most := (raiseDescriptors() - 600) / 2; b.idle > most {
-		b.note("%d idle connections, not %d: two descriptors each are more than this user may have (ulimit -Hn)", most, b.idle)
+		b.note("%d idle connections, not %d: two descriptors each are more than this user may have "+
+			"(ulimit -Hn)", most, b.idle)
 		b.idle = most
 	}
 	return b, nil
@@ -189,7 +201,8 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 		if slices.Contains(b.works, "idle") { // each before it has done anything else
 			b.progress("%s: %d idle connections", p.name, b.idle)
 			s := p.idle(ctx, b.idle, b.window)
-			resting = append(resting, row{fmt.Sprintf("idle connection, one of %d", b.idle), p.name, []sample{s}})
+			work := fmt.Sprintf("idle connection, one of %d", b.idle)
+			resting = append(resting, row{work, p.name, []sample{s}})
 			p.stop()
 			if p, err = b.start(peer, b.upstreams); err != nil {
 				return "", err
@@ -211,10 +224,14 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 	var t strings.Builder
 	t.WriteString(b.heading(versions))
 	if len(rows) > 0 {
-		t.WriteString(table(rows, []column{{"CPU µs", cpu, 1, true}, {"a second", rate, 0, false}}, base) + "\n")
+		t.WriteString(table(rows, []column{
+			{"CPU µs", cpu, 1, true}, {"a second", rate, 0, false},
+			{"p50 ms", p50, 2, false}, {"p99", p99, 2, false}, {"p99.9", p999, 2, false},
+		}, base) + "\n")
 	}
 	if len(resting) > 0 {
-		t.WriteString(table(resting, []column{{"KiB", resident, 1, true}, {"descriptors", descriptors, 2, false}}, base) + "\n")
+		t.WriteString(table(resting,
+			[]column{{"KiB", resident, 1, true}, {"descriptors", descriptors, 2, false}}, base) + "\n")
 	}
 	return t.String() + problems(slices.Concat(rows, resting)), nil
 }
@@ -281,18 +298,22 @@ func (b *bench) heading(versions []string) string {
 	machine := append([]string{system(), fmt.Sprintf("%d cores", runtime.NumCPU()),
 		fmt.Sprintf("%s %s/%s", runtime.Version(), runtime.GOOS, runtime.GOARCH)}, versions...)
 	fmt.Fprintf(&t, "Measured on: %s.\n\n", strings.Join(machine, ", "))
-	fmt.Fprintf(&t, "CPU is the user and system time that the proxy takes for one operation, × its ratio to another's (less is better): "+
-		"medians of %d rounds of %v, interleaved. Each proxy has threads for all cores, which it shares with clients and "+
+	fmt.Fprintf(&t, "CPU is the user and system time that the proxy takes for one operation, × its "+
+		"ratio to another's (less is better): medians of %d rounds of %v, interleaved. Each proxy "+
+		"has threads for all cores, which it shares with clients and "+
 		"upstreams: how many a second there are depends on those, too.", b.rounds, b.window)
 	if !b.mtls && !b.scale {
-		t.WriteString(" haproxy splices when it thinks fit (option splice-auto), haproxy, splice always does.")
+		t.WriteString(" haproxy splices when it thinks fit (option splice-auto), haproxy, splice " +
+			"always does.")
 	}
 	if b.mtls {
-		t.WriteString(" Clients speak TLS 1.3 and have certificates (P-256, X25519, AES-128-GCM), no session is resumed, upstreams " +
+		t.WriteString(" Clients speak TLS 1.3 and have certificates (P-256, X25519, AES-128-GCM), " +
+			"no session is resumed, upstreams " +
 			"are plain TCP. mtlsserver writes a log line for each connection, the others write none.")
 	}
 	if slices.Contains(b.works, "idle") {
-		t.WriteString(" KiB are the proxy's resident memory; what the kernel holds for sockets and pipes is not in it.")
+		t.WriteString(" KiB are the proxy's resident memory; what the kernel holds for sockets and " +
+			"pipes is not in it.")
 	}
 	t.WriteString("\n\n")
 	for _, note := range b.notes {

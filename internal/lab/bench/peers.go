@@ -16,7 +16,8 @@ import (
 	"time"
 )
 
-// A peer is a proxy to measure. Command writes what configuration it needs and says how to start it.
+// A peer is a proxy to measure. Command writes what configuration it needs and says how to start
+// it.
 type peer struct {
 	name, version string
 	command       func(c conf) ([]string, error)
@@ -27,8 +28,10 @@ type conf struct {
 	dir       string // its own
 	listen    string
 	upstreams []string
-	conns     int    // at once, at the most
-	certs     string // the folder with ca.pem, server.pem, server.key, client.pem and client.key; "" without TLS
+	conns     int // at once, at the most
+	// certs is the folder with ca.pem, server.pem, server.key, client.pem and client.key; "" without
+	// TLS.
+	certs string
 }
 
 func (c conf) write(name, format string, args ...any) (string, error) {
@@ -63,7 +66,8 @@ func (b *bench) build(ctx context.Context) (peer, error) {
 		if err := b.clientTLS(); err != nil {
 			return peer{}, err
 		}
-		return peer{name: "mtlsserver", command: func(c conf) ([]string, error) { return mtlsserver(program, c) }}, nil
+		return peer{name: "mtlsserver",
+			command: func(c conf) ([]string, error) { return mtlsserver(program, c) }}, nil
 	}
 	return peer{name: "lbproxy", command: func(c conf) ([]string, error) {
 		argv := []string{program, "-listen", c.listen}
@@ -91,7 +95,9 @@ func mtlsserver(program string, c conf) ([]string, error) {
 	config["apps"] = []object{{"id": "web", "listen": c.listen, "upstreams": upstreams}}
 	config["handshake"] = object{"maxPerAddress": 256} // all clients have the same one
 	config["tls"] = object{
-		"cert": filepath.Join(c.certs, "server.pem"), "key": filepath.Join(c.certs, "server.key"), "ca": filepath.Join(c.certs, "ca.pem"),
+		"cert": filepath.Join(c.certs, "server.pem"),
+		"key":  filepath.Join(c.certs, "server.key"),
+		"ca":   filepath.Join(c.certs, "ca.pem"),
 	}
 	if text, err = json.Marshal(config); err != nil {
 		return nil, err
@@ -113,9 +119,11 @@ func baselinePeer() peer {
 	}}
 }
 
-// haproxy finds HAProxy, or says how to get it. What option splice-auto makes of it depends on the load.
+// haproxy finds HAProxy, or says how to get it. What option splice-auto makes of it depends on the
+// load.
 func haproxy(name, options string) (peer, error) {
-	program, err := find("haproxy", "Debian and Ubuntu: apt install haproxy; macOS: brew install haproxy")
+	program, err := find("haproxy",
+		"Debian and Ubuntu: apt install haproxy; macOS: brew install haproxy")
 	if err != nil {
 		return peer{}, err
 	}
@@ -178,7 +186,8 @@ func nginx() (peer, error) {
 	if !static {
 		module := filepath.Join(modules, "ngx_stream_module.so")
 		if _, err := os.Stat(module); err != nil {
-			return peer{}, fmt.Errorf("nginx is there, its stream module is not (%s), and is left out. %s", module, get)
+			return peer{}, fmt.Errorf("nginx is there, its stream module is not (%s), and is left out. %s",
+				module, get)
 		}
 		load = "load_module " + module + ";"
 	}
@@ -187,7 +196,8 @@ func nginx() (peer, error) {
 		if c.certs != "" {
 			ssl = "ssl"
 			tls = fmt.Sprintf(`ssl_certificate %[1]s/server.pem; ssl_certificate_key %[1]s/server.key;
-		ssl_client_certificate %[1]s/ca.pem; ssl_verify_client on; ssl_protocols TLSv1.3; ssl_session_tickets off;`, c.certs)
+		ssl_client_certificate %[1]s/ca.pem; ssl_verify_client on;
+		ssl_protocols TLSv1.3; ssl_session_tickets off;`, c.certs)
 		}
 		path, err := c.write("nginx.conf", `%s
 worker_processes %d;
@@ -198,14 +208,16 @@ stream {
 	upstream bench { least_conn; server %[5]s; }
 	server { listen %[6]s %[7]s; %[8]s proxy_timeout 1h; proxy_pass bench; }
 }
-`, load, runtime.NumCPU(), c.dir, 2*c.conns, strings.Join(c.upstreams, "; server "), c.listen, ssl, tls)
+`, load, runtime.NumCPU(), c.dir, 2*c.conns, strings.Join(c.upstreams, "; server "),
+			c.listen, ssl, tls)
 		return []string{program, "-p", c.dir, "-c", path, "-g", "daemon off;"}, err
 	}}, nil
 }
 
 // find looks for a program also where the path of ordinary users does not lead.
 func find(name, get string) (string, error) {
-	for _, dir := range []string{"", "/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"} {
+	for _, dir := range []string{"", "/usr/sbin", "/usr/local/sbin", "/usr/local/bin",
+		"/opt/homebrew/bin"} {
 		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
 			return path, nil
 		}
@@ -224,7 +236,8 @@ func firstLine(program, arg string) string {
 type process struct {
 	name string
 	cmd  *exec.Cmd
-	dial func() (net.Conn, error)
+
+	dial, dialNagle func() (net.Conn, error)
 }
 
 // start has a peer listen, in front of upstreams.
@@ -254,7 +267,8 @@ func (b *bench) start(p peer, upstreams []string) (*process, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	run := &process{name: p.name, cmd: cmd, dial: b.dialer(addr)}
+	run := &process{name: p.name, cmd: cmd, dial: b.dialer(addr, true),
+		dialNagle: b.dialer(addr, false)}
 	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		c, err := run.dial()
 		if err == nil {
@@ -283,13 +297,25 @@ func stopAll(running *[]*process) {
 	}
 }
 
-// dialer returns what clients connect by.
-func (b *bench) dialer(addr string) func() (net.Conn, error) {
-	dialer := &net.Dialer{Timeout: patience}
-	if b.certs == "" {
-		return func() (net.Conn, error) { return dialer.Dial("tcp", addr) }
+// dialer returns what clients connect by: with TCP_NODELAY, as is usual in Go, or without.
+func (b *bench) dialer(addr string, noDelay bool) func() (net.Conn, error) {
+	return func() (net.Conn, error) {
+		raw, err := net.DialTimeout("tcp", addr, patience)
+		if err != nil {
+			return nil, err
+		}
+		raw.(*net.TCPConn).SetNoDelay(noDelay)
+		if b.certs == "" {
+			return raw, nil
+		}
+		c := tls.Client(raw, b.client)
+		raw.SetDeadline(time.Now().Add(patience))
+		if err := c.Handshake(); err != nil {
+			raw.Close()
+			return nil, err
+		}
+		return c, nil
 	}
-	return func() (net.Conn, error) { return tls.DialWithDialer(dialer, "tcp", addr, b.client) }
 }
 
 // clientTLS is the same for all peers. X25519 is what all of them have.
@@ -298,7 +324,8 @@ func (b *bench) clientTLS() error {
 	if err != nil {
 		return err
 	}
-	pair, err := tls.LoadX509KeyPair(filepath.Join(b.certs, "client.pem"), filepath.Join(b.certs, "client.key"))
+	pair, err := tls.LoadX509KeyPair(filepath.Join(b.certs, "client.pem"),
+		filepath.Join(b.certs, "client.key"))
 	b.client = &tls.Config{
 		RootCAs: pool, Certificates: []tls.Certificate{pair}, ServerName: "localhost",
 		MinVersion: tls.VersionTLS13, CurvePreferences: []tls.CurveID{tls.X25519},

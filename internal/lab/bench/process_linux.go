@@ -13,8 +13,8 @@ import (
 
 const cannotMeasure = "" // everything can be
 
-// own has a child be the first of a process group of its own: an interrupt at the terminal then reaches this process
-// alone, which ends the whole group, an nginx's workers included.
+// own has a child be the first of a process group of its own: an interrupt at the terminal then
+// reaches this process alone, which ends the whole group, an nginx's workers included.
 func own() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
 
 func terminate(pid int) { syscall.Kill(-pid, syscall.SIGTERM) }
@@ -37,10 +37,12 @@ func family(pid int) []int {
 
 // cpuTime is the user and system time that processes have used, of threads that have ended, too.
 func cpuTime(pids []int) (sum time.Duration) {
-	const schedClock = 2 // CPUCLOCK_SCHED: in nanoseconds, where /proc/PID/stat has hundredths of a second
+	// CPUCLOCK_SCHED: in nanoseconds, where /proc/PID/stat has hundredths of a second
+	const schedClock = 2
 	for _, pid := range pids {
 		var t syscall.Timespec
-		syscall.Syscall(syscall.SYS_CLOCK_GETTIME, uintptr(^pid<<3|schedClock), uintptr(unsafe.Pointer(&t)), 0)
+		syscall.Syscall(syscall.SYS_CLOCK_GETTIME, uintptr(^pid<<3|schedClock),
+			uintptr(unsafe.Pointer(&t)), 0)
 		sum += time.Duration(t.Nano())
 	}
 	return sum
@@ -60,8 +62,8 @@ func memory(pids []int) (resident, descriptors float64) {
 	return resident, descriptors
 }
 
-// raiseDescriptors returns how many descriptors this process may have, after raising that as far as it is allowed to.
-// Go does so by itself, but takes it back for children, unless it was asked for.
+// raiseDescriptors returns how many descriptors this process may have, after raising that as far as
+// it is allowed to. Go does so by itself, but takes it back for children, unless it was asked for.
 func raiseDescriptors() int {
 	var limit syscall.Rlimit
 	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {

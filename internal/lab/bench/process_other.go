@@ -10,7 +10,8 @@ import (
 )
 
 // cannotMeasure says what is missing on this system, and what to do about it.
-const cannotMeasure = "CPU time, memory and descriptors of other processes can only be read on Linux: here there are rates alone, " +
+const cannotMeasure = "CPU time, memory and descriptors of other processes can only be read on " +
+	"Linux: here there are rates alone, " +
 	"which say little. Run it on a Linux machine, or in a container: " +
 	"docker run --rm -v \"$PWD\":/src -w /src golang:1.26 go run -C internal/lab ./bench"
 

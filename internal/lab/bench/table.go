@@ -21,7 +21,8 @@ func median[T cmp.Ordered](values []T) T {
 	return sorted[(len(sorted)-1)/2]
 }
 
-// median leaves out rounds in which nothing was done, which count as errors. It is 0 if there are no others.
+// median leaves out rounds in which nothing was done, which count as errors. It is 0 if there are
+// no others.
 func (r row) median(of func(sample) float64) float64 {
 	var values []float64
 	for _, s := range r.samples {
@@ -36,6 +37,9 @@ func (r row) median(of func(sample) float64) float64 {
 }
 
 func cpu(s sample) float64         { return float64(s.cpu) / float64(time.Microsecond) }
+func p50(s sample) float64         { return float64(s.p50) / float64(time.Millisecond) }
+func p99(s sample) float64         { return float64(s.p99) / float64(time.Millisecond) }
+func p999(s sample) float64        { return float64(s.p999) / float64(time.Millisecond) }
 func rate(s sample) float64        { return s.rate }
 func resident(s sample) float64    { return s.resident / 1024 }
 func descriptors(s sample) float64 { return s.descriptors }
@@ -57,7 +61,8 @@ type column struct {
 	ratio  bool // is followed by the ratio to the base's
 }
 
-// table writes rows in Markdown that is fit to be read as it is. Ratios are to the row of base for the same work.
+// table writes rows in Markdown that is fit to be read as it is. Ratios are to the row of base for
+// the same work.
 func table(rows []row, columns []column, base string) string {
 	cells := [][]string{{"operation", "proxy"}}
 	for _, c := range columns {
@@ -127,8 +132,9 @@ func markdown(cells [][]string) string {
 	return b.String()
 }
 
-// problems names what went wrong in rows, a line each, and what cannot be trusted: a machine that has other things to do,
-// or whose kernel drops packets of loopback for want of room, makes a stream stand still now and then.
+// problems names what went wrong in rows, a line each, and what cannot be trusted: a machine that
+// has other things to do, or whose kernel drops packets of loopback for want of room, makes a
+// stream stand still now and then.
 func problems(rows []row) string {
 	var b strings.Builder
 	for _, r := range rows {
@@ -136,8 +142,10 @@ func problems(rows []row) string {
 			fmt.Fprintf(&b, "- %s, %s: %d errors, the first: %v\n", r.proxy, r.work, n, first)
 		}
 		byRate := func(a, b sample) int { return cmp.Compare(a.rate, b.rate) }
-		if least, most := slices.MinFunc(r.samples, byRate).rate, slices.MaxFunc(r.samples, byRate).rate; most > 3*least {
-			fmt.Fprintf(&b, "- %s, %s: %.0f to %.0f a second, the machine was busy: measure again\n", r.proxy, r.work, least, most)
+		least, most := slices.MinFunc(r.samples, byRate).rate, slices.MaxFunc(r.samples, byRate).rate
+		if most > 3*least {
+			fmt.Fprintf(&b, "- %s, %s: %.0f to %.0f a second, the machine was busy: measure again\n",
+				r.proxy, r.work, least, most)
 		}
 	}
 	return b.String()

@@ -20,6 +20,8 @@ type work struct {
 	clients int
 	ops     int64 // what clients count that makes one operation
 	client  func(*load) error
+	streams int  // of bulk besides, which do not count
+	nagle   bool // clients leave TCP_NODELAY off
 }
 
 const (
@@ -36,18 +38,39 @@ const (
 	sink              // read without end
 )
 
+// Round trips beside bulk are made by so many clients, each of which sends a message so often
+// whether the one before is back or not: 2,000 a second in all.
+const (
+	pacedClients = 8
+	pace         = 4 * time.Millisecond
+)
+
 // works are what -work names.
 var works = map[string][]work{
-	"conn": {{"connection, 32 at once", 32, 1, (*load).connect}},
+	"conn": {{name: "connection, 32 at once", clients: 32, ops: 1, client: (*load).connect}},
+	"nagle": {
+		{name: "connection, Nagle on, 1 client", clients: 1, ops: 1, client: (*load).connect,
+			nagle: true},
+	},
 	"ping": {
-		{"round trip, 1 client", 1, 1, (*load).ping},
-		{"round trip, 64 clients", 64, 1, (*load).ping},
+		{name: "round trip, 1 client", clients: 1, ops: 1, client: (*load).ping},
+		{name: "round trip, 64 clients", clients: 64, ops: 1, client: (*load).ping},
+	},
+	"beside": {
+		beside(1), beside(2), beside(8), beside(32),
 	},
 	"bulk": {
-		{"MiB down, 1 client", 1, 1 << 20, (*load).download},
-		{"MiB down, 8 clients", 8, 1 << 20, (*load).download},
-		{"MiB up, 8 clients", 8, 1 << 20, (*load).upload},
+		{name: "MiB down, 1 client", clients: 1, ops: 1 << 20, client: (*load).download},
+		{name: "MiB down, 8 clients", clients: 8, ops: 1 << 20, client: (*load).download},
+		{name: "MiB up, 8 clients", clients: 8, ops: 1 << 20, client: (*load).upload},
 	},
+}
+
+func beside(streams int) work {
+	return work{
+		name:    fmt.Sprintf("round trip, 2,000 a second, %d in bulk beside", streams),
+		clients: pacedClients, ops: 1, client: (*load).paced, streams: streams,
+	}
 }
 
 // A load is clients at work on a proxy.
@@ -55,7 +78,14 @@ type load struct {
 	dial  func() (net.Conn, error)
 	until time.Time
 	count atomic.Int64
+	took  latencies // of what was counted
 	fails
+}
+
+// counted notes an operation that is done. It was due at a time.
+func (l *load) counted(due time.Time) {
+	l.count.Add(1)
+	l.took.add(time.Since(due))
 }
 
 // fails counts errors and keeps the first.
@@ -77,6 +107,7 @@ func (f *fails) add(err error) {
 type sample struct {
 	rate                  float64       // operations a second
 	cpu                   time.Duration // of the proxy, for one operation
+	p50, p99, p999        time.Duration // how long an operation takes
 	resident, descriptors float64       // of the proxy, for one idle connection
 	errs                  int
 	err                   error // the first
@@ -84,11 +115,22 @@ type sample struct {
 
 var errNothingDone = errors.New("nothing got done")
 
-// measure has clients do w by way of p, and looks at what they do in window, when they have got going.
+// measure has clients do w by way of p, and looks at what they do in window, when they have got
+// going.
 func (p *process) measure(w work, window time.Duration) sample {
 	begin, warm := time.Now(), window/4
 	l := &load{dial: p.dial, until: begin.Add(warm + window + 20*time.Millisecond)}
+	if w.nagle {
+		l.dial = p.dialNagle
+	}
 	var clients sync.WaitGroup
+	for range w.streams {
+		clients.Go(func() {
+			if err := l.stream(source, net.Conn.Read, new(atomic.Int64)); err != nil {
+				l.add(err)
+			}
+		})
+	}
 	for range w.clients {
 		clients.Go(func() {
 			if err := w.client(l); err != nil {
@@ -98,12 +140,14 @@ func (p *process) measure(w work, window time.Duration) sample {
 	}
 	time.Sleep(warm)
 	pids := family(p.cmd.Process.Pid)
+	l.took.reset()
 	start, count, cpu := time.Now(), l.count.Load(), cpuTime(pids)
 	time.Sleep(time.Until(begin.Add(warm + window)))
 	took, cpu := time.Since(start), cpuTime(pids)-cpu
 	count = l.count.Load() - count
+	s := sample{p50: l.took.quantile(0.5), p99: l.took.quantile(0.99), p999: l.took.quantile(0.999)}
 	clients.Wait()
-	s := sample{errs: l.n, err: l.first}
+	s.errs, s.err = l.n, l.first
 	if n := float64(count) / float64(w.ops); n > 0 {
 		s.rate, s.cpu = n/took.Seconds(), time.Duration(float64(cpu)/n)
 	} else {
@@ -114,13 +158,13 @@ func (p *process) measure(w work, window time.Duration) sample {
 
 // connect opens connections for one message and its answer each, which the upstream closes.
 func (l *load) connect() error {
-	for time.Now().Before(l.until) {
+	for due := time.Now(); due.Before(l.until); due = time.Now() {
 		if err := l.exchange(); err != nil {
 			l.add(err)
 			time.Sleep(time.Millisecond)
 			continue
 		}
-		l.count.Add(1)
+		l.counted(due)
 	}
 	return nil
 }
@@ -184,18 +228,54 @@ func (l *load) ping() error {
 	}
 	defer c.Close()
 	c.SetDeadline(l.until.Add(patience))
-	for msg, answer := message(echo), make([]byte, messageSize); time.Now().Before(l.until); l.count.Add(1) {
+	msg, answer := message(echo), make([]byte, messageSize)
+	for due := time.Now(); due.Before(l.until); due = time.Now() {
 		if err := roundTrip(c, msg, answer); err != nil {
+			return err
+		}
+		l.counted(due)
+	}
+	return nil
+}
+
+// paced sends messages over one connection at their times, and takes how long after its time each
+// comes back. A message that waits for others to be served has waited, too.
+func (l *load) paced() error {
+	c, err := l.open(echo)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(l.until.Add(patience))
+	var reading sync.WaitGroup
+	defer reading.Wait()
+	begin := time.Now()
+	reading.Go(func() {
+		answer := make([]byte, messageSize)
+		for due := begin; due.Before(l.until); due = due.Add(pace) {
+			if _, err := io.ReadFull(c, answer); err != nil {
+				l.add(err)
+				return
+			}
+			l.counted(due)
+		}
+	})
+	msg := message(echo)
+	for due := begin; due.Before(l.until); due = due.Add(pace) {
+		time.Sleep(time.Until(due))
+		if _, err := c.Write(msg); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (l *load) download() error { return l.stream(source, net.Conn.Read) }
-func (l *load) upload() error   { return l.stream(sink, net.Conn.Write) }
+func (l *load) download() error { return l.stream(source, net.Conn.Read, &l.count) }
+func (l *load) upload() error   { return l.stream(sink, net.Conn.Write, &l.count) }
 
-func (l *load) stream(first byte, move func(net.Conn, []byte) (int, error)) error {
+func (l *load) stream(
+	first byte, move func(net.Conn, []byte) (int, error), count *atomic.Int64,
+) error {
 	c, err := l.open(first)
 	if err != nil {
 		return err
@@ -204,7 +284,7 @@ func (l *load) stream(first byte, move func(net.Conn, []byte) (int, error)) erro
 	c.SetDeadline(l.until)
 	for b := make([]byte, bulkSize); ; {
 		n, err := move(c, b)
-		l.count.Add(int64(n))
+		count.Add(int64(n))
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil
 		}
@@ -214,8 +294,9 @@ func (l *load) stream(first byte, move func(net.Conn, []byte) (int, error)) erro
 	}
 }
 
-// hold opens n connections by way of p that echo one message each and then rest. It gives up after a few errors: a proxy
-// that is out of descriptors has each connection wait. The caller closes them.
+// hold opens n connections by way of p that echo one message each and then rest. It gives up after
+// a few errors: a proxy that is out of descriptors has each connection wait. The caller closes
+// them.
 func (p *process) hold(ctx context.Context, n int, f *fails) (conns []net.Conn) {
 	l := &load{dial: p.dial}
 	for len(conns) < n && f.n < 3 && ctx.Err() == nil {
@@ -242,7 +323,8 @@ func (p *process) idle(ctx context.Context, n int, settle time.Duration) sample 
 	time.Sleep(settle)
 	r, d := memory(pids)
 	each := float64(max(len(conns), 1))
-	return sample{resident: (r - resident) / each, descriptors: (d - descriptors) / each, errs: f.n, err: f.first}
+	return sample{resident: (r - resident) / each, descriptors: (d - descriptors) / each, errs: f.n,
+		err: f.first}
 }
 
 func closeAll(conns []net.Conn) {

@@ -39,17 +39,19 @@ type conn struct {
 	upstreamDone chan struct{} // closed when down is complete
 	outcome      chan outcome  // what the proxy says has become of it
 	results      atomic.Int32  // how often it said so
-	cancel       context.CancelCauseFunc
+	abort        func(error)
 	dials        atomic.Int32
 	audit        audit
 	started      time.Time
 	holding      time.Time // when the client had all it was to have, and began to wait
 	ended        time.Time // when the client's stream ended
-	late         bool      // the machine was busy elsewhere: what has to be done within a second may not have been
+	// the machine was busy elsewhere: what has to be done within a second may not have been
+	late bool
 }
 
 func newConn(p *plan) *conn {
-	c := &conn{plan: p, clientDone: make(chan struct{}), upstreamDone: make(chan struct{}), outcome: make(chan outcome, 1)}
+	c := &conn{plan: p, clientDone: make(chan struct{}), upstreamDone: make(chan struct{}),
+		outcome: make(chan outcome, 1)}
 	c.up = end{conn: c, out: streamOf(p.id, fromClient), in: streamOf(p.id, fromUpstream)}
 	c.down = end{conn: c, out: streamOf(p.id, fromUpstream), in: streamOf(p.id, fromClient)}
 	return c
@@ -146,7 +148,7 @@ func (e *end) run(s script) {
 		case hold:
 			<-e.conn.clientDone
 		case cancel:
-			e.conn.cancel(errCanceled)
+			e.conn.abort(errCanceled)
 		}
 	}
 }
@@ -176,7 +178,8 @@ func (e *end) send(n int) bool {
 
 var buffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
-// recv receives n bytes, or 64 KiB if that is less, and reports whether it could and they were right.
+// recv receives n bytes, or 64 KiB if that is less, and reports whether it could and they were
+// right.
 func (e *end) recv(n int) bool {
 	buffer := buffers.Get().(*[64 << 10]byte)
 	defer buffers.Put(buffer)
@@ -244,7 +247,8 @@ func (c *noted) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// judge says all that is wrong with what has become of c, which is over at both ends, or was never seen by an upstream.
+// judge says all that is wrong with what has become of c, which is over at both ends, or was never
+// seen by an upstream.
 func (c *conn) judge(o *outcome) (wrong []string) {
 	clientEnd, upstreamEnd, reach := c.clientEnd, c.upstreamEnd, c.reach
 	if c.kind == someLimit {
@@ -264,7 +268,8 @@ func (c *conn) judge(o *outcome) (wrong []string) {
 		wrong = append(wrong, c.down.judge("upstream", upstreamEnd, &c.up)...)
 	}
 	if !slices.Contains(c.ends, o.end) {
-		wrong = append(wrong, fmt.Sprintf("the proxy calls its end %q (%v), want one of %q", o.end, o.err, c.ends))
+		wrong = append(wrong,
+			fmt.Sprintf("the proxy calls its end %q (%v), want one of %q", o.end, o.err, c.ends))
 	}
 	if clientEnd == whole && upstreamEnd == whole && seen {
 		hello := int64(0)
@@ -272,7 +277,8 @@ func (c *conn) judge(o *outcome) (wrong []string) {
 			hello = int64(len(greeting))
 		}
 		if o.sent != headerSize+c.down.got || o.received != hello+c.up.got {
-			wrong = append(wrong, fmt.Sprintf("the proxy counts %d bytes to and %d from the upstream, want %d and %d",
+			wrong = append(wrong, fmt.Sprintf("the proxy counts %d bytes to and %d from the upstream, "+
+				"want %d and %d",
 				o.sent, o.received, headerSize+c.down.got, hello+c.up.got))
 		}
 		if c.mtls {
@@ -283,10 +289,12 @@ func (c *conn) judge(o *outcome) (wrong []string) {
 		}
 	}
 	switch {
-	case c.kind == canceled && !errors.Is(o.err, errCanceled), c.kind == overLimit && !errors.Is(o.err, lbproxy.ErrRateLimited),
+	case c.kind == canceled && !errors.Is(o.err, errCanceled),
+		c.kind == overLimit && !errors.Is(o.err, lbproxy.ErrRateLimited),
 		c.kind == stall && !c.mtls && !errors.Is(o.err, lbproxy.ErrIdleTimeout):
 		wrong = append(wrong, fmt.Sprintf("the proxy says %v", o.err))
-	case c.kind == refuseAll && o.attempts != dialUpstreams, c.kind == noDescriptors && o.attempts != 1:
+	case c.kind == refuseAll && o.attempts != dialUpstreams,
+		c.kind == noDescriptors && o.attempts != 1:
 		wrong = append(wrong, fmt.Sprintf("%d dials", o.attempts))
 	}
 	return append(wrong, c.audit.judge(o)...)
@@ -308,7 +316,8 @@ func (c *conn) limited(o *outcome) bool {
 // judge says what is wrong with what e has received from peer.
 func (e *end) judge(name string, want verdict, peer *end) (wrong []string) {
 	note := func(format string, args ...any) {
-		state := fmt.Sprintf("%s: received %d of the %d bytes sent (%d tried), then %v; sent %d of %d, then %v: ",
+		state := fmt.Sprintf("%s: received %d of the %d bytes sent (%d tried), then %v; sent %d of "+
+			"%d, then %v: ",
 			name, e.got, peer.sent, peer.offered, e.readErr, e.sent, e.offered, e.writeErr)
 		wrong = append(wrong, state+fmt.Sprintf(format, args...))
 	}
@@ -324,7 +333,8 @@ func (e *end) judge(name string, want verdict, peer *end) (wrong []string) {
 		note("a clean end of what is not whole")
 	case e.flooded, e.conn.floods && !peer.conn.floodFailed():
 		note("nothing kept it from sending to who is not there")
-	case want == whole && (!clean || e.writeErr != nil || e.sent != sends(e.scripts()) || e.got != sends(peer.scripts())):
+	case want == whole && (!clean || e.writeErr != nil ||
+		e.sent != sends(e.scripts()) || e.got != sends(peer.scripts())):
 		note("want %d bytes each way whole, and a clean end", sends(peer.scripts()))
 	case (want == broken || want == refused) && (clean || e.readErr == nil):
 		note("want an end that is not clean")
@@ -351,7 +361,8 @@ func (c *conn) floodFailed() bool {
 	return c.down.writeErr != nil
 }
 
-// An audit is a RateLimitManager that lets another one decide, keeps the books on what it is told, and may cut.
+// An audit is a RateLimitManager that lets another one decide, keeps the books on what it is told,
+// and may cut.
 type audit struct {
 	lbproxy.RateLimitManager       // nil: none was asked
 	cutAt                    int64 // bytes
@@ -393,10 +404,12 @@ func (a *audit) judge(o *outcome) (wrong []string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.opens != a.closes || a.opens > 1 {
-		wrong = append(wrong, fmt.Sprintf("its limit was told of %d times opened, %d times closed", a.opens, a.closes))
+		wrong = append(wrong, fmt.Sprintf("its limit was told of %d times opened, %d times "+
+			"closed", a.opens, a.closes))
 	}
 	if a.sent != o.sent || a.received != o.received {
-		wrong = append(wrong, fmt.Sprintf("its limit was told of %d and %d bytes, its result of %d and %d", a.sent, a.received, o.sent, o.received))
+		wrong = append(wrong, fmt.Sprintf("its limit was told of %d and %d bytes, its result of %d "+
+			"and %d", a.sent, a.received, o.sent, o.received))
 	}
 	return wrong
 }

@@ -1,6 +1,6 @@
 // Package soak has no code, only a test: it churns connections through lbproxy and mtlsserver over
-// loopback, injects faults at both ends, in dials, in accepting and in the configuration, and checks
-// every byte, every end and every count. It needs Linux. In internal/lab:
+// loopback, injects faults at both ends, in dials, in accepting and in the configuration, and
+// checks every byte, every end and every count. It needs Linux. In internal/lab:
 //
 //	go test ./soak                               a small one, some seconds
 //	go test -race -v -timeout 10m ./soak -push   20,000 plain and 5,000 mTLS connections
@@ -14,6 +14,6 @@
 //	-seed N        repeat the plans of an earlier run, which has printed its seed
 //
 // What a connection does (how much it sends each way, in which pieces, who ends first, which fault
-// strikes where) is a function of the seed and its number, and so the same again with the same seed.
-// What happens at the same time is not.
+// strikes where) is a function of the seed and its number, and so the same again with the same
+// seed. What happens at the same time is not.
 package soak

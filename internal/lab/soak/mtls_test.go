@@ -40,11 +40,13 @@ type pki struct {
 }
 
 func newPKI(t testing.TB) *pki {
-	p := &pki{Authority: proxytest.NewAuthority(), serials: map[string]string{}, clients: map[string]*tls.Config{}}
+	p := &pki{Authority: proxytest.NewAuthority(), serials: map[string]string{},
+		clients: map[string]*tls.Config{}}
 	p.server = p.Server()
 	dir := t.TempDir()
 	p.files.Cert, p.files.Key = proxytest.WritePEM(t, dir, "server", p.server)
-	p.files.CA, _ = proxytest.WritePEM(t, dir, "ca", p.TLS())
+	ca, _ := proxytest.WritePEM(t, dir, "ca", p.TLS())
+	p.files.CA = []string{ca}
 	names := []string{steadyUser, limitedUser, nobodyUser}
 	for i := range revocableUsers {
 		names = append(names, revocableUser(i))
@@ -76,12 +78,13 @@ type mtlsFront struct {
 	revokes [revocableUsers][]*revocation
 }
 
-// A revocation is when a user was out of the list: from between begun and done until shortly before restored. Those
-// to come are zero.
+// A revocation is when a user was out of the list: from between begun and done until shortly before
+// restored. Those to come are zero.
 type revocation struct{ begun, done, restored time.Time }
 
 func newMTLSFront(t testing.TB, r *run) *mtlsFront {
-	f := &mtlsFront{run: r, addrs: map[string]string{}, ran: make(chan error, 1), web: r.web, idle: time.Minute, apart: -1}
+	f := &mtlsFront{run: r, addrs: map[string]string{}, ran: make(chan error, 1), web: r.web,
+		idle: time.Minute, apart: -1}
 	var err error
 	f.server, err = mtlsserver.New(f.config(), &mtlsserver.Options{Logger: slog.New(resultLog{r})})
 	proxytest.Must(t, err)
@@ -115,14 +118,14 @@ func (f *mtlsFront) config() *mtlsserver.Config {
 		for _, s := range app.servers {
 			u := mtlsserver.Upstream{Addr: s.addr}
 			if s.tls != nil {
-				u.TLS = &mtlsserver.UpstreamTLS{CA: f.run.pki.files.CA}
+				u.TLS = &mtlsserver.UpstreamTLS{CA: f.run.pki.files.CA[0]}
 			}
 			conf.Upstreams = append(conf.Upstreams, u)
 		}
 		c.Apps = append(c.Apps, conf)
 	}
 	user := func(name string, limit *mtlsserver.Limit) {
-		u := mtlsserver.User{Name: name, Serials: []string{f.run.pki.serials[name]}, Limit: limit}
+		u := mtlsserver.User{Name: name, Serials: []mtlsserver.UserSerial{{Serial: f.run.pki.serials[name]}}, Limit: limit}
 		for _, app := range c.Apps {
 			u.Apps = append(u.Apps, app.ID)
 		}
@@ -152,8 +155,8 @@ func (f *mtlsFront) client(c *conn) *tls.Config {
 	return f.run.pki.clients[name]
 }
 
-// reload revokes a user and lets them in again, and changes the app web: its upstreams, and now and then its idle
-// timeout, for which the app is replaced, with connections open.
+// reload revokes a user and lets them in again, and changes the app web: its upstreams, and now and
+// then its idle timeout, for which the app is replaced, with connections open.
 func (f *mtlsFront) reload(round int) {
 	user := round % revocableUsers
 	f.web = slices.Clone(f.run.web)
@@ -181,13 +184,14 @@ func (f *mtlsFront) reload(round int) {
 }
 
 func (f *mtlsFront) apply() {
-	if err := f.server.Reload(f.config()); err != nil {
+	if _, err := f.server.Reload(f.config()); err != nil {
 		f.run.fail("Reload: %v", err)
 	}
 	f.run.count(reload)
 }
 
-// judge says what is wrong with when c, whose user is revoked now and then, was cut: soon after that, and only then.
+// judge says what is wrong with when c, whose user is revoked now and then, was cut: soon after
+// that, and only then.
 func (f *mtlsFront) judge(c *conn) (wrong []string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -197,7 +201,8 @@ func (f *mtlsFront) judge(c *conn) (wrong []string) {
 			cause = true
 		}
 		held := !c.holding.IsZero() && c.holding.Before(r.begun)
-		if took := c.ended.Sub(r.done); held && !r.done.IsZero() && took > time.Second+f.run.lag.between(r.done, c.ended) {
+		if took := c.ended.Sub(r.done); held && !r.done.IsZero() &&
+			took > time.Second+f.run.lag.between(r.done, c.ended) {
 			return []string{fmt.Sprintf("still there %v after its user was revoked", took)}
 		}
 	}

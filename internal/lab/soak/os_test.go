@@ -36,8 +36,8 @@ func unsent(c *net.TCPConn) int {
 	return int(n)
 }
 
-// wasReset reports whether c, which has read an end of stream and not ended its own, has been reset: a write may have
-// taken the error, and then a read sees what looks like a clean end.
+// wasReset reports whether c, which has read an end of stream and not ended its own, has been
+// reset: a write may have taken the error, and then a read sees what looks like a clean end.
 func wasReset(c *net.TCPConn) bool {
 	const closed = 7 // TCP_CLOSE, the first octet of struct tcp_info
 	reset := false

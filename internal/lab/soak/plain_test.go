@@ -30,9 +30,12 @@ const nobody = "127.0.0.1:1"
 // A panicLog is where lbproxy logs. It says when something has panicked, and nothing else.
 type panicLog struct{ run *run }
 
-func (l panicLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelError }
-func (l panicLog) WithAttrs([]slog.Attr) slog.Handler               { return l }
-func (l panicLog) WithGroup(string) slog.Handler                    { return l }
+func (l panicLog) Enabled(_ context.Context,
+	level slog.Level) bool {
+	return level >= slog.LevelError
+}
+func (l panicLog) WithAttrs([]slog.Attr) slog.Handler { return l }
+func (l panicLog) WithGroup(string) slog.Handler      { return l }
 
 func (l panicLog) Handle(_ context.Context, line slog.Record) error {
 	line.Attrs(func(a slog.Attr) bool {
@@ -71,7 +74,8 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 	f := &plainFront{
 		run: r, apps: map[string]*lbproxy.LBProxyApp{}, addrs: map[string]string{},
 		limits: lbproxy.NewClientLimits(40, func(string) lbproxy.RateLimitManager {
-			return lbproxy.All(&lbproxy.OpenLimit{Max: 1 << 20}, &lbproxy.TokenBucket{Burst: 1 << 20, Every: time.Nanosecond})
+			return lbproxy.All(&lbproxy.OpenLimit{Max: 1 << 20},
+				&lbproxy.TokenBucket{Burst: 1 << 20, Every: time.Nanosecond})
 		}),
 		all:   &lbproxy.Bandwidth{BytesPerSecond: 300 << 20, Burst: 1 << 20},
 		few:   &lbproxy.OpenLimit{Max: 1},
@@ -89,8 +93,11 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		{"slow", r.slow, lbproxy.Options{}},
 		{"limits", r.web, lbproxy.Options{}},
 		{"idle", r.web, lbproxy.Options{IdleTimeout: idleTimeout}},
-		{"dial", r.web[:dialUpstreams], lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond}},
-		{"hole", r.web[:dialUpstreams], lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond, DialTimeout: dialTimeout}},
+		{"dial", r.web[:dialUpstreams],
+			lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond}},
+		{"hole", r.web[:dialUpstreams],
+			lbproxy.Options{DialContext: f.dial, FailTimeout: 20 * time.Millisecond,
+				DialTimeout: dialTimeout}},
 		{"kill", r.mortal, lbproxy.Options{FailTimeout: 20 * time.Millisecond}},
 	} {
 		app.opts.Logger, app.opts.OnDone = slog.New(panicLog{r}), f.done
@@ -125,8 +132,8 @@ func (f *plainFront) upstreams(servers []*server) (all []lbproxy.Upstream) {
 	return all
 }
 
-// fullQueue returns the address of a listener whose queue is full, so that who dials it waits; "" if there is no way to
-// make one. What it takes is to be closed.
+// fullQueue returns the address of a listener whose queue is full, so that who dials it waits; ""
+// if there is no way to make one. What it takes is to be closed.
 func fullQueue(t testing.TB) (addr string, hole []io.Closer) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	proxytest.Must(t, err)
@@ -159,44 +166,45 @@ func (l *flakyListener) Accept() (net.Conn, error) {
 	return l.Listener.Accept()
 }
 
-type connKey struct{}
-
-// admit lets everyone in, with the limits and the context that belong to the connection.
-func (f *plainFront) admit(ctx context.Context, raw net.Conn) (context.Context, lbproxy.Conn, error) {
-	id, ok := idOf(raw.RemoteAddr())
+// admit admits everyone, with the limits of the connection.
+func (f *plainFront) admit(_ context.Context, conn *lbproxy.Conn) error {
+	id, ok := idOf(conn.Client.RemoteAddr())
 	if !ok {
-		return nil, lbproxy.Conn{}, nil
+		return nil
 	}
 	c := f.run.find(id)
 	if c == nil {
-		return nil, lbproxy.Conn{}, fmt.Errorf("soak: nobody connects from %v", raw.RemoteAddr())
+		return fmt.Errorf("soak: nobody connects from %v", conn.Client.RemoteAddr())
 	}
-	ctx, cancel := context.WithCancelCause(context.WithValue(ctx, connKey{}, c))
-	c.cancel = cancel
-	conn := lbproxy.Conn{Client: raw, ClientID: fmt.Sprint(id % 64), OnDone: func(lbproxy.Result) { cancel(nil) }}
+	c.abort = conn.Abort
+	conn.ClientID, conn.Value = fmt.Sprint(id%64), c
 	switch {
 	case c.kind == overLimit:
 		c.audit.RateLimitManager = lbproxy.All(f.limits.For(conn.ClientID), new(lbproxy.TokenBucket))
 	case c.kind == someLimit:
 		c.audit.RateLimitManager = lbproxy.All(f.all, f.few)
 	case c.app == "limits":
-		// There are more clients than are remembered, so some newcomers are refused while all those are busy: not here.
+		// There are more clients than are remembered, so some newcomers are refused while all those are
+		// busy: not here.
 		c.audit.RateLimitManager = lbproxy.All(f.all, f.limits.For(fmt.Sprint(id%16)))
 	default:
-		return ctx, conn, nil
+		return nil
 	}
 	c.audit.cutAt = int64(c.limitedBytes)
 	conn.RateLimit = &c.audit
-	return ctx, conn, nil
+	return nil
 }
 
 // dial injects the faults of the connection that an upstream is dialled for.
 func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	c, _ := ctx.Value(connKey{}).(*conn)
+	c, _ := lbproxy.ConnFromContext(ctx).Value.(*conn)
 	if c == nil || int(c.dials.Add(1)) > c.dialFaults {
 		return f.dialer.DialContext(ctx, network, addr)
 	}
-	failed := func(err error) (net.Conn, error) { return nil, &net.OpError{Op: "dial", Net: network, Err: err} }
+	failed := func(err error) (net.Conn, error) {
+		return nil,
+			&net.OpError{Op: "dial", Net: network, Err: err}
+	}
 	switch c.kind {
 	case refuse, refuseAll:
 		addr = nobody
@@ -250,8 +258,8 @@ func (f *plainFront) note(r *lbproxy.Result) {
 	f.books[r.App] = b
 }
 
-// reshuffle gives the app web other upstreams: some of those there are, in another order, with other weights, and now
-// and then one that refuses.
+// reshuffle gives the app web other upstreams: some of those there are, in another order, with
+// other weights, and now and then one that refuses.
 func (f *plainFront) reshuffle() {
 	all := f.upstreams(f.run.web)
 	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
@@ -294,24 +302,28 @@ func (f *plainFront) settled() (wrong []string) {
 		if s.Open != 0 {
 			wrong = append(wrong, fmt.Sprintf("app %s has %d connections open", id, s.Open))
 		}
-		said := book{results: s.Accepted, refused: s.Refused, failed: s.Failed}
+		said := book{s.Accepted, s.Refused, s.Failed, s.Sent, s.Received}
+		ended := uint64(0)
+		for _, n := range s.Ends {
+			ended += n
+		}
+		if ended != s.Accepted || s.NotAdmitted != 0 {
+			wrong = append(wrong, fmt.Sprintf("app %s: %d accepted, %d ended, %d not admitted",
+				id, s.Accepted, ended, s.NotAdmitted))
+		}
 		for _, u := range s.Upstreams {
 			if u.Open != 0 || u.Removed {
-				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open and is %s", id, u.Addr, u.Open, u.State))
+				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open, removed "+
+					"%v", id, u.Addr, u.Open, u.Removed))
 			}
-			said.sent += u.Sent
-			said.received += u.Received
 			failedDials += u.Failed
 		}
-		want := f.books[id]
-		if id == "web" { // upstreams that were removed took their counts with them
-			want.sent, want.received = said.sent, said.received
-		}
-		if said != want {
-			wrong = append(wrong, fmt.Sprintf("app %s: the stats add up to %+v, the results to %+v", id, said, want))
+		if want := f.books[id]; said != want {
+			wrong = append(wrong, fmt.Sprintf("app %s: the stats say %+v, the results %+v", id, said, want))
 		}
 		if id == "dial" && failedDials != f.refused {
-			wrong = append(wrong, fmt.Sprintf("app dial: %d dials failed by the upstreams' fault, want %d", failedDials, f.refused))
+			wrong = append(wrong, fmt.Sprintf("app dial: %d dials failed by the upstreams' fault, want "+
+				"%d", failedDials, f.refused))
 		}
 	}
 	return wrong

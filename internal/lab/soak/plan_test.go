@@ -54,15 +54,19 @@ type share struct {
 }
 
 var plainShares = []share{
-	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10}, {vanish, 5}, {vanishUp, 5},
+	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10}, {vanish,
+		5}, {vanishUp, 5},
 	{cutTLS, 15}, {stall, 12}, {slowAccept, 10},
-	{canceled, 10}, {refuse, 20}, {refuseAll, 5}, {blackHole, 6}, {slowDial, 8}, {noDescriptors, 10}, {noPorts, 5},
+	{canceled, 10}, {refuse, 20}, {refuseAll, 5}, {blackHole, 6}, {slowDial, 8}, {noDescriptors,
+		10}, {noPorts, 5},
 	{overLimit, 10}, {cutByLimit, 10}, {someLimit, 30}, {killed, 20},
 }
 
 var mtlsShares = []share{
-	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10}, {vanish, 5}, {vanishUp, 5},
-	{cutTLS, 40}, {stall, 10}, {slowAccept, 10}, {someLimit, 30}, {killed, 20}, {revoked, 40}, {stranger, 15}, {handshakeGone, 15},
+	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10}, {vanish,
+		5}, {vanishUp, 5},
+	{cutTLS, 40}, {stall, 10}, {slowAccept, 10}, {someLimit, 30}, {killed, 20}, {revoked,
+		40}, {stranger, 15}, {handshakeGone, 15},
 }
 
 // An op is something that one end of a connection does.
@@ -84,7 +88,8 @@ const (
 )
 
 func (o op) String() string {
-	return [...]string{"send", "recv", "recv to the end", "FIN", "pause", "flush", "reset", "cut", "close", "flood", "hold", "cancel"}[o]
+	return [...]string{"send", "recv", "recv to the end", "FIN", "pause", "flush", "reset", "cut",
+		"close", "flood", "hold", "cancel"}[o]
 }
 
 type step struct {
@@ -92,7 +97,8 @@ type step struct {
 	n  int
 }
 
-// A script is what one goroutine of one end does. A failed send leaves only what is to be received, a failed recv nothing.
+// A script is what one goroutine of one end does. A failed send leaves only what is to be received,
+// a failed recv nothing.
 type script []step
 
 // A verdict is how the stream that an end receives must end.
@@ -114,9 +120,10 @@ type plan struct {
 	kind  kind
 	piece int // bytes in a write; 0 is as much as there is, -1 alternates 1 and many
 
-	client, upstream         []script // the scripts of each run at the same time
-	clientEnd, upstreamEnd   verdict
-	exact                    bool // where it is broken, all that the other end sent is there nevertheless; see conn.late
+	client, upstream       []script // the scripts of each run at the same time
+	clientEnd, upstreamEnd verdict
+	// where it is broken, all that the other end sent is there nevertheless; see conn.late
+	exact                    bool
 	floods                   bool // a flood must end by an error
 	reach                    reach
 	ends                     []string // what the proxy may call the end
@@ -230,9 +237,11 @@ func (g *generator) fill() {
 		g.exchange(k%400, j%400)
 	case earlyFIN:
 		if g.chance(50) {
-			g.script(script{{recv, j}, {recvEnd, 0}, {send, k}, {fin, 0}}, script{{send, j}, {fin, 0}, {recvEnd, 0}})
+			g.script(script{{recv, j}, {recvEnd, 0}, {send, k}, {fin, 0}},
+				script{{send, j}, {fin, 0}, {recvEnd, 0}})
 		} else {
-			g.script(script{{fin, 0}, {recvEnd, 0}}, script{{recvEnd, 0}, {pause, g.IntN(5)}, {send, j}, {fin, 0}})
+			g.script(script{{fin, 0}, {recvEnd, 0}},
+				script{{recvEnd, 0}, {pause, g.IntN(5)}, {send, j}, {fin, 0}})
 		}
 	case clientReset:
 		g.clientReset(k, j+1)
@@ -243,7 +252,8 @@ func (g *generator) fill() {
 	case goneEarly:
 		g.client = []script{{{send, k}, {reset, 0}}}
 		g.upstream = []script{{{send, j}}, {{recvEnd, 0}}}
-		g.broken(either, broken, lbproxy.EndClientError, lbproxy.EndReason(mtlsserver.ClientGone))
+		g.broken(either, broken, lbproxy.EndClientError, lbproxy.EndClientClosed,
+			lbproxy.EndReason(mtlsserver.ClientGone))
 		g.reach = perhaps
 	case vanish:
 		g.client = []script{{{recv, 1 + j}, {shut, 0}}}
@@ -305,7 +315,8 @@ func (g *generator) fill() {
 		g.reach = perhaps
 	case killed:
 		g.app = "kill"
-		g.holding(k, j, lbproxy.EndUpstreamError, lbproxy.EndDialFailed) // one after the other may be killed while it is dialled
+		// one after the other may be killed while it is dialled
+		g.holding(k, j, lbproxy.EndUpstreamError, lbproxy.EndDialFailed)
 		g.upstreamEnd, g.reach = either, perhaps
 	case revoked:
 		g.user = g.IntN(revocableUsers)
@@ -370,7 +381,9 @@ func (g *generator) exchange(k, j int) {
 			u = append(append(append(u, step{recv, k}), rest()...), step{send, j})
 		}
 		g.script(append(c, step{fin, 0}, step{recvEnd, 0}), append(u, step{recvEnd, 0}, step{fin, 0}))
-	case 4: // both at the same time, to readers that stop now and then, so that all that is between them fills up
+	// both at the same time, to readers that stop now and then, so that all that is between them fills
+	// up
+	case 4:
 		slowly := func(n int) (s script) {
 			for range 3 {
 				n /= 3
@@ -388,7 +401,8 @@ func (g *generator) exchange(k, j int) {
 	}
 }
 
-// holding has both ends wait, when each has what the other sent, for what will break the connection.
+// holding has both ends wait, when each has what the other sent, for what will break the
+// connection.
 func (g *generator) holding(k, j int, ends ...lbproxy.EndReason) {
 	g.script(script{{send, k}, {recv, j}, {recvEnd, 0}}, script{{recv, k}, {send, j}, {recvEnd, 0}})
 	g.broken(broken, broken, ends...)
@@ -397,7 +411,7 @@ func (g *generator) holding(k, j int, ends ...lbproxy.EndReason) {
 // clientReset has the client sent j bytes and reset the connection after k.
 func (g *generator) clientReset(k, j int) {
 	g.upstream = []script{{{send, j}}, {{recvEnd, 0}}}
-	g.broken(either, broken, lbproxy.EndClientError)
+	g.broken(either, broken, lbproxy.EndClientError, lbproxy.EndClientClosed)
 	g.exact = true
 	switch g.IntN(7) {
 	case 0, 1: // without having read what it was sent, but for the first byte
@@ -440,7 +454,7 @@ func (g *generator) cutTLS(k, j int) {
 	if g.mtls && g.chance(60) {
 		g.client = []script{{{recv, 1}, {send, k}, {cut, 0}, {recvEnd, 0}}}
 		g.upstream = []script{{{send, 1 + j}}, {{recvEnd, 0}}}
-		g.broken(broken, broken, lbproxy.EndClientError)
+		g.broken(broken, broken, lbproxy.EndClientError, lbproxy.EndClientClosed)
 	} else {
 		g.app = "tls"
 		g.client = []script{{{send, k}}, {{recvEnd, 0}}}
@@ -463,5 +477,6 @@ func sends(scripts []script) (n int64) {
 
 const (
 	idleTimeout = 400 * time.Millisecond // of the apps where connections stall
-	dialTimeout = time.Second            // of the app that dials black holes; a busy machine has to make a good dial in it
+	// of the app that dials black holes; a busy machine has to make a good dial in it
+	dialTimeout = time.Second
 )

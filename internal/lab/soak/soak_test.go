@@ -25,18 +25,20 @@ import (
 )
 
 var (
-	push     = flag.Bool("push", false, "20,000 plain and 5,000 mTLS connections")
-	long     = flag.Bool("long", false, "1,000,000 plain and 250,000 mTLS connections")
-	conns    = flag.Uint64("conns", 0, "so many connections, of which every fifth is mTLS; 0: as many as the other flags say")
-	duration = flag.Duration("duration", 0, "start no more connections after so long; 0: until all are done")
+	push  = flag.Bool("push", false, "20,000 plain and 5,000 mTLS connections")
+	long  = flag.Bool("long", false, "1,000,000 plain and 250,000 mTLS connections")
+	conns = flag.Uint64("conns", 0,
+		"so many connections, of which every fifth is mTLS; 0: as many as the other flags say")
+	duration = flag.Duration("duration", 0,
+		"start no more connections after so long; 0: until all are done")
 	inflight = flag.Int("inflight", 64, "connections at once")
 	seed     = flag.Uint64("seed", 0, "repeat the plans of the run with this seed; 0: make one up")
 )
 
 func TestMain(m *testing.M) { proxytest.Main(m) }
 
-// eventually reports whether ok is true within d. It looks a hundred times at least: on a busy machine d may be over
-// before anything could happen.
+// eventually reports whether ok is true within d. It looks a hundred times at least: on a busy
+// machine d may be over before anything could happen.
 func eventually(d time.Duration, ok func() bool) bool {
 	late := time.Now().Add(d)
 	for n := 0; !ok(); n++ {
@@ -151,7 +153,8 @@ func newRun(t testing.TB, total uint64) *run {
 	}
 	r.web = start(4, nil)
 	r.greeting = start(2, func(s *server) { s.greets = true })
-	r.overTLS = start(2, func(s *server) { s.tls = &tls.Config{Certificates: []tls.Certificate{r.pki.server}} })
+	overTLS := &tls.Config{Certificates: []tls.Certificate{r.pki.server}}
+	r.overTLS = start(2, func(s *server) { s.tls = overTLS })
 	r.slow = start(2, func(s *server) { s.slow = true })
 	r.mortal = start(3, nil)
 	r.plain, r.mtls = newPlainFront(t, r), newMTLSFront(t, r)
@@ -238,13 +241,16 @@ func TestSoak(t *testing.T) {
 	if eventually(5*time.Second, asBefore(resting)) {
 		r.judgeLater(time.Now()) // nobody can have them any more
 	} else {
-		r.fail("%v after the last connection: %s", time.Since(last).Round(time.Millisecond), strings.Join(wrong, "; "))
+		r.fail("%v after the last connection: %s", time.Since(last).Round(time.Millisecond),
+			strings.Join(wrong, "; "))
 		pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
 	}
 	took := time.Since(last)
 	r.grown = proxytest.HeapInUse() - heap
-	if most := 1<<20 + 20*int64(r.next.Load()); r.grown > most { // what would be kept of each connection
-		r.fail("the heap has %d bytes more than before the first connection, want at most %d", r.grown, most)
+	// what would be kept of each connection
+	if most := 1<<20 + 20*int64(r.next.Load()); r.grown > most {
+		r.fail("the heap has %d bytes more than before the first connection, want at most %d", r.grown,
+			most)
 	}
 	r.mtls.stop()
 	r.plain.stop()
@@ -264,7 +270,8 @@ func TestSoak(t *testing.T) {
 
 	plain, mtls, faults := r.plainDone.Load(), r.mtlsDone.Load(), r.faults()
 	if *duration == 0 && !r.failed() && (plain+mtls < total || faults < total/5) {
-		t.Errorf("%d plain and %d mTLS connections and %d faults, want %d, and one fault to five of them", plain, mtls, faults, total)
+		t.Errorf("%d plain and %d mTLS connections and %d faults, want %d, and one fault to five of "+
+			"them", plain, mtls, faults, total)
 	}
 	for _, failure := range r.failures {
 		t.Error(failure)
@@ -279,7 +286,8 @@ func inventory() map[string]int {
 	return map[string]int{"goroutines": runtime.NumGoroutine(), "descriptors": proxytest.Descriptors()}
 }
 
-// settled returns the inventory when it no longer changes: goroutines that were begun have got to where they stay.
+// settled returns the inventory when it no longer changes: goroutines that were begun have got to
+// where they stay.
 func settled() map[string]int {
 	now := inventory()
 	for same := 0; same < 20; same++ {
@@ -296,7 +304,8 @@ func (r *run) killOne(round int) {
 	s := r.mortal[round%len(r.mortal)]
 	s.kill()
 	time.Sleep(20 * time.Millisecond)
-	if !eventually(5*time.Second, func() bool { return s.start() == nil }) { // somebody else may have its port
+	// somebody else may have its port
+	if !eventually(5*time.Second, func() bool { return s.start() == nil }) {
 		r.fail("upstream %s cannot listen again", s.addr)
 	}
 }
@@ -352,7 +361,8 @@ func (r *run) connect(c *conn) {
 	case <-c.upstreamDone:
 		r.judge(c, &o)
 	case <-late.C:
-		r.fail("connection %d, %v: not over at the upstream, or never seen there (%v): the proxy says %+v", c.id, c.plan, c.seen.Load(), o)
+		r.fail("connection %d, %v: not over at the upstream, or never seen there (%v): the proxy says "+
+			"%+v", c.id, c.plan, c.seen.Load(), o)
 		r.conns.Delete(c.id)
 	}
 }
@@ -422,7 +432,8 @@ func (r *run) judge(c *conn, o *outcome) {
 	}
 	wrong := c.judge(o)
 	if c.took() > patience+spare {
-		wrong = append(wrong, fmt.Sprintf("it took %v, and the machine was busy elsewhere for no more than %v of that", c.took(), spare))
+		wrong = append(wrong, fmt.Sprintf("it took %v, and the machine was busy elsewhere for no more "+
+			"than %v of that", c.took(), spare))
 	}
 	if c.kind == revoked {
 		wrong = append(wrong, r.mtls.judge(c)...)
@@ -447,7 +458,8 @@ func (r *run) judge(c *conn, o *outcome) {
 	r.conns.Delete(c.id)
 }
 
-// judgeLater judges the connections that no upstream had seen, of those that ended before a time after which none can.
+// judgeLater judges the connections that no upstream had seen, of those that ended before a time
+// after which none can.
 func (r *run) judgeLater(before time.Time) {
 	r.mu.Lock()
 	n := 0
@@ -469,8 +481,10 @@ func (r *run) progress() {
 	r.mu.Lock()
 	later, wrong := len(r.later), len(r.failures)
 	r.mu.Unlock()
-	fmt.Fprintf(os.Stderr, "soak: %4.0fs %d plain and %d mTLS connections, %d more that no upstream has seen; %d faults, %d MiB checked, %d wrong\n",
-		time.Since(r.begun).Seconds(), r.plainDone.Load(), r.mtlsDone.Load(), later, r.faults(), r.bytes.Load()>>20, wrong)
+	fmt.Fprintf(os.Stderr, "soak: %4.0fs %d plain and %d mTLS connections, %d more that no "+
+		"upstream has seen; %d faults, %d MiB checked, %d wrong\n",
+		time.Since(r.begun).Seconds(), r.plainDone.Load(), r.mtlsDone.Load(), later,
+		r.faults(), r.bytes.Load()>>20, wrong)
 }
 
 // figures prints what was done.
@@ -492,7 +506,8 @@ func (r *run) figures(t *testing.T, settled time.Duration) {
 		row("  "+string(k), r.kinds[k])
 	}
 	if c := r.slowest; c != nil {
-		row("slowest connection", fmt.Sprintf("%v, %d: %v", c.took().Round(time.Millisecond), c.id, c.plan))
+		row("slowest connection", fmt.Sprintf("%v, %d: "+
+			"%v", c.took().Round(time.Millisecond), c.id, c.plan))
 	}
 	row("longest time this process was not run", r.lag.most.Round(time.Millisecond))
 	row("connections that were held up by that", r.lateOnes.Load())

@@ -15,7 +15,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// A server is an upstream. It learns from a client's header which connection it has, and plays the upstream's scripts.
+// A server is an upstream. It learns from a client's header which connection it has, and plays the
+// upstream's scripts.
 type server struct {
 	run    *run
 	addr   string
@@ -68,7 +69,8 @@ func (s *server) start() error {
 	return nil
 }
 
-// kill is what happens to connections when a process is killed: all are reset, and there is no listener.
+// kill is what happens to connections when a process is killed: all are reset, and there is no
+// listener.
 func (s *server) kill() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -21,6 +22,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/danielepagano/lbproxy/internal/strictjson"
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
@@ -178,7 +180,7 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 	if err := writeNew(i.dir, files); err != nil {
 		return err
 	}
-	user := mtlsserver.User{Name: i.name, Serials: []string{"0x" + string(serial)}, Apps: i.apps}
+	user := mtlsserver.User{Name: i.name, Serials: []mtlsserver.UserSerial{{Serial: "0x" + string(serial)}}, Apps: i.apps}
 	made := fmt.Sprintf("Made %[1]s.pem and %[1]s.key", filepath.Join(i.dir, stem))
 	if i.print {
 		fmt.Fprintln(stderr, made+".") // stdout is for the entry alone
@@ -190,7 +192,7 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(stdout, "%s, and entered user %q with serial %s in %s.\nA server that is running takes it up at SIGHUP.\n",
-		made, i.name, user.Serials[0], config)
+		made, i.name, user.Serials[0].Serial, config)
 	return nil
 }
 
@@ -227,14 +229,63 @@ func enter(user mtlsserver.User, config string) error {
 
 // rewrite writes to f what is in a config file, with user in it, and makes it that file's owner's, with its mode.
 func rewrite(f *os.File, user mtlsserver.User, path string, info fs.FileInfo) error {
-	config, err := mtlsserver.Load(path)
+	if _, err := mtlsserver.Load(path); err != nil {
+		return err
+	}
+	text, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
-	text, err := config.AddUser(user)
+	if text, err = withUser(text, user); err != nil {
+		return fmt.Errorf("-apps: %w", err)
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
 	if err != nil {
+		return err
+	}
+	if _, err := mtlsserver.Parse(path, dir, text); err != nil {
 		return fmt.Errorf("-apps: %w", err)
 	}
 	_, err = f.Write(text)
 	return errors.Join(err, keepOwner(f, info), f.Chmod(info.Mode().Perm()), f.Sync())
+}
+
+// withUser returns the text of a configuration with a user in it who has u's name, serials and apps. If there is one of
+// that name, who must have the same apps, only the serials are added. Every other byte stays as it is.
+func withUser(text []byte, u mtlsserver.User) ([]byte, error) {
+	var c mtlsserver.Config
+	doc, problems := strictjson.Decode(text, &c)
+	if len(problems) > 0 {
+		return nil, fmt.Errorf("line %d: %s", problems[0].Line, problems[0])
+	}
+	i := slices.IndexFunc(c.Users, func(known mtlsserver.User) bool { return known.Name == u.Name })
+	if i < 0 {
+		entry, err := json.Marshal(u)
+		return insert(text, doc, "users", "\n    "+string(entry), "\n  "), err
+	}
+	want, got := slices.Sorted(slices.Values(u.Apps)), slices.Sorted(slices.Values(c.Users[i].Apps))
+	if !slices.Equal(want, got) {
+		return nil, fmt.Errorf("user %q has apps %q, not %q: change that in the configuration first", u.Name, got, want)
+	}
+	list, err := json.Marshal(u)
+	if err != nil {
+		return nil, err
+	}
+	var entry struct {
+		Serials json.RawMessage `json:"serials"`
+	}
+	err = json.Unmarshal(list, &entry)
+	serials := bytes.Trim(entry.Serials, "[]")
+	return insert(text, doc, fmt.Sprintf("users[%d].serials", i), " "+string(serials), ""), err
+}
+
+// insert adds an item to a list, and end before the ] if the list was empty.
+func insert(text []byte, doc *strictjson.Doc, list, item, end string) []byte {
+	_, to, _ := doc.Span(list)
+	head := bytes.TrimRight(text[:to-1], " \t\r\n")
+	tail := text[len(head):]
+	if head[len(head)-1] != '[' {
+		item, end = ","+item, ""
+	}
+	return slices.Concat(head, []byte(item+end), tail)
 }

@@ -3,6 +3,8 @@ package mtlsserver
 import (
 	"errors"
 	"net"
+	"os"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -32,23 +34,48 @@ type fedListener struct {
 	net.Listener
 	conns  chan net.Conn
 	closed chan struct{}
+	late   chan struct{} // holds an element while the deadline has passed
+}
+
+func newFedListener() *fedListener {
+	return &fedListener{conns: make(chan net.Conn), closed: make(chan struct{}), late: make(chan struct{}, 1)}
 }
 
 func (l *fedListener) Accept() (net.Conn, error) {
 	select {
 	case c := <-l.conns:
 		return c, nil
+	case <-l.late:
+		return nil, os.ErrDeadlineExceeded
 	case <-l.closed:
 		return nil, net.ErrClosed
 	}
 }
 
+func (l *fedListener) SetDeadline(t time.Time) error {
+	select {
+	case <-l.late:
+	default:
+	}
+	if !t.IsZero() {
+		l.late <- struct{}{}
+	}
+	return nil
+}
+
 func (l *fedListener) Close() error { close(l.closed); return nil }
 
-// Whoever takes a connection that another share has asked for, and then is closed, does not leave that one waiting.
+// A pipe end stands for a connection.
+func someConn(t *testing.T) net.Conn {
+	a, b := net.Pipe()
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return a
+}
+
+// Whoever is closed while it accepts does not leave the others waiting.
 func TestEachShareThatAcceptsIsServedInTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := &fedListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		l := newFedListener()
 		p := newPort(l)
 		gone := p.share()
 		accepting := map[*share]bool{}
@@ -67,9 +94,9 @@ func TestEachShareThatAcceptsIsServedInTheEnd(t *testing.T) {
 			accepting[s] = true
 			accept(s)
 		}
-		must(t, gone.Close()) // which has asked
+		must(t, gone.Close())
 		for len(accepting) > 0 {
-			l.conns <- nil
+			l.conns <- someConn(t)
 			synctest.Wait()
 			select {
 			case s := <-accepted:
@@ -97,7 +124,8 @@ func (l *listenerUntil) Accept() (net.Conn, error) {
 	return nil, net.ErrClosed
 }
 
-func (l *listenerUntil) Close() error { close(l.closed); return nil }
+func (l *listenerUntil) SetDeadline(time.Time) error { return nil }
+func (l *listenerUntil) Close() error                { close(l.closed); return nil }
 
 // Who waits between one Accept and the next, as lbproxy does after an error, is not told of an error from before.
 func TestAPortHasNoErrorsInStore(t *testing.T) {
@@ -131,12 +159,12 @@ func TestAPortHasNoErrorsInStore(t *testing.T) {
 
 // A slowListener is closed before it hands out what it has accepted.
 type slowListener struct {
-	net.Listener
+	*net.TCPListener
 	has, closed chan struct{}
 }
 
 func (l *slowListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
+	c, err := l.TCPListener.Accept()
 	close(l.has)
 	<-l.closed
 	return c, err
@@ -144,14 +172,14 @@ func (l *slowListener) Accept() (net.Conn, error) {
 
 func (l *slowListener) Close() error {
 	defer close(l.closed)
-	return l.Listener.Close()
+	return l.TCPListener.Close()
 }
 
 // It is neither in the system's queue nor with anybody who would close it.
 func TestAConnectionThatNobodyHasTakenIsClosedWithThePort(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
-	slow := &slowListener{l, make(chan struct{}), make(chan struct{})}
+	slow := &slowListener{l.(*net.TCPListener), make(chan struct{}), make(chan struct{})}
 	s := newPort(slow).share()
 	over := make(chan error)
 	go func() {
@@ -167,4 +195,65 @@ func TestAConnectionThatNobodyHasTakenIsClosedWithThePort(t *testing.T) {
 		t.Errorf("Accept returns %v", err)
 	}
 	must(t, ended(c))
+}
+
+// Shares take turns 2,000 times while clients connect. Each connection is accepted, once, and none
+// is reset.
+func TestHandOver(t *testing.T) {
+	s, err := bind("127.0.0.1:0")
+	must(t, err)
+	addr := s.Addr().String()
+	var accepting, connecting sync.WaitGroup
+	serve := func(s *share) {
+		accepting.Go(func() {
+			for {
+				c, err := s.Accept()
+				if errors.Is(err, net.ErrClosed) {
+					return
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				c.Write([]byte{'x'})
+				c.Close()
+			}
+		})
+	}
+	serve(s)
+	stop := make(chan struct{})
+	served := make([]int, 3)
+	for i := range served {
+		connecting.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				c, err := net.Dial("tcp", addr)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				c.SetDeadline(time.Now().Add(patience))
+				if _, err := c.Read(make([]byte, 1)); err != nil {
+					t.Error(err)
+				}
+				c.Close()
+				served[i]++
+			}
+		})
+	}
+	for range 2000 {
+		next := s.port.share()
+		serve(next)
+		must(t, s.Close())
+		s = next
+	}
+	close(stop)
+	connecting.Wait()
+	must(t, s.Close())
+	accepting.Wait()
+	t.Logf("served %v", served)
 }

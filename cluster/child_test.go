@@ -1,0 +1,149 @@
+package cluster
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
+)
+
+// A job is what a child process does: one proxy of several that share a limit.
+type job struct {
+	URL     string
+	Peers   int
+	Timeout time.Duration
+	Limit   Limit
+	Start   time.Time     // when all begin
+	For     time.Duration // and how long they go on
+	Rate    float64       // connections a second that ask to be let in
+	Streams int           // move bytes as fast as they may
+	Hold    int           // connections it wants to have open, for ever
+}
+
+// A share is what a proxy was let do.
+type share struct {
+	In      []int         // let in, by quarter of a second
+	Last    time.Duration // when the last one was, from Start
+	Longest time.Duration // that one had to wait
+	Bytes   int64
+	Status  Status
+}
+
+func child(what string) {
+	var j job
+	if err := json.Unmarshal([]byte(what), &j); err != nil {
+		panic(err)
+	}
+	s, err := Dial(j.URL, &Options{Peers: j.Peers, Timeout: j.Timeout})
+	if err != nil {
+		panic(err)
+	}
+	m := s.Limit("shared", j.Limit)
+	ctx := context.Background()
+	time.Sleep(time.Until(j.Start))
+	out := json.NewEncoder(os.Stdout)
+	switch {
+	case j.Rate > 0:
+		out.Encode(j.opens(ctx, m, s))
+	case j.Streams > 0:
+		out.Encode(j.streams(ctx, m, s))
+	}
+	for n := 0; j.Hold > 0; {
+		if n < j.Hold && !m.Report(ctx, lbproxy.Event{Kind: lbproxy.EventOpen}).Exceeded {
+			n++
+			fmt.Println(n)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	s.Close()
+}
+
+// opens asks at a steady rate. Each connection is one goroutine: a slow answer does not slow the others.
+func (j job) opens(ctx context.Context, m lbproxy.RateLimitManager, s *Store) share {
+	got := share{In: make([]int, int(j.For/(250*time.Millisecond))+40)}
+	var mu sync.Mutex
+	var all sync.WaitGroup
+	for n := 0; ; n++ {
+		due := time.Duration(float64(n) / j.Rate * float64(time.Second))
+		if due >= j.For {
+			break
+		}
+		time.Sleep(due - time.Since(j.Start))
+		all.Go(func() {
+			began := time.Now()
+			in := !m.Report(ctx, lbproxy.Event{Kind: lbproxy.EventOpen}).Exceeded
+			now := time.Now()
+			mu.Lock()
+			defer mu.Unlock()
+			got.Longest = max(got.Longest, now.Sub(began))
+			if at := now.Sub(j.Start); in {
+				got.In[min(int(at/(250*time.Millisecond)), len(got.In)-1)]++
+				got.Last = max(got.Last, at)
+			}
+		})
+	}
+	all.Wait()
+	got.Status = s.Status()
+	return got
+}
+
+func (j job) streams(ctx context.Context, m lbproxy.RateLimitManager, s *Store) share {
+	var bytes atomic.Int64
+	var all sync.WaitGroup
+	for range j.Streams {
+		all.Go(func() {
+			chunk, due := 32<<10, time.Now()
+			for time.Since(j.Start) < j.For {
+				d := m.Report(ctx, lbproxy.Event{Kind: lbproxy.EventData, Bytes: int64(chunk)})
+				bytes.Add(int64(chunk))
+				if chunk = 32 << 10; d.Chunk > 0 {
+					chunk = min(chunk, d.Chunk)
+				}
+				// As the relay does: what one wait was too long shortens the next.
+				if earliest := time.Now().Add(-50 * time.Millisecond); due.Before(earliest) {
+					due = earliest
+				}
+				due = due.Add(d.Wait)
+				time.Sleep(min(time.Until(due), j.For-time.Since(j.Start)))
+			}
+		})
+	}
+	all.Wait()
+	return share{Bytes: bytes.Load(), Status: s.Status()}
+}
+
+// A proxy is a child process at a job.
+type proxy struct {
+	cmd *exec.Cmd
+	out *bufio.Scanner
+}
+
+func start(t *testing.T, j job) proxy {
+	t.Helper()
+	text, err := json.Marshal(j)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd, out := storetest.Child(t, string(text))
+	return proxy{cmd, bufio.NewScanner(out)}
+}
+
+func (p proxy) share(t *testing.T) (got share) {
+	t.Helper()
+	if !p.out.Scan() {
+		t.Fatal("a child has died: ", p.out.Err())
+	}
+	if err := json.Unmarshal(p.out.Bytes(), &got); err != nil {
+		t.Fatal(err)
+	}
+	return got
+}

@@ -1,0 +1,233 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/cluster"
+	"github.com/danielepagano/lbproxy/mtlsserver"
+)
+
+// A runner is the command run: an mtlsserver by the configuration in the store.
+type runner struct {
+	*command
+	dir, host, advertise, id, outage string
+	capacity                         int
+	exact                            bool
+	lame                             time.Duration
+
+	log    *slog.Logger
+	store  *cluster.Store
+	policy cluster.Outage
+
+	mu      sync.Mutex // held while a configuration is applied
+	server  *mtlsserver.Server
+	running cluster.Config
+	sharing int // how many proxies the server's bounds are for
+}
+
+func newRunner(c *command, flags *flag.FlagSet) *runner {
+	r := &runner{command: c}
+	flags.StringVar(&r.dir, "dir", "", "")
+	flags.StringVar(&r.host, "host", "", "")
+	flags.StringVar(&r.advertise, "advertise", "", "")
+	flags.StringVar(&r.id, "id", "", "")
+	flags.StringVar(&r.outage, "outage", "share", "")
+	flags.IntVar(&r.capacity, "capacity", 0, "")
+	flags.BoolVar(&r.exact, "exact", false, "")
+	flags.DurationVar(&r.lame, "lame", 3*time.Second, "")
+	return r
+}
+
+func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
+	if r.store = s; r.dir == "" {
+		return errors.New("-dir is missing: name the folder of certificates and keys")
+	}
+	switch r.outage {
+	case "share":
+	case "open":
+		r.policy = cluster.Open
+	case "closed":
+		r.policy = cluster.Closed
+	default:
+		return fmt.Errorf("-outage %q: want share, open or closed", r.outage)
+	}
+	if r.log, err = r.logger(); err != nil {
+		return err
+	}
+	if ip, err := netip.ParseAddr(r.host); r.advertise == "" && (err != nil || !ip.IsUnspecified()) {
+		r.advertise = r.host
+	}
+	r.sharing = 1
+	if t, err := s.Live(ctx); err == nil {
+		r.sharing += len(t.Proxies)
+	}
+	watch, err := s.Watch(ctx, cluster.Watcher{File: filepath.Join(r.dir, "config.last-good.json"), Apply: r.apply})
+	if err != nil {
+		return err
+	}
+	defer watch.Stop()
+	defer r.server.Close()
+	member, err := s.Join(cluster.Self{
+		ID: cmp.Or(r.id, hostID()), Addr: r.advertise, Capacity: r.capacity, Version: version(),
+		Ports: r.ports, Apps: r.apps, Config: watch.Running,
+	})
+	if err != nil {
+		return err
+	}
+	defer member.Leave()
+	fmt.Fprintf(r.stdout, "proxy %s:\n", member.Place().ID)
+	for app, addr := range r.server.Addrs() {
+		fmt.Fprintf(r.stdout, "app %q listens on %v\n", app, addr)
+	}
+	return r.serve(ctx, member)
+}
+
+// serve serves until a signal drains it, and a second one ends it.
+func (r *runner) serve(ctx context.Context, member *cluster.Member) error {
+	ctx, drain := context.WithCancel(ctx)
+	defer drain()
+	done := make(chan error, 1)
+	go func() { done <- r.server.Run(ctx) }()
+	every := time.NewTicker(time.Second)
+	defer every.Stop()
+	var lame <-chan time.Time
+	signals := 0
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				r.log.Warn("stopped", "err", err)
+				return errCut{err}
+			}
+			r.log.Info("stopped")
+			return nil
+		case <-every.C:
+			if n := member.Place().Count; n > 0 && signals == 0 {
+				r.rescale(n)
+			}
+		case <-lame:
+			drain()
+		case sig := <-r.signals:
+			switch signals++; signals {
+			case 1:
+				r.log.Info("draining", "signal", sig.String(), "accepting for", r.lame)
+				member.Drain()
+				lame = time.After(r.lame)
+			default:
+				r.log.Info("closing", "signal", sig.String())
+				r.server.Close()
+			}
+		}
+	}
+}
+
+// apply is for cluster.Watcher.
+func (r *runner) apply(c cluster.Config) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.load(c); err != nil {
+		return err
+	}
+	r.running = c
+	return nil
+}
+
+// rescale has each upstream's maxConns be shared by n proxies.
+func (r *runner) rescale(n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n == r.sharing {
+		return
+	}
+	was := r.sharing
+	r.sharing = n
+	if err := r.load(r.running); err != nil {
+		r.sharing = was
+		r.log.Error("the configuration that runs does not load any more, so maxConns stay as they are", "problem", err)
+	}
+}
+
+// load has the server run by c. The caller holds mu.
+func (r *runner) load(c cluster.Config) error {
+	conf, err := mtlsserver.Parse(fmt.Sprintf("configuration %d", c.Version), r.dir, c.Text)
+	if err != nil {
+		return err
+	}
+	adapt(conf, r.host, r.sharing)
+	if r.server == nil {
+		r.server, err = mtlsserver.New(conf, &mtlsserver.Options{Logger: r.log, NewLimit: r.limit})
+		return err
+	}
+	_, err = r.server.Reload(conf)
+	return err
+}
+
+// adapt makes a configuration of all proxies that of one in n.
+func adapt(conf *mtlsserver.Config, host string, n int) {
+	for i := range conf.Apps {
+		app := &conf.Apps[i]
+		if _, port, err := net.SplitHostPort(app.Listen); err == nil && host != "" {
+			app.Listen = net.JoinHostPort(host, port)
+		}
+		for i := range app.Upstreams { // the bound protects the upstream, whoever connects
+			if u := &app.Upstreams[i]; u.MaxConns > 0 {
+				u.MaxConns = max(u.MaxConns/n, 1)
+			}
+		}
+	}
+}
+
+// limit is for mtlsserver.Options.NewLimit.
+func (r *runner) limit(user, app string, l mtlsserver.Limit) lbproxy.RateLimitManager {
+	return r.store.Limit(strconv.Quote(user)+" "+strconv.Quote(app), cluster.Limit{
+		Burst: l.Burst, Every: l.Every, Open: l.Open, BytesPerSecond: l.BytesPerSecond, Exact: r.exact, Outage: r.policy,
+	})
+}
+
+func (r *runner) ports() map[string]int {
+	ports := map[string]int{}
+	for app, addr := range r.server.Addrs() {
+		if tcp, ok := addr.(*net.TCPAddr); ok {
+			ports[app] = tcp.Port
+		}
+	}
+	return ports
+}
+
+func (r *runner) apps() map[string]*lbproxy.LBProxyApp { return r.server.Apps() }
+
+// hostID is the host's name, as a proxy may be called, and a few letters: there may be several on a host.
+func hostID() string {
+	name, _ := os.Hostname()
+	name, _, _ = strings.Cut(strings.ToLower(name), ".")
+	name = strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '-'
+	}, name)
+	return strings.Trim(name[:min(len(name), 50)]+"-"+strings.ToLower(rand.Text()[:5]), "-")
+}
+
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version
+	}
+	return ""
+}

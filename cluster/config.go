@@ -1,0 +1,311 @@
+package cluster
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/redis/rueidis"
+)
+
+//go:embed put.lua
+var putText string
+
+var putScript = rueidis.NewLuaScript(putText)
+
+// A Config is a configuration in the store. What its text means is the business of those who put and apply it.
+type Config struct {
+	Version int64 // counts up from 1; 0 means that there is none
+	Text    []byte
+	By      string    // who put it
+	At      time.Time // when, by the store's clock
+}
+
+// ErrConflict is what [Store.Put] returns if somebody else has put a configuration meanwhile.
+var ErrConflict = errors.New("cluster: somebody else has put a configuration meanwhile: read that, and make yours from it")
+
+// patient is how long calls may take that nobody's connection waits for.
+const patient = 2 * time.Second
+
+// Config reads the configuration. If there is none, its Version is 0.
+func (s *Store) Config(ctx context.Context) (Config, error) {
+	var c Config
+	values, err := s.do(ctx, patient, func(ctx context.Context, r rueidis.Client) rueidis.RedisResult {
+		return r.Do(ctx, r.B().Hmget().Key(s.key("config")).Field("version", "text", "by", "at").Build())
+	})
+	if err != nil {
+		return c, err
+	}
+	if len(values) == 4 && !values[0].IsNil() {
+		text, _ := values[1].ToString()
+		at, _ := values[3].AsInt64()
+		c.Version, _ = values[0].AsInt64()
+		c.By, _ = values[2].ToString()
+		c.Text, c.At = []byte(text), time.UnixMilli(at)
+	}
+	return c, nil
+}
+
+// Put replaces the configuration that has the version from, which is 0 if there is none yet, and returns the version
+// that it becomes. Of several that put at once one does, and the others get [ErrConflict]. If the store has
+// replicas, Put returns when one of them has the configuration too, or fails after a second: it may be in force
+// then all the same.
+func (s *Store) Put(ctx context.Context, from int64, text []byte, by string) (version int64, err error) {
+	c := s.client.Load()
+	if c == nil {
+		return 0, s.away()
+	}
+	ctx, cancel := context.WithTimeout(ctx, patient)
+	defer cancel()
+	var lonely bool
+	err = c.Dedicated(func(d rueidis.DedicatedClient) error { // WAIT is about what its own connection has written
+		put := d.B().Eval().Script(putText).Numkeys(1).Key(s.key("config")).
+			Arg(strconv.FormatInt(from, 10), string(text), by).Build()
+		answer, err := d.Do(ctx, put).AsIntSlice()
+		switch {
+		case err != nil:
+			return err
+		case len(answer) != 2:
+			return fmt.Errorf("the store answers with %d values instead of 2", len(answer))
+		case answer[0] == 0:
+			return fmt.Errorf("%w (version %d is not %d)", ErrConflict, answer[1], from)
+		}
+		version = answer[1]
+		info, err := d.Do(ctx, d.B().Info().Section("replication").Build()).ToString()
+		if err != nil || !strings.Contains(info, "connected_slaves:") || strings.Contains(info, "connected_slaves:0") {
+			return nil // there is nobody to wait for
+		}
+		n, err := d.Do(ctx, d.B().Wait().Numreplicas(1).Timeout(1000).Build()).AsInt64()
+		lonely = err == nil && n == 0
+		return err
+	})
+	switch {
+	case errors.Is(err, ErrConflict):
+		return 0, err
+	case err != nil:
+		return version, s.wrap(err)
+	case lonely:
+		return version, fmt.Errorf("cluster: store %s: version %d is in force, but no replica has it: if the store fails now it is lost", s.addr, version)
+	}
+	return version, nil
+}
+
+// watched is what is known of the configuration's version without asking.
+type watched struct {
+	mu      sync.Mutex
+	version int64
+	heard   time.Time
+	changed chan struct{} // has an element when there is news
+}
+
+// hear is what a beat has learned.
+func (w *watched) hear(version int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.heard = time.Now()
+	if w.version != version {
+		w.version = version
+		select {
+		case w.changed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// A Watcher follows the configuration.
+type Watcher struct {
+	// File keeps the last good configuration: its text, and beside it, with ".version" added to the name, its
+	// version. Empty means that none is kept.
+	File string
+
+	// Apply puts a configuration in force. An error leaves the one that runs; it is shown by Live and logged, and
+	// Apply is not called again until there is another version. The first call is with what [Store.Watch] starts
+	// with, the others come from Watch's own goroutine, one at a time. It is required.
+	Apply func(Config) error
+}
+
+// A Watch is a [Watcher] at work.
+type Watch struct {
+	store *Store
+	w     Watcher
+	stop  context.CancelFunc
+	over  chan struct{}
+
+	mu       sync.Mutex
+	running  int64  // version
+	failed   int64  // version that Apply refused
+	err      error  // why
+	fromFile string // why what runs is from File; empty when it is the store's
+}
+
+// Watch applies the configuration in the store, or if that is away, has none or has an older one, the last good
+// one of w.File, and then follows the store until Stop. It fails if neither can be had or applied.
+func (s *Store) Watch(ctx context.Context, w Watcher) (*Watch, error) {
+	f := &Watch{store: s, w: w, over: make(chan struct{})}
+	kept, fileErr := w.read()
+	c, err := s.Config(ctx)
+	switch {
+	case err == nil && c.Version == 0:
+		err = fmt.Errorf("cluster: store %s: no configuration: put one", s.addr)
+	case err == nil && c.Version < kept.Version:
+		err = fmt.Errorf("cluster: store %s: configuration %d is older than %d, which ran here", s.addr, c.Version, kept.Version)
+	case err == nil:
+		if err = f.apply(c); err != nil {
+			f.failed, f.err = c.Version, err
+			err = fmt.Errorf("configuration %d: %w", c.Version, err)
+		}
+	}
+	if err != nil { // then the last good one
+		if fileErr != nil {
+			return nil, fmt.Errorf("%w; and no last good configuration: %w", err, fileErr)
+		}
+		if e := w.Apply(kept); e != nil {
+			return nil, fmt.Errorf("%w; and %s: %w", err, w.File, e)
+		}
+		f.running, f.fromFile = kept.Version, err.Error()
+		s.log().Warn("cluster: running by the last good configuration", "file", w.File, "version", kept.Version, "err", err)
+	}
+	ctx, f.stop = context.WithCancel(context.WithoutCancel(ctx))
+	go f.run(ctx)
+	return f, nil
+}
+
+// Stop ends the watch and waits for an Apply in progress.
+func (f *Watch) Stop() {
+	f.stop()
+	<-f.over
+}
+
+// Running returns the version in force, and what is wrong: with the one in the store, or with the store if what is
+// in force is from the file.
+func (f *Watch) Running() (version int64, problem string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err != nil {
+		return f.running, fmt.Sprintf("version %d: %v", f.failed, f.err)
+	}
+	return f.running, f.fromFile
+}
+
+func (f *Watch) run(ctx context.Context) {
+	defer close(f.over)
+	every := time.NewTicker(time.Second)
+	defer every.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-f.store.ctx.Done():
+			return
+		case <-f.store.config.changed:
+		case <-every.C:
+		}
+		known := &f.store.config
+		known.mu.Lock()
+		version, beaten := known.version, time.Since(known.heard) < 2*time.Second
+		known.mu.Unlock()
+		f.mu.Lock()
+		old := version <= f.running || version == f.failed
+		f.mu.Unlock()
+		if !beaten || !old { // without beats it is asked for
+			f.look(ctx)
+		}
+	}
+}
+
+// look applies what is in the store, if that is new.
+func (f *Watch) look(ctx context.Context) {
+	c, err := f.store.Config(ctx)
+	f.mu.Lock()
+	news := err == nil && c.Version > f.running && c.Version != f.failed
+	if err == nil && c.Version == f.running {
+		f.fromFile = ""
+	}
+	f.mu.Unlock()
+	if !news {
+		return
+	}
+	if err := f.apply(c); err != nil {
+		f.mu.Lock()
+		f.failed, f.err = c.Version, err
+		f.mu.Unlock()
+		for problem := range strings.SplitSeq(err.Error(), "\n") {
+			f.store.log().Error("cluster: configuration refused, the one that runs stays", "version", c.Version, "by", c.By, "problem", problem)
+		}
+		return
+	}
+	f.store.log().Info("cluster: configuration applied", "version", c.Version, "by", c.By)
+}
+
+// apply puts c in force and keeps it.
+func (f *Watch) apply(c Config) error {
+	if err := f.w.Apply(c); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	f.running, f.failed, f.err, f.fromFile = c.Version, 0, nil, ""
+	f.mu.Unlock()
+	if err := f.w.keep(c); err != nil {
+		f.store.log().Error("cluster: the last good configuration is not kept", "file", f.w.File, "err", err)
+	}
+	return nil
+}
+
+// keep writes the text as it is, so that it can be read and checked, and then its version, with the text's hash:
+// one without the other counts for nothing.
+func (w *Watcher) keep(c Config) error {
+	if w.File == "" {
+		return nil
+	}
+	if err := replace(w.File, c.Text); err != nil {
+		return err
+	}
+	return replace(w.File+".version", fmt.Appendf(nil, "%d %x\n", c.Version, sha256.Sum256(c.Text)))
+}
+
+func (w *Watcher) read() (c Config, err error) {
+	if w.File == "" {
+		return c, errors.New("none is kept")
+	}
+	if c.Text, err = os.ReadFile(w.File); err != nil {
+		return c, err
+	}
+	line, err := os.ReadFile(w.File + ".version")
+	if err != nil {
+		return c, err
+	}
+	number, hash, _ := strings.Cut(strings.TrimSpace(string(line)), " ")
+	c.Version, err = strconv.ParseInt(number, 10, 64)
+	if err != nil || hash != fmt.Sprintf("%x", sha256.Sum256(c.Text)) {
+		return Config{}, fmt.Errorf("%s: it is not the file that %s.version is about: somebody has changed it", w.File, w.File)
+	}
+	return c, nil
+}
+
+// replace writes a file so that a crash leaves the old one or the new one.
+func replace(path string, text []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(text)
+	if err == nil {
+		err = f.Sync()
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	return err
+}

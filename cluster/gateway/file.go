@@ -1,0 +1,119 @@
+package gateway
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/danielepagano/lbproxy/cluster"
+	"github.com/miekg/dns"
+)
+
+// A File keeps a zone in a file that a DNS server reads. It must not change once it is in use.
+type File struct {
+	Zone   *Zone
+	Path   string
+	Logger *slog.Logger // nil means slog.Default()
+
+	// Then is called after each change of the file, to have the server read it. An error is logged, and it is
+	// called again half a second later.
+	Then func(context.Context) error
+}
+
+// refresh is how often the file is written although the same proxies are named: their weights change, and of many
+// others may be named for a while.
+const refresh = 5 * time.Second
+
+// Keep writes the file whenever that names other proxies, at once, and else every 5 s if anything is new, until ctx
+// ends. It returns nil then, and an error if the first file cannot be written.
+func (f *File) Keep(ctx context.Context, source Source) error {
+	if err := f.Zone.Check(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	log := orDefault(f.Logger)
+	var (
+		serial  uint32
+		before  *set
+		written time.Time
+		owing   bool // Then has failed
+	)
+	follow(ctx, source, log, func(t cluster.Tally) {
+		s := f.Zone.set(t, 0)
+		change := before == nil || !sameNames(before, s)
+		if !s.alive && before != nil {
+			change = false // with nobody there an empty zone would be remembered: the last one is as good
+		}
+		if change || time.Since(written) >= refresh && s.alive && !same(before, s) {
+			serial = max(uint32(time.Now().Unix()), serial+1)
+			if err := replace(f.Path, f.Zone.Text(t, serial)); err != nil {
+				if before == nil {
+					cancel(err)
+				}
+				log.Error("gateway: the zone cannot be written", "err", err)
+				return
+			}
+			before, written, owing = s, time.Now(), f.Then != nil
+		}
+		if owing {
+			err := f.Then(ctx)
+			if owing = err != nil; owing {
+				log.Error("gateway: the zone is written, but what should read it fails", "err", err)
+			}
+		}
+	})
+	if err := context.Cause(ctx); err != context.Canceled && err != context.DeadlineExceeded {
+		return err
+	}
+	return nil
+}
+
+// same reports whether two sets have the same records, but for the serial.
+func same(a, b *set) bool {
+	return a != nil && slices.Equal(a.lines(false), b.lines(false))
+}
+
+// sameNames is same, whatever the weights.
+func sameNames(a, b *set) bool { return slices.Equal(a.lines(true), b.lines(true)) }
+
+func (s *set) lines(weightless bool) (lines []string) {
+	for _, kinds := range s.records {
+		for kind, rrs := range kinds {
+			for _, rr := range rrs {
+				if srv, ok := rr.(*dns.SRV); ok && weightless {
+					c := *srv
+					c.Weight = 0
+					rr = &c
+				}
+				if kind != dns.TypeSOA {
+					lines = append(lines, rr.String())
+				}
+			}
+		}
+	}
+	return slices.Sorted(slices.Values(lines))
+}
+
+// replace writes a file that a server of another user may read, so that it never sees half of it.
+func replace(path, text string) error {
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".zone-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	_, err = tmp.WriteString(text)
+	if err == nil {
+		err = tmp.Chmod(0o644)
+	}
+	if e := tmp.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = os.Rename(tmp.Name(), path)
+	}
+	return err
+}

@@ -1,0 +1,208 @@
+// Package gateway names a cluster's live proxies in DNS, so that clients find one that is there.
+//
+// Every live proxy that is neither draining nor full is named, in random order; that one of them has less to do than
+// another makes no difference. To name only the least loaded ones does harm: for as long as an answer is kept in
+// resolvers, everybody goes to the same few.
+//
+// A zone has these names, with those of the proxies' addresses that are IP addresses:
+//
+//	ZONE            A and AAAA: where some app is, on any proxy
+//	_APP._tcp.ZONE  SRV: where one app is; the weight is by free capacity
+//	ID.ZONE         A or AAAA: one proxy
+//
+// [Zone.Text] writes them for a DNS server that people run; [Server] is one for those who run none.
+package gateway
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/danielepagano/lbproxy/cluster"
+	"github.com/miekg/dns"
+)
+
+const (
+	most     = 64   // proxies named at once
+	safeSize = 1232 // bytes of UDP that get through everywhere (DNS Flag Day 2020)
+)
+
+// A Zone says how proxies are named. It must not change once it is in use.
+type Zone struct {
+	// Name is the zone's, such as "lb.example.com". It is required.
+	Name string
+
+	// NS are the names of the zone's servers, each perhaps with its address: "ns1.example.com" or
+	// "ns1.lb.example.com=192.0.2.1". An address is needed for a name that is in the zone itself. At least one is
+	// required.
+	NS []string
+
+	// TTL is for how long resolvers keep an answer, in whole seconds. 0 means 1 second, negative 0 seconds.
+	TTL time.Duration
+}
+
+// Check returns what is wrong with z.
+func (z *Zone) Check() error {
+	if _, ok := dns.IsDomainName(z.Name); !ok || strings.Trim(z.Name, ".") == "" || strings.ContainsAny(z.Name, " \\\"();") {
+		return fmt.Errorf("gateway: zone %q: want a domain name such as lb.example.com", z.Name)
+	}
+	if len(z.NS) == 0 {
+		return errors.New("gateway: no name servers: give the name of one at least")
+	}
+	for _, ns := range z.NS {
+		name, addr, given := strings.Cut(ns, "=")
+		if _, ok := dns.IsDomainName(name); !ok || name == "" || strings.ContainsAny(name, " \\\"();") {
+			return fmt.Errorf("gateway: name server %q: want a name, or name=address", ns)
+		}
+		if _, err := netip.ParseAddr(addr); given && err != nil {
+			return fmt.Errorf("gateway: name server %q: %q is not an IP address", ns, addr)
+		}
+	}
+	if z.TTL > 24*time.Hour {
+		return fmt.Errorf("gateway: TTL %v: want a day at most: for so long a dead proxy would be named", z.TTL)
+	}
+	return nil
+}
+
+func (z *Zone) ttl() uint32 { return uint32(max(cmp.Or(z.TTL, time.Second), 0) / time.Second) }
+
+func (z *Zone) header(name string, kind uint16) dns.RR_Header {
+	return dns.RR_Header{Name: name, Rrtype: kind, Class: dns.ClassINET, Ttl: z.ttl()}
+}
+
+// A set is the records of a zone at one moment. It does not change.
+type set struct {
+	zone    *Zone
+	origin  string // the zone's name as it is in records
+	alive   bool   // there is a proxy
+	records map[string]map[uint16][]dns.RR
+	seen    map[string]bool // records, as lines
+}
+
+// set returns the records for t.
+func (z *Zone) set(t cluster.Tally, serial uint32) *set {
+	s := &set{zone: z, origin: dns.CanonicalName(z.Name), records: map[string]map[uint16][]dns.RR{}, seen: map[string]bool{}}
+	first := ""
+	for _, ns := range z.NS {
+		name, addr, _ := strings.Cut(ns, "=")
+		name = dns.CanonicalName(name)
+		first = cmp.Or(first, name)
+		s.add(&dns.NS{Hdr: z.header(s.origin, dns.TypeNS), Ns: name})
+		if dns.IsSubDomain(s.origin, name) {
+			s.address(name, addr)
+		}
+	}
+	s.add(&dns.SOA{Hdr: z.header(s.origin, dns.TypeSOA), Ns: first, Mbox: "hostmaster." + s.origin,
+		Serial: serial, Refresh: 60, Retry: 5, Expire: 86400, Minttl: z.ttl()})
+	all := slices.DeleteFunc(slices.Clone(t.Proxies), func(p cluster.Proxy) bool { return p.Addr == "" })
+	named := slices.DeleteFunc(slices.Clone(all), func(p cluster.Proxy) bool {
+		return p.Draining || p.Capacity > 0 && p.Open >= p.Capacity
+	})
+	if len(named) == 0 {
+		named = all // better one that is full than none
+	}
+	s.alive = len(named) > 0
+	for _, p := range all {
+		s.address(p.ID+"."+s.origin, p.Addr)
+	}
+	for _, p := range named {
+		s.address(s.origin, p.Addr)
+		target := p.ID + "." + s.origin
+		if _, err := netip.ParseAddr(p.Addr); err != nil {
+			target = dns.CanonicalName(p.Addr)
+		}
+		for app, port := range p.Ports {
+			if name := "_" + app + "._tcp." + s.origin; label(app) && port > 0 {
+				s.add(&dns.SRV{Hdr: z.header(strings.ToLower(name), dns.TypeSRV), Port: uint16(port), Target: target, Weight: weight(p)})
+			}
+		}
+	}
+	return s
+}
+
+// label reports whether an app's id can be in a name.
+func label(app string) bool {
+	return app != "" && len(app) < 63 && !strings.ContainsFunc(app, func(r rune) bool {
+		return r != '-' && r != '_' && (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
+	})
+}
+
+// weight is by what p may still take, of what it may. One without a bound counts as free.
+func weight(p cluster.Proxy) uint16 {
+	if p.Capacity <= 0 {
+		return 1001
+	}
+	return uint16(1 + 1000*max(p.Capacity-p.Open, 0)/p.Capacity)
+}
+
+// address adds the record of an address, if it is one.
+func (s *set) address(name, addr string) {
+	ip, err := netip.ParseAddr(addr)
+	switch ip = ip.Unmap(); {
+	case err != nil || ip.Zone() != "":
+	case ip.Is4():
+		s.add(&dns.A{Hdr: s.zone.header(name, dns.TypeA), A: net.IP(ip.AsSlice())})
+	default:
+		s.add(&dns.AAAA{Hdr: s.zone.header(name, dns.TypeAAAA), AAAA: net.IP(ip.AsSlice())})
+	}
+}
+
+func (s *set) add(rr dns.RR) {
+	h := rr.Header()
+	if s.records[h.Name] == nil {
+		s.records[h.Name] = map[uint16][]dns.RR{}
+	}
+	if line := rr.String(); s.seen[line] { // two proxies at one address
+		return
+	} else {
+		s.seen[line] = true
+	}
+	s.records[h.Name][h.Rrtype] = append(s.records[h.Name][h.Rrtype], rr)
+}
+
+// answer fills in m, which has its question, with records of that name and type: up to 64 at random, and no more than
+// fit into size bytes. Who gets some of many is served as well as who gets all.
+func (s *set) answer(m *dns.Msg, size int) {
+	q := m.Question[0]
+	all := slices.Clone(s.records[strings.ToLower(q.Name)][q.Qtype])
+	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	all = all[:min(len(all), most)]
+	m.Compress = true
+	for m.Answer = all; len(m.Answer) > 1 && m.Len() > size; {
+		m.Answer = m.Answer[:len(m.Answer)-1-len(m.Answer)/16]
+	}
+}
+
+// Text returns the zone as a file for a DNS server. The serial must be more than that of the text before, if they are
+// not the same.
+func (z *Zone) Text(t cluster.Tally, serial uint32) string {
+	return z.set(t, serial).text()
+}
+
+func (s *set) text() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "; Written by lbcluster, and again whenever proxies come or go: changes here are lost.\n")
+	for _, name := range slices.SortedFunc(maps.Keys(s.records), func(a, b string) int {
+		return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) // the SOA record has to be the first
+	}) {
+		kinds := s.records[name]
+		for _, kind := range []uint16{dns.TypeSOA, dns.TypeNS, dns.TypeA, dns.TypeAAAA, dns.TypeSRV} {
+			if len(kinds[kind]) == 0 {
+				continue
+			}
+			m := new(dns.Msg).SetQuestion(name, kind)
+			s.answer(m, safeSize)
+			for _, rr := range m.Answer {
+				fmt.Fprintln(&b, rr)
+			}
+		}
+	}
+	return b.String()
+}

@@ -1,0 +1,491 @@
+package cluster
+
+import (
+	"cmp"
+	"context"
+	_ "embed"
+	"fmt"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/redis/rueidis"
+)
+
+// A Limit bounds what all proxies together let somebody do. Fields that are zero set no bound, but the zero
+// Limit refuses all.
+type Limit struct {
+	Burst int           // most connections opened at once; negative refuses all
+	Every time.Duration // time in which one opening is regained; 0 or less: none ever is
+
+	// Open is the most connections open at once. It is exact at the price of one trip to the store for each
+	// that opens. The connections of a proxy that died stop counting after 6 seconds.
+	Open int
+
+	// BytesPerSecond is for both directions together. Each proxy that could use an even part of it gets one,
+	// and more if others leave some. They tell each other every 100 ms what they could use, so for as long it
+	// may be exceeded when many begin at once. Moving data never waits for the store.
+	BytesPerSecond int64
+
+	// Exact has each opening ask the store. Else a proxy borrows as many openings as it used in the last
+	// 100 ms, and gives back what it has not used after as long: a crash loses at most those, for as long as
+	// they take to be regained.
+	Exact bool
+
+	// Outage says how to go on while the store is away.
+	Outage Outage
+}
+
+// An Outage is what a [Limit] does while the store is away.
+type Outage int
+
+const (
+	// Share lets in one part of the limit, in as many as there were proxies. Together they then let in no
+	// more than the limit, and one more Burst at most.
+	Share Outage = iota
+	// Open lets everything in, and does not slow it.
+	Open
+	// Closed refuses every new connection. Those that are open go on, at one part of BytesPerSecond.
+	Closed
+)
+
+func (o Outage) String() string {
+	switch o {
+	case Share:
+		return "share"
+	case Open:
+		return "open"
+	case Closed:
+		return "closed"
+	}
+	return fmt.Sprintf("Outage(%d)", int(o))
+}
+
+//go:embed limit.lua
+var limitText string
+
+var limitScript = rueidis.NewLuaScript(limitText)
+
+const (
+	flushEvery = 100 * time.Millisecond // lent openings and moved bytes are settled
+	renewEvery = 2 * time.Second        // open connections are told again; limit.lua voids them after 6 s
+	forever    = time.Duration(1) << 52 * time.Microsecond
+)
+
+// A limiter is one proxy's part in a Limit.
+//
+// What it tells the store are changes, any of which may be lost, but for the number of its open connections: that
+// is told again as an absolute number every 2 s and after a call that failed, when no other call is in flight.
+type limiter struct {
+	store  *Store
+	l      Limit
+	every  time.Duration // Every, so that it is more than 0 and Burst times that does not overflow
+	keys   []string      // its one key
+	member string        // what its connections are counted under: no two limiters have the same
+	config [4]string     // arguments of the script that are the same in every call
+
+	pace  lbproxy.Bandwidth
+	moved atomic.Int64 // bytes since told
+	rate  atomic.Int64 // bytes a second that may be, as the store has said; 0: it has not
+
+	mu      sync.Mutex // not held over a call
+	active  bool       // the flusher looks at it
+	lent    int        // openings borrowed and not used
+	used    int        // openings let in by the store's word since the last tick
+	before  int        // and between the tick before and the last one
+	charged int        // of used: those that the share has been charged for
+	owed    int        // openings let in without the store, which it is yet to be told of
+	share   bucket     // what may be let in without the store
+	open    int        // connections open
+	change  int        // of open, which the store is yet to be told of
+	heal    bool       // a call failed: the store may have another number
+	renewed time.Time  // when it was told the number
+	flying  int        // calls in flight
+	trip    *trip      // the call that everybody waits for, if there is one
+	waiting int        // who do
+	until   time.Time  // until then the store would refuse
+	short   bool       // the last call brought less than was wanted
+	told    time.Time  // when the store was told last how many bytes a second it could be
+}
+
+// A trip is a call whose outcome several connections wait for.
+type trip struct {
+	done chan struct{} // closed when it is over
+	err  error
+}
+
+// Limit returns what bounds connections by key, which names who is limited: all Limits of this key and these
+// numbers, in all proxies of the cluster, are one. Other numbers begin anew. It makes no call. It is safe for
+// concurrent use and goes into [lbproxy.Conn], or is what a function given to [lbproxy.NewClientLimits] returns.
+func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
+	m := &limiter{store: s, l: l, every: max(l.Every, 0), pace: lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
+	// The script counts whole microseconds, in numbers that are exact up to 2^53.
+	m.every = (m.every + time.Microsecond - 1).Truncate(time.Microsecond)
+	if most := forever / time.Duration(max(l.Burst, 1)); m.every == 0 || m.every > most {
+		m.every = max(most.Truncate(time.Microsecond), time.Microsecond)
+	}
+	m.config = [4]string{
+		strconv.Itoa(max(l.Burst, 0)), strconv.FormatInt(m.every.Microseconds(), 10),
+		strconv.Itoa(max(l.Open, 0)), strconv.FormatInt(max(l.BytesPerSecond, 0), 10),
+	}
+	m.member = s.id + "." + strconv.FormatUint(s.serial.Add(1), 10)
+	m.keys = []string{fmt.Sprintf("l:{%s:%s:%d/%v/%d/%d}", s.name, key, l.Burst, l.Every, l.Open, l.BytesPerSecond)}
+	return m
+}
+
+// refuses reports whether nothing is ever let in.
+func (l *Limit) refuses() bool {
+	return l.Burst < 0 || l.Open < 0 || l.BytesPerSecond < 0 || l.Burst == 0 && l.Open == 0 && l.BytesPerSecond == 0
+}
+
+// Report implements [lbproxy.RateLimitManager]. Only an EventOpen may wait for the store, for no longer than
+// Options.Timeout. It panics on an EventClose that no EventOpen came before.
+func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision {
+	switch e.Kind {
+	case lbproxy.EventOpen:
+		if m.l.refuses() || !m.enter(ctx) {
+			return lbproxy.Decision{Exceeded: true}
+		}
+	case lbproxy.EventClose:
+		m.leave(e.Refused)
+		return lbproxy.Decision{}
+	}
+	if m.l.BytesPerSecond <= 0 {
+		return lbproxy.Decision{}
+	}
+	// The waits are those of a Bandwidth with the whole rate, to which bytes are as many more as this proxy's
+	// part of it is less.
+	scale := m.scale()
+	if scale == 0 {
+		return lbproxy.Decision{}
+	}
+	if n := e.Bytes; n > 0 && m.moved.Add(n) == n {
+		m.moving()
+	}
+	e.Bytes = int64(float64(e.Bytes) * scale)
+	d := m.pace.Report(ctx, e)
+	if d.Chunk > 0 {
+		d.Chunk = max(int(float64(d.Chunk)/scale), 512)
+	}
+	return d
+}
+
+// Idle reports whether another limiter of the same key would serve as well: what was spent is in the store.
+func (m *limiter) Idle() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.lent == 0 && m.open == 0 && m.owed == 0 && m.moved.Load() == 0 && m.change == 0 && m.flying == 0
+}
+
+// enter decides on an EventOpen.
+func (m *limiter) enter(ctx context.Context) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	leased := m.l.Open == 0 && !m.l.Exact
+	for {
+		if m.store.client.Load() == nil {
+			return m.alone()
+		}
+		if m.l.Open == 0 && (m.l.Burst == 0 || m.lent > 0) {
+			return m.letIn()
+		}
+		if !m.until.IsZero() && time.Now().Before(m.until) {
+			return false
+		}
+		if t := m.trip; t != nil {
+			if !m.wait(ctx, t) {
+				return false
+			}
+			if t.err != nil {
+				return m.alone()
+			}
+			continue // with what the trip has brought
+		}
+		c := call{wanted: min(m.l.Burst, 1), asks: 1}
+		if leased {
+			c.wanted, c.exclusive = m.batch(), true
+		}
+		switch err := m.ask(&c); {
+		case err != nil:
+			return m.alone()
+		case c.refused:
+			return false
+		}
+		return m.letIn()
+	}
+}
+
+// letIn counts a connection that the store has let in. The caller holds mu.
+func (m *limiter) letIn() bool {
+	if m.l.Burst > 0 {
+		m.lent--
+	}
+	m.used++
+	m.open++
+	m.activate()
+	return true
+}
+
+// alone decides by the policy. The caller holds mu.
+func (m *limiter) alone() bool {
+	now := time.Now()
+	m.settle(now)
+	n, burst, every := m.part()
+	allowed, borrowed := m.l.Outage != Closed, false
+	if m.l.Outage == Share && m.l.Open > 0 {
+		allowed = m.open < max(m.l.Open/n, 1)
+	}
+	if allowed && m.l.Burst > 0 {
+		if borrowed = m.lent > 0; borrowed {
+			m.lent-- // paid for already
+		} else if !m.share.take(now, burst, every) {
+			allowed = m.l.Outage == Open
+		}
+	}
+	if !allowed {
+		m.store.turnedAway.Add(1)
+		return false
+	}
+	m.store.alone.Add(1)
+	if m.l.Burst > 0 && !borrowed {
+		m.owed = min(m.owed+1, m.l.Burst)
+	}
+	m.open++
+	m.heal = true
+	m.activate()
+	return true
+}
+
+// part is what this proxy may do without the store: one part in n, of the limit.
+func (m *limiter) part() (n, burst int, every time.Duration) {
+	n = int(m.store.peers.Load())
+	most := min(n, max(m.l.Burst, 1)) // a part is one opening at least
+	return n, max(m.l.Burst/n, 1), min(m.every, forever/time.Duration(most)) * time.Duration(most)
+}
+
+// settle charges the share for what the store has let in, so that a policy does not give it once more. The caller
+// holds mu.
+func (m *limiter) settle(now time.Time) {
+	if n := m.used - m.charged; n > 0 && m.l.Burst > 0 {
+		_, burst, every := m.part()
+		m.share.charge(now, n, burst, every)
+	}
+	m.charged = m.used
+}
+
+// batch is how many openings to borrow: as many as were needed lately, but no more than are regained meanwhile
+// and no more than a part of all. The caller holds mu.
+func (m *limiter) batch() int {
+	_, burst, _ := m.part()
+	needed := max(m.used, m.before, m.waiting+1)
+	if m.short { // all there is, in one call: what it lets in is less than what is needed
+		needed += needed/4 + 1
+	}
+	return min(needed, burst, max(int(flushEvery/m.every), 1))
+}
+
+// wait returns when t is over, or false if ctx ended first. The caller holds mu, which is released meanwhile.
+func (m *limiter) wait(ctx context.Context, t *trip) bool {
+	m.waiting++
+	m.mu.Unlock()
+	defer func() {
+		m.mu.Lock()
+		m.waiting--
+	}()
+	select {
+	case <-t.done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// leave counts a connection out. One that another limit refused gives its opening back.
+func (m *limiter) leave(refused bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.open == 0 {
+		panic("cluster: EventClose without EventOpen")
+	}
+	m.open--
+	if refused && m.l.Burst > 0 {
+		m.lent++
+		m.activate()
+	}
+	if m.l.Open > 0 {
+		m.change--
+		m.until = time.Time{} // there may be room now
+		m.activate()
+		m.store.limits.hurry(m)
+	}
+}
+
+// scale is how many bytes of the whole rate one of this proxy's is, or 0 if there is no bound now.
+func (m *limiter) scale() float64 {
+	if m.store.client.Load() == nil {
+		if m.l.Outage == Open {
+			return 0
+		}
+	} else if rate := m.rate.Load(); rate > 0 {
+		return float64(m.l.BytesPerSecond) / float64(rate)
+	}
+	return float64(m.store.peers.Load()) // an even part
+}
+
+// moving is called for the first bytes since the store was told.
+func (m *limiter) moving() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now := time.Now(); now.Sub(m.told) > flushEvery { // after a rest
+		m.told = now
+		m.store.limits.hurry(m)
+	}
+	m.activate()
+}
+
+// could is how many bytes a second may be of use: -1, all there are, if nearly all that were allowed were used; 0 if
+// there was nothing to move. It begins a new count. The caller holds mu.
+func (m *limiter) could(now time.Time) int64 {
+	bytes := m.moved.Swap(0)
+	if bytes == 0 {
+		return 0
+	}
+	moved, rate := float64(bytes)/max(now.Sub(m.told), flushEvery/2).Seconds(), m.rate.Load()
+	m.told = now
+	if rate == 0 || moved > 0.8*float64(rate) {
+		return -1
+	}
+	return int64(moved) + 1
+}
+
+// activate makes the flusher look at m. The caller holds mu.
+func (m *limiter) activate() {
+	if !m.active {
+		m.active = true
+		m.store.limits.add(m)
+	}
+}
+
+// A call is one trip to the store.
+type call struct {
+	wanted    int  // openings
+	given     int  // openings that are given back
+	asks      int  // 1: a connection asks to be let in
+	absolute  bool // the store is told the number of open connections, not how it has changed
+	exclusive bool // everybody waits for it
+
+	refused bool // the answer to a connection that asks
+}
+
+// ask makes a call, with everything that there is to tell. The caller holds mu, which is released meanwhile.
+func (m *limiter) ask(c *call) error {
+	own := strconv.Itoa(m.change)
+	if c.absolute {
+		own = "=" + strconv.Itoa(m.open)
+	}
+	spare := min(m.lent, c.wanted) // given back by a connection that another limit refused
+	m.lent -= spare
+	owed, could := m.owed, m.could(time.Now())
+	m.change, m.owed = 0, 0
+	args := append([]string{m.member}, m.config[:]...)
+	args = append(args, strconv.Itoa(c.wanted-spare), strconv.Itoa(c.given), strconv.Itoa(owed), own,
+		strconv.Itoa(c.asks), strconv.FormatInt(could, 10))
+	var t *trip
+	if c.exclusive {
+		t = &trip{done: make(chan struct{})}
+		m.trip = t
+		defer close(t.done)
+	}
+	m.flying++
+	m.mu.Unlock()
+	values, err := m.store.script(context.Background(), m.store.opts.Timeout, limitScript, m.keys, args...)
+	m.mu.Lock()
+	m.flying--
+	now := time.Now()
+	var answer answer
+	if err == nil {
+		err = answer.read(values)
+	}
+	if t != nil {
+		m.trip, t.err = nil, err
+	}
+	m.lent += spare
+	if err != nil { // whether it was heard is not known
+		m.owed = min(m.owed+owed, m.l.Burst)
+		m.heal = true
+		return err
+	}
+	m.lent += answer.granted
+	if c.absolute {
+		m.heal, m.renewed = false, now
+	}
+	if could != 0 { // doubling at most, as others may begin at the same moment
+		even := max(m.l.BytesPerSecond/m.store.peers.Load(), 1)
+		m.rate.Store(min(answer.rate, 2*max(m.rate.Load(), even)))
+	}
+	c.refused = answer.why != ""
+	if c.asks > 0 {
+		m.short = c.refused || answer.granted < c.wanted-spare
+		if m.short {
+			m.until = now.Add(m.hold(c, answer.wait))
+		}
+	}
+	return nil
+}
+
+// hold is how long nothing is asked after the store has said no, or had less than was wanted. A limit that borrows
+// waits for more than the one opening that is regained first: else a flood would have it ask for each.
+func (m *limiter) hold(c *call, wait time.Duration) time.Duration {
+	if c.exclusive && c.wanted > 0 {
+		wait = max(wait, min(flushEvery, m.every*time.Duration(m.l.Burst)/2))
+	}
+	return min(wait, time.Second) // somebody may give back
+}
+
+// An answer is what limit.lua returns.
+type answer struct {
+	granted int
+	why     string
+	wait    time.Duration
+	rate    int64
+}
+
+func (a *answer) read(values []rueidis.RedisMessage) error {
+	if len(values) != 4 {
+		return fmt.Errorf("cluster: the store answers with %d values instead of 4", len(values))
+	}
+	granted, err1 := values[0].AsInt64()
+	why, err2 := values[1].ToString()
+	wait, err3 := values[2].AsInt64()
+	rate, err4 := values[3].AsInt64()
+	*a = answer{int(granted), why, time.Duration(wait) * time.Microsecond, rate}
+	return cmp.Or(err1, err2, err3, err4)
+}
+
+// A bucket is a token bucket whose size is an argument, because it changes with the number of proxies.
+type bucket struct{ full time.Time } // when all will have been regained
+
+func (b *bucket) take(now time.Time, burst int, every time.Duration) bool {
+	full := later(b.full, now).Add(every)
+	if full.Sub(now) > time.Duration(burst)*every {
+		return false
+	}
+	b.full = full
+	return true
+}
+
+// charge takes n, or as many as there are.
+func (b *bucket) charge(now time.Time, n, burst int, every time.Duration) {
+	from := later(b.full, now)
+	free := time.Duration(burst)*every - from.Sub(now)
+	b.full = from.Add(max(min(time.Duration(min(n, burst))*every, free), 0))
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}

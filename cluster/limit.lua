@@ -1,0 +1,107 @@
+-- One trip of one limit, by one proxy. Time is the store's, in microseconds.
+--
+-- KEYS[1]  the limit's hash: tat   when all openings will have been regained
+--                            o:ID  "n until": connections that a proxy has open, and when that is void
+--                            b:ID  "n until": bytes a second that a proxy could use, -1 for all there are
+-- ARGV     1 the proxy   2 burst (0: openings are not limited)   3 every   4 max open (0: no limit)
+--          5 bytes a second (0: no limit)
+--          6 openings wanted   7 given back   8 let in while the store was away
+--          9 "+n", "-n": so many more connections of the proxy are open; "=n": so many are
+--         10 1: a connection asks to be let in
+--         11 bytes a second that it could use, -1 for all there are, 0: it moves none
+-- returns  {openings granted, "" or why not: "rate", "open", µs until it is worth asking again,
+--           bytes a second that the proxy may move}
+local t = redis.call('TIME')
+local now = t[1] * 1000000 + t[2]
+local key, mine = KEYS[1], 'o:' .. ARGV[1]
+local burst, every, max, rate = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local wanted, given, owed = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local function text(n) return string.format('%.0f', n) end
+
+local tat, own, others, bytes = now, 0, 0, {}
+local h = redis.call('HGETALL', key)
+for i = 1, #h, 2 do
+	local field, value = h[i], h[i + 1]
+	if field == 'tat' then
+		tat = math.max(tonumber(value), now)
+	else
+		local n, till = string.match(value, '^(%S+) (%d+)$')
+		if tonumber(till) <= now then
+			redis.call('HDEL', key, field)
+		elseif string.sub(field, 1, 2) == 'b:' then
+			if field ~= 'b:' .. ARGV[1] then
+				bytes[#bytes + 1] = tonumber(n)
+			end
+		elseif field == mine then
+			own = tonumber(n)
+		else
+			others = others + n
+		end
+	end
+end
+
+if string.sub(ARGV[9], 1, 1) == '=' then
+	own = tonumber(string.sub(ARGV[9], 2))
+else
+	own = math.max(own + tonumber(ARGV[9]), 0)
+end
+if burst > 0 then
+	tat = math.max(tat - given * every, now)
+	tat = math.max(tat, math.min(tat + owed * every, now + burst * every))
+end
+
+local granted, why, wait = 0, '', 0
+if ARGV[10] == '1' and max > 0 and own + others >= max then
+	why, wait = 'open', 100000
+elseif burst > 0 and wanted > 0 then
+	granted = math.min(wanted, math.floor((now + burst * every - tat) / every))
+	if granted <= 0 then
+		granted, why, wait = 0, 'rate', tat + every - now - burst * every
+	end
+	tat = tat + granted * every
+end
+if ARGV[10] == '1' and why == '' then
+	own = own + 1
+end
+
+local worth = 0 -- how long this is worth remembering
+if tat > now then
+	redis.call('HSET', key, 'tat', text(tat))
+	worth = tat - now
+end
+if max > 0 then
+	if own > 0 then
+		redis.call('HSET', key, mine, text(own) .. ' ' .. text(now + 6000000))
+	else
+		redis.call('HDEL', key, mine)
+	end
+	if own + others > 0 then
+		worth = math.max(worth, 6000000)
+	end
+end
+-- Who could use less than an even part of the bytes leaves the rest to the others. A proxy is told what it would
+-- get if it could use all there are, so that it may grow.
+local part = rate
+if rate > 0 then
+	local could = tonumber(ARGV[11])
+	if could ~= 0 then
+		redis.call('HSET', key, 'b:' .. ARGV[1], text(could) .. ' ' .. text(now + 300000))
+		worth = math.max(worth, 300000)
+	end
+	table.sort(bytes, function(a, b) return a >= 0 and (b < 0 or a < b) end)
+	local left, sharing = rate, #bytes + 1
+	for _, n in ipairs(bytes) do
+		if n < 0 or n >= left / sharing then
+			break
+		end
+		left, sharing = left - n, sharing - 1
+	end
+	part = math.max(math.floor(left / sharing), 1)
+end
+
+if worth > 0 then
+	redis.call('PEXPIRE', key, text(math.ceil(worth / 1000) + 1000))
+else
+	redis.call('DEL', key)
+end
+return {granted, why, math.ceil(wait), part}

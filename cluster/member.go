@@ -1,0 +1,364 @@
+package cluster
+
+import (
+	"cmp"
+	"context"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/redis/rueidis"
+)
+
+//go:embed beat.lua
+var beatText string
+
+var beatScript = rueidis.NewLuaScript(beatText)
+
+// Self is what a proxy tells the others of itself. Functions are called on each beat, one at a time; nil means that
+// there is nothing to tell.
+type Self struct {
+	// ID must be another one than every other proxy's: letters in lower case, digits and '-', at most 63. It is
+	// the proxy's name in the gateway's zone. Empty means one made at random.
+	ID string
+
+	// Addr is the host that clients find the proxy at: an IP address, or a name for SRV records. If it is empty,
+	// gateways do not name the proxy.
+	Addr string
+
+	Ports    func() map[string]int                 // where its apps listen
+	Apps     func() map[string]*lbproxy.LBProxyApp // whose connections are told, and that are told of the others
+	Config   func() (version int64, problem string)
+	Capacity int    // connections; gateways send nobody to a proxy that has so many. 0 means no bound
+	Version  string // of the program
+
+	// Interval is the time between beats. A proxy counts as dead after three. 0 means a second.
+	Interval time.Duration
+}
+
+// A Member is this proxy's place in the cluster. All methods are safe for concurrent use.
+type Member struct {
+	store *Store
+	self  Self
+	since time.Time
+	kick  chan struct{} // has an element when a beat should not wait for its time
+	stop  context.CancelFunc
+	over  chan struct{}
+
+	mu       sync.Mutex
+	draining bool
+	place    Place
+
+	// What follows is the beating goroutine's alone.
+	sent   map[string]int  // counts as the store has them; nil: it has none
+	sums   map[string]int  // of all proxies
+	sumsAt string          // the store's name for that state
+	bias   map[string]bias // by app
+	step   time.Duration   // between the last two states of sums, if the biases are yet to follow
+	told   map[string]told // by app
+	missed int             // beats in a row without an answer
+}
+
+// A Place is where a [Member] stands among the others.
+type Place struct {
+	ID           string
+	Index, Count int           // it is number Index, from 0, of Count; Count is 0 before the first answered beat
+	Lag          time.Duration // since the last answered beat, or since Join
+	Err          string        // why the last beat was not answered
+
+	heard time.Time
+}
+
+// Join makes this proxy a member: it beats every second, by which it learns how many others there are and what they
+// have open together, and tells its apps ([lbproxy.LBProxyApp.SetPeers]). It fails only if self is wrong: with the
+// store away it goes on trying. The caller owes a Leave.
+func (s *Store) Join(self Self) (*Member, error) {
+	self.ID = cmp.Or(self.ID, strings.ToLower(s.id))
+	self.Interval = cmp.Or(self.Interval, time.Second)
+	switch {
+	case len(self.ID) > 63 || strings.Trim(self.ID, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" ||
+		strings.Trim(self.ID, "-") != self.ID:
+		return nil, fmt.Errorf("cluster: Self.ID %q: want at most 63 lower-case letters, digits and '-', which does not come first or last", self.ID)
+	case self.Interval < 0:
+		return nil, fmt.Errorf("cluster: Self.Interval %v is negative: use 0 for a second", self.Interval)
+	case self.Capacity < 0:
+		return nil, fmt.Errorf("cluster: Self.Capacity %d is negative: use 0 for no bound", self.Capacity)
+	}
+	m := &Member{store: s, self: self, since: time.Now(), kick: make(chan struct{}, 1), over: make(chan struct{}),
+		bias: map[string]bias{}, told: map[string]told{}, place: Place{ID: self.ID, heard: time.Now()}}
+	var ctx context.Context
+	ctx, m.stop = context.WithCancel(s.ctx)
+	go m.run(ctx)
+	return m, nil
+}
+
+// Drain makes gateways name this proxy no more. It returns at once.
+func (m *Member) Drain() {
+	m.mu.Lock()
+	m.draining = true
+	m.mu.Unlock()
+	m.Beat()
+}
+
+// Beat has the next beat come now, for news that should not wait.
+func (m *Member) Beat() {
+	select {
+	case m.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Leave ends the beats and takes the proxy out, if the store is there; else its lease runs out. It returns when that
+// is done.
+func (m *Member) Leave() {
+	m.stop()
+	<-m.over
+}
+
+// Place returns where m stands.
+func (m *Member) Place() Place {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.place
+	p.Lag = time.Since(p.heard)
+	return p
+}
+
+func (m *Member) run(ctx context.Context) {
+	defer close(m.over)
+	every := time.NewTicker(m.self.Interval)
+	defer every.Stop()
+	for {
+		m.beat(ctx)
+		select {
+		case <-ctx.Done():
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+			defer cancel()
+			m.call(ctx, 0, "", nil)
+			return
+		case <-every.C:
+		case <-m.kick:
+		}
+	}
+}
+
+// beat is one beat: one call, or a few where there is much to tell.
+func (m *Member) beat(ctx context.Context) {
+	var apps map[string]*lbproxy.LBProxyApp
+	if m.self.Apps != nil {
+		apps = m.self.Apps()
+	}
+	stats := map[string]lbproxy.Stats{}
+	counts := map[string]int{}
+	total := 0
+	for id, app := range apps {
+		stats[id] = app.Stats()
+		total += stats[id].Open
+		for _, u := range stats[id].Upstreams {
+			counts[field(id, u.Addr)] += u.Open
+		}
+	}
+	info := m.info(total)
+	var err error
+	for range 2 { // twice, if the store has forgotten this proxy
+		var again bool
+		if again, err = m.tell(ctx, info, counts); !again {
+			break
+		}
+	}
+	now := time.Now()
+	m.mu.Lock()
+	if err == nil {
+		m.place.heard, m.place.Err = now, ""
+	} else {
+		m.place.Err = err.Error()
+	}
+	place := m.place
+	m.mu.Unlock()
+	if err == nil {
+		m.missed = 0
+	} else {
+		m.missed++
+	}
+	if place.Count > 0 {
+		m.setPeers(apps, stats, place)
+	}
+}
+
+func (m *Member) info(open int) string {
+	p := Proxy{ID: m.self.ID, Addr: m.self.Addr, Open: open, Capacity: m.self.Capacity, Since: m.since,
+		Version: m.self.Version, Lease: 3 * m.self.Interval}
+	if m.self.Ports != nil {
+		p.Ports = m.self.Ports()
+	}
+	if m.self.Config != nil {
+		p.Config, p.Problem = m.self.Config()
+	}
+	m.mu.Lock()
+	p.Draining = m.draining
+	m.mu.Unlock()
+	text, err := json.Marshal(p)
+	if err != nil {
+		panic(err) // it has nothing in it that JSON cannot say
+	}
+	return string(text)
+}
+
+// tell makes the calls of a beat. again means that the store did not know this proxy, so that everything has to be
+// told once more.
+func (m *Member) tell(ctx context.Context, info string, counts map[string]int) (again bool, err error) {
+	if m.sent == nil { // nothing, or what another process has left that had the same ID
+		if _, err := m.call(ctx, 0, "", nil); err != nil {
+			return false, err
+		}
+		m.sent = map[string]int{}
+	}
+	var news []string
+	for f, n := range counts {
+		if m.sent[f] != n {
+			news = append(news, f)
+		}
+	}
+	for f := range m.sent {
+		if _, ok := counts[f]; !ok {
+			news = append(news, f)
+		}
+	}
+	first := len(m.sent) == 0
+	for {
+		some := news[:min(len(news), 1000)] // a call of more would make everybody wait
+		news = news[len(some):]
+		args := make([]string, 0, 2*len(some))
+		for _, f := range some {
+			args = append(args, f, strconv.Itoa(counts[f]))
+		}
+		joined, err := m.call(ctx, 3*m.self.Interval, info, args)
+		if err != nil {
+			return false, err
+		}
+		if joined && !first {
+			m.sent = map[string]int{}
+			return true, nil
+		}
+		first = false
+		for _, f := range some {
+			if m.sent[f] = counts[f]; counts[f] == 0 {
+				delete(m.sent, f)
+			}
+		}
+		if len(news) == 0 {
+			return false, nil
+		}
+	}
+}
+
+// call is one call of beat.lua. A lease of 0 says goodbye.
+func (m *Member) call(ctx context.Context, lease time.Duration, info string, counts []string) (joined bool, err error) {
+	var version int64
+	if m.self.Config != nil {
+		version, _ = m.self.Config()
+	}
+	s := m.store
+	args := append([]string{s.key(""), m.self.ID, strconv.FormatInt(lease.Milliseconds(), 10), info, m.sumsAt,
+		strconv.FormatInt(m.countsEvery().Milliseconds(), 10), strconv.FormatInt(version, 10)}, counts...)
+	v, err := s.script(ctx, patient, beatScript, []string{s.key("live")}, args...)
+	if err != nil || lease == 0 {
+		return false, err
+	}
+	if len(v) != 6 {
+		return false, fmt.Errorf("cluster: the store answers with %d values instead of 6", len(v))
+	}
+	isNew, err0 := v[0].AsInt64()
+	index, err1 := v[1].AsInt64()
+	count, err2 := v[2].AsInt64()
+	version, err3 := v[3].AsInt64()
+	at, err4 := v[4].ToString()
+	sums, err5 := v[5].ToString()
+	if err := errors.Join(err0, err1, err2, err3, err4, err5); err != nil {
+		return false, err
+	}
+	s.peers.Store(max(count, 1))
+	s.config.hear(version)
+	m.mu.Lock()
+	m.place.Index, m.place.Count = int(index), int(count)
+	m.mu.Unlock()
+	if sums != "" {
+		if err := m.learn(at, sums); err != nil {
+			return false, err
+		}
+	}
+	return isNew == 1, nil
+}
+
+// learn takes in what all proxies together have open.
+func (m *Member) learn(at, text string) error {
+	var list []string
+	if text != "{}" { // Lua's empty list
+		if err := json.Unmarshal([]byte(text), &list); err != nil {
+			return fmt.Errorf("cluster: the counts in the store cannot be read: %w", err)
+		}
+	}
+	m.sums = map[string]int{}
+	for i := 0; i+1 < len(list); i += 2 {
+		m.sums[list[i]], _ = strconv.Atoi(list[i+1])
+	}
+	was, _ := strconv.ParseInt(m.sumsAt, 10, 64)
+	is, _ := strconv.ParseInt(at, 10, 64)
+	if was > 0 { // after a while without the store one step is not to make up for all of it
+		m.step = min(max(time.Duration(is-was)*time.Millisecond, 0), 5*time.Second)
+	}
+	m.sumsAt = at
+	return nil
+}
+
+// countsEvery is how old the sums may be. To make and send them costs too much for every second where there are
+// many proxies or upstreams; then they are needed less often, too.
+func (m *Member) countsEvery() time.Duration {
+	if m.store.peers.Load() > 200 || len(m.sums) > 2000 {
+		return 5 * m.self.Interval
+	}
+	return m.self.Interval
+}
+
+// setPeers tells the apps where this proxy stands, if that is news.
+func (m *Member) setPeers(apps map[string]*lbproxy.LBProxyApp, stats map[string]lbproxy.Stats, place Place) {
+	for id, app := range apps {
+		upstreams := stats[id].Upstreams
+		b := m.bias[id]
+		if b == nil {
+			b = bias{}
+			m.bias[id] = b
+		}
+		if m.step > 0 {
+			total := func(addr string) int { return m.sums[field(id, addr)] }
+			b.follow(upstreams, total, place.Count, m.step.Seconds())
+		} else if m.missed > 3 {
+			b.fade()
+		}
+		p := lbproxy.Peers{Index: place.Index, Count: place.Count, Bias: b.steps(upstreams)}
+		if old, ok := m.told[id]; ok && old.app == app && reflect.DeepEqual(old.peers, p) {
+			continue
+		}
+		if err := app.SetPeers(p); err != nil {
+			m.store.log().Error("cluster: an app does not take what is known of the others", "app", id, "err", err)
+		}
+		m.told[id] = told{app, p}
+	}
+	m.step = 0
+	maps.DeleteFunc(m.bias, func(id string, _ bias) bool { return apps[id] == nil })
+	maps.DeleteFunc(m.told, func(id string, _ told) bool { return apps[id] == nil })
+}
+
+// told is what an app was told last.
+type told struct {
+	app   *lbproxy.LBProxyApp
+	peers lbproxy.Peers
+}

@@ -1,0 +1,434 @@
+package cluster
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/alicebob/miniredis/v2"
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+func TestJoinRefusesWrongSelf(t *testing.T) {
+	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), nil)
+	for _, self := range []Self{
+		{ID: "A"}, {ID: "a b"}, {ID: "-a"}, {ID: "a."}, {ID: strings.Repeat("a", 64)}, {Interval: -1}, {Capacity: -1},
+	} {
+		if m, err := s.Join(self); err == nil {
+			m.Leave()
+			t.Errorf("%+v: no error", self)
+		}
+	}
+}
+
+// A fleet is proxies that beat when the test says so.
+type fleet struct {
+	t     *testing.T
+	store *Store // of all: what counts is the ID
+	live  map[string]*Member
+	open  map[string]map[string]int // by proxy, field
+}
+
+func newFleet(t *testing.T, url string) *fleet {
+	s, _ := dial(t, url, calm)
+	return &fleet{t: t, store: s, live: map[string]*Member{}, open: map[string]map[string]int{}}
+}
+
+// member returns a Member that does not beat by itself.
+func (f *fleet) member(id string) *Member {
+	if m := f.live[id]; m != nil {
+		return m
+	}
+	m := &Member{store: f.store, self: Self{ID: id, Interval: time.Second}, bias: map[string]bias{}, told: map[string]told{}}
+	f.live[id], f.open[id] = m, map[string]int{}
+	return m
+}
+
+func (f *fleet) beat(id string) {
+	f.t.Helper()
+	m := f.member(id)
+	for range 2 {
+		again, err := m.tell(f.t.Context(), m.info(0), maps.Clone(f.open[id]))
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		if !again {
+			return
+		}
+	}
+}
+
+// check compares the sums in the store with what is open.
+func (f *fleet) check() {
+	f.t.Helper()
+	want := map[string]int{}
+	for _, counts := range f.open {
+		for field, n := range counts {
+			if n > 0 {
+				want[field] += n
+			}
+		}
+	}
+	tally, err := f.store.Tally(f.t.Context())
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	got := map[string]int{}
+	for _, u := range tally.Upstreams {
+		got[field(u.App, u.Addr)] = u.Open
+		by := 0
+		for _, n := range u.By {
+			by += n
+		}
+		if by != u.Open {
+			f.t.Fatalf("%s: %d in all, and %v by proxy", u.Addr, u.Open, u.By)
+		}
+	}
+	if !maps.Equal(got, want) {
+		f.t.Fatalf("the store has %v\nopen are %v", got, want)
+	}
+	if len(tally.Proxies) != len(f.live) {
+		f.t.Fatalf("%d proxies, want %d", len(tally.Proxies), len(f.live))
+	}
+}
+
+// Proxies come, go, die, pause and repeat themselves; the sums are what is open two beats later.
+func TestSumsAreWhatIsOpen(t *testing.T) {
+	const seed = 1
+	story := func(t *testing.T, url string, rounds int, later func(time.Duration)) {
+		rng := rand.New(rand.NewPCG(seed, 0))
+		f := newFleet(t, url)
+		kills := 0
+		for round := range rounds {
+			id := fmt.Sprintf("p%d", rng.IntN(6))
+			f.member(id)
+			for range 3 {
+				f.open[id][field("an app", fmt.Sprintf("10.0.0.%d:80", rng.IntN(5)))] = rng.IntN(3)
+			}
+			f.beat(id)
+			switch rng.IntN(4) {
+			case 0:
+				f.beat(id) // a beat whose answer was lost, told again
+				f.live[id].sent = map[string]int{}
+				f.beat(id)
+			case 1: // killed: nobody hears of it again
+				delete(f.live, id)
+				delete(f.open, id)
+				kills++
+			case 2: // paused for longer than its lease, and buried by the others
+				later(3500 * time.Millisecond)
+				for other := range f.live {
+					if other != id {
+						f.beat(other)
+					}
+				}
+			}
+			if len(f.live) == 0 || round%10 != 9 {
+				continue
+			}
+			later(3500 * time.Millisecond)
+			for range 2 {
+				for id := range f.live {
+					f.beat(id)
+				}
+			}
+			f.check()
+		}
+		t.Log(kills, "kills")
+	}
+	t.Run("miniredis", func(t *testing.T) {
+		server := miniredis.RunT(t)
+		now := time.Now()
+		server.SetTime(now)
+		rounds := 1000
+		if *long {
+			rounds = 4000
+		}
+		story(t, "redis://"+server.Addr(), rounds, func(d time.Duration) { now = now.Add(d); server.SetTime(now) })
+	})
+	t.Run("redis-server", func(t *testing.T) { // its clock is what it is: nobody is dead in time, so kills say goodbye
+		server := storetest.Redis(t)
+		f := newFleet(t, server.URL())
+		rng := rand.New(rand.NewPCG(seed, 0))
+		for range 300 {
+			id := fmt.Sprintf("p%d", rng.IntN(6))
+			f.member(id)
+			f.open[id][field("an app", fmt.Sprintf("10.0.0.%d:80", rng.IntN(5)))] = rng.IntN(3)
+			f.beat(id)
+			if rng.IntN(4) == 0 {
+				f.live[id].sent = nil // another process has taken its ID
+				f.open[id] = map[string]int{}
+				f.beat(id)
+			}
+			f.check()
+		}
+	})
+}
+
+func TestManyCountsAreToldInSeveralCalls(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, url string) {
+		f := newFleet(t, url)
+		f.member("a")
+		for i := range 2500 {
+			f.open["a"][field("app", fmt.Sprintf("10.0.%d.%d:80", i/250, i%250))] = 1 + i%3
+		}
+		f.beat("a")
+		f.member("b")
+		storetest.Await(t, "another proxy knows all sums", func() error { // they are a second old, perhaps
+			f.beat("b")
+			return storetest.Want(len(f.live["b"].sums) == 2500, strconv.Itoa(len(f.live["b"].sums)))
+		})
+		f.check()
+		clear(f.open["a"])
+		f.beat("a")
+		f.check()
+	})
+}
+
+// Each live proxy has another index, and they are those below their number.
+func TestIndexes(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, url string) {
+		var members []*Member
+		indexes := func(want int) {
+			t.Helper()
+			storetest.Await(t, "all know their places", func() error {
+				seen := map[int]bool{}
+				for _, m := range members {
+					p := m.Place()
+					if p.Count != want || p.Index >= want || seen[p.Index] {
+						return fmt.Errorf("%+v, of %d", p, want)
+					}
+					seen[p.Index] = true
+				}
+				return nil
+			})
+		}
+		for range 5 {
+			s, _ := dial(t, url, calm)
+			m, err := s.Join(Self{Interval: 20 * time.Millisecond})
+			if err != nil {
+				t.Fatal(err)
+			}
+			members = append(members, m)
+		}
+		indexes(5)
+		if n := members[0].store.Status().Peers; n != 5 {
+			t.Errorf("limits are shared by %d, want 5", n)
+		}
+		members[2].Leave()
+		members[2].store.Close() // which makes a proxy leave, too
+		members = append(members[:2], members[3:]...)
+		indexes(4)
+		for _, m := range members {
+			m.Leave()
+		}
+	})
+}
+
+// echo returns an upstream that holds connections, and an app in front of such.
+func newApp(t *testing.T, n int) (*lbproxy.LBProxyApp, string) {
+	t.Helper()
+	var upstreams []lbproxy.Upstream
+	for range n {
+		upstreams = append(upstreams, lbproxy.Upstream{Addr: proxytest.Upstream(t, func(c *net.TCPConn) { io.Copy(c, c) })})
+	}
+	app, err := lbproxy.New("web", upstreams, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := proxytest.Listen(t)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		app.Serve(l, nil)
+	}()
+	t.Cleanup(func() {
+		app.Close()
+		<-served
+	})
+	return app, l.Addr().String()
+}
+
+func TestLiveShowsWhatIsOpen(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, url string) {
+		app, addr := newApp(t, 2)
+		s, _ := dial(t, url, calm)
+		m, err := s.Join(Self{
+			ID: "one", Addr: "10.0.0.5", Capacity: 100, Version: "v1", Interval: 20 * time.Millisecond,
+			Ports:  func() map[string]int { return map[string]int{"web": 9443} },
+			Apps:   func() map[string]*lbproxy.LBProxyApp { return map[string]*lbproxy.LBProxyApp{"web": app} },
+			Config: func() (int64, string) { return 7, "too new" },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Leave()
+		for range 5 {
+			c := proxytest.Dial(t, addr)
+			if _, err := c.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			io.ReadFull(c, make([]byte, 1))
+		}
+		storetest.Await(t, "5 connections are shown", func() error {
+			tally, err := s.Tally(t.Context())
+			if err != nil {
+				return err
+			}
+			if len(tally.Proxies) != 1 || len(tally.Upstreams) != 2 {
+				return fmt.Errorf("%+v", tally)
+			}
+			p := tally.Proxies[0]
+			if p.ID != "one" || p.Addr != "10.0.0.5" || p.Ports["web"] != 9443 || p.Open != 5 || p.Capacity != 100 ||
+				p.Config != 7 || p.Problem != "too new" || p.Version != "v1" || p.Age > storetest.Patience || p.Draining {
+				return fmt.Errorf("%+v", p)
+			}
+			a, b := tally.Upstreams[0], tally.Upstreams[1]
+			if a.App != "web" || a.Open+b.Open != 5 || a.By["one"] != a.Open || b.Open < 2 || a.Open < 2 {
+				return fmt.Errorf("%+v", tally.Upstreams)
+			}
+			return nil
+		})
+		m.Drain()
+		storetest.Await(t, "it is draining", func() error {
+			tally, err := s.Live(t.Context())
+			if err == nil && !tally.Proxies[0].Draining {
+				err = fmt.Errorf("%+v", tally)
+			}
+			return err
+		})
+		m.Leave()
+		tally, err := s.Live(t.Context())
+		if err != nil || len(tally.Proxies) != 0 || len(tally.Upstreams) != 0 {
+			t.Errorf("after Leave: %+v %v", tally, err)
+		}
+	})
+}
+
+// A store that comes back empty is told everything again.
+func TestEmptyStoreIsFilledAgain(t *testing.T) {
+	server := storetest.Redis(t)
+	app, addr := newApp(t, 1)
+	s, _ := dial(t, server.URL(), nil)
+	m, err := s.Join(Self{Interval: 20 * time.Millisecond,
+		Apps:   func() map[string]*lbproxy.LBProxyApp { return map[string]*lbproxy.LBProxyApp{"web": app} },
+		Config: func() (int64, string) { return 7, "" },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Leave()
+	c := proxytest.Dial(t, addr)
+	fmt.Fprint(c, "x")
+	io.ReadFull(c, make([]byte, 1))
+	shown := func() error {
+		tally, err := s.Live(t.Context())
+		if err == nil && (len(tally.Upstreams) != 1 || tally.Upstreams[0].Open != 1) {
+			err = fmt.Errorf("%+v", tally)
+		}
+		return err
+	}
+	storetest.Await(t, "the connection is shown", shown)
+	away(t, s, server)
+	storetest.Await(t, "a beat fails", func() error { return storetest.Want(m.Place().Err != "", "not yet") })
+	server.Start()
+	storetest.Await(t, "the connection is shown again", shown)
+	// A configuration that is put now is not one that proxies take for old.
+	if v, err := s.Put(t.Context(), 0, []byte("{}"), "me"); err != nil || v != 8 {
+		t.Errorf("Put after the store has lost everything: version %d, %v, want 8", v, err)
+	}
+}
+
+func TestBiasFollowsALastingImbalanceOnly(t *testing.T) {
+	upstreams := func(states ...lbproxy.UpstreamState) (all []lbproxy.UpstreamStats) {
+		for i, s := range states {
+			all = append(all, lbproxy.UpstreamStats{Addr: fmt.Sprint(i), Weight: 1, State: s})
+		}
+		return all
+	}
+	const up, down = lbproxy.StateUp, lbproxy.StateDown
+	three := upstreams(up, up, up)
+	totals := func(n ...int) func(string) int {
+		return func(addr string) int { var i int; fmt.Sscan(addr, &i); return n[i] }
+	}
+	b := bias{}
+	for range 1000 { // within the band: the noise of small numbers
+		b.follow(three, totals(90, 110, 100), 4, 1)
+	}
+	if s := b.steps(three); len(s) != 0 {
+		t.Errorf("noise has made a bias: %v", s)
+	}
+	for range 10 {
+		b.follow(three, totals(40, 160, 100), 4, 1)
+	}
+	// 50 beyond the band of 10, 0.3 a second, 10 seconds, by 4 proxies: 37.5 up and 37.5 down.
+	if s := b.steps(three); s["0"] != 0 || s["1"] != 75 || s["2"] != 37.5 {
+		t.Errorf("%v, want 0 75 37.5", s)
+	}
+	b.follow(upstreams(up, down, up), totals(50, 0, 50), 4, 1) // which is no reason to send it more
+	if got := b["1"]; got != 37.5 {
+		t.Errorf("the bias of one that is down: %v, want 37.5", got)
+	}
+	for range 1000 {
+		b.follow(three, totals(100, 100, 100), 4, 1)
+	}
+	if s := b.steps(three); len(s) != 0 {
+		t.Errorf("the bias does not leak: %v", s)
+	}
+	b = bias{"0": 8, "gone": 9}
+	b.follow(three, totals(0, 0, 0), 4, 1) // not even then is there a number that is none
+	if s := b.steps(three); s["0"] != 7.75 || len(s) != 1 || len(b) != 3 {
+		t.Errorf("%v %v", s, b)
+	}
+	for range 30 {
+		b.fade()
+	}
+	if s := b.steps(three); len(s) != 0 {
+		t.Errorf("the bias does not fade: %v", s)
+	}
+}
+
+func TestWeightsCountInTheBias(t *testing.T) {
+	two := []lbproxy.UpstreamStats{{Addr: "0", Weight: 3, State: lbproxy.StateUp}, {Addr: "1", Weight: 1, State: lbproxy.StateUp}}
+	b := bias{}
+	for range 100 {
+		b.follow(two, func(addr string) int { return map[string]int{"0": 300, "1": 100}[addr] }, 2, 1)
+	}
+	if s := b.steps(two); len(s) != 0 {
+		t.Errorf("loads by weight have made a bias: %v", s)
+	}
+}
+
+// A beat without news, and one with 40 changed counts, of 64 proxies at once.
+func BenchmarkBeat(b *testing.B) {
+	server := storetest.Redis(b)
+	s, _ := dial(b, server.URL(), calm)
+	for _, changes := range []int{0, 40} {
+		b.Run(fmt.Sprintf("changes=%d", changes), func(b *testing.B) {
+			var ids atomic.Int64
+			b.SetParallelism(32)
+			b.RunParallel(func(pb *testing.PB) {
+				m := &Member{store: s, self: Self{ID: fmt.Sprintf("p%d", ids.Add(1)), Interval: time.Second}}
+				counts := make([]string, 2*changes)
+				for n := 0; pb.Next(); n++ {
+					for i := range changes {
+						counts[2*i], counts[2*i+1] = "app 10.0.0.1:"+strconv.Itoa(i), strconv.Itoa(n%2+1)
+					}
+					if _, err := m.call(b.Context(), 3*time.Second, "{}", counts); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "beats/s")
+		})
+	}
+}

@@ -1,0 +1,397 @@
+package cluster
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/rueidis"
+)
+
+// ErrAway is what calls return while the store cannot be reached. What they return says why, too.
+var ErrAway = errors.New("the store cannot be reached")
+
+// ErrClosed is what calls return after [Store.Close].
+var ErrClosed = errors.New("cluster: the store was closed")
+
+// Options change how a [Store] works. A nil *Options and the zero Options mean the defaults.
+type Options struct {
+	// Name is the cluster's. Proxies that share it share everything; one store may serve several clusters.
+	// It may have letters, digits, '.', '_' and '-'. Empty means "lbproxy".
+	Name string
+
+	// Timeout is the longest that an open connection waits for the store. 0 means 50 ms.
+	Timeout time.Duration
+
+	// TLS is for a store whose URL begins with rediss:// or valkeys://. nil means that its certificate must be
+	// for the URL's host and from one of the system's roots.
+	TLS *tls.Config
+
+	// Peers is how many proxies share the limits for as long as Join has not learned it: with the store away,
+	// [Share] lets in a part of that size. 0 means 1.
+	Peers int
+
+	// Logger gets a line when the store is lost and when it is found again. nil means slog.Default().
+	Logger *slog.Logger
+}
+
+// A Store is a connection to what proxies share. All methods are safe for concurrent use.
+//
+// It is connected exactly while client is not nil. Whoever sees a call fail takes the client out (lose), and
+// starts the one goroutine (probe) that tries every 100 ms to put another one in.
+type Store struct {
+	name    string // of the cluster
+	id      string // of this Store: whose connections are counted in an open limit
+	addr    string // for errors and logs: without a password
+	opts    Options
+	redis   rueidis.ClientOption
+	client  atomic.Pointer[client]
+	peers   atomic.Int64 // how many proxies share; at least 1
+	limits  flusher
+	serial  atomic.Uint64 // of limiters
+	config  watched
+	ctx     context.Context // ends with Close
+	close   context.CancelCauseFunc
+	running sync.WaitGroup
+
+	calls, failures, timeouts atomic.Uint64
+	alone, turnedAway         atomic.Uint64
+
+	mu     sync.Mutex // guards what follows; never held over a call or a line of log
+	closed bool
+	err    error     // why it is away; nil while it is connected
+	since  time.Time // it is connected, or away
+}
+
+// A client is one connection, or in a Redis Cluster one to each node. It is never reused after an error.
+type client struct {
+	rueidis.Client
+	late atomic.Int32 // calls in a row that got no answer
+}
+
+const (
+	probeEvery = 100 * time.Millisecond
+	// maxLate calls in a row without an answer mean that the store is away. One slow call means nothing: on a
+	// busy machine a few in thousands are.
+	maxLate = 2
+)
+
+// Dial returns the Store at storeURL, which is that of a Redis or Valkey server:
+//
+//	redis://user:password@host:6379          rediss:// for TLS
+//	redis://host:6379?addr=host2:6379        nodes of a Redis Cluster, two at least
+//	redis://host:26379?master_set=mymaster   Sentinels
+//	unix:///run/redis.sock
+//
+// It fails only if storeURL or opts are wrong. A server that cannot be reached, or refuses the password, is tried
+// again every 100 ms; [Store.Ping] says what is wrong with it. The Store must be closed.
+func Dial(storeURL string, opts *Options) (*Store, error) {
+	s := &Store{id: rand.Text()[:12], since: time.Now()}
+	if opts != nil {
+		s.opts = *opts
+	}
+	s.name = cmp.Or(s.opts.Name, "lbproxy")
+	s.opts.Timeout = cmp.Or(s.opts.Timeout, 50*time.Millisecond)
+	switch {
+	case strings.ContainsFunc(s.name, func(r rune) bool { return !isNameRune(r) }):
+		return nil, fmt.Errorf("cluster: Options.Name %q: want letters, digits, '.', '_' and '-'", s.name)
+	case s.opts.Timeout < 0:
+		return nil, fmt.Errorf("cluster: Options.Timeout %v is negative: use 0 for the default of 50ms", s.opts.Timeout)
+	case s.opts.Peers < 0:
+		return nil, fmt.Errorf("cluster: Options.Peers %d is negative: use 0 for the default of 1", s.opts.Peers)
+	}
+	s.peers.Store(int64(max(s.opts.Peers, 1)))
+	if err := s.parse(storeURL); err != nil {
+		return nil, err
+	}
+	s.ctx, s.close = context.WithCancelCause(context.Background())
+	s.config.changed = make(chan struct{}, 1)
+	s.limits.init(s)
+	s.err = errors.New("not connected yet")
+	if err := s.connect(max(time.Second, s.opts.Timeout)); err != nil {
+		s.err = err
+		s.log().Warn("cluster: the store is away, trying again", "store", s.addr, "err", s.clean(err))
+		s.running.Go(s.probe)
+	}
+	s.running.Go(s.limits.run)
+	return s, nil
+}
+
+func isNameRune(r rune) bool {
+	return r < 128 && (r == '.' || r == '_' || r == '-' || '0' <= r && r <= '9' ||
+		'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z')
+}
+
+// parse reads the store's URL. Its errors never have the URL in them: that may have a password.
+func (s *Store) parse(text string) error {
+	const want = "want redis://user:password@host:6379, or rediss:// for TLS"
+	u, err := url.Parse(text)
+	if err != nil || text == "" {
+		return fmt.Errorf("cluster: the store's URL cannot be read (it is not shown for its password): %s", want)
+	}
+	s.addr = (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	if s.redis, err = rueidis.ParseURL(text); err != nil {
+		return fmt.Errorf("cluster: the store's URL %s: %s", s.addr, s.clean(fmt.Errorf("%w: %s", err, want)))
+	}
+	o := &s.redis
+	if s.opts.TLS != nil {
+		if o.TLSConfig == nil {
+			return fmt.Errorf("cluster: the store's URL %s: it is not for TLS, but Options.TLS is set: use rediss://", s.addr)
+		}
+		name := o.TLSConfig.ServerName
+		o.TLSConfig = s.opts.TLS.Clone()
+		o.TLSConfig.ServerName = cmp.Or(o.TLSConfig.ServerName, name)
+	}
+	o.ClientName = cmp.Or(o.ClientName, "lbproxy")
+	o.ClientSetInfo = rueidis.DisableClientSetInfo // Redis 7.0 does not know it, nor do its ACLs
+	o.DisableCache = true                          // nothing is read twice
+	o.DisableRetry = true                          // who waits is a client that wants to be served: the policy answers
+	o.AlwaysPipelining = true                      // or a call that is given up would take the connection with it
+	o.PipelineMultiplex = -1                       // one connection: it is up or it is not, and calls stay in order
+	o.ForceSingleClient = o.Sentinel.MasterSet == "" && len(o.InitAddress) == 1
+	o.Sentinel.TopologyRefreshInterval = 5 * time.Second
+	o.Dialer.KeepAlive = time.Second
+	o.ConnWriteTimeout = 2 * time.Second // a silent connection is given up then, if nobody has called meanwhile
+	return nil
+}
+
+// connect puts a client in that has just been shown to work, also for writing: a server that is loading its data,
+// or has become a replica, is as good as none.
+func (s *Store) connect(timeout time.Duration) error {
+	o := s.redis
+	o.Dialer.Timeout = timeout
+	c, err := rueidis.NewClient(o)
+	if err == nil {
+		ctx, cancel := context.WithTimeout(s.ctx, timeout)
+		defer cancel()
+		err = c.Do(ctx, c.B().Set().Key(s.key("probe")).Value("1").Px(time.Minute).Build()).Error()
+	}
+	if err != nil {
+		if c != nil {
+			c.Close()
+		}
+		return err
+	}
+	s.mu.Lock()
+	closed := s.closed
+	if !closed {
+		s.client.Store(&client{Client: c})
+		s.err, s.since = nil, time.Now()
+	}
+	s.mu.Unlock()
+	if closed {
+		c.Close()
+		return ErrClosed
+	}
+	return nil
+}
+
+// lose takes c out, unless somebody else has.
+func (s *Store) lose(c *client, why error) {
+	s.mu.Lock()
+	lost := !s.closed && s.client.CompareAndSwap(c, nil)
+	if lost {
+		s.err, s.since = why, time.Now()
+		s.running.Go(c.Close) // it may wait a second for a server that is silent
+		s.running.Go(s.probe)
+	}
+	s.mu.Unlock()
+	if lost {
+		s.log().Warn("cluster: the store is away, limits go on by their policies", "store", s.addr, "err", s.clean(why))
+	}
+}
+
+// probe ends when the store is back.
+func (s *Store) probe() {
+	every := time.NewTicker(probeEvery)
+	defer every.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-every.C:
+		}
+		err := s.connect(max(5*s.opts.Timeout, 250*time.Millisecond))
+		if err == nil {
+			s.log().Info("cluster: the store is back", "store", s.addr)
+			return
+		}
+		s.mu.Lock()
+		s.err = err
+		s.mu.Unlock()
+	}
+}
+
+// do makes one call, of at most so long, and counts how it went. Any error means that the caller goes on without.
+func (s *Store) do(ctx context.Context, timeout time.Duration, call func(context.Context, rueidis.Client) rueidis.RedisResult) ([]rueidis.RedisMessage, error) {
+	c := s.client.Load()
+	if c == nil {
+		return nil, s.away()
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	s.calls.Add(1)
+	result := call(ctx, c)
+	err := result.Error()
+	if err == nil || rueidis.IsRedisNil(err) {
+		if c.late.Load() != 0 {
+			c.late.Store(0)
+		}
+		values, _ := result.ToArray() // of what is no array nothing is wanted
+		return values, nil
+	}
+	s.failures.Add(1)
+	switch refused, answered := rueidis.IsRedisErr(err); {
+	case errors.Is(err, context.Canceled):
+	case errors.Is(err, context.DeadlineExceeded):
+		s.timeouts.Add(1)
+		if c.late.Add(1) >= maxLate {
+			s.lose(c, fmt.Errorf("%d calls in a row were not answered within %v", maxLate, timeout))
+		}
+	case answered && !passing(refused):
+		s.log().Warn("cluster: the store refuses a call", "store", s.addr, "err", s.clean(err))
+	default:
+		s.lose(c, err)
+	}
+	return nil, s.wrap(err)
+}
+
+// passing reports whether the server says that it is of no use now.
+func passing(err *rueidis.RedisError) bool {
+	code, _, _ := strings.Cut(err.Error(), " ")
+	switch code {
+	case "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MISCONF", "NOREPLICAS", "NOAUTH":
+		return true
+	}
+	return false
+}
+
+// script is do for a script, all of whose keys are on one node.
+func (s *Store) script(ctx context.Context, timeout time.Duration, script *rueidis.Lua, keys []string, args ...string) ([]rueidis.RedisMessage, error) {
+	return s.do(ctx, timeout, func(ctx context.Context, c rueidis.Client) rueidis.RedisResult {
+		return script.Exec(ctx, c, keys, args)
+	})
+}
+
+// key returns a key of the cluster's own; all of them are on one node.
+func (s *Store) key(name string) string { return "{" + s.name + "}:" + name }
+
+// Ping makes one trip. Its error says what is wrong with the store, or with how it is reached.
+func (s *Store) Ping(ctx context.Context) error {
+	_, err := s.do(ctx, time.Second, func(ctx context.Context, c rueidis.Client) rueidis.RedisResult {
+		return c.Do(ctx, c.B().Ping().Build())
+	})
+	return err
+}
+
+// away is the error of calls while there is no client.
+func (s *Store) away() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return ErrClosed
+	}
+	return s.wrap(s.err)
+}
+
+// wrap says which store an error is of, and what to do about the common ones.
+func (s *Store) wrap(err error) error {
+	if err == nil {
+		return nil
+	}
+	text, remedy := s.clean(err), ""
+	_, unknown := errors.AsType[*tls.CertificateVerificationError](err)
+	switch {
+	case strings.HasPrefix(text, "WRONGPASS"), strings.HasPrefix(text, "NOAUTH"):
+		remedy = ": check the user and the password in LBPROXY_STORE"
+	case strings.HasPrefix(text, "NOPERM"):
+		remedy = ": the user needs more rights in the store"
+	case strings.HasPrefix(text, "MOVED"):
+		remedy = ": this is a node of a Redis Cluster: give a second one, as ?addr=host:port"
+	case unknown:
+		remedy = ": give the CA that signed the store's certificate"
+	}
+	if _, ok := rueidis.IsRedisErr(err); !ok || remedy != "" {
+		return fmt.Errorf("cluster: store %s: %w: %s%s", s.addr, ErrAway, text, remedy)
+	}
+	return fmt.Errorf("cluster: store %s: %s", s.addr, text)
+}
+
+// clean returns err's text without the password, should a library ever put it there.
+func (s *Store) clean(err error) string {
+	text := err.Error()
+	for _, secret := range []string{s.redis.Password, s.redis.Sentinel.Password} {
+		if secret != "" {
+			text = strings.ReplaceAll(text, secret, "***")
+		}
+	}
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Timeout() {
+		text += " (a firewall, or the host is down)"
+	}
+	return text
+}
+
+func (s *Store) log() *slog.Logger {
+	if s.opts.Logger != nil {
+		return s.opts.Logger
+	}
+	return slog.Default()
+}
+
+// Close gives back what limits have borrowed, closes the connection and waits until nothing of s is left. It
+// returns nil. Limits go on by their policies.
+func (s *Store) Close() error {
+	s.limits.stop()
+	s.mu.Lock()
+	already := s.closed
+	s.closed = true
+	s.since = time.Now()
+	c := s.client.Swap(nil)
+	s.mu.Unlock()
+	s.close(ErrClosed)
+	if c != nil && !already {
+		c.Close()
+	}
+	s.running.Wait()
+	return nil
+}
+
+// Status is how a [Store] is.
+type Status struct {
+	Addr      string    // the store's, without a password
+	Connected bool      // else limits go on by their policies
+	Since     time.Time // it is, or is not
+	Err       string    // why it is not
+	Peers     int       // how many proxies share the limits
+
+	Calls      uint64 // made so far
+	Failures   uint64 // of those: without a useful answer
+	Timeouts   uint64 // of those: with none in time
+	Alone      uint64 // connections that were let in by a policy, without the store
+	TurnedAway uint64 // and refused
+}
+
+// Status returns how s is. It is cheap.
+func (s *Store) Status() Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	status := Status{
+		Addr: s.addr, Connected: s.client.Load() != nil, Since: s.since, Peers: int(s.peers.Load()),
+		Calls: s.calls.Load(), Failures: s.failures.Load(), Timeouts: s.timeouts.Load(),
+		Alone: s.alone.Load(), TurnedAway: s.turnedAway.Load(),
+	}
+	if s.err != nil {
+		status.Err = s.clean(s.err)
+	}
+	return status
+}

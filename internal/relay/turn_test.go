@@ -1,0 +1,62 @@
+package relay
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+func TestLargeMovesTakeTurnsBesideSmallMessages(t *testing.T) {
+	defer lastSmall.Store(0)
+	now := clock() + int64(smallRecent) // of the last test's
+	for _, row := range []struct {
+		moved int
+		after int64
+		small bool
+	}{
+		{smallChunk, 1, false},
+		{smallChunk - 1, 1, true},
+		{smallChunk, int64(smallRecent), true},
+		{smallChunk, int64(smallRecent) + int64(smallGrain), false},
+	} {
+		now += row.after
+		noteChunk(row.moved, now)
+		if got := smallAbout(now); got != row.small {
+			t.Errorf("after %d bytes at %d: small messages about %v", row.moved, now, got)
+		}
+	}
+	if takeTurn() { // the stamp is in the future, as one from a test in fake time is
+		t.Error("a turn was taken")
+	}
+}
+
+func TestTurnsAreBounded(t *testing.T) {
+	defer lastSmall.Store(0)
+	for range cap(turns) {
+		turns <- struct{}{}
+	}
+	got := make(chan struct{})
+	go func() {
+		for taken := false; !taken; taken = takeTurn() {
+			lastSmall.Store(clock())
+		}
+		close(got)
+	}()
+	proxytest.Eventually(t, "it waits for a turn", func() bool {
+		for _, stack := range proxytest.Goroutines() {
+			if strings.Contains(stack, "[chan send") && strings.Contains(stack, "takeTurn") {
+				return true
+			}
+		}
+		return false
+	})
+	giveTurn(true)
+	proxytest.Receive(t, "a turn", got)
+	for range cap(turns) {
+		giveTurn(true)
+	}
+	if len(turns) != 0 {
+		t.Errorf("%d turns are left", len(turns))
+	}
+}

@@ -1,0 +1,122 @@
+package mtlsserver
+
+import (
+	"fmt"
+	"log/slog"
+	"reflect"
+	"strings"
+)
+
+// Changes are what a reload has changed.
+type Changes struct {
+	Users        Change // names
+	Apps         Change // ids
+	Upstreams    Change // "app/addr"
+	Certificates Change // where the Config names them, such as "tls.cert"
+	Ended        int    // connections that are not allowed any more
+}
+
+// A Change names what was added, removed and changed, in the order of the configuration.
+type Change struct {
+	Added, Removed, Changed []string
+}
+
+// String returns the change as in "+alice -bob ~carol"; the names after the first 20 are counted.
+func (c Change) String() string {
+	var all []string
+	for _, part := range []struct {
+		sign  string
+		names []string
+	}{{"+", c.Added}, {"-", c.Removed}, {"~", c.Changed}} {
+		for _, name := range part.names {
+			all = append(all, part.sign+name)
+		}
+	}
+	const most = 20
+	if len(all) > most {
+		all = append(all[:most], fmt.Sprintf("and %d more", len(all)-most))
+	}
+	return strings.Join(all, " ")
+}
+
+// attrs are the log attributes of what has changed.
+func (c Changes) attrs() (attrs []slog.Attr) {
+	for _, part := range []struct {
+		key    string
+		change Change
+	}{{"users", c.Users}, {"apps", c.Apps}, {"upstreams", c.Upstreams}, {"certificates", c.Certificates}} {
+		if text := part.change.String(); text != "" {
+			attrs = append(attrs, slog.String(part.key, text))
+		}
+	}
+	return append(attrs, slog.Int("ended", c.Ended))
+}
+
+// changesOf compares the configurations of two snapshots.
+func changesOf(old, now *snapshot) (c Changes) {
+	was := old.config
+	if was == nil {
+		was = &Config{}
+	}
+	user := func(u User) string { return u.Name }
+	app := func(a App) string { return a.ID }
+	c.Users = diff(was.Users, now.config.Users, user)
+	withoutUpstreams := func(apps []App) (all []App) {
+		for _, a := range apps {
+			a.Upstreams = nil
+			all = append(all, a)
+		}
+		return all
+	}
+	c.Apps = diff(withoutUpstreams(was.Apps), withoutUpstreams(now.config.Apps), app)
+	c.Upstreams = diff(upstreamsOf(was), upstreamsOf(now.config), func(u appUpstream) string { return u.app + "/" + u.Addr })
+	c.Certificates = diff(certificatesOf(old), certificatesOf(now), func(c Certificate) string { return c.Key })
+	return c
+}
+
+type appUpstream struct {
+	app string
+	Upstream
+}
+
+func upstreamsOf(c *Config) (all []appUpstream) {
+	for _, app := range c.Apps {
+		for _, u := range app.Upstreams {
+			all = append(all, appUpstream{app.ID, u})
+		}
+	}
+	return all
+}
+
+// certificatesOf returns the certificates of a snapshot without their files' names, which may
+// change while the files stay.
+func certificatesOf(n *snapshot) (all []Certificate) {
+	for _, c := range n.certificates {
+		c.File = ""
+		all = append(all, c)
+	}
+	return all
+}
+
+// diff compares two lists by the names of their elements.
+func diff[T any](old, now []T, name func(T) string) (c Change) {
+	was := map[string]T{}
+	for _, x := range old {
+		was[name(x)] = x
+	}
+	is := map[string]bool{}
+	for _, x := range now {
+		is[name(x)] = true
+		if before, ok := was[name(x)]; !ok {
+			c.Added = append(c.Added, name(x))
+		} else if !reflect.DeepEqual(before, x) {
+			c.Changed = append(c.Changed, name(x))
+		}
+	}
+	for _, x := range old {
+		if !is[name(x)] {
+			c.Removed = append(c.Removed, name(x))
+		}
+	}
+	return c
+}

@@ -1,0 +1,348 @@
+package mtlsserver
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/strictjson"
+)
+
+// A report checks a Config and collects what is wrong with it.
+type report struct {
+	config   *Config
+	problems strictjson.Problems
+	certs    []Certificate // those read so far
+}
+
+// add adds a problem with the value at key.
+func (r *report) add(key, format string, args ...any) {
+	r.problems.Add(r.config.doc, key, format, args...)
+}
+
+// err returns the problems, a line each; nil if there are none.
+func (r *report) err() error {
+	var errs []error
+	for _, p := range r.problems {
+		if p.Line > 0 {
+			errs = append(errs, fmt.Errorf("%s:%d: %s", r.config.file, p.Line, p))
+		} else {
+			errs = append(errs, errors.New(p.String()))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// dates adds a problem for each certificate that is out of date, unless its file is in force as it
+// is. Those it returns.
+func (r *report) dates(inForce []Certificate) (expired []Certificate) {
+	now := time.Now()
+	for _, c := range r.certs {
+		wrong := c.outOfDate(now)
+		if wrong == "" {
+			continue
+		}
+		if slices.ContainsFunc(inForce, func(old Certificate) bool { return old.text == c.text }) {
+			expired = append(expired, c)
+		} else {
+			r.add(c.Key, "%q: %s", c.File, wrong)
+		}
+	}
+	return expired
+}
+
+// Materials are what a Config's files and texts stand for.
+type materials struct {
+	cas          []*x509.Certificate
+	server       tls.Certificate
+	upstreams    [][]lbproxy.Upstream // of each of Config.Apps
+	proxies      [][]netip.Prefix     // AcceptProxy of each
+	users        listed
+	certificates []Certificate
+}
+
+// listed are the users of a Config, by the certificates that they hold.
+type listed map[certKey]listedUser
+
+type certKey struct {
+	ca     string // its KeyID
+	serial Serial
+}
+
+type listedUser struct {
+	user   *User
+	sha256 string // of the certificate; empty: of any with that serial
+}
+
+// Lookup implements [Users].
+func (l listed) Lookup(c Claim) (*User, bool) {
+	u, ok := l[certKey{c.CA, c.Serial}]
+	return u.user, ok && (u.sha256 == "" || u.sha256 == digestOf(c.Cert.Raw))
+}
+
+// check reads what the Config names and returns what it all stands for. That is of use only if
+// there are no problems.
+func (r *report) check() *materials {
+	c, m := r.config, &materials{users: listed{}}
+	m.server = r.pair("tls", c.TLS.Cert, c.TLS.Key, x509.ExtKeyUsageServerAuth)
+	m.cas = r.cas()
+	if len(c.Apps) == 0 {
+		r.add("apps", "none: give at least one")
+	}
+	ids, listens := map[string]string{}, map[string]string{}
+	for i, app := range c.Apps {
+		key := fmt.Sprintf("apps[%d]", i)
+		r.unique(ids, key+".id", app.ID)
+		r.positive(key, app)
+		if app.HealthCheck != nil {
+			r.positive(key+".healthCheck", *app.HealthCheck)
+		}
+		switch n := portOf(app.Listen); {
+		case n < 0:
+			r.add(key+".listen", `%q: want host:port, such as "127.0.0.1:9443", port 0 for any that is free`, app.Listen)
+		case n != 0:
+			r.unique(listens, key+".listen", app.Listen)
+		}
+		r.clients(key, &app, m.server.Leaf)
+		m.proxies = append(m.proxies, r.prefixes(key+".acceptProxy", app.AcceptProxy))
+		m.upstreams = append(m.upstreams, r.upstreams(key+".upstreams", app.Upstreams))
+	}
+	names, serials := map[string]string{}, map[certKey]string{}
+	for i := range c.Users {
+		user, key := &c.Users[i], fmt.Sprintf("users[%d]", i)
+		r.unique(names, key+".name", user.Name)
+		r.rights(key, user, ids)
+		for j, s := range user.Serials {
+			r.serial(fmt.Sprintf("%s.serials[%d]", key, j), s, user, m, serials)
+		}
+	}
+	if c.DefaultLimit != nil {
+		r.limit("defaultLimit", *c.DefaultLimit)
+	}
+	r.positive("handshake", c.Handshake)
+	r.positive("", *c)
+	m.certificates = r.certs
+	return m
+}
+
+// clients says what is wrong with what an app demands of its clients.
+func (r *report) clients(key string, app *App, server *x509.Certificate) {
+	if _, ok := closeNotifies[app.CloseNotify]; !ok || app.CloseNotify == "" && r.config.doc.Has(key+".closeNotify") {
+		r.add(key+".closeNotify", `%q: want "required", "idle" or "optional"`, app.CloseNotify)
+	}
+	if app.TLS == nil {
+		return
+	}
+	key += ".tls.serverName"
+	if name := app.TLS.ServerName; name == "" {
+		r.add(key, "empty: give a name, or remove tls for any")
+	} else if server != nil && server.VerifyHostname(name) != nil {
+		r.add(key, "%q: the certificate in tls.cert is not for it: want a name that it has, or make one that has this", name)
+	}
+}
+
+// closeNotifies are the values of App.CloseNotify.
+var closeNotifies = map[string]lbproxy.CloseNotify{
+	"": lbproxy.CloseNotifyRequired, "required": lbproxy.CloseNotifyRequired,
+	"idle": lbproxy.CloseNotifyIdle, "optional": lbproxy.CloseNotifyOptional,
+}
+
+// prefixes reads networks whose PROXY headers are believed.
+func (r *report) prefixes(key string, texts []string) (all []netip.Prefix) {
+	if len(texts) == 0 && r.config.doc.Has(key) {
+		r.add(key, `none: give a network, such as "10.0.0.0/8", or remove it`)
+	}
+	for i, text := range texts {
+		p, err := netip.ParsePrefix(text)
+		switch key := fmt.Sprintf("%s[%d]", key, i); {
+		case err != nil:
+			r.add(key, `%q: want a network, such as "10.0.0.0/8", or "10.0.0.1/32" for one address`, text)
+		case p.Bits() == 0:
+			r.add(key, "%q: want fewer than all addresses: anybody could claim to be anyone", text)
+		default:
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+// portOf returns the port of a "host:port", 0 if that is any free one, or -1 if the text is not
+// of that form.
+func portOf(listen string) int {
+	host, port, err := net.SplitHostPort(listen)
+	n, portErr := net.LookupPort("tcp", port)
+	if err != nil || portErr != nil || port == "" || strings.ContainsAny(host, " \t\r\n") {
+		return -1
+	}
+	return n
+}
+
+// upstreams asks lbproxy what is wrong with those of an app.
+func (r *report) upstreams(key string, upstreams []Upstream) (all []lbproxy.Upstream) {
+	valid := func(key, prefix string, upstreams ...lbproxy.Upstream) {
+		if _, err := lbproxy.New("-", upstreams, nil); err != nil {
+			r.add(key, "%s", strings.TrimPrefix(err.Error(), `lbproxy: app "-": `+prefix))
+		}
+	}
+	for i, u := range upstreams {
+		key := fmt.Sprintf("%s[%d]", key, i)
+		one := u.lbproxy()
+		if u.TLS != nil {
+			one.TLS = r.upstreamTLS(key+".tls", u.TLS)
+		}
+		r.positive(key, u) // first: to lbproxy 0 is right, which must not be written here
+		if u.ProxyProtocol > 2 {
+			r.add(key+".proxyProtocol", "%d: want 1 or 2, or leave it out for none", u.ProxyProtocol)
+		}
+		valid(key, "upstream 0: ", one)
+		all = append(all, one)
+	}
+	valid(key, "", all...) // what it finds if each is right: two have the same Addr, or there are none
+	return all
+}
+
+func (r *report) upstreamTLS(key string, t *UpstreamTLS) *tls.Config {
+	written := r.config.doc.Has
+	conf := &tls.Config{ServerName: t.ServerName}
+	if t.ServerName == "" && written(key+".serverName") {
+		r.add(key+".serverName", "empty: give a name, or leave it out for the host of addr")
+	}
+	if t.CA != "" || written(key+".ca") {
+		if ca := r.ca(key+".ca", t.CA); ca != nil {
+			conf.RootCAs = poolOf(ca)
+		}
+	}
+	if t.Cert != "" || t.Key != "" || written(key+".cert") || written(key+".key") {
+		conf.Certificates = []tls.Certificate{r.pair(key, t.Cert, t.Key, x509.ExtKeyUsageClientAuth)}
+	}
+	return conf
+}
+
+// cas reads the issuers of clients.
+func (r *report) cas() (cas []*x509.Certificate) {
+	files := r.config.TLS.CA
+	if len(files) == 0 {
+		r.add("tls.ca", "missing: name its file")
+	}
+	for i, file := range files {
+		key := "tls.ca"
+		if at := fmt.Sprintf("tls.ca[%d]", i); len(files) > 1 || r.config.doc.Has(at) {
+			key = at
+		}
+		ca := r.ca(key, file)
+		if ca == nil {
+			continue
+		}
+		if same := slices.IndexFunc(cas, func(other *x509.Certificate) bool { return KeyID(other) == KeyID(ca) }); same >= 0 {
+			r.add(key, "%q: has the key of %q: keep one of the two", file, files[same])
+		}
+		cas = append(cas, ca)
+	}
+	return cas
+}
+
+// serial enters a certificate of a user, unless it is wrong or somebody's already.
+func (r *report) serial(key string, s UserSerial, user *User, m *materials, seen map[certKey]string) {
+	serial, err := ParseSerial(s.Serial)
+	if err != nil {
+		r.add(key, "%v", err)
+		return
+	}
+	pin, ok := parseDigest(s.CertSHA256)
+	if s.CertSHA256 != "" && !ok {
+		r.add(key+".certSHA256", "%.80q: want the 64 hex digits that openssl x509 -fingerprint -sha256 prints", s.CertSHA256)
+	}
+	at := certKey{serial: serial}
+	ids := make([]string, len(m.cas))
+	for i, ca := range m.cas {
+		ids[i] = KeyID(ca)
+	}
+	switch id, ok := parseDigest(s.CA); {
+	case s.CA == "" && len(ids) > 1:
+		r.add(key, `%q: its CA is missing, and there are %d: write {"serial": %[1]q, "ca": "…"} with what mtlsserver serial CA.pem prints`, s.Serial, len(ids))
+	case s.CA == "" && len(ids) == 1:
+		at.ca = ids[0]
+	case s.CA != "" && !ok:
+		r.add(key+".ca", "%.80q: want the 64 hex digits that mtlsserver serial CA.pem prints", s.CA)
+	case s.CA != "" && len(ids) > 0 && !slices.Contains(ids, id):
+		r.add(key+".ca", "%.80q: no CA in tls.ca has that key: add its file there, or remove the serial", s.CA)
+	default:
+		at.ca = id
+	}
+	if first, twice := seen[at]; twice {
+		r.add(key, "%q is the serial of %s too: remove one of the two", s.Serial, first)
+		return
+	}
+	seen[at] = fmt.Sprintf("%s (%q)", key, s.Serial)
+	m.users[at] = listedUser{user, pin}
+}
+
+// rights says what is wrong with what u may do. The keys of ids are the apps there are.
+func (r *report) rights(key string, u *User, ids map[string]string) {
+	if len(u.Serials) == 0 {
+		r.add(key+".serials", "none: give that of the user's certificate, or remove the user")
+	}
+	if len(u.Apps) == 0 {
+		r.add(key+".apps", "none: give the id of one at least, or remove the user")
+	}
+	seen := map[string]string{}
+	for i, id := range u.Apps {
+		key := fmt.Sprintf("%s.apps[%d]", key, i)
+		if _, ok := ids[id]; !ok {
+			r.add(key, "there is no app %q: want one of %q", id, slices.Sorted(maps.Keys(ids)))
+		}
+		r.unique(seen, key, id)
+	}
+	if u.Limit != nil {
+		r.limit(key+".limit", *u.Limit)
+	}
+	for _, id := range slices.Sorted(maps.Keys(u.AppLimits)) {
+		key := fmt.Sprintf("%s.appLimits[%q]", key, id)
+		if !slices.Contains(u.Apps, id) {
+			r.add(key, "the user may not reach this app: add it to apps, or remove the limit")
+		}
+		r.limit(key, u.AppLimits[id])
+	}
+}
+
+func (r *report) limit(key string, l Limit) {
+	r.positive(key, l)
+	switch {
+	case l == Limit{}:
+		r.add(key, "limits nothing: set burst and every, open or bytesPerSecond, or remove it")
+	case (l.Burst == 0) != (l.Every == 0):
+		r.add(key, "burst and every go together: set both or neither")
+	}
+}
+
+// positive refuses negative numbers and durations in a struct, and zeros that are written: zero
+// values are defaults.
+func (r *report) positive(key string, of any) {
+	for f, v := range reflect.ValueOf(of).Fields() {
+		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		key := strings.TrimPrefix(key+"."+name, ".")
+		if v.CanInt() && (v.Int() < 0 || v.Int() == 0 && r.config.doc.Has(key)) {
+			r.add(key, "%v: want more than 0, or leave it out for the default", v)
+		}
+	}
+}
+
+// unique refuses an empty value and one in seen, which says where; any other it puts there.
+func (r *report) unique(seen map[string]string, key, value string) {
+	if first, twice := seen[value]; twice {
+		r.add(key, "%q is that of %s already: change one of the two", value, first)
+	} else if value == "" {
+		r.add(key, "missing: give one")
+	} else {
+		seen[value] = key
+	}
+}

@@ -1,0 +1,44 @@
+//go:build unix
+
+package mtlsserver
+
+import (
+	"io/fs"
+	"net"
+	"syscall"
+)
+
+func ownedByRoot(info fs.FileInfo) bool {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	return ok && stat.Uid == 0
+}
+
+// readOnly reports whether a folder is in a file system that nobody can write to, whatever its
+// mode is.
+func readOnly(folder string) bool {
+	const write = 2
+	return syscall.Access(folder, write) == syscall.EROFS
+}
+
+// awaitByte waits until c has something to read, its end or an error included, or its deadline has
+// passed. Meanwhile c has no buffer.
+func awaitByte(c net.Conn) error {
+	sc, ok := c.(syscall.Conn)
+	if !ok {
+		return nil // a wrapper: the handshake will wait
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var b [1]byte
+	return raw.Read(func(fd uintptr) bool {
+		for {
+			// What was there before the first wait causes no event any more, so it must be looked for.
+			_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK)
+			if err != syscall.EINTR {
+				return err != syscall.EAGAIN
+			}
+		}
+	})
+}
