@@ -77,14 +77,15 @@ type Conn struct {
 	Value any
 
 	// OnRefused may send a last word, such as an HTTP 503, to a client that is over its rate limit
-	// when it opens, or for whom there is no upstream; err is ErrRateLimited, ErrNoUpstream or
-	// DialErrors. It is not called for a connection that was aborted. nil means that such a client
-	// is reset.
+	// when it opens, or for whom there is no upstream. err is Result.Err: it matches
+	// ErrRateLimited, ErrNoUpstream or *DialError. OnRefused is not called for a connection that
+	// was aborted. nil means that such clients are reset.
 	//
-	// It runs on a goroutine of its own, when the connection is over for everybody else. Writes
-	// to c have a second, reads fail. c is closed when OnRefused has returned and the client has
-	// what was written, or after another second. At most 256 of them run at once per app; beyond
-	// that clients are reset. Shutdown and Close do not wait for it; Close resets its c.
+	// It runs on a goroutine of its own, when the connection is counted out. Each Write to c has a
+	// second, reads fail; a TLS client, whose handshake must have been made, is spoken to in TLS. c
+	// is closed when OnRefused has returned and the client has ended its stream, or after another
+	// second. At most 256 of them run at once per app; beyond that clients are reset. Shutdown and
+	// Close do not wait for it; Close resets its c.
 	OnRefused func(c net.Conn, err error)
 
 	// OnDone is called once, when the connection is over and out of all counts, just before
@@ -96,6 +97,8 @@ type Conn struct {
 	session *session   // nil before and after
 	cause   *ending    // of an Abort, a Close or a refusal, from before the relay began
 	info    ConnInfo   // after the end
+
+	tls *tls.ConnectionState // of Client, until the end; the session's
 }
 
 // A ConnInfo is a snapshot of a connection.
@@ -466,6 +469,7 @@ func (s *session) serve(wait bool) {
 			s.giveUp(e)
 		}
 	}()
+	s.setState(ConnDialing, "") // also while the RateLimitManager is asked
 	delay, chunk, failed := s.open()
 	var server net.Conn
 	if failed == nil {
@@ -474,13 +478,15 @@ func (s *session) serve(wait bool) {
 			server, failed = s.connect()
 		}
 	}
-	if e = failed; e != nil {
+	if failed != nil {
+		e = failed
 		return
 	}
 	if wait {
 		s.done = make(chan struct{})
 	}
-	s.relay.Connect(server)
+	s.relay.Connect(server) // which asks server for the connections below it
+	e = nil
 	if wait {
 		<-s.done
 		s.finish()
@@ -524,13 +530,14 @@ const firstChunk = 4 << 10
 // startRelay starts to read from the client: nobody is dialed for one that has gone.
 func (s *session) startRelay(chunk int) *ending {
 	c := s.conn
+	r := s.app.engine.New(s.client, s, chunk)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.cause != nil {
 		return c.cause
 	}
-	s.state = ConnDialing
-	s.relay = s.app.engine.Start(s.client, s, chunk)
+	s.relay = r
+	r.Start()
 	return nil
 }
 
@@ -694,23 +701,32 @@ func (s *session) Done(o relay.Outcome) {
 func (s *session) finish() {
 	defer s.app.leave()
 	defer s.log()
-	s.settle()
+	defer s.report()
+	defer func() {
+		if s.opened {
+			s.conn.RateLimit.Report(s.base, s.event(EventClose))
+		}
+	}()
+	defer func() {
+		s.app.exit(s)
+		if s.keep {
+			go s.lastWord()
+		}
+	}()
+	defer func() {
+		if s.upstream != nil {
+			s.app.balancer.release(s.upstream)
+		}
+	}()
 	if s.unlost != nil {
 		s.unlost()
 	}
+	s.settle()
+	if s.client == nil && !isSame(s.raw, s.conn.Client) {
+		s.conn.Client.Close() // admit has wrapped what it rejected
+	}
 	if !s.keep && !isSame(s.raw, s.client) {
 		s.raw.Close() // admit has replaced or wrapped it
-	}
-	if s.upstream != nil {
-		s.app.balancer.release(s.upstream)
-	}
-	s.app.exit(s)
-	if s.keep {
-		go s.lastWord()
-	}
-	defer s.report()
-	if s.opened {
-		s.conn.RateLimit.Report(s.base, s.event(EventClose))
 	}
 }
 
@@ -742,7 +758,7 @@ func (c refusedConn) Read([]byte) (int, error) {
 }
 
 func (c refusedConn) Write(b []byte) (int, error) {
-	c.Conn.SetWriteDeadline(time.Now().Add(time.Second))
+	c.Conn.SetDeadline(time.Now().Add(time.Second)) // both: it may begin with a TLS handshake
 	return c.Conn.Write(b)
 }
 
@@ -756,18 +772,20 @@ func (s *session) settle() {
 	}
 	c.session = nil
 	c.mu.Unlock()
-	s.stop(err)
-	if !s.keep {
-		s.release()
-	}
 	s.result = Result{
-		Conn: c, App: s.app.id, ClientID: c.ClientID, Client: c.clientAddr(), Attempts: s.attempts,
+		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: s.attempts,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
 		End: end, Err: err,
 	}
 	if s.outcome.Connected {
 		s.result.Upstream = s.addr
 	}
+	s.stop(err)
+	c.tls = nil
+	if !s.keep {
+		s.release()
+	}
+	s.result.Client = c.clientAddr() // last: the method is somebody else's
 }
 
 // release lets go of what a Conn that is kept after the end must not hold.
@@ -828,6 +846,12 @@ func (s *session) event(kind EventKind) Event {
 // be looking at it.
 func (s *session) hold() {
 	s.client = s.conn.Client
+	if t, ok := s.client.(interface{ ConnectionState() tls.ConnectionState }); ok {
+		// Now, for PROXY headers: later a handshake in the relay would hold the question up.
+		if state := t.ConnectionState(); state.HandshakeComplete {
+			s.conn.tls = &state
+		}
+	}
 	switch client := s.client.(type) {
 	case *net.TCPConn:
 		if s.accepted {
@@ -905,8 +929,7 @@ func (c *Conn) proxyHeader() proxyproto.Header {
 	h := proxyproto.Header{
 		Source: proxyproto.AddrPort(from), Dest: proxyproto.AddrPort(to), ClientID: c.ClientID,
 	}
-	if t, ok := c.Client.(interface{ ConnectionState() tls.ConnectionState }); ok {
-		state := t.ConnectionState()
+	if state := c.tls; state != nil {
 		h.TLS = &proxyproto.TLS{Version: state.Version, Verified: c.Verified}
 		if len(state.PeerCertificates) > 0 {
 			h.TLS.CN = state.PeerCertificates[0].Subject.CommonName

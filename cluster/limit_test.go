@@ -440,7 +440,7 @@ func TestOpenOfAClientThatHasGone(t *testing.T) {
 func TestDataNeverCallsTheStore(t *testing.T) {
 	server := miniredis.RunT(t)
 	s, _ := dial(t, "redis://"+server.Addr(), nil)
-	m := s.Limit("k", Limit{BytesPerSecond: 1 << 40})
+	m := s.Limit("k", Limit{BytesPerSecond: 1 << 30})
 	report(t, m, 1)
 	ctx, e := t.Context(), lbproxy.Event{Kind: lbproxy.EventData, Bytes: 64 << 10}
 	server.Close() // a call would fail, and the store be away
@@ -461,10 +461,10 @@ func BenchmarkOpen(b *testing.B) {
 		name string
 		m    lbproxy.RateLimitManager
 	}{
-		{"TokenBucket", &lbproxy.TokenBucket{Burst: 1 << 40, Every: 1}},
-		{"leased", s.Limit("leased", Limit{Burst: 1 << 40, Every: time.Microsecond})},
-		{"exact", s.Limit("exact", Limit{Burst: 1 << 40, Every: time.Microsecond, Exact: true})},
-		{"open", s.Limit("open", Limit{Open: 1 << 40})},
+		{"TokenBucket", &lbproxy.TokenBucket{Burst: 1 << 30, Every: 1}},
+		{"leased", s.Limit("leased", Limit{Burst: 1 << 30, Every: time.Microsecond})},
+		{"exact", s.Limit("exact", Limit{Burst: 1 << 30, Every: time.Microsecond, Exact: true})},
+		{"open", s.Limit("open", Limit{Open: 1 << 30})},
 		{"refused", s.Limit("refused", Limit{Burst: 1, Every: never})},
 	} {
 		b.Run(c.name, func(b *testing.B) {
