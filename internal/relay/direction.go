@@ -80,8 +80,14 @@ func (d *direction) end() {
 func (d *direction) linger() {
 	r := d.relay
 	if d.to != nil {
-		for wait := time.Millisecond; d.to.unsent() > 0 && !r.isHungUp(); wait = min(2*wait, longestWait) {
+		late := time.Now().Add(lingerTime)
+		if !d.to.measured {
+			late = late.Add(-lingerTime / 2) // nobody says when it has arrived; to close takes time, too
+		}
+		wait := time.Millisecond
+		for d.to.unsent() > 0 && !r.isHungUp() && (!r.politely || time.Now().Before(late)) {
 			time.Sleep(wait)
+			wait = min(2*wait, longestWait)
 		}
 		if r.politely && !r.isHungUp() {
 			d.to.conn.Close()
