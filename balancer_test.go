@@ -20,8 +20,7 @@ import (
 
 var balancerSeed = flag.Uint64("balancer.seed", 0, "seed of the balancer's random test; 0 means a new one each time")
 
-// A balFarm is a balancer, the clock it is given, and what a dial says about each upstream: works unless
-// told otherwise.
+// A balFarm is a balancer with a clock and the verdict of a dial to each upstream, works by default.
 type balFarm struct {
 	balancer
 	now  time.Time
@@ -54,7 +53,7 @@ func (f *balFarm) setUpstreams(upstreams ...Upstream) {
 	f.set(confs, f.now)
 }
 
-// mark has health checks find an upstream down, or up again.
+// mark records that health checks found an upstream down, or up again.
 func (f *balFarm) mark(addr string, down bool) {
 	if down {
 		f.markDown(f.find(addr), errSick, f.now)
@@ -63,13 +62,13 @@ func (f *balFarm) mark(addr string, down bool) {
 	}
 }
 
-// acquire is the balancer's for tests that ask for no reason.
+// acquire is the balancer's acquire for tests that need no error.
 func (f *balFarm) acquire(tried map[*upstream]bool, now time.Time) (*upstream, *Upstream) {
 	p, _ := f.balancer.acquire(&search{tried: tried}, now)
 	return p.u, p.conf
 }
 
-// settle is the balancer's; what failed was sick.
+// settle is the balancer's settle, with errSick for a failure.
 func (f *balFarm) settle(u *upstream, v verdict, now time.Time) (changed bool) {
 	return f.balancer.settle(u, v, balErr(v), now)
 }
@@ -104,7 +103,7 @@ func (f *balFarm) takes(n int) (addrs []string) {
 	return addrs
 }
 
-// begin counts a connection on that upstream, whatever the others have.
+// begin counts a connection on that upstream, whatever the load of the others.
 func (f *balFarm) begin(addr string) *upstream {
 	others := map[*upstream]bool{}
 	for _, u := range f.heap {
@@ -117,22 +116,22 @@ func (f *balFarm) begin(addr string) *upstream {
 	return u
 }
 
-// fill opens n connections on an upstream and tells nothing about it.
+// fill opens n connections on an upstream without a verdict.
 func (f *balFarm) fill(addr string, n int) {
 	for range n {
 		f.settle(f.begin(addr), unknown, f.now)
 	}
 }
 
-// fail has a dial to an upstream fail.
+// fail makes a dial to an upstream fail.
 func (f *balFarm) fail(addr string) {
 	u := f.begin(addr)
 	f.settle(u, fails, f.now)
 	f.release(u)
 }
 
-// dial does what a session does until it is connected or has nothing left to try, and returns what it tried.
-// u is where it is connected, if it is.
+// dial does what a session does until it is connected or nothing is left to try. It returns the
+// upstream it is connected to (or nil) and those that it tried.
 func (f *balFarm) dial() (u *upstream, tried []string) {
 	seen := map[*upstream]bool{}
 	for {
@@ -154,7 +153,7 @@ func (f *balFarm) dial() (u *upstream, tried []string) {
 	}
 }
 
-// connect is dial for a connection that is over at once.
+// connect is dial for a connection that ends at once.
 func (f *balFarm) connect() string {
 	u, tried := f.dial()
 	if u != nil {
@@ -347,7 +346,7 @@ func TestAllCoolingTriesLongestFailedFirst(t *testing.T) {
 	for _, u := range f.heap {
 		f.says[u.conf.Addr] = fails
 	}
-	f.fill("c:1", 2) // the most loaded, which does not matter among the failed
+	f.fill("c:1", 2) // the load does not matter among failed upstreams
 	wantBal(t, "the first", f.connect(), "a:1 b:1 d:1 c:1")
 	f.now = f.now.Add(time.Second)
 	f.fail("b:1")
@@ -1009,7 +1008,7 @@ func TestStatsHaveSinceAndErrOfTheState(t *testing.T) {
 	check("added again", 6*time.Second+2*balFail, nil)
 }
 
-// More than a connection tries in the exact order of loads, and upstreams that change meanwhile.
+// A connection tries more upstreams than are searched in exact order, while they change.
 func TestEachOfManyUpstreamsIsTriedOnce(t *testing.T) {
 	const n = 1000
 	confs := make([]Upstream, n)
@@ -1080,7 +1079,7 @@ func TestEachOfManyUpstreamsIsTriedOnce(t *testing.T) {
 	}
 }
 
-// A balModel is the balancer's rules as plainly as they can be put: every choice looks at every upstream.
+// A balModel has the balancer's rules in their plainest form: every choice looks at every upstream.
 type balModel struct {
 	failTimeout time.Duration
 	set         []*balModelUpstream // in slice order
@@ -1109,7 +1108,7 @@ func (u *balModelUpstream) full() bool       { return u.MaxConns != 0 && u.open 
 func (u *balModelUpstream) usable() bool     { return !u.full() && u.state != "down" && !u.Drain }
 func (u *balModelUpstream) passedOver() bool { return u.state == "cooling" || u.state == "on trial" }
 
-// enter has u in that state because of err.
+// enter puts u into a state because of err.
 func (u *balModelUpstream) enter(state string, err error, now time.Time) {
 	was := u.public()
 	u.state, u.err = state, err
@@ -1128,7 +1127,7 @@ func (u *balModelUpstream) public() UpstreamState {
 	return StateCooling
 }
 
-// min returns the least of those upstreams that are among; of equals the first one from the app's
+// min returns the least upstream for which among is true; of equals, the first one from the app's
 // place among its peers on.
 func (m *balModel) min(among func(*balModelUpstream) bool, less func(u, v *balModelUpstream) bool) (least *balModelUpstream) {
 	first := len(m.set) * m.peers.Index / max(m.peers.Count, 1)
@@ -1184,7 +1183,7 @@ func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *bal
 	return u
 }
 
-// first returns the upstream that a new connection would get, or if none is usable the least loaded.
+// first returns the upstream that a new connection would get, or the least loaded if none is usable.
 func (m *balModel) first() *balModelUpstream {
 	if u := m.choose(nil); u != nil {
 		return u
@@ -1277,7 +1276,7 @@ func (m *balModel) stats() (all []UpstreamStats) {
 	return all
 }
 
-// none is the text of the error when there is no upstream for a connection that has tried none.
+// none returns the error text for a connection that has tried no upstream and gets none.
 func (m *balModel) none() string {
 	count := map[string]int{}
 	for _, u := range m.set {
@@ -1299,7 +1298,7 @@ func (m *balModel) none() string {
 	return "lbproxy: no upstream available: " + strings.Join(why, ", ")
 }
 
-// A balTwin does everything to a balancer and to a model of it, and compares what they say.
+// A balTwin does the same to a balancer and to a model of it, and compares the answers.
 type balTwin struct {
 	t     *testing.T
 	b     balancer
@@ -1365,7 +1364,7 @@ func (w *balTwin) run(choose func(n int) int, checkEach int) {
 
 func (w *balTwin) live() int { return len(w.conns[balConnected]) + len(w.conns[balDialling]) }
 
-// remove takes out one of the connections that are dialling, or that are connected; it returns nil if there is none.
+// remove takes out a connection that is dialing, or one that is connected; nil if there is none.
 func (w *balTwin) remove(which int, choose func(n int) int) *balTwinConn {
 	conns := w.conns[which]
 	if len(conns) == 0 {
@@ -1553,8 +1552,8 @@ func balAcquire(b *balancer, now time.Time) *upstream {
 	return p.u
 }
 
-// balUnderLoad returns a balancer in the middle of its work, and its connections: they are spread as they are when
-// each ends at a time of its own.
+// balUnderLoad returns a balancer under load and its connections, spread as they are when each ends
+// at a random time.
 func balUnderLoad(upstreams int) (*balancer, []*upstream) {
 	confs := make([]Upstream, upstreams)
 	for i := range confs {
@@ -1576,7 +1575,7 @@ func balUnderLoad(upstreams int) (*balancer, []*upstream) {
 	return b, live
 }
 
-// One operation is a connection's choice and its end: one begins and a random other one ends.
+// One operation: a connection is begun, and a random other one ends.
 func BenchmarkAcquire(b *testing.B) {
 	for _, n := range []int{4, 100, 10_000} {
 		b.Run(fmt.Sprintf("upstreams=%d", n), func(b *testing.B) {
@@ -1625,7 +1624,7 @@ func BenchmarkAcquireParallel(b *testing.B) {
 	}
 }
 
-// What a choice costs when 99 of 100 upstreams cannot be chosen.
+// The cost of a choice when 99 of 100 upstreams cannot be chosen.
 func BenchmarkAcquireSkipping(b *testing.B) {
 	for _, n := range []int{4, 100, 10_000} {
 		skipped := n - max(n/100, 1)

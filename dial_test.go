@@ -26,7 +26,7 @@ import (
 // tlsConfigs are those of a server called localhost and of a client that trusts it.
 func tlsConfigs(testing.TB) (server, client *tls.Config) { return proxytest.TLSConfigs() }
 
-// Dials that fail.
+// Failed dials.
 
 func TestRefusingUpstreamCostsNoClient(t *testing.T) {
 	const workers = 10
@@ -95,7 +95,7 @@ func TestBlackHoleCostsOneDialTimeout(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		start = time.Now()
-		c = serveFake(t.Context(), a, &Conn{}) // passed over now
+		c = serveFake(t.Context(), a, &Conn{}) // hole:1 is skipped now
 		ping(t, c)
 		if took := time.Since(start); took != 0 {
 			t.Errorf("the second was served after %v, too", took)
@@ -157,7 +157,7 @@ func TestAllUpstreamsRefuse(t *testing.T) {
 		dialled = append(dialled, addr)
 		return nil, refused
 	}}, "a:1", "b:1", "c:1")
-	for range 2 { // the second time all of them are cooling, and tried anyway
+	for range 2 { // the second time all are cooling and are tried anyway
 		dialled = nil
 		c := serveFake(t.Context(), a, &Conn{})
 		if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
@@ -211,7 +211,7 @@ func TestAllUpstreamsFull(t *testing.T) {
 func TestLocalDialErrorsDoNotCountAsFailures(t *testing.T) {
 	for ours, attempts := range map[error]int{
 		syscall.EADDRNOTAVAIL: 2, context.Canceled: 2,
-		syscall.EMFILE: 1, syscall.ENFILE: 1, syscall.ENOBUFS: 1, syscall.ENOMEM: 1, // the next would fail as well
+		syscall.EMFILE: 1, syscall.ENFILE: 1, syscall.ENOBUFS: 1, syscall.ENOMEM: 1, // the next dial would fail, too
 	} {
 		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
 			return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", ours)}
@@ -236,7 +236,7 @@ func TestNilConnFromDialerIsAnError(t *testing.T) {
 	}
 }
 
-// Clients that do something before the dial is done.
+// Clients that act before the dial is done.
 
 func TestDataSentDuringTheDialArrives(t *testing.T) {
 	const size = 300_000
@@ -265,7 +265,7 @@ func TestDataSentDuringTheDialArrives(t *testing.T) {
 			}
 		})
 		if half {
-			wg.Wait() // it all fits into the buffers of the systems between
+			wg.Wait() // it all fits into socket buffers
 		}
 		goOn <- true
 		if s := <-got; s != pattern(size) {
@@ -291,7 +291,7 @@ func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				<-ctx.Done()
-				return nil, errors.New("interrupted") // which says nothing of the context
+				return nil, errors.New("interrupted") // an error that is not the context's
 			}}, "a:1", "b:1")
 			var r Result
 			start := time.Now()
@@ -300,7 +300,7 @@ func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 				synctest.Wait()
 				leave(c.duplexConn)
 				r = <-c.result
-			} else { // a conn without half-close, of which an end is all there is
+			} else { // without half-close an end means that the client has left
 				client, ours := net.Pipe()
 				go func() { synctest.Wait(); client.Close() }()
 				r, _ = a.ServeConn(t.Context(), &Conn{Client: ours})
@@ -406,13 +406,13 @@ func TestUpstreamConnectedTooLateIsReset(t *testing.T) {
 	}
 }
 
-// A watchedContext counts those who wait for its end.
+// A watchedContext counts the functions registered with it.
 type watchedContext struct {
 	context.Context
 	watchers atomic.Int32
 }
 
-func (c *watchedContext) Value(any) any { return nil } // else package context would look behind it
+func (c *watchedContext) Value(any) any { return nil } // or package context would look through it
 
 func (c *watchedContext) AfterFunc(f func()) (stop func() bool) {
 	c.watchers.Add(1)
@@ -439,13 +439,13 @@ func TestServeConnLeavesNothingInTheContext(t *testing.T) {
 
 func TestUpstreamTLSIsVerifiedWithinTheDialTimeout(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
-	silent := upstreamDoing(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) }) // accepts, and says nothing
+	silent := upstreamDoing(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) }) // accepts and stays silent
 	good := upstreamDoing(t, func(c *net.TCPConn) {
 		tc := tls.Server(c, serverTLS)
 		defer tc.Close()
 		io.Copy(tc, tc)
 	})
-	clientTLS.ServerName = "" // to be taken from Addr
+	clientTLS.ServerName = "" // so it is taken from Addr
 	a, results := newAppOver(t, Options{DialTimeout: 300 * time.Millisecond},
 		Upstream{Addr: silent, TLS: clientTLS},
 		Upstream{Addr: upstreamDoing(t, func(c *net.TCPConn) { c.Write([]byte("220 not TLS\r\n")) }), TLS: clientTLS},
@@ -482,7 +482,7 @@ func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	}
 }
 
-// It gets a reset, which is below TLS, rather than a goodbye.
+// The client sees a reset, not a close_notify.
 func TestAbortedTLSClientSeesAReset(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
@@ -502,7 +502,7 @@ func TestAbortedTLSClientSeesAReset(t *testing.T) {
 
 func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
-	serverTLS.SessionTicketsDisabled = true     // the handshake is over when both say so
+	serverTLS.SessionTicketsDisabled = true     // nothing follows the handshake
 	for _, ended := range []bool{false, true} { // the client's own stream
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
@@ -510,8 +510,8 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 				c.(*duplexConn).CloseWrite()
 				io.Copy(io.Discard, c)
 			})}, "u:1")
-			client, ours := duplex()                                                                // which has no buffer: what is written waits for the reader
-			proxy, c := tls.Server(ours, serverTLS), relay.NewTLS(tls.Client, client, clientTLS, 0) // which tells a cut
+			client, ours := duplex()                                                                // unbuffered: a write waits for its reader
+			proxy, c := tls.Server(ours, serverTLS), relay.NewTLS(tls.Client, client, clientTLS, 0) // which detects a cut
 			go proxy.Handshake()
 			if err := c.Handshake(); err != nil {
 				t.Fatal(err)
@@ -520,7 +520,7 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 			go func() { r, _ := a.ServeConn(t.Context(), &Conn{Client: proxy}); result <- r }()
 			if ended {
 				c.CloseWrite()
-				time.Sleep(time.Second) // the upstream has been told, and the upload is over
+				time.Sleep(time.Second) // the upstream has seen the end, and the upload is over
 			}
 			io.ReadFull(c, make([]byte, 6))
 			time.Sleep(time.Minute) // crypto/tls would give up after 5 s
@@ -539,7 +539,7 @@ func TestCloseDoesNotWaitForStuckTLSPeer(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { flood(c) }))
 	addr := serve(t, a, func(ctx context.Context, c *Conn) error {
-		c.Client.(*net.TCPConn).SetWriteBuffer(64 << 10) // which is full soon
+		c.Client.(*net.TCPConn).SetWriteBuffer(64 << 10) // so that it is full soon
 		tc := tls.Server(c.Client, serverTLS)
 		c.Client = tc
 		return tc.HandshakeContext(ctx)
@@ -559,7 +559,7 @@ func TestCloseDoesNotWaitForStuckTLSPeer(t *testing.T) {
 	}
 	start := time.Now()
 	a.Close()
-	// tls.Conn.Close alone would try to say goodbye for 5 s.
+	// tls.Conn.Close alone would try to send close_notify for 5 s.
 	if took := time.Since(start); took > 3*time.Second {
 		t.Errorf("Close took %v", took)
 	}

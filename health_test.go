@@ -24,7 +24,7 @@ import (
 
 var errSick = errors.New("sick")
 
-// A ward says how upstreams are, and keeps what it was asked. Its check is a HealthCheck.Check.
+// A ward says which upstreams are sick and records checks. Its check is a HealthCheck.Check.
 type ward struct {
 	mu     sync.Mutex
 	sick   map[string]error // by Addr
@@ -51,7 +51,7 @@ func (w *ward) set(err error, addrs ...string) {
 	}
 }
 
-// count is how often an upstream was asked.
+// count returns how often an upstream was checked.
 func (w *ward) count(addr string) (n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -117,7 +117,7 @@ func TestBadHealthCheckIsRejectedByNameAndValue(t *testing.T) {
 	}
 	if _, err := New("db", []Upstream{{Addr: "u:1"}, {Addr: "u"}}, &Options{HealthCheck: &HealthCheck{}}); err == nil {
 		t.Error("an Addr without a port: no error")
-	} // nor a goroutine: TestMain would tell
+	} // and no goroutine is left: TestMain would fail
 }
 
 func TestHealthCheckIsCopied(t *testing.T) {
@@ -144,7 +144,7 @@ func TestNoHealthCheckMeansNoChecks(t *testing.T) {
 	})
 }
 
-// Not all at once, then each in its own time: never later than the Interval, nor by more than a tenth before.
+// First checks are spread over the Interval; later ones come 9 to 10 tenths of it apart.
 func TestChecksAreSpreadOverTheInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const interval, upstreams = 10 * time.Second, 200
@@ -183,7 +183,7 @@ func TestChecksAreSpreadOverTheInterval(t *testing.T) {
 func TestRiseAndFallAreExact(t *testing.T) {
 	verdicts := map[rune]error{
 		'.': nil, 'x': errSick,
-		'o': &net.OpError{Op: "dial", Err: syscall.EMFILE}, // our own
+		'o': &net.OpError{Op: "dial", Err: syscall.EMFILE}, // a local error
 	}
 	for _, tc := range []struct {
 		rise, fall              int
@@ -295,7 +295,7 @@ func TestDefaultCheckDialsAndCloses(t *testing.T) {
 	})
 }
 
-// awaitStates waits, in real time, for what must come.
+// awaitStates waits in real time until the states are as wanted.
 func awaitStates(t *testing.T, a *LBProxyApp, want string) {
 	t.Helper()
 	deadline := time.Now().Add(20 * time.Second)
@@ -330,7 +330,7 @@ func TestChecksFollowAServerDownAndUp(t *testing.T) {
 	secure := upstreamDoing(t, func(c *net.TCPConn) { tc := tls.Server(c, serverTLS); io.Copy(tc, tc); tc.Close() })
 	stranger := strings.Replace(secure, "127.0.0.1", "localhost", 1)
 	plain := upstreamDoing(t, func(c *net.TCPConn) { c.Write([]byte("220 not TLS\r\n")) })
-	clientTLS.ServerName = "" // to be taken from Addr
+	clientTLS.ServerName = "" // so it is taken from Addr
 	a, _ := newAppOver(t, Options{HealthCheck: &HealthCheck{Interval: time.Millisecond}},
 		Upstream{Addr: addr}, Upstream{Addr: secure, TLS: clientTLS},
 		Upstream{Addr: stranger, TLS: &tls.Config{}}, Upstream{Addr: plain, TLS: clientTLS})
@@ -387,7 +387,7 @@ func TestHungCheckFailsAtItsTimeout(t *testing.T) {
 				}
 				release <- true
 				synctest.Wait()
-				wantStates(t, "when it has returned", a, "up down up") // that it was well counts no more
+				wantStates(t, "when it has returned", a, "up down up") // its late success does not count
 				time.Sleep(6 * time.Second)
 			}
 			wantStates(t, "after the next check", a, "up up up")
@@ -404,7 +404,7 @@ func TestCheckThatNeverReturnsCountsAsFailed(t *testing.T) {
 			<-release
 			return nil
 		}}, Options{}, "u:1")
-		time.Sleep(5*time.Second + 2*time.Second + 2*5*time.Second) // to its beginning, its timeout, and two more that are due
+		time.Sleep(5*time.Second + 2*time.Second + 2*5*time.Second) // until it begins, times out, and two more are due
 		wantStates(t, "hung", a, "down")
 		time.Sleep(time.Hour)
 		if n := checks.Load(); n != 1 {
@@ -469,7 +469,7 @@ func TestChecksSurviveLoggerThatPanicsOrBlocks(t *testing.T) {
 		b, _ := newApp(t, Options{HealthCheck: &HealthCheck{Check: w.check}, Logger: slog.New(callingHandler{call: func() { <-goOn }})}, "c:1", "d:1")
 		w.set(errSick, "c:1", "d:1")
 		time.Sleep(time.Minute)
-		wantStates(t, "blocked", b, "down down") // no lock is held, nor does one wait for the other
+		wantStates(t, "blocked", b, "down down") // no lock is held, and no check waits for another
 		close(goOn)
 	})
 }
@@ -519,7 +519,7 @@ func TestCheckGetsItsOwnCopyOfTheUpstream(t *testing.T) {
 	})
 }
 
-// What becomes of connections.
+// What happens to connections.
 
 func TestDownUpstreamsAreNotDialed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -647,7 +647,7 @@ func TestOnlyBeingFoundUpEndsCooling(t *testing.T) {
 	})
 }
 
-// A holeDialer reaches echoing upstreams in memory, but those that have turned into black holes.
+// A holeDialer dials echoing upstreams in memory; some of them are black holes.
 type holeDialer struct {
 	mu    sync.Mutex
 	holes map[string]bool
@@ -663,7 +663,7 @@ func (d *holeDialer) dial(ctx context.Context, network, addr string) (net.Conn, 
 	d.mu.Unlock()
 	if hole {
 		<-ctx.Done()
-		return nil, &net.OpError{Op: "dial", Net: network, Err: errors.New("gave up")} // not even its error
+		return nil, &net.OpError{Op: "dial", Net: network, Err: errors.New("gave up")} // an error that is not the context's
 	}
 	return dialFake(echoFake)(ctx, network, addr)
 }
@@ -873,7 +873,7 @@ func TestRemovingAnUpstreamCancelsItsCheck(t *testing.T) {
 			canceled <- ctx.Err()
 			return <-goOn
 		}}, Options{DialContext: dialFake(echoFake)}, "a:1")
-		c := serveFake(t.Context(), a, &Conn{}) // so that a drains rather than being gone
+		c := serveFake(t.Context(), a, &Conn{}) // so that a drains instead of going at once
 		ping(t, c)
 		time.Sleep(time.Second)
 		if n := w.count("a:1"); n != 1 {
@@ -927,8 +927,8 @@ func TestDownUpstreamAddedAgainStartsUp(t *testing.T) {
 	})
 }
 
-// Whatever sets come while checks are in progress: one check of an Addr at a time, only of those that are there,
-// and nothing after Close.
+// While the set changes, an Addr has one check at a time, only upstreams in the set are checked, and
+// nothing is checked after Close.
 func TestChecksWhileUpstreamsChange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
@@ -943,7 +943,7 @@ func TestChecksWhileUpstreamsChange(t *testing.T) {
 					t.Errorf("%s: %d checks at a time; app closed: %v", u.Addr, n, closed.Load())
 				}
 				w.mu.Unlock()
-				time.Sleep(rand.N(2 * time.Millisecond)) // whatever ctx says
+				time.Sleep(rand.N(2 * time.Millisecond)) // ignores ctx
 				w.mu.Lock()
 				w.within[u.Addr]--
 				w.mu.Unlock()
@@ -1002,7 +1002,7 @@ func TestCloseCancelsChecksAndWaitsForThem(t *testing.T) {
 		if took := time.Since(begin); took != time.Second || running.Load() != 0 {
 			t.Errorf("Close took %v, %d checks still running", took, running.Load())
 		}
-		wantStates(t, "closed", a, "up up") // a check that was broken off tells nothing
+		wantStates(t, "closed", a, "up up") // a canceled check does not count
 		wantLines(t, log, map[string]int{"level=": 0})
 		a.Close()
 		if err := a.Shutdown(t.Context()); err != nil {
@@ -1057,13 +1057,13 @@ func TestShutdownWithAHungCheckEndsWithItsContext(t *testing.T) {
 	})
 }
 
-// A check whose result is known has returned, so that the next one, be it due at once, does not fail for that.
+// Once the result of a check is known the check has returned, so the next one may begin at once.
 func TestCheckHasReturnedOnceItsResultIsKnown(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	hc, _ := HealthCheck{Check: func(context.Context, Upstream) error { return nil }}.complete()
 	p := &prober{checker: newChecker(a, hc), conf: &Upstream{Addr: "u:1"}}
 	var wg sync.WaitGroup
-	for range 8 { // so that goroutines are held up
+	for range 8 { // so that goroutines compete for processors
 		wg.Go(func() {
 			for range 20_000 {
 				check, err := p.check(t.Context())
@@ -1082,7 +1082,7 @@ func TestCheckHasReturnedOnceItsResultIsKnown(t *testing.T) {
 	wg.Wait()
 }
 
-// An upstream that stays up must not hold on to the connections that it has served.
+// An upstream that stays up does not keep the connections it has served in memory.
 func TestCloseOnDownForgetsEndedConnections(t *testing.T) {
 	a, results := newApp(t, Options{
 		HealthCheck: &HealthCheck{Interval: time.Hour}, DialContext: dialFake(echoFake), CloseOnDown: true,

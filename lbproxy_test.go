@@ -74,7 +74,7 @@ func newAppOver(t testing.TB, opts Options, ups ...Upstream) (*LBProxyApp, <-cha
 	return a, results
 }
 
-// serve has a serve on a loopback address, which it returns.
+// serve makes a serve on a loopback address and returns the address.
 func serve(t testing.TB, a *LBProxyApp, admit AdmitFunc) string {
 	t.Helper()
 	l := listen(t)
@@ -112,7 +112,7 @@ func ping(t testing.TB, c net.Conn) {
 	proxytest.Must(t, proxytest.Ping(c))
 }
 
-// bytesFrom is how many bytes a client of addr gets that says nothing. It may be reset while it connects.
+// bytesFrom returns how many bytes a silent client of addr receives. It may be reset while it connects.
 func bytesFrom(addr string) int64 {
 	c, err := net.Dial("tcp", addr)
 	if err != nil {
@@ -123,7 +123,7 @@ func bytesFrom(addr string) int64 {
 	return n
 }
 
-// wantCounts checks the app's counters but for those of its upstreams, which must have nothing open.
+// wantCounts checks the app's counters, and that no upstream has a connection open.
 func wantCounts(t *testing.T, a *LBProxyApp, accepted, refused, failed uint64) {
 	t.Helper()
 	s := a.Stats()
@@ -211,7 +211,7 @@ func TestOptionsAndUpstreamsAreCopied(t *testing.T) {
 	}
 }
 
-// A scriptedListener returns what accept does.
+// A scriptedListener accepts what a function returns.
 type scriptedListener struct {
 	accept func() (net.Conn, error)
 	closes atomic.Int32
@@ -306,7 +306,7 @@ func TestCloseEndsTheAcceptBackoff(t *testing.T) {
 		l := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { return nil, errors.New("something passing") })
 		ended := make(chan error, 1)
 		go func() { ended <- a.Serve(l, nil) }()
-		time.Sleep(10 * time.Second) // the waits are a second each by now
+		time.Sleep(10 * time.Second) // by now each wait is a second
 		start := time.Now()
 		a.Close()
 		if err := <-ended; err != ErrAppClosed || time.Since(start) != 0 {
@@ -623,7 +623,7 @@ func TestCloseResetsConnectionsWithoutWaitingForPeers(t *testing.T) {
 	const conns, most, tries = 200, 100 * time.Millisecond, 5
 	serverTLS, clientTLS := tlsConfigs(t)
 	var took [tries]time.Duration
-	for i := range took { // more than once, for a machine may be busy with other things
+	for i := range took { // more than once, because the machine may be busy
 		took[i] = closeUnderLoad(t, conns, serverTLS, clientTLS)
 		if took[i] <= most {
 			return
@@ -632,8 +632,8 @@ func TestCloseResetsConnectionsWithoutWaitingForPeers(t *testing.T) {
 	t.Errorf("Close took %v, want at most %v", took, most)
 }
 
-// lateness returns a function that returns for how long, since then, a goroutine that only sleeps was not run when it
-// should have been. Who waits for processors, and not for anything else, is as late.
+// lateness measures how late a goroutine that only sleeps is run, in all, until the function it
+// returns is called. Whatever else waits only for a processor is about as late.
 func lateness() func() time.Duration {
 	const nap = time.Millisecond
 	stop, sum := make(chan struct{}), make(chan time.Duration)
@@ -653,9 +653,9 @@ func lateness() func() time.Duration {
 	return func() time.Duration { close(stop); return <-sum }
 }
 
-// closeUnderLoad returns how long Close takes, apart from waiting for processors, when there are so many connections, plain
-// and TLS ones, whose upstreams send all they can to clients that do not read. What the system has in its queues is
-// bounded: throwing it away takes time, too.
+// closeUnderLoad returns how long Close takes, less the wait for processors, with so many connections,
+// plain and TLS, whose upstreams send all they can to clients that do not read. Socket buffers are
+// bounded, because the system takes time to discard them.
 func closeUnderLoad(t *testing.T, conns int, serverTLS, clientTLS *tls.Config) time.Duration {
 	bounded := func(c net.Conn) net.Conn {
 		c.(*net.TCPConn).SetReadBuffer(64 << 10)
@@ -730,7 +730,7 @@ func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
 		}
 		dialling.Wait()
 		a.Close()
-		for _, stack := range proxytest.Goroutines() { // one that is in none of these is returning
+		for _, stack := range proxytest.Goroutines() { // a goroutine in none of these is about to end
 			for _, f := range []string{"(*session).connect(", "(*session).report(", "(*session).log(", "(*direction).copy("} {
 				if strings.Contains(stack, f) {
 					t.Fatal(stack)
@@ -740,8 +740,8 @@ func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
 	}
 }
 
-// Serve, ServeConn, Shutdown and Close start in any order. Whatever that is, nothing is left when Close has
-// returned, and each connection has had its one result.
+// Serve, ServeConn, Shutdown and Close start in any order. When Close has returned nothing is left,
+// and each connection has had exactly one Result.
 func TestShutdownInterleavings(t *testing.T) {
 	rounds := 10_000
 	if testing.Short() {
@@ -828,7 +828,7 @@ func TestOneLogLinePerConnection(t *testing.T) {
 	}
 }
 
-// slowClose is a conn whose Close says goodbye at length.
+// slowClose is a conn whose Close takes 5 seconds.
 type slowClose struct{ net.Conn }
 
 func (c slowClose) Close() error {

@@ -22,7 +22,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// text is a change without its time.
+// text describes a change without its time.
 func (c UpstreamChange) text() string {
 	s := fmt.Sprintf("%s/%s %s>%s", c.App, c.Addr, c.From, c.To)
 	if c.Drain {
@@ -104,7 +104,7 @@ func TestChangesMergeWhileOnUpstreamIsBusy(t *testing.T) {
 			a.balancer.changes.add(UpstreamChange{Addr: addr, From: from, To: to, Removed: removed})
 		}
 		add("a:1", StateUp, StateCooling, false)
-		synctest.Wait() // the hook has it
+		synctest.Wait() // the hook is called with it
 		for range 1000 {
 			add("a:1", StateCooling, StateUp, false)
 			add("b:1", StateUp, StateDown, false)
@@ -242,8 +242,8 @@ func TestUpstreamDialEndsHandshakeWithItsContext(t *testing.T) {
 	}
 }
 
-// A lookup that fails because the process has no descriptor left is not held against the upstream,
-// neither by dials nor by checks, whichever resolver is used. The process that runs out is a child.
+// A lookup that fails because the process has no descriptor left does not count against the upstream,
+// in dials and in checks, with Go's resolver and C's. A child process runs out of descriptors.
 func TestLookupWithoutDescriptorsIsALocalError(t *testing.T) {
 	if os.Getenv("LBPROXY_TEST_LOOKUP") != "" {
 		lookUpOutOfDescriptors()
@@ -265,7 +265,7 @@ func TestLookupWithoutDescriptorsIsALocalError(t *testing.T) {
 	}
 }
 
-// lookUpOutOfDescriptors prints what becomes of two upstreams given by name.
+// lookUpOutOfDescriptors prints the state of two upstreams with host names.
 func lookUpOutOfDescriptors() {
 	out := bufio.NewWriter(os.Stdout)
 	client, ours := net.Pipe()

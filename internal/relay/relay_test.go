@@ -167,7 +167,7 @@ func TestNothingSentBeforeConnectIsLost(t *testing.T) {
 			}
 		})
 		if half {
-			wg.Wait() // it all fits into the buffers of the systems between
+			wg.Wait() // it all fits into socket buffers
 		}
 		r.Connect(theirs)
 		if half {
@@ -224,7 +224,7 @@ func TestClientGoneBeforeConnect(t *testing.T) {
 			})
 		})
 	}
-	synctest.Test(t, func(t *testing.T) { // a conn without half-close, of which an end is all there is
+	synctest.Test(t, func(t *testing.T) { // without half-close an end means that the client has left
 		client, ours := net.Pipe()
 		h := newRecorder(nil)
 		r := newEngine(t, Config{}).Start(ours, h, 0)
@@ -535,7 +535,7 @@ func TestDoneWaitsForTheReset(t *testing.T) {
 		r.Connect(slow)
 		go r.Abort(io.ErrClosedPipe)
 		<-slow.resetting
-		server.Close() // as the peer might
+		server.Close() // as its peer might
 		client.Close()
 		synctest.Wait()
 		if len(h.done) > 0 {

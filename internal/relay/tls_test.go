@@ -207,10 +207,10 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 	serverTLS.SessionTicketsDisabled = true
 	for _, ended := range []bool{false, true} { // the client's own stream
 		synctest.Test(t, func(t *testing.T) {
-			raw, ours := proxytest.Pipe() // which has no buffer: what is written waits for the reader
+			raw, ours := proxytest.Pipe() // unbuffered: a write waits for its reader
 			server, theirs := proxytest.Pipe()
 			up := NewTLS(tls.Server, ours, serverTLS, 0)
-			client := NewTLS(tls.Client, raw, clientTLS, 0) // which tells a cut
+			client := NewTLS(tls.Client, raw, clientTLS, 0) // which detects a cut
 			h := newRecorder(nil)
 			r := newEngine(t, Config{}).Start(up, h, 0)
 			r.Connect(theirs)
@@ -407,7 +407,7 @@ func TestTLSBoundsTheHandshake(t *testing.T) {
 		client.Write(make([]byte, 100_000))
 		client.Close()
 	}()
-	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil { // Read makes the handshake
+	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil { // Read performs the handshake
 		t.Errorf("after it: %d bytes, %v", n, err)
 	}
 }
