@@ -18,9 +18,11 @@ import (
 	"time"
 )
 
-var balancerSeed = flag.Uint64("balancer.seed", 0, "seed of the balancer's random test; 0 means a new one each time")
+var balancerSeed = flag.Uint64("balancer.seed", 0,
+	"seed of the balancer's random test; 0 means a new one each time")
 
-// A balFarm is a balancer with a clock and the verdict of a dial to each upstream, works by default.
+// A balFarm is a balancer with a clock and the verdict of a dial to each upstream, works by
+// default.
 type balFarm struct {
 	balancer
 	now  time.Time
@@ -200,11 +202,14 @@ func TestLeastLoadedIsChosenAndTiesGoInSliceOrder(t *testing.T) {
 		{"the load is what it would be, not what it is", // 2/10 before 1/1, though 0 < 1/10
 			[]Upstream{{Addr: "a"}, {Addr: "b", Weight: 10}}, []int{0, 1}, "b b b b b b b b a b"},
 		{"weights are compared exactly", // 3/3 is 1/1, 1000/999 is more
-			[]Upstream{{Addr: "a", Weight: 999}, {Addr: "b", Weight: 3}, {Addr: "c"}}, []int{999, 2, 0}, "b c a a a a"},
+			[]Upstream{{Addr: "a", Weight: 999}, {Addr: "b", Weight: 3}, {Addr: "c"}}, []int{999, 2, 0},
+			"b c a a a a"},
 		{"a full one is passed over",
-			[]Upstream{{Addr: "a", MaxConns: 2}, {Addr: "b", MaxConns: 3}, {Addr: "c"}}, []int{0, 0, 5}, "a b a b b c c"},
+			[]Upstream{{Addr: "a", MaxConns: 2}, {Addr: "b", MaxConns: 3}, {Addr: "c"}}, []int{0, 0, 5},
+			"a b a b b c c"},
 		{"when all are full there is none",
-			[]Upstream{{Addr: "a", MaxConns: 1}, {Addr: "b", Weight: 9, MaxConns: 2}}, []int{0, 0}, "b b a none none"},
+			[]Upstream{{Addr: "a", MaxConns: 1}, {Addr: "b", Weight: 9, MaxConns: 2}}, []int{0, 0},
+			"b b a none none"},
 		{"a single one gets everything",
 			[]Upstream{{Addr: "a", MaxConns: 2}}, []int{0}, "a a none"},
 	} {
@@ -227,7 +232,8 @@ func TestFullUpstreamIsChosenAgainAfterARelease(t *testing.T) {
 }
 
 func TestConcurrentPicksDifferByAtMostOne(t *testing.T) {
-	const pickers, each, rounds = 64, 4, 400 // 102,400 picks; often, as later picks make up for earlier ones
+	// 102,400 picks; often, as later picks make up for earlier ones
+	const pickers, each, rounds = 64, 4, 400
 	for n := range rounds {
 		f := newBalFarm(balNamed(2 + n%9)...)
 		held := make([][]*upstream, pickers)
@@ -301,7 +307,8 @@ func TestSettleReportsFailureAndRecoveryOnce(t *testing.T) {
 		v    verdict
 		want bool
 	}{
-		{works, false}, {fails, true}, {fails, false}, {unknown, false}, {works, true}, {works, false}, {unknown, false}, {fails, true},
+		{works, false}, {fails, true}, {fails, false}, {unknown, false}, {works, true}, {works, false},
+		{unknown, false}, {fails, true},
 	} {
 		f.acquire(nil, f.now)
 		wantBal(t, fmt.Sprintf("step %d changed", i), f.settle(u, step.v, f.now), step.want)
@@ -353,7 +360,8 @@ func TestAllCoolingTriesLongestFailedFirst(t *testing.T) {
 	f.now = f.now.Add(time.Second)
 	f.fail("d:1")
 	f.now = f.now.Add(time.Second)
-	wantBal(t, "the next", f.connect(), "a:1 c:1 b:1 d:1") // a before c: failed at once, but less loaded
+	// a before c: failed at once, but less loaded
+	wantBal(t, "the next", f.connect(), "a:1 c:1 b:1 d:1")
 	f.now = f.now.Add(time.Second)
 	f.says["b:1"] = works
 	wantBal(t, "one is back", f.connect(), "a:1 b:1") // all had failed at once again
@@ -409,12 +417,14 @@ func TestRefusingUpstreamIsTriedOncePerFailTimeout(t *testing.T) {
 	wantBal(t, "dials failed", f.find("b:1").failed, uint64(attempts))
 }
 
-// The share of a recovered upstream is bounded: 50 of the first 100 connections after its trial, and every second
-// one from then on, until another upstream is as little loaded. It must not be starved either.
+// The share of a recovered upstream is bounded: 50 of the first 100 connections after its trial,
+// and every second one from then on, until another upstream is as little loaded. It must not be
+// starved either.
 func TestSlowStartGivesAtMostEverySecondConnection(t *testing.T) {
 	const most, first = 50, 100
 	for _, weight := range []int{1, 1000} {
-		f := newBalFarm(Upstream{Addr: "a:1", Weight: weight}, Upstream{Addr: "b:1"}, Upstream{Addr: "c:1"})
+		f := newBalFarm(Upstream{Addr: "a:1", Weight: weight}, Upstream{Addr: "b:1"},
+			Upstream{Addr: "c:1"})
 		f.fill("b:1", 200)
 		f.fill("c:1", 200)
 		f.says["a:1"] = fails
@@ -447,7 +457,8 @@ func TestSlowStartEndsWhenTheUpstreamIsLevel(t *testing.T) {
 	f.says["a:1"] = works
 	wantBal(t, "trial and picks", f.takes(1+8),
 		[]string{"a:1", "a:1", "b:1", "a:1", "c:1", "a:1", "b:1", "a:1", "c:1"}) // now 5 6 6
-	wantBal(t, "picks", f.takes(4), []string{"a:1", "b:1", "a:1", "c:1"}) // 6 6 6, where a is still first; then 7 7 7
+	// 6 6 6, where a is still first; then 7 7 7
+	wantBal(t, "picks", f.takes(4), []string{"a:1", "b:1", "a:1", "c:1"})
 	for range 5 {
 		f.release(f.find("a:1"))
 	}
@@ -612,7 +623,8 @@ func TestSetUpstreamsKeepsStateAndCounters(t *testing.T) {
 	f.setUpstreams(balNamed(4)...)
 	after := f.stats()
 	wantBal(t, "the kept ones", after[:3], before)
-	wantBal(t, "the new one", after[3], UpstreamStats{Addr: "d:1", Weight: 1, State: StateUp, Since: f.now})
+	wantBal(t, "the new one", after[3],
+		UpstreamStats{Addr: "d:1", Weight: 1, State: StateUp, Since: f.now})
 	wantBal(t, "chosen: c still cools", f.takes(3), []string{"d:1", "d:1", "b:1"})
 
 	f.now = f.now.Add(balFail)
@@ -639,7 +651,8 @@ func TestRemovedUpstreamDrains(t *testing.T) {
 	wantBal(t, "open on the others", []int{f.stats()[0].Open, f.stats()[1].Open}, []int{1, 1})
 
 	f.setUpstreams(Upstream{Addr: "a:1"})
-	wantBal(t, "as new", f.stats()[0], UpstreamStats{Addr: "a:1", Weight: 1, State: StateUp, Since: f.now})
+	wantBal(t, "as new", f.stats()[0],
+		UpstreamStats{Addr: "a:1", Weight: 1, State: StateUp, Since: f.now})
 }
 
 func TestUpstreamRemovedWhileIdleIsGoneAtOnce(t *testing.T) {
@@ -696,7 +709,8 @@ func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
 
 	b.Weight = 4
 	f.setUpstreams(a, b)
-	wantBal(t, "b has four times the weight", f.takes(7), []string{"b", "b", "b", "b", "b", "b", "a"}) // 2/1 8/4: a tie at last
+	// 2/1 8/4: a tie at last
+	wantBal(t, "b has four times the weight", f.takes(7), []string{"b", "b", "b", "b", "b", "b", "a"})
 
 	b.MaxConns = 3
 	f.setUpstreams(a, b)
@@ -713,7 +727,8 @@ func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
 	}
 	f.setUpstreams(Upstream{Addr: "b"}, a)
 	wantBal(t, "a tie, and b is first now", f.takes(3), []string{"b", "a", "b"})
-	wantBal(t, "stats in slice order", []string{f.stats()[0].Addr, f.stats()[1].Addr}, []string{"b", "a"})
+	wantBal(t, "stats in slice order", []string{f.stats()[0].Addr, f.stats()[1].Addr},
+		[]string{"b", "a"})
 }
 
 func TestStatsListRemovedUpstreamsLastByAddr(t *testing.T) {
@@ -751,7 +766,8 @@ func TestHugeCountsAndWeightsDoNotOverflow(t *testing.T) {
 
 func TestSetPeersRejectsBadValuesByName(t *testing.T) {
 	a, _ := newApp(t, Options{}, "10.0.0.1:1", "10.0.0.2:1")
-	if err := a.SetPeers(Peers{Index: 1, Count: 2, Bias: map[string]float64{"10.0.0.2:1": 3}}); err != nil {
+	if err := a.SetPeers(Peers{Index: 1, Count: 2,
+		Bias: map[string]float64{"10.0.0.2:1": 3}}); err != nil {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct {
@@ -762,8 +778,10 @@ func TestSetPeersRejectsBadValuesByName(t *testing.T) {
 		{Peers{Index: 1}, "Peers.Index 1: want 0 to 0, as Count is 0"},
 		{Peers{Index: 3, Count: 3}, "Peers.Index 3: want 0 to 2, as Count is 3"},
 		{Peers{Index: -1, Count: 3}, "Peers.Index -1: want 0 to 2"},
-		{Peers{Count: 2, Bias: map[string]float64{"a:1": -0.5}}, `Peers.Bias["a:1"] -0.5: want 0 or more`},
-		{Peers{Count: 2, Bias: map[string]float64{"a:1": 0, "b:1": math.NaN()}}, `Peers.Bias["b:1"] NaN: want`},
+		{Peers{Count: 2, Bias: map[string]float64{"a:1": -0.5}},
+			`Peers.Bias["a:1"] -0.5: want 0 or more`},
+		{Peers{Count: 2, Bias: map[string]float64{"a:1": 0, "b:1": math.NaN()}},
+			`Peers.Bias["b:1"] NaN: want`},
 	} {
 		err := a.SetPeers(tc.peers)
 		if err == nil || !strings.HasPrefix(err.Error(), `lbproxy: app "test": `+tc.want) {
@@ -816,12 +834,14 @@ func TestSetUpstreamsKeepsPeers(t *testing.T) {
 }
 
 func TestBiasAffectsOnlyTheChoice(t *testing.T) {
-	f := newBalFarm(Upstream{Addr: "a", Weight: 2}, Upstream{Addr: "b"}, Upstream{Addr: "c", MaxConns: 1})
+	f := newBalFarm(Upstream{Addr: "a", Weight: 2}, Upstream{Addr: "b"},
+		Upstream{Addr: "c", MaxConns: 1})
 	bias := map[string]float64{"a": 2.5, "c": 0.25, "nobody": 9}
 	f.setPeers(Peers{Bias: bias})
 	bias["b"] = 100 // the map was copied
 	f.arrange()
-	wantBal(t, "loads", f.takes(5), strings.Fields("b c a b a")) // 3.5/2 1 1.25; 1.75 2 1.25; 1.75 2 -; 2.25 2; 2.25 3
+	// 3.5/2 1 1.25; 1.75 2 1.25; 1.75 2 -; 2.25 2; 2.25 3
+	wantBal(t, "loads", f.takes(5), strings.Fields("b c a b a"))
 	wantBal(t, "open", []int{f.stats()[0].Open, f.stats()[1].Open, f.stats()[2].Open}, []int{2, 2, 1})
 	f.setPeers(Peers{Bias: map[string]float64{"a": math.Inf(1), "b": math.Inf(1)}})
 	wantBal(t, "endless ones tie", f.takes(2), strings.Fields("a a"))
@@ -838,7 +858,8 @@ func TestPeersChangeWhileAnAppServes(t *testing.T) {
 				return
 			default:
 			}
-			if err := a.SetPeers(Peers{Index: i % 3, Count: 3, Bias: map[string]float64{"b:1": float64(i % 7)}}); err != nil {
+			if err := a.SetPeers(Peers{Index: i % 3, Count: 3,
+				Bias: map[string]float64{"b:1": float64(i % 7)}}); err != nil {
 				t.Error(err)
 			}
 			runtime.Gosched()
@@ -942,7 +963,9 @@ func TestDrainingUpstreamGetsNoNewConnections(t *testing.T) {
 	a.Drain = true
 	f.setUpstreams(a, b)
 	wantBal(t, "chosen", f.takes(3), []string{"b:1", "b:1", "b:1"})
-	wantBal(t, "a", f.stats()[0], UpstreamStats{Addr: "a:1", Weight: 1, Open: 2, Total: 2, State: StateUp, Since: f.now, Drain: true})
+	wantBal(t, "a", f.stats()[0],
+		UpstreamStats{Addr: "a:1", Weight: 1, Open: 2, Total: 2, State: StateUp, Since: f.now,
+			Drain: true})
 	f.fail("b:1")
 	wantBal(t, "a cooling one is better than a draining one", f.take(), "b:1")
 	f.mark("a:1", true)
@@ -1103,10 +1126,12 @@ type balModelUpstream struct {
 }
 
 // load is exact enough for small numbers.
-func (u *balModelUpstream) load() float64    { return (float64(u.open+1) + u.bias) / float64(u.Weight) }
-func (u *balModelUpstream) full() bool       { return u.MaxConns != 0 && u.open >= u.MaxConns }
-func (u *balModelUpstream) usable() bool     { return !u.full() && u.state != "down" && !u.Drain }
-func (u *balModelUpstream) passedOver() bool { return u.state == "cooling" || u.state == "on trial" }
+func (u *balModelUpstream) load() float64 {
+	return (float64(u.open+1) + u.bias) / float64(u.Weight)
+}
+func (u *balModelUpstream) full() bool    { return u.MaxConns != 0 && u.open >= u.MaxConns }
+func (u *balModelUpstream) usable() bool  { return !u.full() && u.state != "down" && !u.Drain }
+func (u *balModelUpstream) skipped() bool { return u.state == "cooling" || u.state == "on trial" }
 
 // enter puts u into a state because of err.
 func (u *balModelUpstream) enter(state string, err error, now time.Time) {
@@ -1129,7 +1154,9 @@ func (u *balModelUpstream) public() UpstreamState {
 
 // min returns the least upstream for which among is true; of equals, the first one from the app's
 // place among its peers on.
-func (m *balModel) min(among func(*balModelUpstream) bool, less func(u, v *balModelUpstream) bool) (least *balModelUpstream) {
+func (m *balModel) min(
+	among func(*balModelUpstream) bool, less func(u, v *balModelUpstream) bool,
+) (least *balModelUpstream) {
 	first := len(m.set) * m.peers.Index / max(m.peers.Count, 1)
 	for _, u := range append(m.set[first:len(m.set):len(m.set)], m.set[:first]...) {
 		if among(u) && (least == nil || less(u, least)) {
@@ -1141,12 +1168,14 @@ func (m *balModel) min(among func(*balModelUpstream) bool, less func(u, v *balMo
 
 func (m *balModel) choose(not map[*balModelUpstream]bool) *balModelUpstream {
 	lessLoaded := func(u, v *balModelUpstream) bool { return u.load() < v.load() }
-	if u := m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() && !u.passedOver() }, lessLoaded); u != nil {
+	if u := m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() && !u.skipped() },
+		lessLoaded); u != nil {
 		return u
 	}
-	return m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() }, func(u, v *balModelUpstream) bool {
-		return u.until.Before(v.until) || u.until.Equal(v.until) && lessLoaded(u, v)
-	})
+	return m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() },
+		func(u, v *balModelUpstream) bool {
+			return u.until.Before(v.until) || u.until.Equal(v.until) && lessLoaded(u, v)
+		})
 }
 
 func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *balModelUpstream {
@@ -1160,7 +1189,7 @@ func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *bal
 		not[u] = true
 	}
 	u := m.choose(not)
-	if u == nil || u.passedOver() {
+	if u == nil || u.skipped() {
 		u = m.choose(tried)
 	}
 	if u == nil {
@@ -1183,12 +1212,14 @@ func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *bal
 	return u
 }
 
-// first returns the upstream that a new connection would get, or the least loaded if none is usable.
+// first returns the upstream that a new connection would get, or the least loaded if none is
+// usable.
 func (m *balModel) first() *balModelUpstream {
 	if u := m.choose(nil); u != nil {
 		return u
 	}
-	return m.min(func(*balModelUpstream) bool { return true }, func(u, v *balModelUpstream) bool { return u.load() < v.load() })
+	return m.min(func(*balModelUpstream) bool { return true },
+		func(u, v *balModelUpstream) bool { return u.load() < v.load() })
 }
 
 func (m *balModel) settle(u *balModelUpstream, v verdict, now time.Time) (changed bool) {
@@ -1236,7 +1267,8 @@ func (m *balModel) replace(confs []Upstream, now time.Time) {
 	m.set, m.removed = nil, nil
 	for _, c := range confs {
 		u := &balModelUpstream{state: "up", since: now}
-		if i := slices.IndexFunc(old, func(u *balModelUpstream) bool { return u.Addr == c.Addr }); i >= 0 {
+		if i := slices.IndexFunc(old,
+			func(u *balModelUpstream) bool { return u.Addr == c.Addr }); i >= 0 {
 			u = old[i]
 			if slices.Contains(wasRemoved, u) {
 				u.since = now
@@ -1255,7 +1287,9 @@ func (m *balModel) replace(confs []Upstream, now time.Time) {
 			}
 		}
 	}
-	slices.SortFunc(m.removed, func(u, v *balModelUpstream) int { return strings.Compare(u.Addr, v.Addr) })
+	slices.SortFunc(m.removed, func(u, v *balModelUpstream) int {
+		return strings.Compare(u.Addr, v.Addr)
+	})
 }
 
 func (m *balModel) setPeers(p Peers) {
@@ -1320,7 +1354,8 @@ const (
 	balOperations = 35 // what choose is asked for when an operation begins
 )
 
-// run does operations until the choices end: choose(n) returns one of 0 to n-1, or -1 when there are no more.
+// run does operations until the choices end: choose(n) returns one of 0 to n-1, or -1 when there
+// are no more.
 func (w *balTwin) run(choose func(n int) int, checkEach int) {
 	w.now = time.Unix(1_000_000_000, 0)
 	w.b.failTimeout = []time.Duration{5, 5, 5, -1}[max(choose(4), 0)] * time.Second
@@ -1450,7 +1485,9 @@ func (w *balTwin) set(choose func(n int) int) {
 	var confs []Upstream
 	for n, i := 1+max(choose(8), 0), max(choose(8), 0); len(confs) < n; i++ {
 		addr := string(rune('a' + i*5%8)) // any n neighbours differ
-		confs = append(confs, Upstream{Addr: addr, Weight: 1 + max(choose(3), 0), MaxConns: []int{0, 0, 2, 5}[max(choose(4), 0)], Drain: choose(6) == 0})
+		confs = append(confs,
+			Upstream{Addr: addr, Weight: 1 + max(choose(3), 0),
+				MaxConns: []int{0, 0, 2, 5}[max(choose(4), 0)], Drain: choose(6) == 0})
 	}
 	w.m.replace(confs, w.now)
 	for i, u := range w.b.set(confs, w.now) {
@@ -1495,7 +1532,8 @@ func (w *balTwin) check() {
 		w.t.Fatalf("%d connections counted, %d live", sum, w.live())
 	}
 	for e := b.cooling.Front(); e != nil; e = e.Next() {
-		if next := e.Next(); !waiting[e] || next != nil && next.Value.(*upstream).until.Before(e.Value.(*upstream).until) {
+		if next := e.Next(); !waiting[e] ||
+			next != nil && next.Value.(*upstream).until.Before(e.Value.(*upstream).until) {
 			w.t.Fatalf("cooling is out of order or holds one that does not cool: %+v", e.Value)
 		}
 		delete(waiting, e)

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// childMain is the main function of a child process: it serves the given upstream until its standard
-// input ends.
+// childMain is the main function of a child process: it serves the given upstream until its
+// standard input ends.
 func childMain(upstream string) {
 	a, err := New("child", []Upstream{{Addr: upstream}}, nil)
 	if err != nil {
@@ -82,7 +82,8 @@ func TestServeRecoversWhenDescriptorsAreFree(t *testing.T) {
 		// Waiting connections come first, and some of them take descriptors without getting enough.
 	}
 	if took := time.Since(start) - late(); took > 1500*time.Millisecond {
-		t.Errorf("not served before %v, want at most the second that Serve waits, and half a second more", took)
+		t.Errorf("not served before %v, want at most the second that Serve waits, and half a second more",
+			took)
 	}
 	conns[len(conns)-1].Close()
 	stdin.Close()

@@ -27,7 +27,8 @@ func duplex() (a, b *duplexConn) { return proxytest.Pipe() }
 
 type dialFunc = func(ctx context.Context, network, addr string) (net.Conn, error)
 
-// dialFake returns a dialer to upstreams in memory. They call handle for each connection, then close it.
+// dialFake returns a dialer to upstreams in memory. They call handle for each connection, then
+// close it.
 func dialFake(handle func(net.Conn)) dialFunc {
 	return func(context.Context, string, string) (net.Conn, error) {
 		ours, theirs := duplex()
@@ -69,7 +70,8 @@ func TestHalfClose(t *testing.T) {
 	for _, side := range []struct {
 		name             string
 		client, upstream bool // speak TLS
-	}{{"plain", false, false}, {"TLS client", true, false}, {"TLS upstream", false, true}, {"TLS both", true, true}} {
+	}{{"plain", false, false}, {"TLS client", true, false}, {"TLS upstream", false, true},
+		{"TLS both", true, true}} {
 		for _, order := range []string{"client first", "upstream first", "both"} {
 			t.Run(side.name+"/"+order, func(t *testing.T) {
 				clientEnded := make(chan struct{})
@@ -133,7 +135,8 @@ func TestHalfClose(t *testing.T) {
 					t.Errorf("upstream got %s, want %s", s, pattern(size))
 				}
 				c.Close()
-				if r := <-results; r.End != EndDone || r.Err != nil || r.Sent != size || r.Received != size || r.Upstream != addr || r.Attempts != 1 {
+				if r := <-results; r.End != EndDone || r.Err != nil || r.Sent != size || r.Received != size ||
+					r.Upstream != addr || r.Attempts != 1 {
 					t.Errorf("result %+v", r)
 				}
 				a.Close()
@@ -225,7 +228,8 @@ func TestSlowReadersUseBoundedMemory(t *testing.T) {
 	}
 	// The upstreams of this test hold a buffer of that size, too.
 	if grown := proxytest.HeapInUse() - before; grown > conns*(each+64<<10) {
-		t.Errorf("%d stuck connections hold %d bytes each, want at most %d", conns, grown/conns, each+64<<10)
+		t.Errorf("%d stuck connections hold %d bytes each, want at most %d", conns, grown/conns,
+			each+64<<10)
 	}
 }
 
@@ -250,7 +254,8 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 	}
 	const most = 4 << 10 * 3 / 2 // without a buffer each needs less than 4 KiB
 	if grown := proxytest.HeapInUse() - before; grown > conns*most {
-		t.Errorf("%d idle connections hold %d bytes each, want at most %d: no buffer", conns, grown/conns, most)
+		t.Errorf("%d idle connections hold %d bytes each, want at most %d: no buffer", conns, grown/conns,
+			most)
 	}
 }
 
@@ -321,7 +326,10 @@ func TestIdleTimeoutIsExactOverBothDirections(t *testing.T) {
 
 func TestIdleTimeoutEndsHalfClosedConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) { c.(*duplexConn).CloseWrite(); io.Copy(io.Discard, c) })}, "u:1")
+		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
+			c.(*duplexConn).CloseWrite()
+			io.Copy(io.Discard, c)
+		})}, "u:1")
 		start := time.Now()
 		c := serveFake(t.Context(), a, &Conn{})
 		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
@@ -348,9 +356,10 @@ func TestNegativeIdleTimeoutMeansNever(t *testing.T) {
 
 func TestIdleTimeoutEndsStalledConnections(t *testing.T) {
 	const conns = 200
-	a, results := newApp(t, Options{IdleTimeout: 300 * time.Millisecond}, upstreamDoing(t, func(c *net.TCPConn) {
-		io.Copy(io.Discard, c)
-	}))
+	a, results := newApp(t, Options{IdleTimeout: 300 * time.Millisecond},
+		upstreamDoing(t, func(c *net.TCPConn) {
+			io.Copy(io.Discard, c)
+		}))
 	addr := serve(t, a, nil)
 	for range conns {
 		dial(t, addr).Write([]byte("x"))
@@ -476,7 +485,8 @@ func TestAnswerFollowedByAResetArrives(t *testing.T) {
 		// What the upstream's system had not sent yet is lost there. One call of the client gets the
 		// error of the reset; it may be a write.
 		r, err := <-results, <-written
-		if !strings.HasPrefix(got, fmt.Sprint(r.Received, " bytes")) || !strings.Contains(got, "then") && err == nil || r.End != EndUpstreamError {
+		if !strings.HasPrefix(got, fmt.Sprint(r.Received, " bytes")) ||
+			!strings.Contains(got, "then") && err == nil || r.End != EndUpstreamError {
 			t.Fatalf("round %d: client got %s, wrote until %v; result %+v", i, got, err, r)
 		}
 	}
@@ -485,10 +495,13 @@ func TestAnswerFollowedByAResetArrives(t *testing.T) {
 // The caller's context ends a connection also when one side has ended its stream before.
 func TestContextEndsHalfClosedConnection(t *testing.T) {
 	for name, half := range map[string]func(client, upstream *duplexConn){
-		"neither side has ended":    func(client, upstream *duplexConn) {},
-		"the client has ended":      func(client, upstream *duplexConn) { client.CloseWrite() },
-		"the upstream has ended":    func(client, upstream *duplexConn) { upstream.CloseWrite() },
-		"the upstream, after words": func(client, upstream *duplexConn) { upstream.Write([]byte("bye")); upstream.CloseWrite() },
+		"neither side has ended": func(client, upstream *duplexConn) {},
+		"the client has ended":   func(client, upstream *duplexConn) { client.CloseWrite() },
+		"the upstream has ended": func(client, upstream *duplexConn) { upstream.CloseWrite() },
+		"the upstream, after words": func(client, upstream *duplexConn) {
+			upstream.Write([]byte("bye"))
+			upstream.CloseWrite()
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -525,10 +538,12 @@ func TestContextEndsHalfClosedConnection(t *testing.T) {
 
 func TestIdleTimeBeginsWithTheUpstream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialTimeout: time.Hour, DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			time.Sleep(2 * time.Minute)
-			return dialFake(echoFake)(ctx, network, addr)
-		}}, "u:1")
+		a, _ := newApp(t,
+			Options{IdleTimeout: time.Minute, DialTimeout: time.Hour,
+				DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+					time.Sleep(2 * time.Minute)
+					return dialFake(echoFake)(ctx, network, addr)
+				}}, "u:1")
 		for range 2 { // the second time the app has been idle for long
 			start := time.Now()
 			c := serveFake(t.Context(), a, &Conn{})
@@ -545,20 +560,28 @@ func TestIdleTimeBeginsWithTheUpstream(t *testing.T) {
 func TestEveryEndReleasesTheCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		upstreams := make(chan *duplexConn, 1)
-		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: func(context.Context, string, string) (net.Conn, error) {
-			ours, theirs := duplex()
-			go io.Copy(io.Discard, theirs)
-			upstreams <- theirs
-			return ours, nil
-		}}, "a:1", "b:1")
+		a, _ := newApp(t,
+			Options{IdleTimeout: time.Minute,
+				DialContext: func(context.Context, string, string) (net.Conn, error) {
+					ours, theirs := duplex()
+					go io.Copy(io.Discard, theirs)
+					upstreams <- theirs
+					return ours, nil
+				}}, "a:1", "b:1")
 		tooMuch := limitFunc(func(e Event) Decision { return Decision{Exceeded: e.Kind == EventData} })
 		for end, how := range map[EndReason]func(c served, upstream *duplexConn, cancel func()){
-			EndDone:          func(c served, upstream *duplexConn, _ func()) { c.CloseWrite(); upstream.CloseWrite() },
-			EndClientError:   func(c served, _ *duplexConn, _ func()) { c.SetLinger(0); c.Close() },
-			EndUpstreamError: func(_ served, upstream *duplexConn, _ func()) { upstream.SetLinger(0); upstream.Close() },
-			EndIdleTimeout:   func(served, *duplexConn, func()) {},
-			EndCanceled:      func(_ served, _ *duplexConn, cancel func()) { cancel() },
-			EndRateLimited:   func(c served, _ *duplexConn, _ func()) { c.Write([]byte("x")) },
+			EndDone: func(c served, upstream *duplexConn, _ func()) {
+				c.CloseWrite()
+				upstream.CloseWrite()
+			},
+			EndClientError: func(c served, _ *duplexConn, _ func()) { c.SetLinger(0); c.Close() },
+			EndUpstreamError: func(_ served, upstream *duplexConn, _ func()) {
+				upstream.SetLinger(0)
+				upstream.Close()
+			},
+			EndIdleTimeout: func(served, *duplexConn, func()) {},
+			EndCanceled:    func(_ served, _ *duplexConn, cancel func()) { cancel() },
+			EndRateLimited: func(c served, _ *duplexConn, _ func()) { c.Write([]byte("x")) },
 		} {
 			ctx, cancel := context.WithCancel(t.Context())
 			c := serveFake(ctx, a, &Conn{RateLimit: tooMuch})
@@ -605,7 +628,8 @@ func TestTLSConnBoundsTheHandshake(t *testing.T) {
 		client.Write(make([]byte, 100_000))
 		client.Close()
 	}()
-	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil { // Read performs the handshake
+	// Read performs the handshake
+	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil {
 		t.Errorf("after it: %d bytes, %v", n, err)
 	}
 }

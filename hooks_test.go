@@ -67,7 +67,8 @@ func TestEventsOfAConnection(t *testing.T) {
 			t.Fatalf("%+v, want a grain of at most 1 MiB", e)
 		}
 	}
-	if first, last := j.events[0], j.events[len(j.events)-1]; first.Kind != EventOpen || last.Kind != EventClose ||
+	if first, last := j.events[0], j.events[len(j.events)-1]; first.Kind != EventOpen ||
+		last.Kind != EventClose ||
 		j.count(EventOpen) != 1 || j.count(EventClose) != 1 {
 		t.Errorf("first %+v, last %+v", first, last)
 	}
@@ -81,7 +82,9 @@ func TestEventsOfAConnection(t *testing.T) {
 
 func TestRefusedOpenHasNoOtherEvents(t *testing.T) {
 	var events []Event
-	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { panic("dialled") }}, "u:1")
+	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		panic("dialed")
+	}}, "u:1")
 	c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
 		events = append(events, e)
 		return Decision{Exceeded: true, Wait: time.Hour}
@@ -214,7 +217,8 @@ func TestBandwidthOverRealSockets(t *testing.T) {
 	want := int64(time.Since(start).Seconds() * rate)
 	c.Close()
 	<-results
-	if n > want+want/20 || n == 0 { // slower is the machine's fault; the test above checks that the rate is reached
+	// slower is the machine's fault; the test above checks that the rate is reached
+	if n > want+want/20 || n == 0 {
 		t.Errorf("%d bytes in %v, want %d at most", n, runs, want)
 	}
 }
@@ -252,7 +256,8 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 			panic("boom")
 		}
 	}
-	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone", "own OnDone", "client", "upstream"}
+	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone",
+		"own OnDone", "client", "upstream"}
 	for _, kind := range kinds {
 		synctest.Test(t, func(t *testing.T) {
 			var inner journal
@@ -275,7 +280,8 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 			}
 			a, results := newApp(t, opts, "a:1", "b:1")
 			outer := limitFunc(func(e Event) Decision {
-				boom(e.Kind == EventOpen && kind == "open" || e.Kind == EventClose && kind == "close" && !e.Refused ||
+				boom(e.Kind == EventOpen && kind == "open" ||
+					e.Kind == EventClose && kind == "close" && !e.Refused ||
 					e.Direction == Upload && kind == "upload" || e.Direction == Download && kind == "download")
 				return Decision{}
 			})
@@ -301,7 +307,8 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 				t.Errorf("%s: the caller caught %v", kind, p)
 			}
 			r := <-results
-			if !strings.HasSuffix(kind, "OnDone") && kind != "close" && (r.End != EndCanceled || r.Err == nil) {
+			if !strings.HasSuffix(kind, "OnDone") && kind != "close" &&
+				(r.End != EndCanceled || r.Err == nil) {
 				t.Errorf("%s: %+v", kind, r)
 			}
 			wantCounts(t, a, 1, 0, 0)
@@ -353,7 +360,8 @@ func TestServeSurvivesHooksThatPanic(t *testing.T) {
 		return Decision{}
 	})
 	var n atomic.Int32
-	a, results := newApp(t, Options{Logger: slog.New(panicHandler{slog.DiscardHandler})}, upstreamDoing(t, echo))
+	a, results := newApp(t, Options{Logger: slog.New(panicHandler{slog.DiscardHandler})},
+		upstreamDoing(t, echo))
 	addr := serve(t, a, func(_ context.Context, c *Conn) error {
 		if n.Add(1) == 1 {
 			c.RateLimit = broken
@@ -397,14 +405,16 @@ func TestHooksMayCallTheApp(t *testing.T) {
 		call()
 		return limitFunc(func(Event) Decision { calls.Add(1); call(); return Decision{} })
 	})
-	c := serveFake(t.Context(), a, &Conn{RateLimit: limits.For("ann"), OnDone: func(Result) { call() }})
+	c := serveFake(t.Context(), a,
+		&Conn{RateLimit: limits.For("ann"), OnDone: func(Result) { call() }})
 	ping(t, c)
 	c.Close()
 	if r := <-results; r.End != EndDone || r.Attempts != 2 {
 		t.Errorf("%+v", r)
 	}
 	if n := calls.Load(); n != 4 {
-		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, and at the end", n)
+		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, and at the end",
+			n)
 	}
 }
 
@@ -456,7 +466,8 @@ func TestPanicAfterTheDialClosesTheConn(t *testing.T) {
 
 func TestNilClientIsAnError(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
-	if r, err := a.ServeConn(t.Context(), &Conn{}); err == nil || r.End != EndClientError || r.Err != err {
+	if r, err := a.ServeConn(t.Context(), &Conn{}); err == nil || r.End != EndClientError ||
+		r.Err != err {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
@@ -548,10 +559,12 @@ func (c *slowReset) SetLinger(int) error {
 func TestServeConnReturnsAfterTheReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := &slowReset{resetting: make(chan struct{}), release: make(chan struct{})}
-		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: func(context.Context, string, string) (net.Conn, error) {
-			u.duplexConn, _ = duplex()
-			return u, nil
-		}}, "u:1")
+		a, _ := newApp(t,
+			Options{IdleTimeout: time.Minute,
+				DialContext: func(context.Context, string, string) (net.Conn, error) {
+					u.duplexConn, _ = duplex()
+					return u, nil
+				}}, "u:1")
 		c := serveFake(t.Context(), a, &Conn{})
 		<-u.resetting // because it is idle
 		u.Close()     // as its peer might

@@ -78,7 +78,8 @@ func unlessClosed(err error) error {
 	return err
 }
 
-// smallBuffers bounds c's socket buffers, which may grow to megabytes for each connection by default.
+// smallBuffers bounds c's socket buffers, which may grow to megabytes for each connection by
+// default.
 func smallBuffers(c net.Conn) error {
 	tcp := c.(*net.TCPConn)
 	return errors.Join(tcp.SetReadBuffer(64<<10), tcp.SetWriteBuffer(64<<10))

@@ -14,7 +14,8 @@ import (
 func TestIdleTimeIsExactOverBothDirections(t *testing.T) {
 	for _, keepAlive := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}), nil)
+			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}),
+				nil)
 			go func() {
 				b := make([]byte, 1)
 				io.ReadFull(server, b)       // at 50 s
@@ -231,7 +232,8 @@ func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
 		{20 * time.Second, 2, 5 * time.Second},
 	} {
 		if left := look(row.after); left != row.left || asked != row.asked {
-			t.Errorf("look %d: %v left after %d questions, want %v and %d", i, left, asked, row.left, row.asked)
+			t.Errorf("look %d: %v left after %d questions, want %v and %d", i, left, asked, row.left,
+				row.asked)
 		}
 	}
 	r.last.Store(now)

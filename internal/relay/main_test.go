@@ -90,13 +90,17 @@ func newEngine(t testing.TB, config Config) *Engine {
 }
 
 // join relays between two sockets.
-func join(t testing.TB, moved func(Direction, int) Verdict) (client, server *net.TCPConn, h *recorder) {
+func join(
+	t testing.TB, moved func(Direction, int) Verdict,
+) (client, server *net.TCPConn, h *recorder) {
 	t.Helper()
 	client, server, h, _ = joinOver(t, newEngine(t, Config{}), moved)
 	return client, server, h
 }
 
-func joinOver(t testing.TB, e *Engine, moved func(Direction, int) Verdict) (client, server *net.TCPConn, h *recorder, r *Relay) {
+func joinOver(
+	t testing.TB, e *Engine, moved func(Direction, int) Verdict,
+) (client, server *net.TCPConn, h *recorder, r *Relay) {
 	t.Helper()
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
@@ -116,7 +120,9 @@ func duplex(t testing.TB) (peer, ours *net.TCPConn) {
 }
 
 // joinPipes relays between two connections in memory, at once.
-func joinPipes(e *Engine, moved func(Direction, int) Verdict) (client, server *proxytest.PipeConn, h *recorder, r *Relay) {
+func joinPipes(
+	e *Engine, moved func(Direction, int) Verdict,
+) (client, server *proxytest.PipeConn, h *recorder, r *Relay) {
 	client, ours := proxytest.Pipe()
 	server, theirs := proxytest.Pipe()
 	h = newRecorder(moved)

@@ -197,7 +197,8 @@ func TestClientGoneBeforeConnect(t *testing.T) {
 		over  error // nil: it is not over, for a half-closed client may wait for an answer
 	}{
 		{"reset", func(c *proxytest.PipeConn) { c.SetLinger(0); c.Close() }, syscall.ECONNRESET},
-		{"spoke and reset", func(c *proxytest.PipeConn) { c.Write([]byte("x")); c.SetLinger(0); c.Close() }, nil},
+		{"spoke and reset",
+			func(c *proxytest.PipeConn) { c.Write([]byte("x")); c.SetLinger(0); c.Close() }, nil},
 		{"half-closed", func(c *proxytest.PipeConn) { c.CloseWrite() }, nil},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -417,8 +418,8 @@ func TestUnreadSocketDataDelaysTheResetBriefly(t *testing.T) {
 	}
 }
 
-// A client that has half-closed is reset: the download's write finds that, and the upload, which has
-// ended, cannot linger for itself.
+// A client that has half-closed is reset: the download's write finds that, and the upload, which
+// has ended, cannot linger for itself.
 func TestResetAfterHalfClose(t *testing.T) {
 	client, server, h := join(t, nil)
 	client.Write([]byte("x"))
@@ -441,11 +442,14 @@ func TestResetAfterHalfClose(t *testing.T) {
 func TestAbort(t *testing.T) {
 	why := errors.New("revoked")
 	for name, half := range map[string]func(client, server *proxytest.PipeConn){
-		"neither side has ended":  func(client, server *proxytest.PipeConn) {},
-		"the client has ended":    func(client, server *proxytest.PipeConn) { client.CloseWrite() },
-		"the server has ended":    func(client, server *proxytest.PipeConn) { server.CloseWrite() },
-		"the server, after words": func(client, server *proxytest.PipeConn) { server.Write([]byte("bye")); server.CloseWrite() },
-		"a write is stuck":        func(client, server *proxytest.PipeConn) { client.SetLinger(-1) },
+		"neither side has ended": func(client, server *proxytest.PipeConn) {},
+		"the client has ended":   func(client, server *proxytest.PipeConn) { client.CloseWrite() },
+		"the server has ended":   func(client, server *proxytest.PipeConn) { server.CloseWrite() },
+		"the server, after words": func(client, server *proxytest.PipeConn) {
+			server.Write([]byte("bye"))
+			server.CloseWrite()
+		},
+		"a write is stuck": func(client, server *proxytest.PipeConn) { client.SetLinger(-1) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -595,7 +599,11 @@ func (c *slowClose) Close() error      { <-c.closed; return nil }
 
 type slowBelow slowClose
 
-func (c *slowBelow) Close() error                       { c.once.Do(func() { close(c.closed) }); return c.Conn.Close() }
+func (c *slowBelow) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
 func (c *slowBelow) LocalAddr() net.Addr                { return nil }
 func (c *slowBelow) RemoteAddr() net.Addr               { return nil }
 func (c *slowBelow) Read(b []byte) (int, error)         { return c.Conn.Read(b) }
@@ -609,16 +617,17 @@ func (c *slowBelow) SetWriteDeadline(t time.Time) error { return nil }
 func TestVerdictHoldsOneDirection(t *testing.T) {
 	for _, blocks := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}), func(d Direction, n int) Verdict {
-				switch {
-				case d == Download:
-					return Verdict{}
-				case blocks:
-					time.Sleep(time.Hour)
-					return Verdict{}
-				}
-				return Verdict{Wait: time.Hour}
-			})
+			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}),
+				func(d Direction, n int) Verdict {
+					switch {
+					case d == Download:
+						return Verdict{}
+					case blocks:
+						time.Sleep(time.Hour)
+						return Verdict{}
+					}
+					return Verdict{Wait: time.Hour}
+				})
 			go io.Copy(server, server)
 			start := time.Now()
 			if err := proxytest.Ping(client); err != nil || time.Since(start) != 0 {
@@ -644,7 +653,8 @@ func TestVerdictHoldsOneDirection(t *testing.T) {
 func TestVerdictAborts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tooMuch := errors.New("too much")
-		client, server, h, _ := joinPipes(newEngine(t, Config{}), func(Direction, int) Verdict { return Verdict{Err: tooMuch} })
+		client, server, h, _ := joinPipes(newEngine(t, Config{}),
+			func(Direction, int) Verdict { return Verdict{Err: tooMuch} })
 		go io.Copy(io.Discard, server)
 		client.Write([]byte("x"))
 		readCut(t, client)
@@ -698,7 +708,8 @@ func TestPanicInMovedAborts(t *testing.T) {
 			readCut(t, client)
 			o := h.wait(t)
 			err, ok := o.Panic.(error)
-			if o.Err != ErrPanicked || !ok || !errors.Is(err, boom) || !strings.Contains(err.Error(), "relay_test.go") {
+			if o.Err != ErrPanicked || !ok || !errors.Is(err, boom) ||
+				!strings.Contains(err.Error(), "relay_test.go") {
 				t.Errorf("%+v", o)
 			}
 		})
@@ -770,15 +781,29 @@ func TestBadConnsAreErrors(t *testing.T) {
 		failed         Side
 		want           error
 	}{
-		{name: "short write to the server", server: oddConn{write: func(b []byte) (int, error) { return len(b) - 1, nil }}, failed: Server, want: io.ErrShortWrite},
-		{name: "negative write to the server", server: oddConn{write: func(b []byte) (int, error) { return -1, nil }}, failed: Server, want: ErrBadCount},
-		{name: "write of too much", server: oddConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: ErrBadCount},
-		{name: "short write to the client", client: oddConn{write: func(b []byte) (int, error) { return 0, nil }}, failed: Client, want: io.ErrShortWrite},
-		{name: "write error", client: oddConn{write: func(b []byte) (int, error) { return 0, boom }}, failed: Client, want: boom},
-		{name: "negative read", client: oddConn{read: func(b []byte) (int, error) { return -1, nil }}, failed: Client, want: ErrBadCount},
-		{name: "read of too much", server: oddConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: ErrBadCount},
-		{name: "reads of nothing", server: oddConn{read: func(b []byte) (int, error) { return 0, nil }}, failed: Server, want: io.ErrNoProgress},
-		{name: "read error", server: oddConn{read: func(b []byte) (int, error) { return 0, boom }}, failed: Server, want: boom},
+		{name: "short write to the server", server: oddConn{write: func(b []byte) (int, error) {
+			return len(b) - 1, nil
+		}}, failed: Server, want: io.ErrShortWrite},
+		{name: "negative write to the server", server: oddConn{write: func(b []byte) (int, error) {
+			return -1, nil
+		}}, failed: Server, want: ErrBadCount},
+		{name: "write of too much", server: oddConn{write: func(b []byte) (int, error) {
+			return len(b) + 1, nil
+		}}, failed: Server, want: ErrBadCount},
+		{name: "short write to the client", client: oddConn{write: func(b []byte) (int, error) {
+			return 0, nil
+		}}, failed: Client, want: io.ErrShortWrite},
+		{name: "write error", client: oddConn{write: func(b []byte) (int, error) { return 0, boom }},
+			failed: Client, want: boom},
+		{name: "negative read", client: oddConn{read: func(b []byte) (int, error) { return -1, nil }},
+			failed: Client, want: ErrBadCount},
+		{name: "read of too much", server: oddConn{read: func(b []byte) (int, error) {
+			return len(b) + 1, nil
+		}}, failed: Server, want: ErrBadCount},
+		{name: "reads of nothing", server: oddConn{read: func(b []byte) (int, error) { return 0, nil }},
+			failed: Server, want: io.ErrNoProgress},
+		{name: "read error", server: oddConn{read: func(b []byte) (int, error) { return 0, boom }},
+			failed: Server, want: boom},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			client, ours := proxytest.Pipe()
@@ -852,7 +877,8 @@ func TestServerWithoutHalfClose(t *testing.T) {
 		}
 		client.CloseWrite()
 		readCut(t, client) // for its answer may be cut
-		if o := h.wait(t); o.Failed != Server || !strings.Contains(fmt.Sprint(o.Err), "CloseWrite") || o.Sent != 1 || o.Received != 1 {
+		if o := h.wait(t); o.Failed != Server || !strings.Contains(fmt.Sprint(o.Err), "CloseWrite") ||
+			o.Sent != 1 || o.Received != 1 {
 			t.Errorf("%+v", o)
 		}
 	})

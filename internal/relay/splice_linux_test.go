@@ -42,7 +42,9 @@ func TestUrgentBytes(t *testing.T) {
 		{"in the middle, and the end", []int{8 * mib, 100_000}, true},
 		{"in the middle, and no end", []int{8 * mib, 100_000}, false},
 		{"at the end", []int{8 * mib, 0}, true},
-		{"twelve", []int{3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 5}, true},
+		{"twelve",
+			[]int{3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib,
+				3 * mib, 3 * mib, 5}, true},
 	} {
 		for _, d := range []Direction{Upload, Download} {
 			for _, slow := range []bool{false, true} { // the reader comes when all is sent, or stuck
@@ -366,7 +368,8 @@ func accepted(t *testing.T, listen func() (net.Listener, error)) *net.TCPConn {
 }
 
 func TestInheritKeepAlive(t *testing.T) {
-	want := keepAliveOf(accepted(t, func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
+	want := keepAliveOf(accepted(t,
+		func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
 	got := keepAliveOf(accepted(t, func() (net.Listener, error) {
 		var lc net.ListenConfig
 		InheritKeepAlive(&lc)
@@ -379,7 +382,8 @@ func TestInheritKeepAlive(t *testing.T) {
 
 // Servers get keep-alive when their relay has lasted, also without an idle time.
 func TestServersGetKeepAlive(t *testing.T) {
-	want := keepAliveOf(accepted(t, func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
+	want := keepAliveOf(accepted(t,
+		func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
 	for _, idle := range []time.Duration{0, time.Hour} {
 		_, server := duplex(t)
 		server.SetKeepAlive(false)
@@ -554,8 +558,10 @@ func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 	copy(s.out.b, pattern.At(0, 100))
 	waits := false
 	s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
-	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 || pattern.Check(0, s.out.b) != nil {
-		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits, len(*s.out.buf), len(s.out.b))
+	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 ||
+		pattern.Check(0, s.out.b) != nil {
+		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits, len(*s.out.buf),
+			len(s.out.b))
 	}
 }
 
@@ -575,7 +581,9 @@ func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 		proxytest.Must(t, server.Handshake())
 		proxytest.Must(t, <-done)
 		quick := 0
-		control(rawTCP(c), func(fd int) { quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK) })
+		control(rawTCP(c), func(fd int) {
+			quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK)
+		})
 		if quick != map[bool]int{true: 1}[ours] {
 			t.Errorf("with this package's TLS: %v; at once: %d", ours, quick)
 		}

@@ -29,7 +29,8 @@ func joinTLS(t testing.TB, mode CloseNotify) *tlsRig {
 	serverTLS.SessionTicketsDisabled = true
 	c, ours := duplex(t)
 	server, theirs := duplex(t)
-	j := &tlsRig{recorder: newRecorder(nil), client: tls.Client(c, clientTLS), c: c, server: server, t: t}
+	j := &tlsRig{recorder: newRecorder(nil), client: tls.Client(c, clientTLS), c: c, server: server,
+		t: t}
 	up := NewTLS(tls.Server, ours, serverTLS, 0)
 	up.CloseNotify = mode
 	shaken := make(chan error, 1)
@@ -51,7 +52,8 @@ func (j *tlsRig) exchange(n int) {
 	<-wrote
 	j.server.Write([]byte("+"))
 	io.ReadFull(j.client, make([]byte, 1))
-	proxytest.Eventually(j.t, "the answer is counted", func() bool { _, now := j.relay.Counts(); return now > before })
+	proxytest.Eventually(j.t, "the answer is counted",
+		func() bool { _, now := j.relay.Counts(); return now > before })
 }
 
 func (j *tlsRig) kept() { j.exchange(5) }
@@ -92,9 +94,11 @@ func TestCloseNotify(t *testing.T) {
 		{"kept, FIN", Idle, func(j *tlsRig) { j.kept(); j.c.Close() }, true, false},
 		{"kept, FIN", Optional, func(j *tlsRig) { j.kept(); j.c.Close() }, true, false},
 		{"kept, close_notify", Required, func(j *tlsRig) { j.kept(); j.client.Close() }, true, false},
-		{"kept, reset", Required, func(j *tlsRig) { j.kept(); j.c.SetLinger(0); j.c.Close() }, false, true},
+		{"kept, reset", Required, func(j *tlsRig) { j.kept(); j.c.SetLinger(0); j.c.Close() }, false,
+			true},
 		{"kept, reset", Idle, func(j *tlsRig) { j.kept(); j.c.SetLinger(0); j.c.Close() }, false, true},
-		{"kept, reset", Optional, func(j *tlsRig) { j.kept(); j.c.SetLinger(0); j.c.Close() }, false, true},
+		{"kept, reset", Optional, func(j *tlsRig) { j.kept(); j.c.SetLinger(0); j.c.Close() }, false,
+			true},
 		{"half-closed by FIN", Required, func(j *tlsRig) { j.kept(); j.c.CloseWrite() }, false, true},
 		{"half-closed by FIN", Optional, func(j *tlsRig) { j.kept(); j.c.CloseWrite() }, true, false},
 		{"in a record", Required, (*tlsRig).inARecord, false, false},
@@ -114,7 +118,8 @@ func TestCloseNotify(t *testing.T) {
 			j := joinTLS(t, row.mode)
 			row.leave(j)
 			if row.name == "an upload that is not acknowledged" { // until the relay has seen the end
-				proxytest.Eventually(t, "the end has come", func() bool { return len(j.over) > 0 || atEnd(&j.relay.up) })
+				proxytest.Eventually(t, "the end has come",
+					func() bool { return len(j.over) > 0 || atEnd(&j.relay.up) })
 			}
 			_, err := io.Copy(io.Discard, j.server)
 			if clean := err == nil; clean != row.clean || !clean && !errors.Is(err, syscall.ECONNRESET) {
@@ -123,14 +128,16 @@ func TestCloseNotify(t *testing.T) {
 			j.server.Close()
 			j.c.Close()
 			o := j.wait(t)
-			if o.Quiet != row.quiet || o.Quiet && (o.Failed != Client || o.Err == nil) || !row.clean && o.Err == nil {
+			if o.Quiet != row.quiet || o.Quiet && (o.Failed != Client || o.Err == nil) ||
+				!row.clean && o.Err == nil {
 				t.Errorf("%+v, want quiet %v", o, row.quiet)
 			}
 		})
 	}
 }
 
-// unread bytes do not fit into the window of a peer that does not read, but into the queue before it.
+// unread bytes do not fit into the window of a peer that does not read, but into the queue before
+// it.
 const unread = 400 << 10
 
 // inARecord sends a part of one, and a FIN.
@@ -329,7 +336,8 @@ func TestTLSBatchesRecordsOfALargeWrite(t *testing.T) {
 	}()
 	proxytest.Must(t, server.Handshake())
 	sent := pattern.At(0, 300_000)
-	for i, row := range []struct{ from, to, most int }{{0, 1, 1}, {1, 16_384, 1}, {16_384, 16_384 + 64<<10, 1}, {16_384 + 64<<10, 300_000, 4}} {
+	for i, row := range []struct{ from, to, most int }{{0, 1, 1}, {1, 16_384, 1},
+		{16_384, 16_384 + 64<<10, 1}, {16_384 + 64<<10, 300_000, 4}} {
 		before := wire.writes
 		if n, err := server.Write(sent[row.from:row.to]); n != row.to-row.from || err != nil {
 			t.Fatalf("write %d: %d, %v", i, n, err)
@@ -350,7 +358,8 @@ func TestTLSReportsABatchThatFailed(t *testing.T) {
 		go io.Copy(io.Discard, client)
 		proxytest.Must(t, server.Handshake())
 		wire.failFrom = wire.writes + which
-		if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil || err.Error() != "broken wire" {
+		if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil ||
+			err.Error() != "broken wire" {
 			t.Errorf("write %d fails: %d, %v", which, n, err)
 		}
 		if n, err := server.Write(make([]byte, 10)); n != 0 || err == nil {
@@ -407,7 +416,8 @@ func TestTLSBoundsTheHandshake(t *testing.T) {
 		client.Write(make([]byte, 100_000))
 		client.Close()
 	}()
-	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil { // Read performs the handshake
+	// Read performs the handshake
+	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil {
 		t.Errorf("after it: %d bytes, %v", n, err)
 	}
 }
