@@ -232,7 +232,7 @@ func TestFullUpstreamIsChosenAgainAfterARelease(t *testing.T) {
 }
 
 func TestConcurrentPicksDifferByAtMostOne(t *testing.T) {
-	// 102,400 picks; often, as later picks make up for earlier ones
+	// 102,400 picks in many rounds, because later picks even out earlier ones
 	const pickers, each, rounds = 64, 4, 400
 	for n := range rounds {
 		f := newBalFarm(balNamed(2 + n%9)...)
@@ -417,9 +417,8 @@ func TestRefusingUpstreamIsTriedOncePerFailTimeout(t *testing.T) {
 	wantBal(t, "dials failed", f.find("b:1").failed, uint64(attempts))
 }
 
-// The share of a recovered upstream is bounded: 50 of the first 100 connections after its trial,
-// and every second one from then on, until another upstream is as little loaded. It must not be
-// starved either.
+// A recovered upstream gets at most 50 of the first 100 connections after its trial, and every
+// second one from then on, until another upstream is as little loaded. It is not starved, either.
 func TestSlowStartGivesAtMostEverySecondConnection(t *testing.T) {
 	const most, first = 50, 100
 	for _, weight := range []int{1, 1000} {

@@ -13,12 +13,12 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// FuzzRelay has a client and a server read, write, end and break their streams as a schedule says,
-// in any order, also before there is a server, and while the handler slows or cuts them. It is all
-// in memory, in a time of its own, so that a schedule does the same each time.
+// FuzzRelay makes a client and a server read, write, end and break their streams by a schedule, in
+// any order, also before there is a server, and while the handler slows or cuts them. All is
+// in memory and in fake time, so that a schedule does the same each time.
 //
-// The oracle is what the two ends know together: what one got is what the other sent; a stream that
-// looks whole is whole; what was read from a side that failed arrives nevertheless; the Outcome and
+// The oracle is what both ends know together: each received what the other sent; a stream that
+// looks whole is whole; what was read from a side that failed arrives all the same; the Outcome and
 // the calls of the handler say what happened.
 func FuzzRelay(f *testing.F) {
 	random := rand.New(rand.NewPCG(7, 8))
@@ -58,14 +58,14 @@ type fuzzRun struct {
 	dialled        atomic.Bool
 
 	slept  time.Duration
-	failed map[Side]bool  // sides that were broken; each may be what ends the relay
-	causes map[error]bool // and what else may
+	failed map[Side]bool  // sides that were broken; any of them may be the cause
+	causes map[error]bool // other possible causes
 	// debt is owed to debtor after the other has reset its stream, if nothing else happens.
 	debtor *fuzzEnd
 	debt   int64
 }
 
-// next is the next choice in the schedule: one of 0 to n-1, and 0 if there are no more.
+// next returns the schedule's next choice, from 0 to n-1; 0 when the schedule has ended.
 func (f *fuzzRun) next(n int) int {
 	if len(f.schedule) == 0 {
 		return 0
@@ -79,7 +79,7 @@ func (f *fuzzRun) run() {
 	client, ours := proxytest.Pipe()
 	theirs, server := proxytest.Pipe()
 	f.client, f.server = newFuzzEnd(client), newFuzzEnd(server)
-	busy := f.next(4) // both cannot be: they would wait for each other
+	busy := f.next(4) // not both, or they would wait for each other
 	f.client.start(f.server, busy == 1)
 	f.server.start(f.client, busy == 2)
 	dialTime := []time.Duration{0, 0, time.Millisecond, 700 * time.Millisecond}[f.next(4)]
@@ -112,7 +112,7 @@ func (f *fuzzRun) run() {
 	}
 	dialling.Wait()
 	if !f.dialled.Load() {
-		theirs.Close() // nobody else would
+		theirs.Close() // nobody else closes it
 	}
 	f.client.wait()
 	f.server.wait()
@@ -207,22 +207,24 @@ func (f *fuzzRun) check(got Outcome) {
 	}
 }
 
-// A fuzzEnd is a client or a server. It is told to write so many bytes, to read up to so many (a
 // negative number), or to end its stream (0), and does one thing after the other; but it reads
-// while it writes, unless it is busy.
+// while it writes, unless it is busy. A fuzzEnd is a client or a server. Its orders are to write n
+// bytes, to read up to n bytes (a negative number), or to end its stream (0). It follows them in
+// order, but reads while it writes unless it is busy. negative number), or to end its stream (0),
+// and does one thing after the other; but it reads while it writes, unless it is busy.
 type fuzzEnd struct {
 	conn          *proxytest.PipeConn
 	other         *fuzzEnd
-	writes, reads chan int // the same one if it is busy; when it is closed, the rest is read
+	writes, reads chan int // the same channel if busy; once closed, the rest is read
 	wg            sync.WaitGroup
 
-	asked, sent int64       // bytes to be written, and those that somebody has read
-	ended       atomic.Bool // its stream is whole, and said to be
+	asked, sent int64       // bytes ordered to be written, and those that were read by the peer
+	ended       atomic.Bool // it has ended its stream cleanly
 	broken      bool        // it has closed or reset its conn
 	buf         []byte
 	got         int64
 	readErr     error
-	problem     string // what its reader found wrong
+	problem     string // what its reader noticed
 }
 
 func newFuzzEnd(c *proxytest.PipeConn) *fuzzEnd {
@@ -285,12 +287,12 @@ func (e *fuzzEnd) breakOff(reset bool) {
 	if reset {
 		e.conn.SetLinger(0)
 	} else {
-		e.ended.Store(true) // this is how TCP says both
+		e.ended.Store(true) // closing ends the stream, too
 	}
 	e.conn.Close()
 }
 
-// finish brings the end to its end.
+// finish ends its stream and reads the rest.
 func (e *fuzzEnd) finish() {
 	e.writes <- 0
 	close(e.writes)
@@ -315,7 +317,7 @@ type fuzzLimit struct {
 	kind     int // 0: none
 	wait     time.Duration
 	chunk    int
-	cutAt    int64 // the call that is one too many; 0: none is
+	cutAt    int64 // the call that exceeds the limit; 0: never
 	calls    atomic.Int64
 	exceeded atomic.Bool
 }

@@ -18,13 +18,13 @@ func TestMain(m *testing.M) { proxytest.Main(m) }
 
 var errIdle = errors.New("idle")
 
-// A recorder is a Handler that keeps what it hears.
+// A recorder is a Handler that records its calls.
 type recorder struct {
 	moved  func(Direction, int) Verdict // nil: go on
 	over   chan error
 	done   chan Outcome
 	isDone atomic.Bool
-	late   atomic.Bool // something was heard after Done, or Over twice or not before Done
+	late   atomic.Bool // a call came after Done, or Over came twice or not before Done
 	sums   [3]atomic.Int64
 }
 
@@ -58,7 +58,7 @@ func (h *recorder) Done(o Outcome) {
 	h.done <- o
 }
 
-// wait returns how the relay ended, and checks what it was told on the way.
+// wait returns how the relay ended, and checks the calls before that.
 func (h *recorder) wait(t testing.TB) Outcome {
 	t.Helper()
 	o := <-h.done // which may take hours of fake time; real peers have deadlines
@@ -141,7 +141,7 @@ func readCut(t testing.TB, c io.Reader) []byte {
 	return b
 }
 
-// openPipes are those of which the process has an end.
+// openPipes returns the pipes of which the process holds an end.
 func openPipes() map[string]bool {
 	pipes := map[string]bool{}
 	entries, _ := os.ReadDir("/proc/self/fd")
@@ -153,8 +153,8 @@ func openPipes() map[string]bool {
 	return pipes
 }
 
-// pipesSince is how many are open that were not before. Those of io.Copy, in earlier tests, are
-// closed by the garbage collector, whenever that comes.
+// pipesSince returns how many pipes are open that were not before. The garbage collector closes
+// those of io.Copy in earlier tests, sooner or later.
 func pipesSince(before map[string]bool) (n int) {
 	for pipe := range openPipes() {
 		if !before[pipe] {

@@ -71,7 +71,7 @@ func TestHalfClose(t *testing.T) {
 				case "server first":
 					first, second = server, client
 					fallthrough
-				case "client first": // the answer begins when all of the question has come
+				case "client first": // the answer begins after the whole question
 					wg.Go(func() { whole(second); send(second) })
 					wg.Go(func() { send(first); whole(first) })
 				case "both":
@@ -94,7 +94,7 @@ func TestHalfClose(t *testing.T) {
 	}
 }
 
-// wrapped is a TCP connection of somebody else's type.
+// wrapped hides a TCP connection behind a type of its own.
 type wrapped struct{ *net.TCPConn }
 
 func (w wrapped) NetConn() net.Conn { return w.TCPConn }
@@ -248,7 +248,7 @@ func TestClientGoneBeforeConnect(t *testing.T) {
 	})
 }
 
-// A client that has spoken and is reset is noticed although its bytes have not been read.
+// The reset of a client is noticed although its data has not been read.
 func TestResetBehindUnreadDataIsNoticedBeforeConnect(t *testing.T) {
 	if !canMeasure {
 		t.Skip("elsewhere it is noticed when the dial is done")
@@ -311,8 +311,7 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	}
 }
 
-// An answer that was read from a server that has failed then arrives, also at a client that is busy
-// sending.
+// An answer that was read before its server failed arrives, also at a client that is busy sending.
 func TestAnswerReadBeforeAResetArrives(t *testing.T) {
 	const answer = 300 << 10
 	rounds := 20
@@ -358,8 +357,8 @@ func TestAnswerReadBeforeAResetArrives(t *testing.T) {
 	}
 }
 
-// answeredThenReset returns a relay whose server has answered and then reset the connection, of
-// which the client has read nothing yet.
+// answeredThenReset returns a relay whose server has answered and then reset the connection. The
+// client has read nothing yet.
 func answeredThenReset(t *testing.T) (client net.Conn, h *recorder) {
 	c, server, h, _ := joinPipes(newEngine(t, Config{}), nil)
 	server.Write([]byte("answer"))
@@ -394,7 +393,7 @@ func TestResetWaitsOneSecondForUnreadData(t *testing.T) {
 	})
 }
 
-// The server has reset the connection, and the client does not read what came before that.
+// The server has reset the connection, and the client does not read the data before the reset.
 func TestUnreadSocketDataDelaysTheResetBriefly(t *testing.T) {
 	client, server, h := join(t, nil)
 	for b := make([]byte, 64<<10); ; {
@@ -418,8 +417,8 @@ func TestUnreadSocketDataDelaysTheResetBriefly(t *testing.T) {
 	}
 }
 
-// A client that has half-closed is reset: the download's write finds that, and the upload, which
-// has ended, cannot linger for itself.
+// A half-closed client is reset. The download's write notices it; the upload has ended and cannot
+// linger itself.
 func TestResetAfterHalfClose(t *testing.T) {
 	client, server, h := join(t, nil)
 	client.Write([]byte("x"))
@@ -528,7 +527,7 @@ func TestAbortAtAnyTime(t *testing.T) {
 	}
 }
 
-// A relay is not done while its conns are being reset.
+// Done does not come before the conns have been reset.
 func TestDoneWaitsForTheReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, ours := proxytest.Pipe()
@@ -561,7 +560,7 @@ func (c *slowReset) SetLinger(int) error {
 	return nil
 }
 
-// The closing of both sides may wait for a peer, as TLS's goodbye does. Abort breaks it off.
+// Closing may wait for a peer, to send close_notify for example. Abort ends that.
 func TestAbortWhileClosing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, ours := proxytest.Pipe()
@@ -612,7 +611,7 @@ func (c *slowBelow) SetDeadline(time.Time) error        { return nil }
 func (c *slowBelow) SetReadDeadline(t time.Time) error  { return nil }
 func (c *slowBelow) SetWriteDeadline(t time.Time) error { return nil }
 
-// What the handler says.
+// Verdicts of the handler.
 
 func TestVerdictHoldsOneDirection(t *testing.T) {
 	for _, blocks := range []bool{false, true} {
@@ -636,7 +635,7 @@ func TestVerdictHoldsOneDirection(t *testing.T) {
 			if err := proxytest.Ping(client); err != nil || time.Since(start) != time.Hour {
 				t.Errorf("%v after %v", err, time.Since(start))
 			}
-			time.Sleep(time.Hour + 59*time.Second) // held no more, and not idle for long enough
+			time.Sleep(time.Hour + 59*time.Second) // no longer held, and not idle for a minute yet
 			if len(h.over) > 0 {
 				t.Error("it was taken for idle")
 			}
@@ -716,7 +715,7 @@ func TestPanicInMovedAborts(t *testing.T) {
 	}
 }
 
-// What a verdict says of the bytes that left before an error does not put the error off.
+// A Wait for the bytes that were sent before an error does not delay the error.
 func TestVerdictDoesNotDelayAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, ours := proxytest.Pipe()
@@ -733,8 +732,7 @@ func TestVerdictDoesNotDelayAnError(t *testing.T) {
 	})
 }
 
-// A goneConn, which hides what it is, fails in a write, of which a part has left. What a read finds
-// then looks like an end.
+// A goneConn fails in a write after sending a part of it. A read then finds what looks like an end.
 type goneConn struct {
 	*proxytest.PipeConn
 	failed chan struct{}
@@ -750,7 +748,7 @@ func (c *goneConn) Read(b []byte) (int, error) {
 	return 0, io.EOF
 }
 
-// Conns that are not as they should be.
+// Conns that misbehave.
 
 type oddConn struct {
 	net.Conn
@@ -876,7 +874,7 @@ func TestServerWithoutHalfClose(t *testing.T) {
 			t.Error(err)
 		}
 		client.CloseWrite()
-		readCut(t, client) // for its answer may be cut
+		readCut(t, client) // because its answer may be cut
 		if o := h.wait(t); o.Failed != Server || !strings.Contains(fmt.Sprint(o.Err), "CloseWrite") ||
 			o.Sent != 1 || o.Received != 1 {
 			t.Errorf("%+v", o)
@@ -898,7 +896,7 @@ func TestClientWithoutHalfClose(t *testing.T) {
 		if o := h.wait(t); o.Failed != Client || !strings.Contains(fmt.Sprint(o.Err), "CloseWrite") {
 			t.Errorf("%+v", o)
 		}
-		readCut(t, server) // for what it was sent may be cut
+		readCut(t, server) // because what it was sent may be cut
 		client.Close()
 	})
 }
@@ -917,7 +915,7 @@ func TestHalfCloseIsNotNeededAtTheEnd(t *testing.T) {
 			t.Errorf("%+v", o)
 		}
 	})
-	synctest.Test(t, func(t *testing.T) { // though that is still being passed on
+	synctest.Test(t, func(t *testing.T) { // also while that end is still being passed on
 		client, ours := proxytest.Pipe()
 		server, theirs := net.Pipe()
 		held := make(chan struct{})
@@ -929,7 +927,7 @@ func TestHalfCloseIsNotNeededAtTheEnd(t *testing.T) {
 			t.Errorf("client reads %v, want the end", err)
 		}
 		client.CloseWrite()
-		time.Sleep(time.Second) // more than the upload waits for an error to come back
+		time.Sleep(time.Second) // longer than the upload waits for an error
 		close(held)
 		if o := h.wait(t); o.Err != nil {
 			t.Errorf("%+v", o)
@@ -937,7 +935,7 @@ func TestHalfCloseIsNotNeededAtTheEnd(t *testing.T) {
 	})
 }
 
-// A slowCloser is slow to return from telling its peer that the stream has ended.
+// A slowCloser takes its time to half-close.
 type slowCloser struct {
 	*proxytest.PipeConn
 	held chan struct{}
@@ -949,8 +947,8 @@ func (c slowCloser) CloseWrite() error {
 	return err
 }
 
-// The client goes on sending, so that it has unread bytes in our socket when its answer is on its
-// way: closing would cost it the answer.
+// The client goes on sending, so our socket holds unread bytes while the answer is under way.
+// Closing it would lose the answer.
 func TestAnswerArrivesAtClientWithoutHalfClose(t *testing.T) {
 	const size = 2 << 20
 	client, ours := duplex(t)
@@ -1030,7 +1028,7 @@ type countedClose struct {
 func (c countedClose) NetConn() net.Conn { return c.PipeConn }
 func (c countedClose) Close() error      { c.closed.Add(1); return c.PipeConn.Close() }
 
-// A foreign NetConn is asked once for each side, when nothing is locked.
+// A caller's NetConn is called once for each side, without a lock.
 func TestNetConnIsNotCalledUnderALock(t *testing.T) {
 	client, ours := duplex(t)
 	var r *Relay
@@ -1074,7 +1072,7 @@ func TestUnderlying(t *testing.T) {
 	}
 }
 
-// What was written before Linger arrives, though the peer has sent what nobody has read.
+// What was written before Linger arrives, although data of the peer is unread.
 func TestLinger(t *testing.T) {
 	peer, ours := duplex(t)
 	peer.Write(make([]byte, 64<<10))
@@ -1098,7 +1096,7 @@ func TestLinger(t *testing.T) {
 	peer.Close()
 }
 
-// A relay that waits allocates nothing for a round trip.
+// A round trip allocates nothing.
 func TestRoundTripsAllocateNothing(t *testing.T) {
 	if raceEnabled || !canMeasure {
 		t.Skip("the race detector and the portable path allocate")

@@ -43,7 +43,7 @@ func joinTLS(t testing.TB, mode CloseNotify) *tlsRig {
 	return j
 }
 
-// exchange has an answer to n bytes, and waits until the relay, too, knows that it has arrived.
+// exchange sends n bytes, gets an answer, and waits until the relay has counted it.
 func (j *tlsRig) exchange(n int) {
 	_, before := j.relay.Counts()
 	wrote := make(chan struct{})
@@ -78,7 +78,7 @@ func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	}
 }
 
-// Who leaves TLS without close_notify, while what is going on, and what the server sees of it.
+// A TLS client leaves without close_notify: in which state, by what, and what the server sees.
 func TestCloseNotify(t *testing.T) {
 	if !canMeasure {
 		t.Skip("elsewhere nobody knows what is unacknowledged, so nothing is quiet")
@@ -136,11 +136,10 @@ func TestCloseNotify(t *testing.T) {
 	}
 }
 
-// unread bytes do not fit into the window of a peer that does not read, but into the queue before
-// it.
+// unread bytes do not fit into the window of a peer that does not read, but into our queue.
 const unread = 400 << 10
 
-// inARecord sends a part of one, and a FIN.
+// inARecord sends a part of a record, then a FIN.
 func (j *tlsRig) inARecord() {
 	j.client.Write([]byte("what?"))
 	io.ReadFull(j.server, make([]byte, 5))
@@ -148,20 +147,20 @@ func (j *tlsRig) inARecord() {
 	j.c.CloseWrite()
 }
 
-// stuckUpload sends more than the server, which does not read yet, has room for, and a FIN.
+// stuckUpload sends more than a server that does not read has room for, then a FIN.
 func (j *tlsRig) stuckUpload() {
 	j.client.Write(make([]byte, unread))
 	j.c.CloseWrite()
 }
 
-// midUpload sends a FIN with nothing left to be acknowledged, but no answer to the last bytes.
+// midUpload sends a FIN when all is acknowledged, but the last bytes have no answer.
 func (j *tlsRig) midUpload() {
 	j.client.Write(make([]byte, 64<<10))
 	io.ReadFull(j.server, make([]byte, 64<<10))
 	j.c.CloseWrite()
 }
 
-// stuckAnswer has an answer under way that the client does not read when it sends a FIN.
+// stuckAnswer sends a FIN while an answer is under way that the client does not read.
 func (j *tlsRig) stuckAnswer() {
 	j.client.Write([]byte("what?"))
 	io.ReadFull(j.server, make([]byte, 5))
@@ -169,8 +168,8 @@ func (j *tlsRig) stuckAnswer() {
 	j.c.CloseWrite()
 }
 
-// acknowledged is an upload that the server acknowledges each 64 KiB, with a FIN after one of the
-// acknowledgements. Somebody between may have forged it.
+// acknowledged is an upload that the server acknowledges every 64 KiB, with a FIN after one of the
+// acknowledgements, as somebody between could forge it.
 func (j *tlsRig) acknowledged() {
 	for range 3 {
 		j.exchange(64 << 10)
@@ -178,7 +177,7 @@ func (j *tlsRig) acknowledged() {
 	j.c.CloseWrite()
 }
 
-// A client that half-closes by FIN gets its answer where close_notify is optional.
+// Where close_notify is optional, a client that half-closes by FIN gets its answer.
 func TestAnswerAfterAFINWithoutCloseNotify(t *testing.T) {
 	const answer = 300_006
 	j := joinTLS(t, Optional)
@@ -196,7 +195,7 @@ func TestAnswerAfterAFINWithoutCloseNotify(t *testing.T) {
 	}
 }
 
-// A client that is cut gets a reset, which is below TLS, rather than a goodbye.
+// An aborted client sees a reset, not a close_notify.
 func TestAbortedTLSClientSeesAReset(t *testing.T) {
 	j := joinTLS(t, Required)
 	go io.Copy(j.server, j.server)
@@ -232,7 +231,7 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 			}()
 			if ended {
 				client.CloseWrite()
-				time.Sleep(time.Second) // the server has been told, and the upload is over
+				time.Sleep(time.Second) // the server has seen the end, and the upload is over
 			}
 			io.ReadFull(client, make([]byte, 6))
 			time.Sleep(time.Minute) // crypto/tls would give up after 5 s
@@ -247,7 +246,7 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 	}
 }
 
-// crypto/tls alone would try to say goodbye for 5 s.
+// crypto/tls alone would try to send close_notify for 5 s.
 func TestAbortDoesNotWaitForStuckTLSPeer(t *testing.T) {
 	j := joinTLS(t, Required)
 	j.c.SetReadBuffer(4 << 10)
@@ -266,7 +265,7 @@ func TestAbortDoesNotWaitForStuckTLSPeer(t *testing.T) {
 	}
 }
 
-// A TLS client may shake hands after the server has ended its stream.
+// A TLS client may begin its handshake after the server has ended its stream.
 func TestServerEndWaitsForTheHandshake(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	for name, layer := range map[string]func(net.Conn) net.Conn{
@@ -299,9 +298,9 @@ func atEnd(d *direction) bool {
 	return d.atEnd
 }
 
-// A TLS by itself.
+// TLS without a relay.
 
-// countedConn counts what is written, and fails from the write of the given number on.
+// countedConn counts writes, and fails from write number failFrom on.
 type countedConn struct {
 	net.Conn
 	writes, failFrom int
@@ -368,15 +367,15 @@ func TestTLSReportsABatchThatFailed(t *testing.T) {
 	}
 }
 
-// What is gathered is a second copy of what is written. While the peer does not take it, it is the
-// only one.
+// The batch is a second copy of what is written. While the peer does not take it, it is the only
+// one.
 func TestTLSWriteHoldsOneBuffer(t *testing.T) {
 	client, server, wire := tlsPair(t, 0)
 	go io.Copy(io.Discard, client)
 	proxytest.Must(t, server.Handshake())
 	freed := false
-	for range 50 { // a pool may lose what it is given, and does so often under the race detector
-		b := make(buffer, 3*tlsRecord) // of a size that no pool has, so that it is found again
+	for range 50 { // a pool may drop what it is given, and does so often under the race detector
+		b := make(buffer, 3*tlsRecord) // of a size that no pool has, so it can be recognized
 		wire.onWrite = func() { freed = freed || bufferIsFree(&b) }
 		if n, err := server.write(b, &b); n != len(b) || err != nil {
 			t.Errorf("%d, %v", n, err)
@@ -387,7 +386,7 @@ func TestTLSWriteHoldsOneBuffer(t *testing.T) {
 	}
 }
 
-// bufferIsFree reports whether b is in the pool that it would go to.
+// bufferIsFree reports whether b is in its pool.
 func bufferIsFree(b *buffer) bool {
 	for range 100 {
 		if smallBuffers.Get() == any(b) {
@@ -422,7 +421,7 @@ func TestTLSBoundsTheHandshake(t *testing.T) {
 	}
 }
 
-// A large write that makes the handshake itself must not keep that back.
+// A large write that performs the handshake must not hold back the handshake's own records.
 func TestTLSHandshakesBeforeItBatches(t *testing.T) {
 	client, server, _ := tlsPair(t, 0)
 	go func() {
