@@ -125,7 +125,7 @@ func (f *mtlsFront) config() *mtlsserver.Config {
 		c.Apps = append(c.Apps, conf)
 	}
 	user := func(name string, limit *mtlsserver.Limit) {
-		u := mtlsserver.User{Name: name, Serials: []string{f.run.pki.serials[name]}, Limit: limit}
+		u := mtlsserver.User{Name: name, Serials: []mtlsserver.UserSerial{{Serial: f.run.pki.serials[name]}}, Limit: limit}
 		for _, app := range c.Apps {
 			u.Apps = append(u.Apps, app.ID)
 		}
@@ -184,7 +184,7 @@ func (f *mtlsFront) reload(round int) {
 }
 
 func (f *mtlsFront) apply() {
-	if err := f.server.Reload(f.config()); err != nil {
+	if _, err := f.server.Reload(f.config()); err != nil {
 		f.run.fail("Reload: %v", err)
 	}
 	f.run.count(reload)

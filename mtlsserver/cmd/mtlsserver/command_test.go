@@ -146,7 +146,7 @@ func TestInitIssueRunConnect(t *testing.T) {
 	if _, err := c.Read(answer); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("alice reads on: %v", err)
 	}
-	s.exit(t, 0)
+	s.exit(t, 1)
 	c.Close()
 }
 
@@ -160,8 +160,8 @@ func TestDrainTimeout(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	s.stop(t, 0)
-	if log := s.errs.all(); !has(log, "msg=draining…msg=stopped err=…drainTimeout, and cut: 1") {
+	s.stop(t, 1)
+	if log := s.errs.all(); !has(log, "msg=draining…msg=stopped err=…have been cut: 1") {
 		t.Errorf("log: %s", log)
 	}
 }

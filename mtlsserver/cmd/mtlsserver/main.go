@@ -11,6 +11,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -24,7 +25,9 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
+	"github.com/danielepagano/lbproxy/internal/logqueue"
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
@@ -41,8 +44,8 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
   mtlsserver run -config FILE [-log json|text] [-v]
         serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a second one ends at once
 
-It exits 0 when all went well, also if a drain had to cut connections, which the log tells; 2 when the command line, the
-configuration or an address is wrong.
+It exits 0 when all went well; 1 when a drain, or a second signal, had to cut connections; 2 when
+the command line, the configuration or an address is wrong.
 `
 
 func main() {
@@ -76,9 +79,15 @@ func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage)
 		return 0
 	}
+	if errors.Is(err, errCut) {
+		return 1 // the log says it
+	}
 	fmt.Fprintln(stderr, err)
 	return 2
 }
+
+// errCut means that connections were cut when the server stopped.
+var errCut = errors.New("connections were cut")
 
 func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
@@ -123,12 +132,27 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 			if *verbose {
 				level = slog.LevelDebug
 			}
-			s.log = slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level}))
-			if *format == "text" {
-				s.log = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
-			} else if *format != "json" {
+			logger := func(w io.Writer) *slog.Logger {
+				if *format == "text" {
+					return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+				}
+				return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+			}
+			if *format != "json" && *format != "text" {
 				return fmt.Errorf("mtlsserver run: -log %q: want json or text", *format)
 			}
+			// Nobody waits for whoever reads the log: not connections, and not signals.
+			queue := logqueue.NewWriter(stderr, func(n uint64) []byte {
+				var b bytes.Buffer
+				logger(&b).Error("log lines were dropped", "lines", n)
+				return b.Bytes()
+			})
+			defer func() {
+				ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+				defer cancel()
+				_ = queue.Close(ctx)
+			}()
+			s.log = logger(queue)
 			return s.serve()
 		}
 	case "-h", "-help", "--help", "help":
@@ -208,9 +232,9 @@ func (s *server) serve() error {
 		case err := <-done:
 			if err != nil {
 				s.log.Warn("stopped", "err", err)
-			} else {
-				s.log.Info("stopped")
+				return errCut
 			}
+			s.log.Info("stopped")
 			return nil
 		case sig := <-s.signals:
 			switch {
