@@ -18,10 +18,11 @@ import (
 	"time"
 )
 
-var balancerSeed = flag.Uint64("balancer.seed", 0, "seed of the balancer's random test; 0 means a new one each time")
+var balancerSeed = flag.Uint64("balancer.seed", 0,
+	"seed of the balancer's random test; 0 means a new one each time")
 
-// A balFarm is a balancer, the clock it is given, and what a dial says about each upstream: works unless
-// told otherwise.
+// A balFarm is a balancer with a clock and the verdict of a dial to each upstream, works by
+// default.
 type balFarm struct {
 	balancer
 	now  time.Time
@@ -54,7 +55,7 @@ func (f *balFarm) setUpstreams(upstreams ...Upstream) {
 	f.set(confs, f.now)
 }
 
-// mark has health checks find an upstream down, or up again.
+// mark records that health checks found an upstream down, or up again.
 func (f *balFarm) mark(addr string, down bool) {
 	if down {
 		f.markDown(f.find(addr), errSick, f.now)
@@ -63,13 +64,13 @@ func (f *balFarm) mark(addr string, down bool) {
 	}
 }
 
-// acquire is the balancer's for tests that ask for no reason.
+// acquire is the balancer's acquire for tests that need no error.
 func (f *balFarm) acquire(tried map[*upstream]bool, now time.Time) (*upstream, *Upstream) {
 	p, _ := f.balancer.acquire(&search{tried: tried}, now)
 	return p.u, p.conf
 }
 
-// settle is the balancer's; what failed was sick.
+// settle is the balancer's settle, with errSick for a failure.
 func (f *balFarm) settle(u *upstream, v verdict, now time.Time) (changed bool) {
 	return f.balancer.settle(u, v, balErr(v), now)
 }
@@ -104,7 +105,7 @@ func (f *balFarm) takes(n int) (addrs []string) {
 	return addrs
 }
 
-// begin counts a connection on that upstream, whatever the others have.
+// begin counts a connection on that upstream, whatever the load of the others.
 func (f *balFarm) begin(addr string) *upstream {
 	others := map[*upstream]bool{}
 	for _, u := range f.heap {
@@ -117,22 +118,22 @@ func (f *balFarm) begin(addr string) *upstream {
 	return u
 }
 
-// fill opens n connections on an upstream and tells nothing about it.
+// fill opens n connections on an upstream without a verdict.
 func (f *balFarm) fill(addr string, n int) {
 	for range n {
 		f.settle(f.begin(addr), unknown, f.now)
 	}
 }
 
-// fail has a dial to an upstream fail.
+// fail makes a dial to an upstream fail.
 func (f *balFarm) fail(addr string) {
 	u := f.begin(addr)
 	f.settle(u, fails, f.now)
 	f.release(u)
 }
 
-// dial does what a session does until it is connected or has nothing left to try, and returns what it tried.
-// u is where it is connected, if it is.
+// dial does what a session does until it is connected or nothing is left to try. It returns the
+// upstream it is connected to (or nil) and those that it tried.
 func (f *balFarm) dial() (u *upstream, tried []string) {
 	seen := map[*upstream]bool{}
 	for {
@@ -154,7 +155,7 @@ func (f *balFarm) dial() (u *upstream, tried []string) {
 	}
 }
 
-// connect is dial for a connection that is over at once.
+// connect is dial for a connection that ends at once.
 func (f *balFarm) connect() string {
 	u, tried := f.dial()
 	if u != nil {
@@ -201,11 +202,14 @@ func TestLeastLoadedIsChosenAndTiesGoInSliceOrder(t *testing.T) {
 		{"the load is what it would be, not what it is", // 2/10 before 1/1, though 0 < 1/10
 			[]Upstream{{Addr: "a"}, {Addr: "b", Weight: 10}}, []int{0, 1}, "b b b b b b b b a b"},
 		{"weights are compared exactly", // 3/3 is 1/1, 1000/999 is more
-			[]Upstream{{Addr: "a", Weight: 999}, {Addr: "b", Weight: 3}, {Addr: "c"}}, []int{999, 2, 0}, "b c a a a a"},
+			[]Upstream{{Addr: "a", Weight: 999}, {Addr: "b", Weight: 3}, {Addr: "c"}}, []int{999, 2, 0},
+			"b c a a a a"},
 		{"a full one is passed over",
-			[]Upstream{{Addr: "a", MaxConns: 2}, {Addr: "b", MaxConns: 3}, {Addr: "c"}}, []int{0, 0, 5}, "a b a b b c c"},
+			[]Upstream{{Addr: "a", MaxConns: 2}, {Addr: "b", MaxConns: 3}, {Addr: "c"}}, []int{0, 0, 5},
+			"a b a b b c c"},
 		{"when all are full there is none",
-			[]Upstream{{Addr: "a", MaxConns: 1}, {Addr: "b", Weight: 9, MaxConns: 2}}, []int{0, 0}, "b b a none none"},
+			[]Upstream{{Addr: "a", MaxConns: 1}, {Addr: "b", Weight: 9, MaxConns: 2}}, []int{0, 0},
+			"b b a none none"},
 		{"a single one gets everything",
 			[]Upstream{{Addr: "a", MaxConns: 2}}, []int{0}, "a a none"},
 	} {
@@ -228,7 +232,8 @@ func TestFullUpstreamIsChosenAgainAfterARelease(t *testing.T) {
 }
 
 func TestConcurrentPicksDifferByAtMostOne(t *testing.T) {
-	const pickers, each, rounds = 64, 4, 400 // 102,400 picks; often, as later picks make up for earlier ones
+	// 102,400 picks in many rounds, because later picks even out earlier ones
+	const pickers, each, rounds = 64, 4, 400
 	for n := range rounds {
 		f := newBalFarm(balNamed(2 + n%9)...)
 		held := make([][]*upstream, pickers)
@@ -302,7 +307,8 @@ func TestSettleReportsFailureAndRecoveryOnce(t *testing.T) {
 		v    verdict
 		want bool
 	}{
-		{works, false}, {fails, true}, {fails, false}, {unknown, false}, {works, true}, {works, false}, {unknown, false}, {fails, true},
+		{works, false}, {fails, true}, {fails, false}, {unknown, false}, {works, true}, {works, false},
+		{unknown, false}, {fails, true},
 	} {
 		f.acquire(nil, f.now)
 		wantBal(t, fmt.Sprintf("step %d changed", i), f.settle(u, step.v, f.now), step.want)
@@ -347,14 +353,15 @@ func TestAllCoolingTriesLongestFailedFirst(t *testing.T) {
 	for _, u := range f.heap {
 		f.says[u.conf.Addr] = fails
 	}
-	f.fill("c:1", 2) // the most loaded, which does not matter among the failed
+	f.fill("c:1", 2) // the load does not matter among failed upstreams
 	wantBal(t, "the first", f.connect(), "a:1 b:1 d:1 c:1")
 	f.now = f.now.Add(time.Second)
 	f.fail("b:1")
 	f.now = f.now.Add(time.Second)
 	f.fail("d:1")
 	f.now = f.now.Add(time.Second)
-	wantBal(t, "the next", f.connect(), "a:1 c:1 b:1 d:1") // a before c: failed at once, but less loaded
+	// a before c: failed at once, but less loaded
+	wantBal(t, "the next", f.connect(), "a:1 c:1 b:1 d:1")
 	f.now = f.now.Add(time.Second)
 	f.says["b:1"] = works
 	wantBal(t, "one is back", f.connect(), "a:1 b:1") // all had failed at once again
@@ -410,12 +417,13 @@ func TestRefusingUpstreamIsTriedOncePerFailTimeout(t *testing.T) {
 	wantBal(t, "dials failed", f.find("b:1").failed, uint64(attempts))
 }
 
-// The share of a recovered upstream is bounded: 50 of the first 100 connections after its trial, and every second
-// one from then on, until another upstream is as little loaded. It must not be starved either.
+// A recovered upstream gets at most 50 of the first 100 connections after its trial, and every
+// second one from then on, until another upstream is as little loaded. It is not starved, either.
 func TestSlowStartGivesAtMostEverySecondConnection(t *testing.T) {
 	const most, first = 50, 100
 	for _, weight := range []int{1, 1000} {
-		f := newBalFarm(Upstream{Addr: "a:1", Weight: weight}, Upstream{Addr: "b:1"}, Upstream{Addr: "c:1"})
+		f := newBalFarm(Upstream{Addr: "a:1", Weight: weight}, Upstream{Addr: "b:1"},
+			Upstream{Addr: "c:1"})
 		f.fill("b:1", 200)
 		f.fill("c:1", 200)
 		f.says["a:1"] = fails
@@ -448,7 +456,8 @@ func TestSlowStartEndsWhenTheUpstreamIsLevel(t *testing.T) {
 	f.says["a:1"] = works
 	wantBal(t, "trial and picks", f.takes(1+8),
 		[]string{"a:1", "a:1", "b:1", "a:1", "c:1", "a:1", "b:1", "a:1", "c:1"}) // now 5 6 6
-	wantBal(t, "picks", f.takes(4), []string{"a:1", "b:1", "a:1", "c:1"}) // 6 6 6, where a is still first; then 7 7 7
+	// 6 6 6, where a is still first; then 7 7 7
+	wantBal(t, "picks", f.takes(4), []string{"a:1", "b:1", "a:1", "c:1"})
 	for range 5 {
 		f.release(f.find("a:1"))
 	}
@@ -613,7 +622,8 @@ func TestSetUpstreamsKeepsStateAndCounters(t *testing.T) {
 	f.setUpstreams(balNamed(4)...)
 	after := f.stats()
 	wantBal(t, "the kept ones", after[:3], before)
-	wantBal(t, "the new one", after[3], UpstreamStats{Addr: "d:1", Weight: 1, State: StateUp, Since: f.now})
+	wantBal(t, "the new one", after[3],
+		UpstreamStats{Addr: "d:1", Weight: 1, State: StateUp, Since: f.now})
 	wantBal(t, "chosen: c still cools", f.takes(3), []string{"d:1", "d:1", "b:1"})
 
 	f.now = f.now.Add(balFail)
@@ -640,7 +650,8 @@ func TestRemovedUpstreamDrains(t *testing.T) {
 	wantBal(t, "open on the others", []int{f.stats()[0].Open, f.stats()[1].Open}, []int{1, 1})
 
 	f.setUpstreams(Upstream{Addr: "a:1"})
-	wantBal(t, "as new", f.stats()[0], UpstreamStats{Addr: "a:1", Weight: 1, State: StateUp, Since: f.now})
+	wantBal(t, "as new", f.stats()[0],
+		UpstreamStats{Addr: "a:1", Weight: 1, State: StateUp, Since: f.now})
 }
 
 func TestUpstreamRemovedWhileIdleIsGoneAtOnce(t *testing.T) {
@@ -697,7 +708,8 @@ func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
 
 	b.Weight = 4
 	f.setUpstreams(a, b)
-	wantBal(t, "b has four times the weight", f.takes(7), []string{"b", "b", "b", "b", "b", "b", "a"}) // 2/1 8/4: a tie at last
+	// 2/1 8/4: a tie at last
+	wantBal(t, "b has four times the weight", f.takes(7), []string{"b", "b", "b", "b", "b", "b", "a"})
 
 	b.MaxConns = 3
 	f.setUpstreams(a, b)
@@ -714,7 +726,8 @@ func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
 	}
 	f.setUpstreams(Upstream{Addr: "b"}, a)
 	wantBal(t, "a tie, and b is first now", f.takes(3), []string{"b", "a", "b"})
-	wantBal(t, "stats in slice order", []string{f.stats()[0].Addr, f.stats()[1].Addr}, []string{"b", "a"})
+	wantBal(t, "stats in slice order", []string{f.stats()[0].Addr, f.stats()[1].Addr},
+		[]string{"b", "a"})
 }
 
 func TestStatsListRemovedUpstreamsLastByAddr(t *testing.T) {
@@ -752,7 +765,8 @@ func TestHugeCountsAndWeightsDoNotOverflow(t *testing.T) {
 
 func TestSetPeersRejectsBadValuesByName(t *testing.T) {
 	a, _ := newApp(t, Options{}, "10.0.0.1:1", "10.0.0.2:1")
-	if err := a.SetPeers(Peers{Index: 1, Count: 2, Bias: map[string]float64{"10.0.0.2:1": 3}}); err != nil {
+	if err := a.SetPeers(Peers{Index: 1, Count: 2,
+		Bias: map[string]float64{"10.0.0.2:1": 3}}); err != nil {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct {
@@ -763,8 +777,10 @@ func TestSetPeersRejectsBadValuesByName(t *testing.T) {
 		{Peers{Index: 1}, "Peers.Index 1: want 0 to 0, as Count is 0"},
 		{Peers{Index: 3, Count: 3}, "Peers.Index 3: want 0 to 2, as Count is 3"},
 		{Peers{Index: -1, Count: 3}, "Peers.Index -1: want 0 to 2"},
-		{Peers{Count: 2, Bias: map[string]float64{"a:1": -0.5}}, `Peers.Bias["a:1"] -0.5: want 0 or more`},
-		{Peers{Count: 2, Bias: map[string]float64{"a:1": 0, "b:1": math.NaN()}}, `Peers.Bias["b:1"] NaN: want`},
+		{Peers{Count: 2, Bias: map[string]float64{"a:1": -0.5}},
+			`Peers.Bias["a:1"] -0.5: want 0 or more`},
+		{Peers{Count: 2, Bias: map[string]float64{"a:1": 0, "b:1": math.NaN()}},
+			`Peers.Bias["b:1"] NaN: want`},
 	} {
 		err := a.SetPeers(tc.peers)
 		if err == nil || !strings.HasPrefix(err.Error(), `lbproxy: app "test": `+tc.want) {
@@ -817,12 +833,14 @@ func TestSetUpstreamsKeepsPeers(t *testing.T) {
 }
 
 func TestBiasAffectsOnlyTheChoice(t *testing.T) {
-	f := newBalFarm(Upstream{Addr: "a", Weight: 2}, Upstream{Addr: "b"}, Upstream{Addr: "c", MaxConns: 1})
+	f := newBalFarm(Upstream{Addr: "a", Weight: 2}, Upstream{Addr: "b"},
+		Upstream{Addr: "c", MaxConns: 1})
 	bias := map[string]float64{"a": 2.5, "c": 0.25, "nobody": 9}
 	f.setPeers(Peers{Bias: bias})
 	bias["b"] = 100 // the map was copied
 	f.arrange()
-	wantBal(t, "loads", f.takes(5), strings.Fields("b c a b a")) // 3.5/2 1 1.25; 1.75 2 1.25; 1.75 2 -; 2.25 2; 2.25 3
+	// 3.5/2 1 1.25; 1.75 2 1.25; 1.75 2 -; 2.25 2; 2.25 3
+	wantBal(t, "loads", f.takes(5), strings.Fields("b c a b a"))
 	wantBal(t, "open", []int{f.stats()[0].Open, f.stats()[1].Open, f.stats()[2].Open}, []int{2, 2, 1})
 	f.setPeers(Peers{Bias: map[string]float64{"a": math.Inf(1), "b": math.Inf(1)}})
 	wantBal(t, "endless ones tie", f.takes(2), strings.Fields("a a"))
@@ -839,7 +857,8 @@ func TestPeersChangeWhileAnAppServes(t *testing.T) {
 				return
 			default:
 			}
-			if err := a.SetPeers(Peers{Index: i % 3, Count: 3, Bias: map[string]float64{"b:1": float64(i % 7)}}); err != nil {
+			if err := a.SetPeers(Peers{Index: i % 3, Count: 3,
+				Bias: map[string]float64{"b:1": float64(i % 7)}}); err != nil {
 				t.Error(err)
 			}
 			runtime.Gosched()
@@ -943,7 +962,9 @@ func TestDrainingUpstreamGetsNoNewConnections(t *testing.T) {
 	a.Drain = true
 	f.setUpstreams(a, b)
 	wantBal(t, "chosen", f.takes(3), []string{"b:1", "b:1", "b:1"})
-	wantBal(t, "a", f.stats()[0], UpstreamStats{Addr: "a:1", Weight: 1, Open: 2, Total: 2, State: StateUp, Since: f.now, Drain: true})
+	wantBal(t, "a", f.stats()[0],
+		UpstreamStats{Addr: "a:1", Weight: 1, Open: 2, Total: 2, State: StateUp, Since: f.now,
+			Drain: true})
 	f.fail("b:1")
 	wantBal(t, "a cooling one is better than a draining one", f.take(), "b:1")
 	f.mark("a:1", true)
@@ -1009,7 +1030,7 @@ func TestStatsHaveSinceAndErrOfTheState(t *testing.T) {
 	check("added again", 6*time.Second+2*balFail, nil)
 }
 
-// More than a connection tries in the exact order of loads, and upstreams that change meanwhile.
+// A connection tries more upstreams than are searched in exact order, while they change.
 func TestEachOfManyUpstreamsIsTriedOnce(t *testing.T) {
 	const n = 1000
 	confs := make([]Upstream, n)
@@ -1080,7 +1101,7 @@ func TestEachOfManyUpstreamsIsTriedOnce(t *testing.T) {
 	}
 }
 
-// A balModel is the balancer's rules as plainly as they can be put: every choice looks at every upstream.
+// A balModel has the balancer's rules in their plainest form: every choice looks at every upstream.
 type balModel struct {
 	failTimeout time.Duration
 	set         []*balModelUpstream // in slice order
@@ -1104,12 +1125,14 @@ type balModelUpstream struct {
 }
 
 // load is exact enough for small numbers.
-func (u *balModelUpstream) load() float64    { return (float64(u.open+1) + u.bias) / float64(u.Weight) }
-func (u *balModelUpstream) full() bool       { return u.MaxConns != 0 && u.open >= u.MaxConns }
-func (u *balModelUpstream) usable() bool     { return !u.full() && u.state != "down" && !u.Drain }
-func (u *balModelUpstream) passedOver() bool { return u.state == "cooling" || u.state == "on trial" }
+func (u *balModelUpstream) load() float64 {
+	return (float64(u.open+1) + u.bias) / float64(u.Weight)
+}
+func (u *balModelUpstream) full() bool    { return u.MaxConns != 0 && u.open >= u.MaxConns }
+func (u *balModelUpstream) usable() bool  { return !u.full() && u.state != "down" && !u.Drain }
+func (u *balModelUpstream) skipped() bool { return u.state == "cooling" || u.state == "on trial" }
 
-// enter has u in that state because of err.
+// enter puts u into a state because of err.
 func (u *balModelUpstream) enter(state string, err error, now time.Time) {
 	was := u.public()
 	u.state, u.err = state, err
@@ -1128,9 +1151,11 @@ func (u *balModelUpstream) public() UpstreamState {
 	return StateCooling
 }
 
-// min returns the least of those upstreams that are among; of equals the first one from the app's
+// min returns the least upstream for which among is true; of equals, the first one from the app's
 // place among its peers on.
-func (m *balModel) min(among func(*balModelUpstream) bool, less func(u, v *balModelUpstream) bool) (least *balModelUpstream) {
+func (m *balModel) min(
+	among func(*balModelUpstream) bool, less func(u, v *balModelUpstream) bool,
+) (least *balModelUpstream) {
 	first := len(m.set) * m.peers.Index / max(m.peers.Count, 1)
 	for _, u := range append(m.set[first:len(m.set):len(m.set)], m.set[:first]...) {
 		if among(u) && (least == nil || less(u, least)) {
@@ -1142,12 +1167,14 @@ func (m *balModel) min(among func(*balModelUpstream) bool, less func(u, v *balMo
 
 func (m *balModel) choose(not map[*balModelUpstream]bool) *balModelUpstream {
 	lessLoaded := func(u, v *balModelUpstream) bool { return u.load() < v.load() }
-	if u := m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() && !u.passedOver() }, lessLoaded); u != nil {
+	if u := m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() && !u.skipped() },
+		lessLoaded); u != nil {
 		return u
 	}
-	return m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() }, func(u, v *balModelUpstream) bool {
-		return u.until.Before(v.until) || u.until.Equal(v.until) && lessLoaded(u, v)
-	})
+	return m.min(func(u *balModelUpstream) bool { return !not[u] && u.usable() },
+		func(u, v *balModelUpstream) bool {
+			return u.until.Before(v.until) || u.until.Equal(v.until) && lessLoaded(u, v)
+		})
 }
 
 func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *balModelUpstream {
@@ -1161,7 +1188,7 @@ func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *bal
 		not[u] = true
 	}
 	u := m.choose(not)
-	if u == nil || u.passedOver() {
+	if u == nil || u.skipped() {
 		u = m.choose(tried)
 	}
 	if u == nil {
@@ -1184,12 +1211,14 @@ func (m *balModel) acquire(tried map[*balModelUpstream]bool, now time.Time) *bal
 	return u
 }
 
-// first returns the upstream that a new connection would get, or if none is usable the least loaded.
+// first returns the upstream that a new connection would get, or the least loaded if none is
+// usable.
 func (m *balModel) first() *balModelUpstream {
 	if u := m.choose(nil); u != nil {
 		return u
 	}
-	return m.min(func(*balModelUpstream) bool { return true }, func(u, v *balModelUpstream) bool { return u.load() < v.load() })
+	return m.min(func(*balModelUpstream) bool { return true },
+		func(u, v *balModelUpstream) bool { return u.load() < v.load() })
 }
 
 func (m *balModel) settle(u *balModelUpstream, v verdict, now time.Time) (changed bool) {
@@ -1237,7 +1266,8 @@ func (m *balModel) replace(confs []Upstream, now time.Time) {
 	m.set, m.removed = nil, nil
 	for _, c := range confs {
 		u := &balModelUpstream{state: "up", since: now}
-		if i := slices.IndexFunc(old, func(u *balModelUpstream) bool { return u.Addr == c.Addr }); i >= 0 {
+		if i := slices.IndexFunc(old,
+			func(u *balModelUpstream) bool { return u.Addr == c.Addr }); i >= 0 {
 			u = old[i]
 			if slices.Contains(wasRemoved, u) {
 				u.since = now
@@ -1256,7 +1286,9 @@ func (m *balModel) replace(confs []Upstream, now time.Time) {
 			}
 		}
 	}
-	slices.SortFunc(m.removed, func(u, v *balModelUpstream) int { return strings.Compare(u.Addr, v.Addr) })
+	slices.SortFunc(m.removed, func(u, v *balModelUpstream) int {
+		return strings.Compare(u.Addr, v.Addr)
+	})
 }
 
 func (m *balModel) setPeers(p Peers) {
@@ -1277,7 +1309,7 @@ func (m *balModel) stats() (all []UpstreamStats) {
 	return all
 }
 
-// none is the text of the error when there is no upstream for a connection that has tried none.
+// none returns the error text for a connection that has tried no upstream and gets none.
 func (m *balModel) none() string {
 	count := map[string]int{}
 	for _, u := range m.set {
@@ -1299,7 +1331,7 @@ func (m *balModel) none() string {
 	return "lbproxy: no upstream available: " + strings.Join(why, ", ")
 }
 
-// A balTwin does everything to a balancer and to a model of it, and compares what they say.
+// A balTwin does the same to a balancer and to a model of it, and compares the answers.
 type balTwin struct {
 	t     *testing.T
 	b     balancer
@@ -1321,7 +1353,8 @@ const (
 	balOperations = 35 // what choose is asked for when an operation begins
 )
 
-// run does operations until the choices end: choose(n) returns one of 0 to n-1, or -1 when there are no more.
+// run does operations until the choices end: choose(n) returns one of 0 to n-1, or -1 when there
+// are no more.
 func (w *balTwin) run(choose func(n int) int, checkEach int) {
 	w.now = time.Unix(1_000_000_000, 0)
 	w.b.failTimeout = []time.Duration{5, 5, 5, -1}[max(choose(4), 0)] * time.Second
@@ -1365,7 +1398,7 @@ func (w *balTwin) run(choose func(n int) int, checkEach int) {
 
 func (w *balTwin) live() int { return len(w.conns[balConnected]) + len(w.conns[balDialling]) }
 
-// remove takes out one of the connections that are dialling, or that are connected; it returns nil if there is none.
+// remove takes out a connection that is dialing, or one that is connected; nil if there is none.
 func (w *balTwin) remove(which int, choose func(n int) int) *balTwinConn {
 	conns := w.conns[which]
 	if len(conns) == 0 {
@@ -1451,7 +1484,9 @@ func (w *balTwin) set(choose func(n int) int) {
 	var confs []Upstream
 	for n, i := 1+max(choose(8), 0), max(choose(8), 0); len(confs) < n; i++ {
 		addr := string(rune('a' + i*5%8)) // any n neighbours differ
-		confs = append(confs, Upstream{Addr: addr, Weight: 1 + max(choose(3), 0), MaxConns: []int{0, 0, 2, 5}[max(choose(4), 0)], Drain: choose(6) == 0})
+		confs = append(confs,
+			Upstream{Addr: addr, Weight: 1 + max(choose(3), 0),
+				MaxConns: []int{0, 0, 2, 5}[max(choose(4), 0)], Drain: choose(6) == 0})
 	}
 	w.m.replace(confs, w.now)
 	for i, u := range w.b.set(confs, w.now) {
@@ -1496,7 +1531,8 @@ func (w *balTwin) check() {
 		w.t.Fatalf("%d connections counted, %d live", sum, w.live())
 	}
 	for e := b.cooling.Front(); e != nil; e = e.Next() {
-		if next := e.Next(); !waiting[e] || next != nil && next.Value.(*upstream).until.Before(e.Value.(*upstream).until) {
+		if next := e.Next(); !waiting[e] ||
+			next != nil && next.Value.(*upstream).until.Before(e.Value.(*upstream).until) {
 			w.t.Fatalf("cooling is out of order or holds one that does not cool: %+v", e.Value)
 		}
 		delete(waiting, e)
@@ -1553,8 +1589,8 @@ func balAcquire(b *balancer, now time.Time) *upstream {
 	return p.u
 }
 
-// balUnderLoad returns a balancer in the middle of its work, and its connections: they are spread as they are when
-// each ends at a time of its own.
+// balUnderLoad returns a balancer under load and its connections, spread as they are when each ends
+// at a random time.
 func balUnderLoad(upstreams int) (*balancer, []*upstream) {
 	confs := make([]Upstream, upstreams)
 	for i := range confs {
@@ -1576,7 +1612,7 @@ func balUnderLoad(upstreams int) (*balancer, []*upstream) {
 	return b, live
 }
 
-// One operation is a connection's choice and its end: one begins and a random other one ends.
+// One operation: a connection is begun, and a random other one ends.
 func BenchmarkAcquire(b *testing.B) {
 	for _, n := range []int{4, 100, 10_000} {
 		b.Run(fmt.Sprintf("upstreams=%d", n), func(b *testing.B) {
@@ -1625,7 +1661,7 @@ func BenchmarkAcquireParallel(b *testing.B) {
 	}
 }
 
-// What a choice costs when 99 of 100 upstreams cannot be chosen.
+// The cost of a choice when 99 of 100 upstreams cannot be chosen.
 func BenchmarkAcquireSkipping(b *testing.B) {
 	for _, n := range []int{4, 100, 10_000} {
 		skipped := n - max(n/100, 1)

@@ -9,9 +9,10 @@ import (
 	"time"
 )
 
-// The cost of the whole path, over loopback TCP, its clients' and upstreams' included: they allocate nothing for a round
-// trip or a MiB, and the same each time for a connection. What a proxy costs beside others is what internal/bench
-// measures; these are for seeing what a change does: go test -run '^$' -bench . -cpu 1,2 -count 10, and benchstat.
+// BenchmarkRelay measures the whole path over loopback TCP, clients and upstreams included. They
+// allocate nothing for a round trip or a MiB, and the same each time for a connection. Use it with
+// benchstat to compare two versions: go test -run '^$' -bench . -cpu 1,2 -count 10. To compare with
+// other proxies, use internal/lab/bench.
 func BenchmarkRelay(b *testing.B) {
 	limits := map[string]RateLimitManager{
 		"": nil, "/limited": All(&OpenLimit{Max: 1e6}, &Bandwidth{BytesPerSecond: 1 << 50}),
@@ -77,7 +78,7 @@ func BenchmarkRelay(b *testing.B) {
 	})
 }
 
-// benchServe has an app serve on a loopback address, which it returns.
+// benchServe makes an app serve on a loopback address and returns the address.
 func benchServe(b *testing.B, upstream func(*net.TCPConn), admit AdmitFunc) string {
 	a, err := New("bench", []Upstream{{Addr: upstreamDoing(b, upstream)}}, &Options{Logger: quiet})
 	if err != nil {

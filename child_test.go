@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// childMain is what this test's program does when a test runs it as a child: it serves the upstream given until its
+// childMain is the main function of a child process: it serves the given upstream until its
 // standard input ends.
 func childMain(upstream string) {
 	a, err := New("child", []Upstream{{Addr: upstream}}, nil)
@@ -25,7 +25,7 @@ func childMain(upstream string) {
 		panic(err)
 	}
 	fmt.Println(l.Addr())
-	time.AfterFunc(time.Minute, func() { os.Exit(1) }) // it may be the parent that was stopped
+	time.AfterFunc(time.Minute, func() { os.Exit(1) }) // in case the parent was killed
 	done := make(chan error)
 	go func() { done <- a.Serve(l, nil) }()
 	os.Stdin.Read(make([]byte, 1))
@@ -66,7 +66,7 @@ func TestServeRecoversWhenDescriptorsAreFree(t *testing.T) {
 		return err == nil
 	}
 	stuck := 0
-	for n := 0; n < 60 && stuck < 10; n++ { // far more than it can have; those not served wait, or are reset
+	for n := 0; n < 60 && stuck < 10; n++ { // far more than it can have; the others wait or are reset
 		if !served() {
 			stuck++
 		}
@@ -79,10 +79,11 @@ func TestServeRecoversWhenDescriptorsAreFree(t *testing.T) {
 	}
 	late, start := lateness(), time.Now()
 	for !served() && time.Since(start) < 20*time.Second {
-		// those that were waiting come first, and some take what there is without having enough
+		// Waiting connections come first, and some of them take descriptors without getting enough.
 	}
 	if took := time.Since(start) - late(); took > 1500*time.Millisecond {
-		t.Errorf("not served before %v, want at most the second that Serve waits, and half a second more", took)
+		t.Errorf("not served before %v, want at most the second that Serve waits, and half a second more",
+			took)
 	}
 	conns[len(conns)-1].Close()
 	stdin.Close()
@@ -97,13 +98,13 @@ func TestServeRecoversWhenDescriptorsAreFree(t *testing.T) {
 	}
 }
 
-// blockingMain is another such: somebody has made a client's socket block, which the garbage collector must not notice.
+// blockingMain is another: the client's socket blocks, and must not block the garbage collector.
 func blockingMain() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		panic(err)
 	}
-	a, err := New("child", []Upstream{{Addr: l.Addr().String()}}, nil) // of itself, but nobody accepts
+	a, err := New("child", []Upstream{{Addr: l.Addr().String()}}, nil) // nobody accepts from it
 	if err != nil {
 		panic(err)
 	}
@@ -128,7 +129,7 @@ func blockingMain() {
 	for a.Stats().Upstreams[0].Open == 0 {
 		time.Sleep(time.Millisecond)
 	}
-	time.Sleep(50 * time.Millisecond) // for the upload to wait; if it did not there would be nothing to see
+	time.Sleep(50 * time.Millisecond) // so that the upload waits; otherwise this tests nothing
 	runtime.GC()
 	client.Close()
 	a.Close()

@@ -27,7 +27,8 @@ func duplex() (a, b *duplexConn) { return proxytest.Pipe() }
 
 type dialFunc = func(ctx context.Context, network, addr string) (net.Conn, error)
 
-// dialFake reaches upstreams in memory, which do handle with each connection, then close it.
+// dialFake returns a dialer to upstreams in memory. They call handle for each connection, then
+// close it.
 func dialFake(handle func(net.Conn)) dialFunc {
 	return func(context.Context, string, string) (net.Conn, error) {
 		ours, theirs := duplex()
@@ -39,7 +40,7 @@ func dialFake(handle func(net.Conn)) dialFunc {
 	}
 }
 
-// served is a connection in memory that ServeConn is busy with.
+// served is the client's end of a connection in memory that ServeConn serves.
 type served struct {
 	*duplexConn
 	result chan Result
@@ -61,7 +62,7 @@ func serveFake(ctx context.Context, a *LBProxyApp, c *Conn) served {
 
 func echoFake(c net.Conn) { io.Copy(c, c) }
 
-// The half-close table: who ends its stream first, over what.
+// Half-close: who ends its stream first, over plain TCP or TLS.
 
 func TestHalfClose(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
@@ -69,7 +70,8 @@ func TestHalfClose(t *testing.T) {
 	for _, side := range []struct {
 		name             string
 		client, upstream bool // speak TLS
-	}{{"plain", false, false}, {"TLS client", true, false}, {"TLS upstream", false, true}, {"TLS both", true, true}} {
+	}{{"plain", false, false}, {"TLS client", true, false}, {"TLS upstream", false, true},
+		{"TLS both", true, true}} {
 		for _, order := range []string{"client first", "upstream first", "both"} {
 			t.Run(side.name+"/"+order, func(t *testing.T) {
 				clientEnded := make(chan struct{})
@@ -82,10 +84,10 @@ func TestHalfClose(t *testing.T) {
 						c = tc
 					}
 					switch order {
-					case "client first": // answer only when all has been read
+					case "client first": // answer after reading everything
 						got <- readAll(c)
 						sendPattern(c, size)
-					case "upstream first": // go on reading when all has been said
+					case "upstream first": // read on after ending the own stream
 						sendPattern(c, size)
 						c.CloseWrite()
 						got <- readAll(c)
@@ -133,7 +135,8 @@ func TestHalfClose(t *testing.T) {
 					t.Errorf("upstream got %s, want %s", s, pattern(size))
 				}
 				c.Close()
-				if r := <-results; r.End != EndDone || r.Err != nil || r.Sent != size || r.Received != size || r.Upstream != addr || r.Attempts != 1 {
+				if r := <-results; r.End != EndDone || r.Err != nil || r.Sent != size || r.Received != size ||
+					r.Upstream != addr || r.Attempts != 1 {
 					t.Errorf("result %+v", r)
 				}
 				a.Close()
@@ -148,7 +151,7 @@ type halfCloser interface {
 	CloseWrite() error
 }
 
-// pattern names a stream of n bytes as readAll does one that sendPattern sent.
+// pattern returns what readAll returns for n bytes that sendPattern sent.
 func pattern(n int) string {
 	var b patternWriter
 	sendPattern(&b, n)
@@ -165,7 +168,7 @@ func sendPattern(w io.Writer, n int) {
 	io.CopyN(w, rand.NewChaCha8([32]byte{'p'}), int64(n))
 }
 
-// readAll reads c to the end of its stream and names what came, and what ended it if that was not clean.
+// readAll reads c to the end and describes what came, and the error unless the end was clean.
 func readAll(c io.Reader) string {
 	var b patternWriter
 	if _, err := b.ReadFrom(c); err != nil {
@@ -221,11 +224,12 @@ func TestSlowReadersUseBoundedMemory(t *testing.T) {
 	before := proxytest.HeapInUse()
 	for range conns {
 		c := dial(t, addr)
-		io.ReadFull(c, make([]byte, 200<<10)) // enough to be taken for bulk, then nothing
+		io.ReadFull(c, make([]byte, 200<<10)) // enough to count as bulk, then nothing
 	}
-	// The upstreams here hold a buffer of that size, too.
+	// The upstreams of this test hold a buffer of that size, too.
 	if grown := proxytest.HeapInUse() - before; grown > conns*(each+64<<10) {
-		t.Errorf("%d stuck connections hold %d bytes each, want at most %d", conns, grown/conns, each+64<<10)
+		t.Errorf("%d stuck connections hold %d bytes each, want at most %d", conns, grown/conns,
+			each+64<<10)
 	}
 }
 
@@ -243,18 +247,19 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 		}
 	}))
 	addr := serve(t, a, nil)
-	ping(t, dial(t, addr)) // what only the first allocates
+	ping(t, dial(t, addr)) // the first one allocates more
 	before := proxytest.HeapInUse()
 	for range conns {
 		ping(t, dial(t, addr))
 	}
-	const most = 4 << 10 * 3 / 2 // they need less than 4 KiB without
+	const most = 4 << 10 * 3 / 2 // without a buffer each needs less than 4 KiB
 	if grown := proxytest.HeapInUse() - before; grown > conns*most {
-		t.Errorf("%d idle connections hold %d bytes each, want at most %d: no buffer", conns, grown/conns, most)
+		t.Errorf("%d idle connections hold %d bytes each, want at most %d: no buffer", conns, grown/conns,
+			most)
 	}
 }
 
-// What crypto/tls keeps for each connection is more than a small buffer, and much less than a large one.
+// For each connection crypto/tls keeps more than a small buffer, and much less than a large one.
 func TestIdleTLSConnectionsHoldNoLargeBuffers(t *testing.T) {
 	const conns, bulk = 40, 1 << 20
 	serverTLS, clientTLS := tlsConfigs(t)
@@ -276,13 +281,13 @@ func TestIdleTLSConnectionsHoldNoLargeBuffers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	come() // what only the first allocates
+	come() // the first one allocates more
 	before := proxytest.HeapInUse()
 	for range conns {
 		come()
 	}
 	grown := proxytest.HeapInUse() - before
-	const most = 64 << 10 * 5 / 4 // they have 50 KiB, and one of those buffers more would be too much
+	const most = 64 << 10 * 5 / 4 // each has 50 KiB; one more large buffer would be too much
 	if grown > conns*most {
 		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns, most)
 	}
@@ -321,7 +326,10 @@ func TestIdleTimeoutIsExactOverBothDirections(t *testing.T) {
 
 func TestIdleTimeoutEndsHalfClosedConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) { c.(*duplexConn).CloseWrite(); io.Copy(io.Discard, c) })}, "u:1")
+		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
+			c.(*duplexConn).CloseWrite()
+			io.Copy(io.Discard, c)
+		})}, "u:1")
 		start := time.Now()
 		c := serveFake(t.Context(), a, &Conn{})
 		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
@@ -348,9 +356,10 @@ func TestNegativeIdleTimeoutMeansNever(t *testing.T) {
 
 func TestIdleTimeoutEndsStalledConnections(t *testing.T) {
 	const conns = 200
-	a, results := newApp(t, Options{IdleTimeout: 300 * time.Millisecond}, upstreamDoing(t, func(c *net.TCPConn) {
-		io.Copy(io.Discard, c)
-	}))
+	a, results := newApp(t, Options{IdleTimeout: 300 * time.Millisecond},
+		upstreamDoing(t, func(c *net.TCPConn) {
+			io.Copy(io.Discard, c)
+		}))
 	addr := serve(t, a, nil)
 	for range conns {
 		dial(t, addr).Write([]byte("x"))
@@ -365,7 +374,7 @@ func TestIdleTimeoutEndsStalledConnections(t *testing.T) {
 }
 
 func TestThrottledConnectionIsNotIdle(t *testing.T) {
-	for _, blocks := range []bool{false, true} { // or says how long to wait
+	for _, blocks := range []bool{false, true} { // false: the limit returns a Wait
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
 			c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
@@ -380,7 +389,7 @@ func TestThrottledConnectionIsNotIdle(t *testing.T) {
 			})})
 			start := time.Now()
 			ping(t, c)
-			time.Sleep(time.Hour + 50*time.Second) // it is held no more, and not idle for long enough
+			time.Sleep(time.Hour + 50*time.Second) // no longer held, and not idle for a minute yet
 			c.Write([]byte("y"))
 			c.CloseWrite()
 			if b, err := io.ReadAll(c); string(b) != "y" || err != nil || time.Since(start) < 2*time.Hour {
@@ -410,7 +419,7 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 		t.Run(who, func(t *testing.T) {
 			got := make(chan string, 1)
 			allRead := make(chan struct{})
-			breakIt := func(c *net.TCPConn) { // when its bytes have been taken in by the proxy
+			breakIt := func(c *net.TCPConn) { // after the proxy has read its bytes
 				sendPattern(c, before)
 				<-allRead
 				c.SetLinger(0)
@@ -448,8 +457,8 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	}
 }
 
-// A server that has seen enough answers and closes while its client is still sending: its system then resets the
-// connection. The client is to get the answer, and not to take it for one that ended well.
+// A server answers and closes while its client is still sending, so its system resets the
+// connection. The client gets the answer, and a reset rather than a clean end.
 func TestAnswerFollowedByAResetArrives(t *testing.T) {
 	const rounds, answer = 100, 200_000
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
@@ -463,7 +472,7 @@ func TestAnswerFollowedByAResetArrives(t *testing.T) {
 		written := make(chan error)
 		go func() {
 			b := make([]byte, 32<<10)
-			for n := 0; n < 100 || i%2 == 0; n++ { // every other one for as long as it can
+			for n := 0; n < 100 || i%2 == 0; n++ { // every other client sends until its write fails
 				if _, err := c.Write(b); err != nil {
 					written <- err
 					return
@@ -473,22 +482,26 @@ func TestAnswerFollowedByAResetArrives(t *testing.T) {
 		}()
 		got := readAll(c)
 		c.Close()
-		// What the upstream's own system had not sent yet is lost there, before it gets to us. One call of the client
-		// gets the error of the reset; it may be a write.
+		// What the upstream's system had not sent yet is lost there. One call of the client gets the
+		// error of the reset; it may be a write.
 		r, err := <-results, <-written
-		if !strings.HasPrefix(got, fmt.Sprint(r.Received, " bytes")) || !strings.Contains(got, "then") && err == nil || r.End != EndUpstreamError {
+		if !strings.HasPrefix(got, fmt.Sprint(r.Received, " bytes")) ||
+			!strings.Contains(got, "then") && err == nil || r.End != EndUpstreamError {
 			t.Fatalf("round %d: client got %s, wrote until %v; result %+v", i, got, err, r)
 		}
 	}
 }
 
-// The caller's context governs a session to its end, also when one side has ended its stream before.
+// The caller's context ends a connection also when one side has ended its stream before.
 func TestContextEndsHalfClosedConnection(t *testing.T) {
 	for name, half := range map[string]func(client, upstream *duplexConn){
-		"neither side has ended":    func(client, upstream *duplexConn) {},
-		"the client has ended":      func(client, upstream *duplexConn) { client.CloseWrite() },
-		"the upstream has ended":    func(client, upstream *duplexConn) { upstream.CloseWrite() },
-		"the upstream, after words": func(client, upstream *duplexConn) { upstream.Write([]byte("bye")); upstream.CloseWrite() },
+		"neither side has ended": func(client, upstream *duplexConn) {},
+		"the client has ended":   func(client, upstream *duplexConn) { client.CloseWrite() },
+		"the upstream has ended": func(client, upstream *duplexConn) { upstream.CloseWrite() },
+		"the upstream, after words": func(client, upstream *duplexConn) {
+			upstream.Write([]byte("bye"))
+			upstream.CloseWrite()
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -525,11 +538,13 @@ func TestContextEndsHalfClosedConnection(t *testing.T) {
 
 func TestIdleTimeBeginsWithTheUpstream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialTimeout: time.Hour, DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			time.Sleep(2 * time.Minute)
-			return dialFake(echoFake)(ctx, network, addr)
-		}}, "u:1")
-		for range 2 { // the second time the app has been at rest for long
+		a, _ := newApp(t,
+			Options{IdleTimeout: time.Minute, DialTimeout: time.Hour,
+				DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+					time.Sleep(2 * time.Minute)
+					return dialFake(echoFake)(ctx, network, addr)
+				}}, "u:1")
+		for range 2 { // the second time the app has been idle for long
 			start := time.Now()
 			c := serveFake(t.Context(), a, &Conn{})
 			if r := <-c.result; r.End != EndIdleTimeout || time.Since(start) != 3*time.Minute {
@@ -541,24 +556,32 @@ func TestIdleTimeBeginsWithTheUpstream(t *testing.T) {
 	})
 }
 
-// Whatever ends a connection, the upstream that had it is the emptiest again.
+// Whatever ends a connection, its upstream is the least loaded again.
 func TestEveryEndReleasesTheCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		upstreams := make(chan *duplexConn, 1)
-		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: func(context.Context, string, string) (net.Conn, error) {
-			ours, theirs := duplex()
-			go io.Copy(io.Discard, theirs)
-			upstreams <- theirs
-			return ours, nil
-		}}, "a:1", "b:1")
+		a, _ := newApp(t,
+			Options{IdleTimeout: time.Minute,
+				DialContext: func(context.Context, string, string) (net.Conn, error) {
+					ours, theirs := duplex()
+					go io.Copy(io.Discard, theirs)
+					upstreams <- theirs
+					return ours, nil
+				}}, "a:1", "b:1")
 		tooMuch := limitFunc(func(e Event) Decision { return Decision{Exceeded: e.Kind == EventData} })
 		for end, how := range map[EndReason]func(c served, upstream *duplexConn, cancel func()){
-			EndDone:          func(c served, upstream *duplexConn, _ func()) { c.CloseWrite(); upstream.CloseWrite() },
-			EndClientError:   func(c served, _ *duplexConn, _ func()) { c.SetLinger(0); c.Close() },
-			EndUpstreamError: func(_ served, upstream *duplexConn, _ func()) { upstream.SetLinger(0); upstream.Close() },
-			EndIdleTimeout:   func(served, *duplexConn, func()) {},
-			EndCanceled:      func(_ served, _ *duplexConn, cancel func()) { cancel() },
-			EndRateLimited:   func(c served, _ *duplexConn, _ func()) { c.Write([]byte("x")) },
+			EndDone: func(c served, upstream *duplexConn, _ func()) {
+				c.CloseWrite()
+				upstream.CloseWrite()
+			},
+			EndClientError: func(c served, _ *duplexConn, _ func()) { c.SetLinger(0); c.Close() },
+			EndUpstreamError: func(_ served, upstream *duplexConn, _ func()) {
+				upstream.SetLinger(0)
+				upstream.Close()
+			},
+			EndIdleTimeout: func(served, *duplexConn, func()) {},
+			EndCanceled:    func(_ served, _ *duplexConn, cancel func()) { cancel() },
+			EndRateLimited: func(c served, _ *duplexConn, _ func()) { c.Write([]byte("x")) },
 		} {
 			ctx, cancel := context.WithCancel(t.Context())
 			c := serveFake(ctx, a, &Conn{RateLimit: tooMuch})
@@ -577,7 +600,7 @@ func TestEveryEndReleasesTheCount(t *testing.T) {
 	})
 }
 
-// A TLSConn by itself.
+// TLSConn without an app.
 
 func tlsPair(t *testing.T, maxHandshake int) (client *tls.Conn, server *TLSConn, raw net.Conn) {
 	serverTLS, clientTLS := tlsConfigs(t)
@@ -605,7 +628,8 @@ func TestTLSConnBoundsTheHandshake(t *testing.T) {
 		client.Write(make([]byte, 100_000))
 		client.Close()
 	}()
-	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil { // Read makes the handshake
+	// Read performs the handshake
+	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil {
 		t.Errorf("after it: %d bytes, %v", n, err)
 	}
 }

@@ -26,7 +26,7 @@ import (
 // tlsConfigs are those of a server called localhost and of a client that trusts it.
 func tlsConfigs(testing.TB) (server, client *tls.Config) { return proxytest.TLSConfigs() }
 
-// Dials that fail.
+// Failed dials.
 
 func TestRefusingUpstreamCostsNoClient(t *testing.T) {
 	const workers = 10
@@ -37,12 +37,13 @@ func TestRefusingUpstreamCostsNoClient(t *testing.T) {
 	dead := proxytest.RefusingAddr(t)
 	var dials atomic.Int32
 	var d net.Dialer
-	a, results := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-		if addr == dead {
-			dials.Add(1)
-		}
-		return d.DialContext(ctx, network, addr)
-	}}, dead, upstreamDoing(t, echo), upstreamDoing(t, echo))
+	a, results := newApp(t,
+		Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if addr == dead {
+				dials.Add(1)
+			}
+			return d.DialContext(ctx, network, addr)
+		}}, dead, upstreamDoing(t, echo), upstreamDoing(t, echo))
 	addr := serve(t, a, nil)
 	var wg sync.WaitGroup
 	start := time.Now()
@@ -63,7 +64,7 @@ func TestRefusingUpstreamCostsNoClient(t *testing.T) {
 	}
 	trials := int32(time.Since(start) / (10 * time.Second))
 	if n := dials.Load(); n < 1 || n > workers+trials {
-		t.Errorf("the dead upstream was dialled %d times, want once, or by those that began together, and once more after each 10 s of rest: %d", n, trials)
+		t.Errorf("the dead upstream was dialed %d times, want 1 to %d, and %d trials", n, workers, trials)
 	}
 	if u := a.Stats().Upstreams[0]; u.State != "cooling" || u.Failed != uint64(dials.Load()) {
 		t.Errorf("%+v", u)
@@ -95,14 +96,15 @@ func TestBlackHoleCostsOneDialTimeout(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		start = time.Now()
-		c = serveFake(t.Context(), a, &Conn{}) // passed over now
+		c = serveFake(t.Context(), a, &Conn{}) // hole:1 is skipped now
 		ping(t, c)
 		if took := time.Since(start); took != 0 {
 			t.Errorf("the second was served after %v, too", took)
 		}
 		c.Close()
 		<-c.result
-		if s := a.Stats(); s.Upstreams[0].State != "cooling" || s.Upstreams[0].Failed != 1 || s.Failed != 0 {
+		if s := a.Stats(); s.Upstreams[0].State != "cooling" || s.Upstreams[0].Failed != 1 ||
+			s.Failed != 0 {
 			t.Errorf("%+v", s)
 		}
 		time.Sleep(10 * time.Second)
@@ -127,16 +129,18 @@ func TestBlackHoleCostsOneDialTimeout(t *testing.T) {
 
 func TestDefaultDialTimeoutAndFailTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			if addr == "hole:1" {
-				<-ctx.Done()
-				return nil, ctx.Err()
-			}
-			return dialFake(echoFake)(ctx, network, addr)
-		}}, "hole:1", "good:1")
+		a, _ := newApp(t,
+			Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				if addr == "hole:1" {
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}
+				return dialFake(echoFake)(ctx, network, addr)
+			}}, "hole:1", "good:1")
 		begun := time.Now()
 		for _, step := range []struct{ at, served time.Duration }{
-			{0, 5 * time.Second}, {15*time.Second - 1, 15*time.Second - 1}, {15 * time.Second, 20 * time.Second},
+			{0, 5 * time.Second}, {15*time.Second - 1, 15*time.Second - 1},
+			{15 * time.Second, 20 * time.Second},
 			{30*time.Second - 1, 30*time.Second - 1}, {30 * time.Second, 35 * time.Second},
 		} {
 			time.Sleep(step.at - time.Since(begun))
@@ -153,11 +157,12 @@ func TestDefaultDialTimeoutAndFailTimeout(t *testing.T) {
 func TestAllUpstreamsRefuse(t *testing.T) {
 	refused := &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 	var dialled []string
-	a, results := newApp(t, Options{DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
-		dialled = append(dialled, addr)
-		return nil, refused
-	}}, "a:1", "b:1", "c:1")
-	for range 2 { // the second time all of them are cooling, and tried anyway
+	a, results := newApp(t,
+		Options{DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
+			dialled = append(dialled, addr)
+			return nil, refused
+		}}, "a:1", "b:1", "c:1")
+	for range 2 { // the second time all are cooling and are tried anyway
 		dialled = nil
 		c := serveFake(t.Context(), a, &Conn{})
 		if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
@@ -165,8 +170,10 @@ func TestAllUpstreamsRefuse(t *testing.T) {
 		}
 		r := <-c.result
 		var dial *DialError
-		if r.End != EndDialFailed || r.Attempts != 3 || r.Upstream != "" || !errors.Is(r.Err, syscall.ECONNREFUSED) ||
-			!errors.As(r.Err, &dial) || dial.App != "test" || dial.Addr != "a:1" || strings.Count(r.Err.Error(), "connection refused") != 3 {
+		if r.End != EndDialFailed || r.Attempts != 3 || r.Upstream != "" ||
+			!errors.Is(r.Err, syscall.ECONNREFUSED) ||
+			!errors.As(r.Err, &dial) || dial.App != "test" || dial.Addr != "a:1" ||
+			strings.Count(r.Err.Error(), "connection refused") != 3 {
 			t.Errorf("%+v", r)
 		}
 		if s := fmt.Sprint(dialled); s != "[a:1 b:1 c:1]" {
@@ -179,13 +186,16 @@ func TestAllUpstreamsRefuse(t *testing.T) {
 
 func TestAllUpstreamsAreBlackHoles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{DialTimeout: 3 * time.Second, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			<-ctx.Done()
-			return nil, ctx.Err()
-		}}, "a:1", "b:1", "c:1")
+		a, _ := newApp(t,
+			Options{DialTimeout: 3 * time.Second,
+				DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}}, "a:1", "b:1", "c:1")
 		start := time.Now()
 		c := serveFake(t.Context(), a, &Conn{})
-		if r := <-c.result; r.End != EndDialFailed || r.Attempts != 3 || !errors.Is(r.Err, context.DeadlineExceeded) {
+		if r := <-c.result; r.End != EndDialFailed || r.Attempts != 3 ||
+			!errors.Is(r.Err, context.DeadlineExceeded) {
 			t.Errorf("%+v", r)
 		}
 		if took := time.Since(start); took != 9*time.Second {
@@ -200,7 +210,8 @@ func TestAllUpstreamsFull(t *testing.T) {
 	first := serveFake(t.Context(), a, &Conn{})
 	ping(t, first)
 	second := serveFake(t.Context(), a, &Conn{})
-	if r := <-second.result; r.End != EndNoUpstream || !errors.Is(r.Err, ErrNoUpstream) || r.Attempts != 0 {
+	if r := <-second.result; r.End != EndNoUpstream || !errors.Is(r.Err, ErrNoUpstream) ||
+		r.Attempts != 0 {
 		t.Errorf("%+v", r)
 	}
 	first.Close()
@@ -211,7 +222,8 @@ func TestAllUpstreamsFull(t *testing.T) {
 func TestLocalDialErrorsDoNotCountAsFailures(t *testing.T) {
 	for ours, attempts := range map[error]int{
 		syscall.EADDRNOTAVAIL: 2, context.Canceled: 2,
-		syscall.EMFILE: 1, syscall.ENFILE: 1, syscall.ENOBUFS: 1, syscall.ENOMEM: 1, // the next would fail as well
+		// the next dial would fail, too
+		syscall.EMFILE: 1, syscall.ENFILE: 1, syscall.ENOBUFS: 1, syscall.ENOMEM: 1,
 	} {
 		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
 			return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", ours)}
@@ -229,14 +241,16 @@ func TestLocalDialErrorsDoNotCountAsFailures(t *testing.T) {
 }
 
 func TestNilConnFromDialerIsAnError(t *testing.T) {
-	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, nil }}, "a:1")
+	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		return nil, nil
+	}}, "a:1")
 	c := serveFake(t.Context(), a, &Conn{})
 	if r := <-c.result; r.End != EndDialFailed || !errors.Is(r.Err, errNilDialed) {
 		t.Errorf("%+v", r)
 	}
 }
 
-// Clients that do something before the dial is done.
+// Clients that act before the dial is done.
 
 func TestDataSentDuringTheDialArrives(t *testing.T) {
 	const size = 300_000
@@ -250,11 +264,12 @@ func TestDataSentDuringTheDialArrives(t *testing.T) {
 			c.Write([]byte("bye"))
 		})
 		dialling, goOn := make(chan bool), make(chan bool)
-		a, results := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			dialling <- true
-			<-goOn
-			return new(net.Dialer).DialContext(ctx, network, addr)
-		}}, up)
+		a, results := newApp(t,
+			Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				dialling <- true
+				<-goOn
+				return new(net.Dialer).DialContext(ctx, network, addr)
+			}}, up)
 		c := dial(t, serve(t, a, nil))
 		<-dialling
 		var wg sync.WaitGroup
@@ -265,7 +280,7 @@ func TestDataSentDuringTheDialArrives(t *testing.T) {
 			}
 		})
 		if half {
-			wg.Wait() // it all fits into the buffers of the systems between
+			wg.Wait() // it all fits into socket buffers
 		}
 		goOn <- true
 		if s := <-got; s != pattern(size) {
@@ -291,7 +306,7 @@ func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				<-ctx.Done()
-				return nil, errors.New("interrupted") // which says nothing of the context
+				return nil, errors.New("interrupted") // an error that is not the context's
 			}}, "a:1", "b:1")
 			var r Result
 			start := time.Now()
@@ -300,7 +315,7 @@ func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 				synctest.Wait()
 				leave(c.duplexConn)
 				r = <-c.result
-			} else { // a conn without half-close, of which an end is all there is
+			} else { // without half-close an end means that the client has left
 				client, ours := net.Pipe()
 				go func() { synctest.Wait(); client.Close() }()
 				r, _ = a.ServeConn(t.Context(), &Conn{Client: ours})
@@ -322,11 +337,13 @@ func TestResetBehindUnreadDataCancelsDial(t *testing.T) {
 		t.Skip("elsewhere it is noticed when the dial is done")
 	}
 	dialling := make(chan bool)
-	a, results := newApp(t, Options{DialTimeout: time.Minute, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		dialling <- true
-		<-ctx.Done()
-		return nil, ctx.Err()
-	}}, "a:1")
+	a, results := newApp(t,
+		Options{DialTimeout: time.Minute,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				dialling <- true
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}}, "a:1")
 	c := dial(t, serve(t, a, nil))
 	<-dialling
 	c.Write([]byte("hello"))
@@ -342,7 +359,10 @@ func TestResetBehindUnreadDataCancelsDial(t *testing.T) {
 
 func TestContextEndsConnectionInEveryState(t *testing.T) {
 	cause := errors.New("because")
-	hang := func(ctx context.Context, _, _ string) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
+	hang := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	hold := limitFunc(func(e Event) Decision { return Decision{Wait: time.Hour} })
 	for _, tc := range []struct {
 		name  string
@@ -406,13 +426,13 @@ func TestUpstreamConnectedTooLateIsReset(t *testing.T) {
 	}
 }
 
-// A watchedContext counts those who wait for its end.
+// A watchedContext counts the functions registered with it.
 type watchedContext struct {
 	context.Context
 	watchers atomic.Int32
 }
 
-func (c *watchedContext) Value(any) any { return nil } // else package context would look behind it
+func (c *watchedContext) Value(any) any { return nil } // or package context would look through it
 
 func (c *watchedContext) AfterFunc(f func()) (stop func() bool) {
 	c.watchers.Add(1)
@@ -439,17 +459,20 @@ func TestServeConnLeavesNothingInTheContext(t *testing.T) {
 
 func TestUpstreamTLSIsVerifiedWithinTheDialTimeout(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
-	silent := upstreamDoing(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) }) // accepts, and says nothing
+	// accepts and stays silent
+	silent := upstreamDoing(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
 	good := upstreamDoing(t, func(c *net.TCPConn) {
 		tc := tls.Server(c, serverTLS)
 		defer tc.Close()
 		io.Copy(tc, tc)
 	})
-	clientTLS.ServerName = "" // to be taken from Addr
+	clientTLS.ServerName = "" // so it is taken from Addr
 	a, results := newAppOver(t, Options{DialTimeout: 300 * time.Millisecond},
 		Upstream{Addr: silent, TLS: clientTLS},
-		Upstream{Addr: upstreamDoing(t, func(c *net.TCPConn) { c.Write([]byte("220 not TLS\r\n")) }), TLS: clientTLS},
-		Upstream{Addr: strings.Replace(good, "127.0.0.1", "localhost", 1), TLS: &tls.Config{}}, // trusts nobody
+		Upstream{Addr: upstreamDoing(t, func(c *net.TCPConn) { c.Write([]byte("220 not TLS\r\n")) }),
+			TLS: clientTLS},
+		// trusts nobody
+		Upstream{Addr: strings.Replace(good, "127.0.0.1", "localhost", 1), TLS: &tls.Config{}},
 		Upstream{Addr: good, TLS: clientTLS})
 	c := dial(t, serve(t, a, nil))
 	ping(t, c)
@@ -466,11 +489,12 @@ func TestUpstreamTLSIsVerifiedWithinTheDialTimeout(t *testing.T) {
 
 func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
-	a, results := newAppOver(t, Options{}, Upstream{TLS: clientTLS, Addr: upstreamDoing(t, func(c *net.TCPConn) {
-		tc := tls.Server(c, serverTLS)
-		io.ReadFull(tc, make([]byte, 5))
-		tc.Write([]byte("half of the ans"))
-	})})
+	a, results := newAppOver(t, Options{},
+		Upstream{TLS: clientTLS, Addr: upstreamDoing(t, func(c *net.TCPConn) {
+			tc := tls.Server(c, serverTLS)
+			io.ReadFull(tc, make([]byte, 5))
+			tc.Write([]byte("half of the ans"))
+		})})
 	c := dial(t, serve(t, a, nil))
 	c.Write([]byte("what?"))
 	b, err := io.ReadAll(c)
@@ -482,7 +506,7 @@ func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	}
 }
 
-// It gets a reset, which is below TLS, rather than a goodbye.
+// The client sees a reset, not a close_notify.
 func TestAbortedTLSClientSeesAReset(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
@@ -502,7 +526,7 @@ func TestAbortedTLSClientSeesAReset(t *testing.T) {
 
 func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
-	serverTLS.SessionTicketsDisabled = true     // the handshake is over when both say so
+	serverTLS.SessionTicketsDisabled = true     // nothing follows the handshake
 	for _, ended := range []bool{false, true} { // the client's own stream
 		synctest.Test(t, func(t *testing.T) {
 			a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
@@ -510,8 +534,10 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 				c.(*duplexConn).CloseWrite()
 				io.Copy(io.Discard, c)
 			})}, "u:1")
-			client, ours := duplex()                                                                // which has no buffer: what is written waits for the reader
-			proxy, c := tls.Server(ours, serverTLS), relay.NewTLS(tls.Client, client, clientTLS, 0) // which tells a cut
+			// unbuffered: a write waits for its reader
+			client, ours := duplex()
+			// which detects a cut
+			proxy, c := tls.Server(ours, serverTLS), relay.NewTLS(tls.Client, client, clientTLS, 0)
 			go proxy.Handshake()
 			if err := c.Handshake(); err != nil {
 				t.Fatal(err)
@@ -520,7 +546,7 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 			go func() { r, _ := a.ServeConn(t.Context(), &Conn{Client: proxy}); result <- r }()
 			if ended {
 				c.CloseWrite()
-				time.Sleep(time.Second) // the upstream has been told, and the upload is over
+				time.Sleep(time.Second) // the upstream has seen the end, and the upload is over
 			}
 			io.ReadFull(c, make([]byte, 6))
 			time.Sleep(time.Minute) // crypto/tls would give up after 5 s
@@ -539,7 +565,7 @@ func TestCloseDoesNotWaitForStuckTLSPeer(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { flood(c) }))
 	addr := serve(t, a, func(ctx context.Context, c *Conn) error {
-		c.Client.(*net.TCPConn).SetWriteBuffer(64 << 10) // which is full soon
+		c.Client.(*net.TCPConn).SetWriteBuffer(64 << 10) // so that it is full soon
 		tc := tls.Server(c.Client, serverTLS)
 		c.Client = tc
 		return tc.HandshakeContext(ctx)
@@ -559,7 +585,7 @@ func TestCloseDoesNotWaitForStuckTLSPeer(t *testing.T) {
 	}
 	start := time.Now()
 	a.Close()
-	// tls.Conn.Close alone would try to say goodbye for 5 s.
+	// tls.Conn.Close alone would try to send close_notify for 5 s.
 	if took := time.Since(start); took > 3*time.Second {
 		t.Errorf("Close took %v", took)
 	}
@@ -631,15 +657,16 @@ func TestSetUpstreamsWhileInUse(t *testing.T) {
 
 func TestUpstreamRemovedDuringDial(t *testing.T) {
 	dialling, goOn := make(chan bool), make(chan error)
-	a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-		if addr == "a:1" {
-			dialling <- true
-			if err := <-goOn; err != nil {
-				return nil, err
+	a, _ := newApp(t,
+		Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if addr == "a:1" {
+				dialling <- true
+				if err := <-goOn; err != nil {
+					return nil, err
+				}
 			}
-		}
-		return dialFake(echoFake)(ctx, network, addr)
-	}}, "a:1")
+			return dialFake(echoFake)(ctx, network, addr)
+		}}, "a:1")
 	for _, err := range []error{nil, syscall.ECONNREFUSED} {
 		c := serveFake(t.Context(), a, &Conn{})
 		<-dialling
@@ -648,7 +675,8 @@ func TestUpstreamRemovedDuringDial(t *testing.T) {
 		ping(t, c)
 		c.Close()
 		r := <-c.result
-		if want := map[bool]string{true: "a:1", false: "b:1"}[err == nil]; r.Upstream != want || r.End != EndDone {
+		if want := map[bool]string{true: "a:1", false: "b:1"}[err == nil]; r.Upstream != want ||
+			r.End != EndDone {
 			t.Errorf("dial said %v: %+v", err, r)
 		}
 		if s := a.Stats().Upstreams; len(s) != 1 || s[0].Open != 0 {

@@ -156,8 +156,8 @@ func ExampleOptions_dialContext() {
 	// red got for ann:
 }
 
-// Serve calls admit for each connection: to refuse it, to say who it is, to limit it. A TLS server would do its
-// handshake there.
+// Serve calls admit for each connection: to refuse it, to say who it is, to limit it. A TLS server
+// would do its handshake there.
 func ExampleLBProxyApp_Serve() {
 	red := startUpstream("red")
 	defer red.Close()
@@ -190,7 +190,8 @@ func ExampleLBProxyApp_Serve() {
 	ann.Close()
 	for range 2 {
 		r := <-results
-		fmt.Printf("%s: %s, %d bytes sent, %d received, %v\n", r.ClientID, r.End, r.Sent, r.Received, r.Err)
+		fmt.Printf("%s: %s, %d bytes sent, %d received, %v\n", r.ClientID, r.End, r.Sent, r.Received,
+			r.Err)
 	}
 	app.Close()
 	fmt.Println(<-ended)
@@ -228,7 +229,8 @@ func ExampleLBProxyApp_ServeConn() {
 	}
 	r, err := app.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: "ann"})
 	wg.Wait()
-	fmt.Println(r.ClientID, r.End, r.Upstream == red.Addr().String(), r.Attempts, r.Sent, r.Received, err)
+	fmt.Println(r.ClientID, r.End, r.Upstream == red.Addr().String(), r.Attempts, r.Sent, r.Received,
+		err)
 	// Output:
 	// red got hello
 	// ann done true 1 5 13 <nil>
@@ -252,7 +254,8 @@ func ExampleRateLimitManager() {
 	}
 	defer app.Close()
 	hours := make(chan int, 3)
-	limit := workingHours{hour: func() int { h := <-hours; hours <- h; return h }} // time.Now().Hour, really
+	// time.Now().Hour, really
+	limit := workingHours{hour: func() int { h := <-hours; hours <- h; return h }}
 	admit := func(_ context.Context, c *lbproxy.Conn) error {
 		c.RateLimit = limit
 		return nil
@@ -286,7 +289,8 @@ func ExampleTokenBucket() {
 	// Output: let in let in refused
 }
 
-// At most ten connections an hour, and at most two at once. What the second manager refuses costs the first nothing.
+// At most ten connections an hour, and at most two at once. What the second manager refuses costs
+// the first nothing.
 func ExampleAll() {
 	limit := lbproxy.All(
 		&lbproxy.TokenBucket{Burst: 10, Every: time.Hour / 10},
@@ -352,7 +356,8 @@ func ExampleLBProxyApp_SetUpstreams() {
 	// open: 1 removed: true
 }
 
-// Upstreams are checked by a function of ours. A dial would find nothing wrong with red, which is under maintenance.
+// Upstreams are checked by a function of ours. A dial would find nothing wrong with red, which is
+// under maintenance.
 func ExampleHealthCheck() {
 	red, green := startUpstream("red"), startUpstream("green")
 	defer red.Close()

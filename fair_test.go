@@ -70,7 +70,7 @@ func measureShares(t *testing.T, groups []*downloads, during time.Duration) (unf
 		result := fmt.Sprintf("%d MiB/s: %.3f reached, shares of %d streams from %.3f to %.3f",
 			d.rate>>20, reached, len(d.counts), least, most)
 		t.Log(result)
-		// If the rate is not reached, the machine has divided its time, not the limit.
+		// If the rate was not reached, the machine divided its time, not the limit.
 		if reached > 0.95 && (least < 0.9 || most > 1.1) {
 			unfair = result + ", want 0.9 to 1.1"
 		}
@@ -106,8 +106,7 @@ func (d *downloads) mark() {
 	}
 }
 
-// shares returns the bytes since mark, and the least and the most that one of d got of them, where
-// 1 is a fair share.
+// shares returns the bytes since mark, and the smallest and largest share of them; 1 is fair.
 func (d *downloads) shares() (least, most, sum float64) {
 	var got []float64
 	for i, c := range d.counts {
@@ -126,7 +125,7 @@ func (c *counter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// pings measures how long a byte takes there and back, for so long.
+// pings sends bytes back and forth for so long and returns the longest round trip.
 func pings(c net.Conn, during time.Duration) (worst time.Duration, err error) {
 	b := []byte("p")
 	for end := time.Now().Add(during); time.Now().Before(end); time.Sleep(time.Millisecond) {
@@ -142,7 +141,7 @@ func pings(c net.Conn, during time.Duration) (worst time.Duration, err error) {
 	return worst, nil
 }
 
-// Virtual time counts only what the limit makes a ping wait.
+// Fake time counts only the waits that the limit causes.
 func TestPingBesideBulkIsQuick(t *testing.T) {
 	for _, tt := range []struct {
 		rate, burst int64

@@ -24,7 +24,7 @@ import (
 
 var errSick = errors.New("sick")
 
-// A ward says how upstreams are, and keeps what it was asked. Its check is a HealthCheck.Check.
+// A ward says which upstreams are sick and records checks. Its check is a HealthCheck.Check.
 type ward struct {
 	mu     sync.Mutex
 	sick   map[string]error // by Addr
@@ -51,7 +51,7 @@ func (w *ward) set(err error, addrs ...string) {
 	}
 }
 
-// count is how often an upstream was asked.
+// count returns how often an upstream was checked.
 func (w *ward) count(addr string) (n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -64,7 +64,9 @@ func (w *ward) count(addr string) (n int) {
 }
 
 // newCheckedApp returns an app with health checks, and its log.
-func newCheckedApp(t *testing.T, hc HealthCheck, opts Options, addrs ...string) (*LBProxyApp, *syncBuffer) {
+func newCheckedApp(
+	t *testing.T, hc HealthCheck, opts Options, addrs ...string,
+) (*LBProxyApp, *syncBuffer) {
 	t.Helper()
 	var log syncBuffer
 	opts.HealthCheck = &hc
@@ -115,9 +117,10 @@ func TestBadHealthCheckIsRejectedByNameAndValue(t *testing.T) {
 			t.Errorf("%+v: %v, want %s", hc, err, want)
 		}
 	}
-	if _, err := New("db", []Upstream{{Addr: "u:1"}, {Addr: "u"}}, &Options{HealthCheck: &HealthCheck{}}); err == nil {
+	if _, err := New("db", []Upstream{{Addr: "u:1"}, {Addr: "u"}},
+		&Options{HealthCheck: &HealthCheck{}}); err == nil {
 		t.Error("an Addr without a port: no error")
-	} // nor a goroutine: TestMain would tell
+	} // and no goroutine is left: TestMain would fail
 }
 
 func TestHealthCheckIsCopied(t *testing.T) {
@@ -129,7 +132,8 @@ func TestHealthCheckIsCopied(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer a.Close()
-		hc = HealthCheck{Interval: time.Hour, Check: func(context.Context, Upstream) error { panic("replaced") }}
+		hc = HealthCheck{Interval: time.Hour,
+			Check: func(context.Context, Upstream) error { panic("replaced") }}
 		time.Sleep(10 * time.Second)
 		if n := w.count("u:1"); n < 9 || n > 12 {
 			t.Errorf("%d checks in 10 s, want one each second", n)
@@ -139,12 +143,14 @@ func TestHealthCheckIsCopied(t *testing.T) {
 
 func TestNoHealthCheckMeansNoChecks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { panic("dialled") }}, "u:1")
+		newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+			panic("dialed")
+		}}, "u:1")
 		time.Sleep(time.Hour)
 	})
 }
 
-// Not all at once, then each in its own time: never later than the Interval, nor by more than a tenth before.
+// First checks are spread over the Interval; later ones come 9 to 10 tenths of it apart.
 func TestChecksAreSpreadOverTheInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const interval, upstreams = 10 * time.Second, 200
@@ -174,7 +180,8 @@ func TestChecksAreSpreadOverTheInterval(t *testing.T) {
 			t.Errorf("first checks of %d upstreams by tenths of an interval: %v", len(last), tenths)
 		}
 		all := slices.Sorted(maps.Keys(gaps))
-		if least, most := all[0], all[len(all)-1]; least < interval*9/10 || most > interval || most-least < interval/20 {
+		if least, most := all[0], all[len(all)-1]; least < interval*9/10 || most > interval ||
+			most-least < interval/20 {
 			t.Errorf("checks are %v to %v apart, want what is between 9s and 10s", least, most)
 		}
 	})
@@ -183,7 +190,7 @@ func TestChecksAreSpreadOverTheInterval(t *testing.T) {
 func TestRiseAndFallAreExact(t *testing.T) {
 	verdicts := map[rune]error{
 		'.': nil, 'x': errSick,
-		'o': &net.OpError{Op: "dial", Err: syscall.EMFILE}, // our own
+		'o': &net.OpError{Op: "dial", Err: syscall.EMFILE}, // a local error
 	}
 	for _, tc := range []struct {
 		rise, fall              int
@@ -221,23 +228,26 @@ func TestRiseAndFallAreExact(t *testing.T) {
 				t.Errorf("Rise %d, Fall %d, checks %s: %s, want %s", tc.rise, tc.fall, tc.checks, got, tc.want)
 			}
 			wantLines(t, log, map[string]int{saysDown: tc.foundDown, saysUp: tc.foundUpAgain,
-				"level=WARN": tc.foundDown, "level=INFO": tc.foundUpAgain, "app=test": tc.foundDown + tc.foundUpAgain,
+				"level=WARN": tc.foundDown, "level=INFO": tc.foundUpAgain,
+				"app=test":     tc.foundDown + tc.foundUpAgain,
 				"upstream=u:1": tc.foundDown + tc.foundUpAgain, "err=sick": tc.foundDown})
 		})
 	}
 }
 
 func TestLocalErrorsInChecksChangeNothing(t *testing.T) {
-	for _, ours := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL, context.Canceled} {
+	for _, ours := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM,
+		syscall.EADDRNOTAVAIL, context.Canceled} {
 		synctest.Test(t, func(t *testing.T) {
 			var broken atomic.Bool
 			broken.Store(true)
-			a, log := newCheckedApp(t, HealthCheck{}, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-				if broken.Load() {
-					return nil, fmt.Errorf("dial: %w", ours)
-				}
-				return nil, errSick
-			}}, "u:1")
+			a, log := newCheckedApp(t, HealthCheck{},
+				Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+					if broken.Load() {
+						return nil, fmt.Errorf("dial: %w", ours)
+					}
+					return nil, errSick
+				}}, "u:1")
 			time.Sleep(time.Hour)
 			wantStates(t, ours.Error(), a, "up")
 			broken.Store(false)
@@ -264,20 +274,22 @@ func TestDefaultCheckDialsAndCloses(t *testing.T) {
 		})
 		var how atomic.Value
 		how.Store("works")
-		a, log := newCheckedApp(t, HealthCheck{}, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			if deadline, ok := ctx.Deadline(); !ok || time.Until(deadline) != 2*time.Second || network != "tcp" || addr != "u:1" {
-				t.Errorf("dial of %s %s with deadline %v, %v", network, addr, deadline, ok)
-			}
-			switch how.Load() {
-			case "nothing":
-				return nil, nil
-			case "hangs":
-				<-ctx.Done()
-				return nil, ctx.Err()
-			}
-			dialled.Add(1)
-			return dial(ctx, network, addr)
-		}}, "u:1")
+		a, log := newCheckedApp(t, HealthCheck{},
+			Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				if deadline, ok := ctx.Deadline(); !ok || time.Until(deadline) != 2*time.Second ||
+					network != "tcp" || addr != "u:1" {
+					t.Errorf("dial of %s %s with deadline %v, %v", network, addr, deadline, ok)
+				}
+				switch how.Load() {
+				case "nothing":
+					return nil, nil
+				case "hangs":
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}
+				dialled.Add(1)
+				return dial(ctx, network, addr)
+			}}, "u:1")
 		for _, h := range []string{"works", "nothing", "works", "hangs", "works"} {
 			how.Store(h)
 			time.Sleep(time.Minute)
@@ -288,14 +300,15 @@ func TestDefaultCheckDialsAndCloses(t *testing.T) {
 		if dialled.Load() != ended.Load() || dialled.Load() < 30 {
 			t.Errorf("%d dials, %d connections ended", dialled.Load(), ended.Load())
 		}
-		wantLines(t, log, map[string]int{saysDown: 2, saysUp: 2, errNilDialed.Error(): 1, "no result within 2s": 1})
+		wantLines(t, log,
+			map[string]int{saysDown: 2, saysUp: 2, errNilDialed.Error(): 1, "no result within 2s": 1})
 		if s := a.Stats(); s.Accepted != 0 || s.Upstreams[0].Total != 0 || s.Upstreams[0].Failed != 0 {
 			t.Errorf("%+v: checks are no connections", s)
 		}
 	})
 }
 
-// awaitStates waits, in real time, for what must come.
+// awaitStates waits in real time until the states are as wanted.
 func awaitStates(t *testing.T, a *LBProxyApp, want string) {
 	t.Helper()
 	deadline := time.Now().Add(20 * time.Second)
@@ -327,10 +340,14 @@ func TestChecksFollowAServerDownAndUp(t *testing.T) {
 		return l.Addr().String(), func() { l.Close(); wg.Wait() }
 	}
 	addr, stop := start("127.0.0.1:0")
-	secure := upstreamDoing(t, func(c *net.TCPConn) { tc := tls.Server(c, serverTLS); io.Copy(tc, tc); tc.Close() })
+	secure := upstreamDoing(t, func(c *net.TCPConn) {
+		tc := tls.Server(c, serverTLS)
+		io.Copy(tc, tc)
+		tc.Close()
+	})
 	stranger := strings.Replace(secure, "127.0.0.1", "localhost", 1)
 	plain := upstreamDoing(t, func(c *net.TCPConn) { c.Write([]byte("220 not TLS\r\n")) })
-	clientTLS.ServerName = "" // to be taken from Addr
+	clientTLS.ServerName = "" // so it is taken from Addr
 	a, _ := newAppOver(t, Options{HealthCheck: &HealthCheck{Interval: time.Millisecond}},
 		Upstream{Addr: addr}, Upstream{Addr: secure, TLS: clientTLS},
 		Upstream{Addr: stranger, TLS: &tls.Config{}}, Upstream{Addr: plain, TLS: clientTLS})
@@ -353,19 +370,21 @@ func TestHungCheckFailsAtItsTimeout(t *testing.T) {
 			release := make(chan bool)
 			w := newWard()
 			begun := make(chan bool, 1)
-			a, log := newCheckedApp(t, HealthCheck{Timeout: time.Second, Fall: 1, Rise: 1, Check: func(ctx context.Context, u Upstream) error {
-				w.check(ctx, u)
-				if u.Addr != "b:1" || w.count("b:1") > 1 {
-					return nil
-				}
-				begun <- true
-				if obeys {
-					<-ctx.Done()
-					return ctx.Err()
-				}
-				<-release
-				return nil
-			}}, Options{}, "a:1", "b:1", "c:1")
+			a, log := newCheckedApp(t,
+				HealthCheck{Timeout: time.Second, Fall: 1, Rise: 1,
+					Check: func(ctx context.Context, u Upstream) error {
+						w.check(ctx, u)
+						if u.Addr != "b:1" || w.count("b:1") > 1 {
+							return nil
+						}
+						begun <- true
+						if obeys {
+							<-ctx.Done()
+							return ctx.Err()
+						}
+						<-release
+						return nil
+					}}, Options{}, "a:1", "b:1", "c:1")
 			<-begun
 			time.Sleep(time.Second - 1)
 			wantStates(t, "before the Timeout", a, "up up up")
@@ -387,7 +406,7 @@ func TestHungCheckFailsAtItsTimeout(t *testing.T) {
 				}
 				release <- true
 				synctest.Wait()
-				wantStates(t, "when it has returned", a, "up down up") // that it was well counts no more
+				wantStates(t, "when it has returned", a, "up down up") // its late success does not count
 				time.Sleep(6 * time.Second)
 			}
 			wantStates(t, "after the next check", a, "up up up")
@@ -404,7 +423,8 @@ func TestCheckThatNeverReturnsCountsAsFailed(t *testing.T) {
 			<-release
 			return nil
 		}}, Options{}, "u:1")
-		time.Sleep(5*time.Second + 2*time.Second + 2*5*time.Second) // to its beginning, its timeout, and two more that are due
+		// until it begins, times out, and two more are due
+		time.Sleep(5*time.Second + 2*time.Second + 2*5*time.Second)
 		wantStates(t, "hung", a, "down")
 		time.Sleep(time.Hour)
 		if n := checks.Load(); n != 1 {
@@ -437,7 +457,9 @@ func TestPanicInCheckIsAFailureAndIsLogged(t *testing.T) {
 			wantStates(t, name, a, "down up")
 			if name == "panic" {
 				failures := int(checks.Load())
-				wantLines(t, log, map[string]int{"level=ERROR": failures, "panic=boom": failures, "stack=": failures, ".runCheck(": failures, `err="panic: boom"`: 1})
+				wantLines(t, log,
+					map[string]int{"level=ERROR": failures, "panic=boom": failures, "stack=": failures,
+						".runCheck(": failures, `err="panic: boom"`: 1})
 			} else {
 				wantLines(t, log, map[string]int{"Goexit": 1})
 			}
@@ -466,10 +488,13 @@ func TestChecksSurviveLoggerThatPanicsOrBlocks(t *testing.T) {
 		wantStates(t, "mended", a, "up up")
 
 		goOn := make(chan bool)
-		b, _ := newApp(t, Options{HealthCheck: &HealthCheck{Check: w.check}, Logger: slog.New(callingHandler{call: func() { <-goOn }})}, "c:1", "d:1")
+		b, _ := newApp(t,
+			Options{HealthCheck: &HealthCheck{Check: w.check}, Logger: slog.New(callingHandler{call: func() {
+				<-goOn
+			}})}, "c:1", "d:1")
 		w.set(errSick, "c:1", "d:1")
 		time.Sleep(time.Minute)
-		wantStates(t, "blocked", b, "down down") // no lock is held, nor does one wait for the other
+		wantStates(t, "blocked", b, "down down") // no lock is held, and no check waits for another
 		close(goOn)
 	})
 }
@@ -499,16 +524,18 @@ func TestChecksMayCallTheApp(t *testing.T) {
 func TestCheckGetsItsOwnCopyOfTheUpstream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		seen := make(chan Upstream)
-		a, _ := newAppOver(t, Options{HealthCheck: &HealthCheck{Check: func(_ context.Context, u Upstream) error {
-			was := u
-			was.TLS = u.TLS.Clone()
-			u.TLS.NextProtos = []string{"h2"} // its own
-			seen <- was
-			return nil
-		}}}, Upstream{Addr: "u:1", MaxConns: 7, TLS: &tls.Config{}})
+		a, _ := newAppOver(t,
+			Options{HealthCheck: &HealthCheck{Check: func(_ context.Context, u Upstream) error {
+				was := u
+				was.TLS = u.TLS.Clone()
+				u.TLS.NextProtos = []string{"h2"} // its own
+				seen <- was
+				return nil
+			}}}, Upstream{Addr: "u:1", MaxConns: 7, TLS: &tls.Config{}})
 		for range 3 {
 			u := <-seen
-			if u.Addr != "u:1" || u.Weight != 1 || u.MaxConns != 7 || u.TLS.ServerName != "u" || u.TLS.NextProtos != nil {
+			if u.Addr != "u:1" || u.Weight != 1 || u.MaxConns != 7 || u.TLS.ServerName != "u" ||
+				u.TLS.NextProtos != nil {
 				t.Errorf("checked %+v", u)
 			}
 		}
@@ -519,19 +546,20 @@ func TestCheckGetsItsOwnCopyOfTheUpstream(t *testing.T) {
 	})
 }
 
-// What becomes of connections.
+// What happens to connections.
 
 func TestDownUpstreamsAreNotDialed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		var dialled []string
-		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			dialled = append(dialled, addr)
-			if addr == "b:1" {
-				return nil, errSick
-			}
-			return dialFake(echoFake)(ctx, network, addr)
-		}}, "a:1", "b:1")
+		a, _ := newCheckedApp(t, HealthCheck{Check: w.check},
+			Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				dialled = append(dialled, addr)
+				if addr == "b:1" {
+					return nil, errSick
+				}
+				return dialFake(echoFake)(ctx, network, addr)
+			}}, "a:1", "b:1")
 		old := serveFake(t.Context(), a, &Conn{})
 		ping(t, old)
 		w.set(errSick, "a:1")
@@ -552,7 +580,8 @@ func TestDownUpstreamsAreNotDialed(t *testing.T) {
 			if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
 				t.Errorf("the client reads %v, want a reset", err)
 			}
-			if r := <-c.result; r.End != EndNoUpstream || !errors.Is(r.Err, ErrNoUpstream) || r.Attempts != 0 {
+			if r := <-c.result; r.End != EndNoUpstream || !errors.Is(r.Err, ErrNoUpstream) ||
+				r.Attempts != 0 {
 				t.Errorf("%+v", r)
 			}
 		}
@@ -570,7 +599,8 @@ func TestRecoveredUpstreamIsNotStampeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		w.set(errSick, "a:1")
-		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: dialFake(echoFake)}, "a:1", "b:1", "c:1")
+		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: dialFake(echoFake)},
+			"a:1", "b:1", "c:1")
 		time.Sleep(time.Minute)
 		open := func(n int) {
 			for range n {
@@ -643,11 +673,12 @@ func TestOnlyBeingFoundUpEndsCooling(t *testing.T) {
 		w.set(nil, "a:1")
 		time.Sleep(5 * time.Second)
 		wantStates(t, "found down and up while it was cooling", a, "up up")
-		wantLines(t, log, map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is skipped": 2, "works again": 0})
+		wantLines(t, log,
+			map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is skipped": 2, "works again": 0})
 	})
 }
 
-// A holeDialer reaches echoing upstreams in memory, but those that have turned into black holes.
+// A holeDialer dials echoing upstreams in memory; some of them are black holes.
 type holeDialer struct {
 	mu    sync.Mutex
 	holes map[string]bool
@@ -663,7 +694,8 @@ func (d *holeDialer) dial(ctx context.Context, network, addr string) (net.Conn, 
 	d.mu.Unlock()
 	if hole {
 		<-ctx.Done()
-		return nil, &net.OpError{Op: "dial", Net: network, Err: errors.New("gave up")} // not even its error
+		// an error that is not the context's
+		return nil, &net.OpError{Op: "dial", Net: network, Err: errors.New("gave up")}
 	}
 	return dialFake(echoFake)(ctx, network, addr)
 }
@@ -733,8 +765,10 @@ func TestAbandonedDialSaysUpstreamIsDown(t *testing.T) {
 			start := time.Now()
 			c := serveFake(t.Context(), a, &Conn{})
 			r := <-c.result
-			if took := time.Since(start); took > 2*time.Second || r.End != EndDialFailed || r.Attempts != 1 ||
-				!errors.Is(r.Err, errUpstreamDown) || !strings.HasPrefix(r.Err.Error(), `lbproxy: app "test": upstream a:1: `) {
+			if took := time.Since(start); took > 2*time.Second || r.End != EndDialFailed ||
+				r.Attempts != 1 ||
+				!errors.Is(r.Err, errUpstreamDown) ||
+				!strings.HasPrefix(r.Err.Error(), `lbproxy: app "test": upstream a:1: `) {
 				t.Errorf("after %v: %+v", took, r)
 			}
 			d.set("a:1", false)
@@ -796,20 +830,24 @@ func TestCloseOnDownResetsOpenConnections(t *testing.T) {
 func TestDrainingUpstreamIsChecked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
-		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: dialFake(echoFake)}, "a:1", "b:1")
-		if err := a.SetUpstreams([]Upstream{{Addr: "a:1", Drain: true}, {Addr: "b:1", Drain: true}}); err != nil {
+		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: dialFake(echoFake)},
+			"a:1", "b:1")
+		if err := a.SetUpstreams([]Upstream{{Addr: "a:1", Drain: true},
+			{Addr: "b:1", Drain: true}}); err != nil {
 			t.Fatal(err)
 		}
 		w.set(errSick, "a:1")
 		time.Sleep(time.Minute)
 		wantStates(t, "both drain", a, "down up")
 		s := a.Stats().Upstreams[0]
-		if s.Err != errSick || !s.Drain || time.Since(s.Since) < 45*time.Second || time.Since(s.Since) > 51*time.Second {
+		if s.Err != errSick || !s.Drain || time.Since(s.Since) < 45*time.Second ||
+			time.Since(s.Since) > 51*time.Second {
 			t.Errorf("%+v at %v", s, time.Now())
 		}
 		c := serveFake(t.Context(), a, &Conn{})
 		r := <-c.result
-		if want := "lbproxy: no upstream available: 2 draining"; r.End != EndNoUpstream || r.Err.Error() != want {
+		if want := "lbproxy: no upstream available: 2 draining"; r.End != EndNoUpstream ||
+			r.Err.Error() != want {
 			t.Errorf("%+v, want %s", r, want)
 		}
 	})
@@ -820,15 +858,16 @@ func TestDrainingUpstreamIsChecked(t *testing.T) {
 func TestSetUpstreamsKeepsHealthAndItsCounters(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		asked := make(chan chan error)
-		a, log := newCheckedApp(t, HealthCheck{Timeout: time.Hour, Check: func(ctx context.Context, u Upstream) error {
-			answer := make(chan error)
-			select {
-			case asked <- answer:
-				return <-answer
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}}, Options{}, "a:1")
+		a, log := newCheckedApp(t,
+			HealthCheck{Timeout: time.Hour, Check: func(ctx context.Context, u Upstream) error {
+				answer := make(chan error)
+				select {
+				case asked <- answer:
+					return <-answer
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			}}, Options{}, "a:1")
 		answer := func(err error) {
 			q := <-asked
 			q <- err
@@ -865,15 +904,17 @@ func TestRemovingAnUpstreamCancelsItsCheck(t *testing.T) {
 		w := newWard()
 		canceled := make(chan error, 1)
 		goOn := make(chan error)
-		a, log := newCheckedApp(t, HealthCheck{Interval: time.Second, Timeout: time.Hour, Rise: 1, Fall: 1, Check: func(ctx context.Context, u Upstream) error {
-			if w.check(ctx, u); u.Addr != "a:1" || w.count("a:1") > 1 {
-				return nil
-			}
-			<-ctx.Done()
-			canceled <- ctx.Err()
-			return <-goOn
-		}}, Options{DialContext: dialFake(echoFake)}, "a:1")
-		c := serveFake(t.Context(), a, &Conn{}) // so that a drains rather than being gone
+		a, log := newCheckedApp(t,
+			HealthCheck{Interval: time.Second, Timeout: time.Hour, Rise: 1, Fall: 1,
+				Check: func(ctx context.Context, u Upstream) error {
+					if w.check(ctx, u); u.Addr != "a:1" || w.count("a:1") > 1 {
+						return nil
+					}
+					<-ctx.Done()
+					canceled <- ctx.Err()
+					return <-goOn
+				}}, Options{DialContext: dialFake(echoFake)}, "a:1")
+		c := serveFake(t.Context(), a, &Conn{}) // so that a drains instead of going at once
 		ping(t, c)
 		time.Sleep(time.Second)
 		if n := w.count("a:1"); n != 1 {
@@ -927,28 +968,29 @@ func TestDownUpstreamAddedAgainStartsUp(t *testing.T) {
 	})
 }
 
-// Whatever sets come while checks are in progress: one check of an Addr at a time, only of those that are there,
-// and nothing after Close.
+// While the set changes, an Addr has one check at a time, only upstreams in the set are checked,
+// and nothing is checked after Close.
 func TestChecksWhileUpstreamsChange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		var closed atomic.Bool
 		var checks atomic.Int32
-		a, _ := newCheckedApp(t, HealthCheck{Interval: time.Millisecond, Timeout: time.Millisecond, Rise: 1, Fall: 1,
-			Check: func(_ context.Context, u Upstream) error {
-				checks.Add(1)
-				w.mu.Lock()
-				w.within[u.Addr]++
-				if n := w.within[u.Addr]; n > 1 || closed.Load() {
-					t.Errorf("%s: %d checks at a time; app closed: %v", u.Addr, n, closed.Load())
-				}
-				w.mu.Unlock()
-				time.Sleep(rand.N(2 * time.Millisecond)) // whatever ctx says
-				w.mu.Lock()
-				w.within[u.Addr]--
-				w.mu.Unlock()
-				return []error{nil, errSick}[rand.N(2)]
-			}}, Options{DialContext: dialFake(func(net.Conn) {})}, "a:1")
+		a, _ := newCheckedApp(t,
+			HealthCheck{Interval: time.Millisecond, Timeout: time.Millisecond, Rise: 1, Fall: 1,
+				Check: func(_ context.Context, u Upstream) error {
+					checks.Add(1)
+					w.mu.Lock()
+					w.within[u.Addr]++
+					if n := w.within[u.Addr]; n > 1 || closed.Load() {
+						t.Errorf("%s: %d checks at a time; app closed: %v", u.Addr, n, closed.Load())
+					}
+					w.mu.Unlock()
+					time.Sleep(rand.N(2 * time.Millisecond)) // ignores ctx
+					w.mu.Lock()
+					w.within[u.Addr]--
+					w.mu.Unlock()
+					return []error{nil, errSick}[rand.N(2)]
+				}}, Options{DialContext: dialFake(func(net.Conn) {})}, "a:1")
 		var wg sync.WaitGroup
 		for range 4 {
 			wg.Go(func() {
@@ -985,16 +1027,18 @@ func TestCloseCancelsChecksAndWaitsForThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begun := make(chan bool, 10)
 		var running atomic.Int32
-		a, log := newCheckedApp(t, HealthCheck{Interval: 1, Timeout: time.Hour, Fall: 1, Check: func(ctx context.Context, u Upstream) error {
-			running.Add(1)
-			defer running.Add(-1)
-			begun <- true
-			<-ctx.Done()
-			if u.Addr == "b:1" {
-				time.Sleep(time.Second) // a hook that takes its time
-			}
-			return errSick
-		}}, Options{}, "a:1", "b:1")
+		a, log := newCheckedApp(t,
+			HealthCheck{Interval: 1, Timeout: time.Hour, Fall: 1,
+				Check: func(ctx context.Context, u Upstream) error {
+					running.Add(1)
+					defer running.Add(-1)
+					begun <- true
+					<-ctx.Done()
+					if u.Addr == "b:1" {
+						time.Sleep(time.Second) // a hook that takes its time
+					}
+					return errSick
+				}}, Options{}, "a:1", "b:1")
 		<-begun
 		<-begun
 		begin := time.Now()
@@ -1002,7 +1046,7 @@ func TestCloseCancelsChecksAndWaitsForThem(t *testing.T) {
 		if took := time.Since(begin); took != time.Second || running.Load() != 0 {
 			t.Errorf("Close took %v, %d checks still running", took, running.Load())
 		}
-		wantStates(t, "closed", a, "up up") // a check that was broken off tells nothing
+		wantStates(t, "closed", a, "up up") // a canceled check does not count
 		wantLines(t, log, map[string]int{"level=": 0})
 		a.Close()
 		if err := a.Shutdown(t.Context()); err != nil {
@@ -1014,7 +1058,8 @@ func TestCloseCancelsChecksAndWaitsForThem(t *testing.T) {
 func TestChecksRunUntilTheDrainEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
-		a, _ := newCheckedApp(t, HealthCheck{Interval: time.Second, Check: w.check}, Options{DialContext: dialFake(echoFake)}, "a:1")
+		a, _ := newCheckedApp(t, HealthCheck{Interval: time.Second, Check: w.check},
+			Options{DialContext: dialFake(echoFake)}, "a:1")
 		c := serveFake(t.Context(), a, &Conn{})
 		ping(t, c)
 		ended := make(chan error)
@@ -1041,7 +1086,10 @@ func TestChecksRunUntilTheDrainEnds(t *testing.T) {
 func TestShutdownWithAHungCheckEndsWithItsContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan bool)
-		a, _ := newCheckedApp(t, HealthCheck{Check: func(context.Context, Upstream) error { <-release; return nil }}, Options{}, "a:1")
+		a, _ := newCheckedApp(t, HealthCheck{Check: func(context.Context, Upstream) error {
+			<-release
+			return nil
+		}}, Options{}, "a:1")
 		time.Sleep(5 * time.Second)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -1057,13 +1105,13 @@ func TestShutdownWithAHungCheckEndsWithItsContext(t *testing.T) {
 	})
 }
 
-// A check whose result is known has returned, so that the next one, be it due at once, does not fail for that.
+// Once the result of a check is known the check has returned, so the next one may begin at once.
 func TestCheckHasReturnedOnceItsResultIsKnown(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	hc, _ := HealthCheck{Check: func(context.Context, Upstream) error { return nil }}.complete()
 	p := &prober{checker: newChecker(a, hc), conf: &Upstream{Addr: "u:1"}}
 	var wg sync.WaitGroup
-	for range 8 { // so that goroutines are held up
+	for range 8 { // so that goroutines compete for processors
 		wg.Go(func() {
 			for range 20_000 {
 				check, err := p.check(t.Context())
@@ -1082,10 +1130,11 @@ func TestCheckHasReturnedOnceItsResultIsKnown(t *testing.T) {
 	wg.Wait()
 }
 
-// An upstream that stays up must not hold on to the connections that it has served.
+// An upstream that stays up does not keep the connections it has served in memory.
 func TestCloseOnDownForgetsEndedConnections(t *testing.T) {
 	a, results := newApp(t, Options{
-		HealthCheck: &HealthCheck{Interval: time.Hour}, DialContext: dialFake(echoFake), CloseOnDown: true,
+		HealthCheck: &HealthCheck{Interval: time.Hour}, CloseOnDown: true,
+		DialContext: dialFake(echoFake),
 	}, "a:1")
 	var clients []weak.Pointer[duplexConn]
 	for range 10 {
@@ -1098,7 +1147,8 @@ func TestCloseOnDownForgetsEndedConnections(t *testing.T) {
 		<-results // which has the Conn, and so its Client
 	}
 	deadline := time.Now().Add(20 * time.Second)
-	for slices.ContainsFunc(clients, func(c weak.Pointer[duplexConn]) bool { return c.Value() != nil }) {
+	for slices.ContainsFunc(clients,
+		func(c weak.Pointer[duplexConn]) bool { return c.Value() != nil }) {
 		if time.Now().After(deadline) {
 			t.Fatal("a connection that has ended is still in memory")
 		}

@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// A journal is a RateLimitManager that keeps what it is told and lets it all go on.
+// A journal is a RateLimitManager that records events and allows everything.
 type journal struct {
 	mu     sync.Mutex
 	events []Event
@@ -67,7 +67,8 @@ func TestEventsOfAConnection(t *testing.T) {
 			t.Fatalf("%+v, want a grain of at most 1 MiB", e)
 		}
 	}
-	if first, last := j.events[0], j.events[len(j.events)-1]; first.Kind != EventOpen || last.Kind != EventClose ||
+	if first, last := j.events[0], j.events[len(j.events)-1]; first.Kind != EventOpen ||
+		last.Kind != EventClose ||
 		j.count(EventOpen) != 1 || j.count(EventClose) != 1 {
 		t.Errorf("first %+v, last %+v", first, last)
 	}
@@ -81,7 +82,9 @@ func TestEventsOfAConnection(t *testing.T) {
 
 func TestRefusedOpenHasNoOtherEvents(t *testing.T) {
 	var events []Event
-	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) { panic("dialled") }}, "u:1")
+	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		panic("dialed")
+	}}, "u:1")
 	c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
 		events = append(events, e)
 		return Decision{Exceeded: true, Wait: time.Hour}
@@ -123,7 +126,7 @@ func TestWaitHoldsTheOpenOrOneDirection(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 		start := time.Now()
 		var at []string
-		note := func(what string) { // an end may wait some milliseconds for the other one's to be through
+		note := func(what string) { // one end may wait some milliseconds for the other
 			at = append(at, fmt.Sprint(what, " ", time.Since(start).Round(50*time.Millisecond)))
 		}
 		c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) (d Decision) {
@@ -178,7 +181,7 @@ func TestBandwidthHoldsAStreamToItsRate(t *testing.T) {
 				}
 				time.Sleep(3 * time.Second)
 				synctest.Wait()
-				u := a.Stats().Upstreams[0] // once it is closed, nothing is held any more
+				u := a.Stats().Upstreams[0] // after Close nothing is held back
 				sent, received, want := int64(u.Sent), int64(u.Received), 3*rate
 				if moved := sent + received; moved < want-want/20 || moved > want+want/20+2*firstChunk {
 					t.Errorf("%d B/s, both directions %v: %d bytes in 3 s, want %d", rate, both, moved, want)
@@ -214,12 +217,13 @@ func TestBandwidthOverRealSockets(t *testing.T) {
 	want := int64(time.Since(start).Seconds() * rate)
 	c.Close()
 	<-results
-	if n > want+want/20 || n == 0 { // slower is the machine's doing; the test above sees to the rate being reached
+	// slower is the machine's fault; the test above checks that the rate is reached
+	if n > want+want/20 || n == 0 {
 		t.Errorf("%d bytes in %v, want %d at most", n, runs, want)
 	}
 }
 
-// The first chunk comes before a limit has said anything, so it is a small one.
+// The first chunk moves before the limit has answered anything, so it is small.
 func TestFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
 	first := make(chan int64, 1)
 	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 1<<20) }))
@@ -227,7 +231,7 @@ func TestFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
 		c.RateLimit = limitFunc(func(e Event) (d Decision) {
 			switch e.Kind {
 			case EventOpen:
-				d.Wait = 50 * time.Millisecond // for the upstream
+				d.Wait = 50 * time.Millisecond // for the upstream to send
 			case EventData:
 				select {
 				case first <- e.Bytes:
@@ -244,7 +248,7 @@ func TestFirstChunkOfALimitedStreamIsSmall(t *testing.T) {
 	}
 }
 
-// Hooks that panic: counts and events stay paired, the panic reaches ServeConn's caller, Serve lives on.
+// Hooks that panic: counts and events stay paired, and the panic reaches ServeConn's caller.
 
 func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 	boom := func(when bool) {
@@ -252,7 +256,8 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 			panic("boom")
 		}
 	}
-	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone", "own OnDone", "client", "upstream"}
+	kinds := []string{"open", "upload", "download", "close", "dial", "dial again", "OnDone",
+		"own OnDone", "client", "upstream"}
 	for _, kind := range kinds {
 		synctest.Test(t, func(t *testing.T) {
 			var inner journal
@@ -275,7 +280,8 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 			}
 			a, results := newApp(t, opts, "a:1", "b:1")
 			outer := limitFunc(func(e Event) Decision {
-				boom(e.Kind == EventOpen && kind == "open" || e.Kind == EventClose && kind == "close" && !e.Refused ||
+				boom(e.Kind == EventOpen && kind == "open" ||
+					e.Kind == EventClose && kind == "close" && !e.Refused ||
 					e.Direction == Upload && kind == "upload" || e.Direction == Download && kind == "download")
 				return Decision{}
 			})
@@ -301,14 +307,15 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 				t.Errorf("%s: the caller caught %v", kind, p)
 			}
 			r := <-results
-			if !strings.HasSuffix(kind, "OnDone") && kind != "close" && (r.End != EndCanceled || r.Err == nil) {
+			if !strings.HasSuffix(kind, "OnDone") && kind != "close" &&
+				(r.End != EndCanceled || r.Err == nil) {
 				t.Errorf("%s: %+v", kind, r)
 			}
 			wantCounts(t, a, 1, 0, 0)
 			if o, c := inner.count(EventOpen), inner.count(EventClose); o != 1 || c != 1 {
 				t.Errorf("%s: %d opens, %d closes", kind, o, c)
 			}
-			if dials > 0 { // nor is an upstream stuck in its trial
+			if dials > 0 { // no upstream is stuck in its trial
 				time.Sleep(time.Minute)
 				synctest.Wait()
 				p, _ := a.balancer.acquire(nil, time.Now())
@@ -353,7 +360,8 @@ func TestServeSurvivesHooksThatPanic(t *testing.T) {
 		return Decision{}
 	})
 	var n atomic.Int32
-	a, results := newApp(t, Options{Logger: slog.New(panicHandler{slog.DiscardHandler})}, upstreamDoing(t, echo))
+	a, results := newApp(t, Options{Logger: slog.New(panicHandler{slog.DiscardHandler})},
+		upstreamDoing(t, echo))
 	addr := serve(t, a, func(_ context.Context, c *Conn) error {
 		if n.Add(1) == 1 {
 			c.RateLimit = broken
@@ -370,7 +378,7 @@ func TestServeSurvivesHooksThatPanic(t *testing.T) {
 	}
 }
 
-// A hook may call the app: no lock is held across it.
+// No lock is held while a hook runs, so it may call the app.
 func TestHooksMayCallTheApp(t *testing.T) {
 	var a *LBProxyApp
 	call := func() {
@@ -387,24 +395,26 @@ func TestHooksMayCallTheApp(t *testing.T) {
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			call()
 			if dials++; dials == 1 {
-				return nil, errors.New("refused") // so that there is something to log
+				return nil, errors.New("refused") // so that there is a line to log
 			}
 			return dialFake(echoFake)(ctx, network, addr)
 		},
 	}, "a:1", "b:1")
-	var calls atomic.Int32 // both directions' pumps ask
+	var calls atomic.Int32 // both directions ask
 	limits := NewClientLimits(1, func(string) RateLimitManager {
 		call()
 		return limitFunc(func(Event) Decision { calls.Add(1); call(); return Decision{} })
 	})
-	c := serveFake(t.Context(), a, &Conn{RateLimit: limits.For("ann"), OnDone: func(Result) { call() }})
+	c := serveFake(t.Context(), a,
+		&Conn{RateLimit: limits.For("ann"), OnDone: func(Result) { call() }})
 	ping(t, c)
 	c.Close()
 	if r := <-results; r.End != EndDone || r.Attempts != 2 {
 		t.Errorf("%+v", r)
 	}
 	if n := calls.Load(); n != 4 {
-		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, and at the end", n)
+		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, and at the end",
+			n)
 	}
 }
 
@@ -456,12 +466,13 @@ func TestPanicAfterTheDialClosesTheConn(t *testing.T) {
 
 func TestNilClientIsAnError(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
-	if r, err := a.ServeConn(t.Context(), &Conn{}); err == nil || r.End != EndClientError || r.Err != err {
+	if r, err := a.ServeConn(t.Context(), &Conn{}); err == nil || r.End != EndClientError ||
+		r.Err != err {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
 
-// countingConn hides what a conn can do, as wrappers do, and says how often it was closed.
+// countingConn hides the methods of a conn, as wrappers do, and counts calls of Close.
 type countingConn struct {
 	net.Conn
 	closes *atomic.Int32
@@ -499,7 +510,7 @@ func TestServeConnAlwaysClosesTheClient(t *testing.T) {
 	}
 }
 
-// Nothing that happens when both sides have ended their streams changes why it is over.
+// What happens after both sides have ended their streams does not change the Result.
 func TestLateEventsDoNotChangeTheResult(t *testing.T) {
 	for _, what := range []string{"idle", "close"} {
 		synctest.Test(t, func(t *testing.T) {
@@ -532,7 +543,7 @@ func TestLateEventsDoNotChangeTheResult(t *testing.T) {
 	}
 }
 
-// A slowReset is slow to be reset.
+// A slowReset takes its time to be reset.
 type slowReset struct {
 	*duplexConn
 	resetting, release chan struct{}
@@ -544,17 +555,19 @@ func (c *slowReset) SetLinger(int) error {
 	return nil
 }
 
-// A session is over when all that ends it is.
+// ServeConn does not return while a conn is still being reset.
 func TestServeConnReturnsAfterTheReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := &slowReset{resetting: make(chan struct{}), release: make(chan struct{})}
-		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: func(context.Context, string, string) (net.Conn, error) {
-			u.duplexConn, _ = duplex()
-			return u, nil
-		}}, "u:1")
+		a, _ := newApp(t,
+			Options{IdleTimeout: time.Minute,
+				DialContext: func(context.Context, string, string) (net.Conn, error) {
+					u.duplexConn, _ = duplex()
+					return u, nil
+				}}, "u:1")
 		c := serveFake(t.Context(), a, &Conn{})
-		<-u.resetting // for it is idle
-		u.Close()     // as the peer might
+		<-u.resetting // because it is idle
+		u.Close()     // as its peer might
 		synctest.Wait()
 		select {
 		case <-c.result:

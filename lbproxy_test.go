@@ -74,7 +74,7 @@ func newAppOver(t testing.TB, opts Options, ups ...Upstream) (*LBProxyApp, <-cha
 	return a, results
 }
 
-// serve has a serve on a loopback address, which it returns.
+// serve makes a serve on a loopback address and returns the address.
 func serve(t testing.TB, a *LBProxyApp, admit AdmitFunc) string {
 	t.Helper()
 	l := listen(t)
@@ -112,7 +112,8 @@ func ping(t testing.TB, c net.Conn) {
 	proxytest.Must(t, proxytest.Ping(c))
 }
 
-// bytesFrom is how many bytes a client of addr gets that says nothing. It may be reset while it connects.
+// bytesFrom returns how many bytes a silent client of addr receives. It may be reset while it
+// connects.
 func bytesFrom(addr string) int64 {
 	c, err := net.Dial("tcp", addr)
 	if err != nil {
@@ -123,11 +124,12 @@ func bytesFrom(addr string) int64 {
 	return n
 }
 
-// wantCounts checks the app's counters but for those of its upstreams, which must have nothing open.
+// wantCounts checks the app's counters, and that no upstream has a connection open.
 func wantCounts(t *testing.T, a *LBProxyApp, accepted, refused, failed uint64) {
 	t.Helper()
 	s := a.Stats()
-	if s.Open != 0 || s.Accepted != accepted || s.Refused+s.NotAdmitted != refused || s.Failed != failed {
+	if s.Open != 0 || s.Accepted != accepted || s.Refused+s.NotAdmitted != refused ||
+		s.Failed != failed {
 		t.Errorf("Stats: open %d, accepted %d, refused %d, failed %d; want 0, %d, %d, %d",
 			s.Open, s.Accepted, s.Refused, s.Failed, accepted, refused, failed)
 	}
@@ -150,12 +152,15 @@ func TestBadOptionsAreRejectedByNameAndValue(t *testing.T) {
 		{"", good, nil, "id is empty"},
 		{"db", nil, nil, `app "db": no upstreams`},
 		{"db", up(Upstream{}), nil, `upstream 1: Addr "": missing port`},
-		{"db", up(Upstream{Addr: "10.0.0.1"}), nil, `app "db": upstream 1: Addr "10.0.0.1": missing port`},
+		{"db", up(Upstream{Addr: "10.0.0.1"}), nil,
+			`app "db": upstream 1: Addr "10.0.0.1": missing port`},
 		{"db", up(Upstream{Addr: "10.0.0.1:"}), nil, `Addr "10.0.0.1:": port ""`},
 		{"db", up(Upstream{Addr: ":80"}), nil, `Addr ":80": missing host`},
 		{"db", up(Upstream{Addr: " a:80"}), nil, `Addr " a:80": a space in the host`},
-		{"db", up(Upstream{Addr: "h/x:80"}), nil, `Addr "h/x:80": a slash or a control character in the host`},
-		{"db", up(Upstream{Addr: "h\x00:80"}), nil, `Addr "h\x00:80": a slash or a control character in the host`},
+		{"db", up(Upstream{Addr: "h/x:80"}), nil,
+			`Addr "h/x:80": a slash or a control character in the host`},
+		{"db", up(Upstream{Addr: "h\x00:80"}), nil,
+			`Addr "h\x00:80": a slash or a control character in the host`},
 		{"db", up(Upstream{Addr: "h:+80"}), nil, `Addr "h:+80": port "+80": want 1 to 65535`},
 		{"db", up(Upstream{Addr: "::1:80"}), nil, `Addr "::1:80": too many colons`},
 		{"db", up(Upstream{Addr: "h:0"}), nil, `port "0": want 1 to 65535`},
@@ -163,7 +168,8 @@ func TestBadOptionsAreRejectedByNameAndValue(t *testing.T) {
 		{"db", up(Upstream{Addr: "h:-1"}), nil, `port "-1"`},
 		{"db", up(Upstream{Addr: "h:99999999999999999999"}), nil, `port "99999999999999999999"`},
 		{"db", up(Upstream{Addr: "h:no-such-service"}), nil, `port "no-such-service"`},
-		{"db", up(Upstream{Addr: "127.0.0.1:1"}), nil, `upstream 1: Addr "127.0.0.1:1": upstream 0 has it already`},
+		{"db", up(Upstream{Addr: "127.0.0.1:1"}), nil,
+			`upstream 1: Addr "127.0.0.1:1": upstream 0 has it already`},
 		{"db", up(Upstream{Addr: "h:1", Weight: -1}), nil, `Addr "h:1": Weight -1: want`},
 		{"db", up(Upstream{Addr: "h:1", Weight: math.MaxInt32}), nil, "Weight 2147483647"},
 		{"db", up(Upstream{Addr: "h:1", MaxConns: -2}), nil, "MaxConns -2 is negative"},
@@ -171,8 +177,10 @@ func TestBadOptionsAreRejectedByNameAndValue(t *testing.T) {
 		{"db", good, &Options{MaxConns: -1}, "Options.MaxConns -1 is negative"},
 	} {
 		a, err := New(tc.id, tc.ups, tc.opts)
-		if a != nil || err == nil || !strings.HasPrefix(err.Error(), "lbproxy: ") || !strings.Contains(err.Error(), tc.want) {
-			t.Errorf("New(%q, %v, %v) = %v, %v; want an error with %q", tc.id, tc.ups, tc.opts, a, err, tc.want)
+		if a != nil || err == nil || !strings.HasPrefix(err.Error(), "lbproxy: ") ||
+			!strings.Contains(err.Error(), tc.want) {
+			t.Errorf("New(%q, %v, %v) = %v, %v; want an error with %q", tc.id, tc.ups, tc.opts, a, err,
+				tc.want)
 		}
 	}
 	for _, addr := range []string{"localhost:http", "[::1]:80", "example.com:65535"} {
@@ -188,7 +196,8 @@ func TestBadUpstreamsChangeNothing(t *testing.T) {
 	if err := a.SetUpstreams(ups); err == nil {
 		t.Error("SetUpstreams took an Addr without a port")
 	}
-	if s := a.Stats().Upstreams; len(s) != 2 || s[0].Addr != "10.0.0.1:1" || s[1].Addr != "10.0.0.2:1" {
+	if s := a.Stats().Upstreams; len(s) != 2 || s[0].Addr != "10.0.0.1:1" ||
+		s[1].Addr != "10.0.0.2:1" {
 		t.Errorf("the upstreams are now %+v", s)
 	}
 }
@@ -206,12 +215,14 @@ func TestOptionsAndUpstreamsAreCopied(t *testing.T) {
 	if a.opts.IdleTimeout != time.Minute || a.Stats().Upstreams[0].Addr != "10.0.0.1:1" {
 		t.Error("changing what New was given changes the app")
 	}
-	if ours := a.balancer.heap[0].conf.TLS; conf.ServerName != "" || ours == conf || ours.ServerName != "10.0.0.1" {
-		t.Errorf("the caller's tls.Config has ServerName %q, the app's %q", conf.ServerName, ours.ServerName)
+	if ours := a.balancer.heap[0].conf.TLS; conf.ServerName != "" || ours == conf ||
+		ours.ServerName != "10.0.0.1" {
+		t.Errorf("the caller's tls.Config has ServerName %q, the app's %q", conf.ServerName,
+			ours.ServerName)
 	}
 }
 
-// A scriptedListener returns what accept does.
+// A scriptedListener accepts what a function returns.
 type scriptedListener struct {
 	accept func() (net.Conn, error)
 	closes atomic.Int32
@@ -236,7 +247,9 @@ func (l *scriptedListener) Close() error {
 func TestAcceptErrorsNeitherEndTheLoopNorSpin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log syncBuffer
-		a, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil)), DialContext: dialFake(func(c net.Conn) {})}, "u:1")
+		a, results := newApp(t,
+			Options{Logger: slog.New(slog.NewTextHandler(&log, nil)),
+				DialContext: dialFake(func(c net.Conn) {})}, "u:1")
 		client, ours := duplex()
 		tries := 0
 		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
@@ -260,7 +273,8 @@ func TestAcceptErrorsNeitherEndTheLoopNorSpin(t *testing.T) {
 		if least := 9_990 * time.Second; took < least || took > 10_000*time.Second {
 			t.Errorf("10,000 errors took %v, want about a second each", took)
 		}
-		if lines := strings.Count(log.String(), "cannot accept"); lines < 9_000 || lines > 1+int(took/time.Second) {
+		if lines := strings.Count(log.String(), "cannot accept"); lines < 9_000 ||
+			lines > 1+int(took/time.Second) {
 			t.Errorf("%d log lines in %v, want one a second", lines, took)
 		}
 		a.Close()
@@ -303,10 +317,12 @@ func TestAcceptBackoffGrowsFrom5msTo1sAndStartsAgain(t *testing.T) {
 func TestCloseEndsTheAcceptBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{}, "u:1")
-		l := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { return nil, errors.New("something passing") })
+		l := newScriptedListener(func(<-chan struct{}) (net.Conn, error) {
+			return nil, errors.New("something passing")
+		})
 		ended := make(chan error, 1)
 		go func() { ended <- a.Serve(l, nil) }()
-		time.Sleep(10 * time.Second) // the waits are a second each by now
+		time.Sleep(10 * time.Second) // by now each wait is a second
 		start := time.Now()
 		a.Close()
 		if err := <-ended; err != ErrAppClosed || time.Since(start) != 0 {
@@ -325,7 +341,10 @@ func TestServeReturnsWhenItsListenerIsClosed(t *testing.T) {
 	if err := a.Serve(nil, nil); err == nil {
 		t.Error("a nil listener: no error")
 	}
-	fake := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) { <-closed; return nil, io.EOF })
+	fake := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+		<-closed
+		return nil, io.EOF
+	})
 	ended := make(chan error)
 	go func() { ended <- a.Serve(fake, nil) }()
 	a.Close()
@@ -335,14 +354,20 @@ func TestServeReturnsWhenItsListenerIsClosed(t *testing.T) {
 	if n := fake.closes.Load(); n != 1 {
 		t.Errorf("the listener was closed %d times, want once", n)
 	}
-	broken := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { return nil, net.ErrClosed })
+	broken := newScriptedListener(func(<-chan struct{}) (net.Conn, error) {
+		return nil, net.ErrClosed
+	})
 	b, _ := newApp(t, Options{}, "u:1")
 	if err := b.Serve(broken, nil); !errors.Is(err, net.ErrClosed) || broken.closes.Load() != 1 {
-		t.Errorf("one that says it is closed: %v, closed %d times; want net.ErrClosed, once", err, broken.closes.Load())
+		t.Errorf("one that says it is closed: %v, closed %d times; want net.ErrClosed, once", err,
+			broken.closes.Load())
 	}
-	late := newScriptedListener(func(<-chan struct{}) (net.Conn, error) { panic("accepting after Close") })
+	late := newScriptedListener(func(<-chan struct{}) (net.Conn, error) {
+		panic("accepting after Close")
+	})
 	if err := a.Serve(late, nil); err != ErrAppClosed || late.closes.Load() != 1 {
-		t.Errorf("after Close: %v, listener closed %d times; want ErrAppClosed, once", err, late.closes.Load())
+		t.Errorf("after Close: %v, listener closed %d times; want ErrAppClosed, once", err,
+			late.closes.Load())
 	}
 }
 
@@ -401,7 +426,10 @@ func TestNilConnFromListenerIsTemporaryError(t *testing.T) {
 func TestConnAcceptedWhileStoppingIsReset(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
 	client, ours := duplex()
-	l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) { <-closed; return ours, nil })
+	l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+		<-closed
+		return ours, nil
+	})
 	ended := make(chan error)
 	go func() { ended <- a.Serve(l, nil) }()
 	for a.Stats(); ; runtime.Gosched() {
@@ -424,7 +452,9 @@ func TestConnAcceptedWhileStoppingIsReset(t *testing.T) {
 
 func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
 	var log syncBuffer
-	a, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))},
+	a, results := newApp(t,
+		Options{Logger: slog.New(slog.NewTextHandler(&log,
+			&slog.HandlerOptions{Level: slog.LevelDebug}))},
 		upstreamDoing(t, echo))
 	cause := errors.New("session over")
 	var end context.CancelCauseFunc
@@ -457,7 +487,8 @@ func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
 	}
 	a.Close()
 	wantCounts(t, a, 3, 1, 0)
-	for _, want := range []string{"who are you?", "admit is broken", "client_id=alice", "end=canceled"} {
+	for _, want := range []string{"who are you?", "admit is broken", "client_id=alice",
+		"end=canceled"} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the log lacks %q:\n%s", want, log.String())
 		}
@@ -591,7 +622,9 @@ func TestShutdownWaitsForConnections(t *testing.T) {
 	ping(t, c) // still served
 	client, ours := net.Pipe()
 	defer client.Close()
-	if r, err := a.ServeConn(t.Context(), &Conn{Client: ours, ClientID: "late"}); err != ErrAppClosed || r.End != EndClosed || r.ClientID != "late" {
+	if r, err := a.ServeConn(t.Context(),
+		&Conn{Client: ours, ClientID: "late"}); err != ErrAppClosed || r.End != EndClosed ||
+		r.ClientID != "late" {
 		t.Errorf("ServeConn while shutting down: %+v, %v", r, err)
 	}
 	if r := <-results; r.ClientID != "late" {
@@ -623,7 +656,7 @@ func TestCloseResetsConnectionsWithoutWaitingForPeers(t *testing.T) {
 	const conns, most, tries = 200, 100 * time.Millisecond, 5
 	serverTLS, clientTLS := tlsConfigs(t)
 	var took [tries]time.Duration
-	for i := range took { // more than once, for a machine may be busy with other things
+	for i := range took { // more than once, because the machine may be busy
 		took[i] = closeUnderLoad(t, conns, serverTLS, clientTLS)
 		if took[i] <= most {
 			return
@@ -632,8 +665,8 @@ func TestCloseResetsConnectionsWithoutWaitingForPeers(t *testing.T) {
 	t.Errorf("Close took %v, want at most %v", took, most)
 }
 
-// lateness returns a function that returns for how long, since then, a goroutine that only sleeps was not run when it
-// should have been. Who waits for processors, and not for anything else, is as late.
+// lateness measures how late a goroutine that only sleeps is run, in all, until the function it
+// returns is called. Whatever else waits only for a processor is about as late.
 func lateness() func() time.Duration {
 	const nap = time.Millisecond
 	stop, sum := make(chan struct{}), make(chan time.Duration)
@@ -653,9 +686,9 @@ func lateness() func() time.Duration {
 	return func() time.Duration { close(stop); return <-sum }
 }
 
-// closeUnderLoad returns how long Close takes, apart from waiting for processors, when there are so many connections, plain
-// and TLS ones, whose upstreams send all they can to clients that do not read. What the system has in its queues is
-// bounded: throwing it away takes time, too.
+// closeUnderLoad returns how long Close takes, less the wait for processors, with so many
+// connections, plain and TLS, whose upstreams send all they can to clients that do not read. Socket
+// buffers are bounded, because the system takes time to discard them.
 func closeUnderLoad(t *testing.T, conns int, serverTLS, clientTLS *tls.Config) time.Duration {
 	bounded := func(c net.Conn) net.Conn {
 		c.(*net.TCPConn).SetReadBuffer(64 << 10)
@@ -719,19 +752,21 @@ func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
 		const conns = 50
 		var dialling sync.WaitGroup
 		dialling.Add(conns)
-		a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			dialling.Done()
-			dialling.Wait() // all at once
-			return dialFake(echoFake)(ctx, network, addr)
-		}}, "u:1")
+		a, _ := newApp(t,
+			Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				dialling.Done()
+				dialling.Wait() // all at once
+				return dialFake(echoFake)(ctx, network, addr)
+			}}, "u:1")
 		addr := serve(t, a, nil)
 		for range conns {
 			dial(t, addr)
 		}
 		dialling.Wait()
 		a.Close()
-		for _, stack := range proxytest.Goroutines() { // one that is in none of these is returning
-			for _, f := range []string{"(*session).connect(", "(*session).report(", "(*session).log(", "(*direction).copy("} {
+		for _, stack := range proxytest.Goroutines() { // a goroutine in none of these is about to end
+			for _, f := range []string{"(*session).connect(", "(*session).report(", "(*session).log(",
+				"(*direction).copy("} {
 				if strings.Contains(stack, f) {
 					t.Fatal(stack)
 				}
@@ -740,8 +775,8 @@ func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
 	}
 }
 
-// Serve, ServeConn, Shutdown and Close start in any order. Whatever that is, nothing is left when Close has
-// returned, and each connection has had its one result.
+// Serve, ServeConn, Shutdown and Close start in any order. When Close has returned nothing is left,
+// and each connection has had exactly one Result.
 func TestShutdownInterleavings(t *testing.T) {
 	rounds := 10_000
 	if testing.Short() {
@@ -787,7 +822,8 @@ func TestShutdownInterleavings(t *testing.T) {
 		wg.Go(func() { a.Close() })
 		wg.Go(func() { a.Close() })
 		wg.Wait()
-		if s := a.Stats(); s.Open != 0 || s.Upstreams[0].Open+s.Upstreams[1].Open != 0 || len(s.Upstreams) != 2 {
+		if s := a.Stats(); s.Open != 0 || s.Upstreams[0].Open+s.Upstreams[1].Open != 0 ||
+			len(s.Upstreams) != 2 {
 			t.Fatalf("left: %+v", s)
 		}
 		if given.Load() != done.Load() {
@@ -804,7 +840,9 @@ type pairedConn struct {
 
 func TestOneLogLinePerConnection(t *testing.T) {
 	var log syncBuffer
-	a, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))},
+	a, results := newApp(t,
+		Options{Logger: slog.New(slog.NewTextHandler(&log,
+			&slog.HandlerOptions{Level: slog.LevelDebug}))},
 		upstreamDoing(t, echo))
 	addr := serve(t, a, nil)
 	for range 3 {
@@ -814,21 +852,24 @@ func TestOneLogLinePerConnection(t *testing.T) {
 		<-results
 	}
 	a.Close()
-	if n := strings.Count(log.String(), "\n"); n != 3 || strings.Count(log.String(), "level=DEBUG") != 3 {
+	if n := strings.Count(log.String(), "\n"); n != 3 ||
+		strings.Count(log.String(), "level=DEBUG") != 3 {
 		t.Errorf("%d lines, want 3 at level DEBUG:\n%s", n, log.String())
 	}
-	b, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, proxytest.RefusingAddr(t))
+	b, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))},
+		proxytest.RefusingAddr(t))
 	if n := bytesFrom(serve(t, b, nil)); n > 0 {
 		t.Error("read something from nobody")
 	}
 	<-results
 	b.Close()
-	if !strings.Contains(log.String(), `level=WARN msg="lbproxy: connection ended" app=test end=dial-failed`) {
+	if !strings.Contains(log.String(),
+		`level=WARN msg="lbproxy: connection ended" app=test end=dial-failed`) {
 		t.Errorf("no warning of the upstream's trouble:\n%s", log.String())
 	}
 }
 
-// slowClose is a conn whose Close says goodbye at length.
+// slowClose is a conn whose Close takes 5 seconds.
 type slowClose struct{ net.Conn }
 
 func (c slowClose) Close() error {

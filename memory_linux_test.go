@@ -20,8 +20,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// Tests that look at the memory of a whole process run the proxy in a child: this program, started
-// again with the address of an upstream in this variable.
+// Tests of a whole process's memory run the proxy in a child: this program, started again with the
+// address of an upstream in this variable.
 const memoryChild = "LBPROXY_TEST_MEMORY_CHILD"
 
 func init() {
@@ -78,14 +78,14 @@ func unlessClosed(err error) error {
 	return err
 }
 
-// smallBuffers bounds what the system keeps for c. By default it keeps megabytes for each
-// connection, of what it has for TCP in all.
+// smallBuffers bounds c's socket buffers, which may grow to megabytes for each connection by
+// default.
 func smallBuffers(c net.Conn) error {
 	tcp := c.(*net.TCPConn)
 	return errors.Join(tcp.SetReadBuffer(64<<10), tcp.SetWriteBuffer(64<<10))
 }
 
-// memoryFactor is how many times as much memory a program takes as one without race detector.
+// memoryFactor is how many times more memory a program takes under the race detector.
 func memoryFactor() int {
 	if proxytest.Race {
 		return 10
@@ -178,7 +178,7 @@ func TestSlowReadersDoNotGrowTheProcess(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p := newMemoryProxy(t)
-			c, err := p.read(t, kind, 1<<20) // pays for what only the first needs
+			c, err := p.read(t, kind, 1<<20) // the first one allocates more
 			proxytest.Must(t, err)
 			c.Close()
 			before := p.resident(t)
@@ -205,14 +205,14 @@ func TestSlowReadersDoNotGrowTheProcess(t *testing.T) {
 
 func TestProcessShortOfMemoryKeepsServing(t *testing.T) {
 	const fast, bulk = 4, 16 << 20
-	limit := 24 << 20 * memoryFactor() // less than 300 connections would like
+	limit := 24 << 20 * memoryFactor() // less than 300 connections could use
 	slow := 300
 	if testing.Short() || proxytest.Race {
 		slow = 50
 	}
 	p := newMemoryProxy(t, fmt.Sprint("GOMEMLIMIT=", limit))
 	var slowOnes []net.Conn
-	for i := range slow { // what they are sent fills all buffers there are
+	for i := range slow { // their data fills all buffers
 		c, err := p.read(t, i, 100_000)
 		if err != nil {
 			t.Fatalf("slow reader %d: %v", i, err)

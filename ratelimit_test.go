@@ -113,7 +113,8 @@ func TestEventsPrintReadably(t *testing.T) {
 		{Download, "download"},
 		{Direction(3), "Direction(3)"},
 		{rateOpen, `open app="app" client="ann"`},
-		{Event{Kind: EventData, App: "a", ClientID: "x\ny", Direction: Download, Bytes: 5}, `data app="a" client="x\ny" download 5 bytes`},
+		{Event{Kind: EventData, App: "a", ClientID: "x\ny", Direction: Download, Bytes: 5},
+			`data app="a" client="x\ny" download 5 bytes`},
 		{&rateRefused, `close app="app" client="ann" refused`},
 	} {
 		if got := fmt.Sprint(tt.value); got != tt.want {
@@ -134,7 +135,8 @@ func TestTokenBucketStepByStep(t *testing.T) {
 		steps  []step
 	}{
 		{"a burst, then one by one", &TokenBucket{Burst: 3, Every: s},
-			[]step{{0, 5, 3}, {999 * ms, 1, 0}, {1 * s, 2, 1}, {2*s - 1, 1, 0}, {2 * s, 2, 1}, {4 * s, 5, 2}}},
+			[]step{{0, 5, 3}, {999 * ms, 1, 0}, {1 * s, 2, 1}, {2*s - 1, 1, 0}, {2 * s, 2, 1},
+				{4 * s, 5, 2}}},
 		{"it fills up to the burst and no further", &TokenBucket{Burst: 3, Every: s},
 			[]step{{0, 3, 3}, {100 * 365 * 24 * time.Hour, 9, 3}}},
 		{"a full bucket gains nothing by waiting", &TokenBucket{Burst: 1, Every: s},
@@ -156,7 +158,8 @@ func TestTokenBucketStepByStep(t *testing.T) {
 		{"nor with a negative one", &TokenBucket{Burst: 2, Every: -s},
 			[]step{{0, 3, 2}, {1000 * time.Hour, 3, 0}, {-time.Hour, 3, 0}}},
 		{"late clock readings cause neither a burst nor a freeze", &TokenBucket{Burst: 3, Every: s},
-			[]step{{10 * s, 2, 2}, {9 * s, 1, 1}, {0, 9, 0}, {10 * s, 9, 0}, {11 * s, 9, 1}, {9 * s, 9, 0}, {12 * s, 9, 1}, {13 * s, 9, 1}}},
+			[]step{{10 * s, 2, 2}, {9 * s, 1, 1}, {0, 9, 0}, {10 * s, 9, 0}, {11 * s, 9, 1}, {9 * s, 9, 0},
+				{12 * s, 9, 1}, {13 * s, 9, 1}}},
 		{"the largest burst", &TokenBucket{Burst: math.MaxInt, Every: 1},
 			[]step{{0, 9, 9}, {5, 9, 9}, {math.MaxInt64, 9, 9}}},
 		{"the longest time", &TokenBucket{Burst: 2, Every: math.MaxInt64},
@@ -241,7 +244,8 @@ func TestTokenBucketRefundsARefusedOpen(t *testing.T) {
 	for range 9 {
 		undo()
 	}
-	if got := []bool{b.take(now), b.take(now), b.take(now)}; !slices.Equal(got, []bool{true, true, false}) {
+	if got := []bool{b.take(now), b.take(now), b.take(now)}; !slices.Equal(got,
+		[]bool{true, true, false}) {
 		t.Fatalf("took %v: want it full, and no more than full", got)
 	}
 	b = &TokenBucket{Burst: 1}
@@ -252,8 +256,10 @@ func TestTokenBucketRefundsARefusedOpen(t *testing.T) {
 
 // The oracle is a level of tokens that rises continuously and exactly: one each Every, up to Burst.
 func FuzzTokenBucket(f *testing.F) {
-	f.Add(int64(3), int64(time.Second), []byte("\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x00"))
-	f.Add(int64(math.MaxInt64), int64(math.MaxInt64), []byte("\x04\xff\xff\xff\xff\xff\xff\xff\xff\x05\xff\xff\xff\xff\xff\xff\xff\xff"))
+	f.Add(int64(3), int64(time.Second),
+		[]byte("\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x00"))
+	f.Add(int64(math.MaxInt64), int64(math.MaxInt64),
+		[]byte("\x04\xff\xff\xff\xff\xff\xff\xff\xff\x05\xff\xff\xff\xff\xff\xff\xff\xff"))
 	f.Add(int64(0), int64(0), []byte("\x00\x00\x00\x00\x00\x00\x00\x00\x00"))
 	f.Add(int64(math.MinInt64), int64(math.MinInt64), []byte("\x00\x00\x00\x00\x00\x00\x00\x00\x00"))
 	random := rand.New(rand.NewPCG(3, 4))
@@ -382,15 +388,18 @@ func TestBandwidthStepByStep(t *testing.T) {
 		steps []step
 	}{
 		{"bytes take their time", &Bandwidth{BytesPerSecond: 1000},
-			[]step{{0, 1000, 1 * s}, {1 * s, 500, 500 * ms}, {1 * s, 500, 1 * s}, {1900 * ms, 100, 200 * ms}}},
+			[]step{{0, 1000, 1 * s}, {1 * s, 500, 500 * ms}, {1 * s, 500, 1 * s},
+				{1900 * ms, 100, 200 * ms}}},
 		{"a rest is no credit without a burst", &Bandwidth{BytesPerSecond: 1000},
 			[]step{{0, 1, 1 * ms}, {time.Hour, 1, 1 * ms}}},
 		{"a burst passes at once, the rest waits", &Bandwidth{BytesPerSecond: 1000, Burst: 2000},
 			[]step{{0, 1500, 0}, {0, 500, 0}, {0, 1000, 1 * s}, {1 * s, 1, 1 * ms}}},
 		{"a burst is regained at the rate, and once only", &Bandwidth{BytesPerSecond: 1000, Burst: 1000},
-			[]step{{0, 1000, 0}, {500 * ms, 1000, 500 * ms}, {time.Hour, 1001, 1 * ms}, {time.Hour, 1, 2 * ms}}},
+			[]step{{0, 1000, 0}, {500 * ms, 1000, 500 * ms}, {time.Hour, 1001, 1 * ms},
+				{time.Hour, 1, 2 * ms}}},
 		{"a third of a second three times is one", &Bandwidth{BytesPerSecond: 3},
-			[]step{{0, 1, 333333333}, {0, 1, 666666666}, {0, 1, 1 * s}, {1 * s, 1, 333333333}, {1333333333, 1, 333333333}, {1666666666, 1, 333333334}}},
+			[]step{{0, 1, 333333333}, {0, 1, 666666666}, {0, 1, 1 * s}, {1 * s, 1, 333333333},
+				{1333333333, 1, 333333333}, {1666666666, 1, 333333334}}},
 		{"bytes that take less than a nanosecond add up", &Bandwidth{BytesPerSecond: 4e9},
 			[]step{{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 1}, {1, 3, 0}, {1, 1, 1}}},
 		{"and are paid for when it has passed", &Bandwidth{BytesPerSecond: 4e9},
@@ -402,11 +411,13 @@ func TestBandwidthStepByStep(t *testing.T) {
 		{"late clock readings lose nothing", &Bandwidth{BytesPerSecond: 1000},
 			[]step{{10 * s, 1000, 1 * s}, {9 * s, 1000, 3 * s}, {11 * s, 0, 1 * s}, {12 * s, 1, 1 * ms}}},
 		{"a debt is bounded", &Bandwidth{BytesPerSecond: 1},
-			[]step{{0, math.MaxInt64, forever}, {0, math.MaxInt64, forever}, {0, 1, forever}, {forever, 1, 1 * s}}},
+			[]step{{0, math.MaxInt64, forever}, {0, math.MaxInt64, forever}, {0, 1, forever},
+				{forever, 1, 1 * s}}},
 		{"so is a debt that fills 64 bits", &Bandwidth{BytesPerSecond: 1},
 			[]step{{0, 15e9, forever}}},
 		{"and one that overflows by a fraction", &Bandwidth{BytesPerSecond: 999_999_999},
-			[]step{{0, 2e8, 200 * ms}, {0, 9_223_372_027_631_403_771, forever}}}, // 1<<63 - 1 ns, and 0.85 more
+			// 1<<63 - 1 ns, and 0.85 more
+			[]step{{0, 2e8, 200 * ms}, {0, 9_223_372_027_631_403_771, forever}}},
 		{"a burst that fills 64 bits", &Bandwidth{BytesPerSecond: 1, Burst: 15e9},
 			[]step{{0, 9e9, 0}}},
 		{"the largest rate", &Bandwidth{BytesPerSecond: math.MaxInt64},
@@ -482,7 +493,8 @@ func TestBandwidthSharesATurn(t *testing.T) {
 			Decision{Wait: 20 * ms, Chunk: 20_000}},
 		{"and so does more", &Bandwidth{BytesPerSecond: 1e6}, 4, 0, 20_000,
 			Decision{Wait: 20 * ms, Chunk: 5_000}},
-		{"half of it waits half as long, and half of its own does not count", &Bandwidth{BytesPerSecond: 1e6}, 1, 30 * ms, 10_000,
+		{"half of it waits half as long, and half of its own does not count",
+			&Bandwidth{BytesPerSecond: 1e6}, 1, 30 * ms, 10_000,
 			Decision{Wait: 17_500 * time.Microsecond, Chunk: 20_000}},
 		{"a byte hardly waits", &Bandwidth{BytesPerSecond: 1e6}, 2, 39 * ms, 1,
 			Decision{Wait: 3900 * time.Nanosecond, Chunk: 10_000}},
@@ -496,7 +508,8 @@ func TestBandwidthSharesATurn(t *testing.T) {
 			Decision{Wait: 0, Chunk: 1 << 20}},
 		{"in a burst a turn may pass at once", &Bandwidth{BytesPerSecond: 1e6, Burst: 1e9}, 0, 0, 20_000,
 			Decision{Chunk: 20_000}},
-		{"towards its end a 128th of what is left", &Bandwidth{BytesPerSecond: 1e6, Burst: 1_000_000}, 0, 360 * ms, 0,
+		{"towards its end a 128th of what is left", &Bandwidth{BytesPerSecond: 1e6, Burst: 1_000_000}, 0,
+			360 * ms, 0,
 			Decision{Chunk: 5_000}},
 	} {
 		b := tt.b
@@ -507,7 +520,8 @@ func TestBandwidthSharesATurn(t *testing.T) {
 		}
 		got := b.move(start, tt.n)
 		if off := got.Wait - tt.want.Wait; off < -1 || off > 1 || got.Chunk != tt.want.Chunk {
-			t.Errorf("%s: %v and %d, want %v and %d", tt.name, got.Wait, got.Chunk, tt.want.Wait, tt.want.Chunk)
+			t.Errorf("%s: %v and %d, want %v and %d", tt.name, got.Wait, got.Chunk, tt.want.Wait,
+				tt.want.Chunk)
 		}
 	}
 }
@@ -527,7 +541,8 @@ func TestBandwidthSpansDirectionsAndConnections(t *testing.T) {
 		} {
 			want := map[int]time.Duration{0: 1, 1: 2, 3: 3}[i] * time.Second
 			d := b.Report(t.Context(), e)
-			if chunk := min(d.Chunk, 512); e.Kind == EventClose && chunk != 0 || e.Kind != EventClose && chunk != 512 {
+			if chunk := min(d.Chunk, 512); e.Kind == EventClose && chunk != 0 ||
+				e.Kind != EventClose && chunk != 512 {
 				t.Errorf("event %d: chunk %d, want one unless it is a close", i, d.Chunk)
 			}
 			if d.Wait != want || d.Exceeded {
@@ -547,9 +562,12 @@ func TestBandwidthSpansDirectionsAndConnections(t *testing.T) {
 
 // The oracle is a debt in exact nanoseconds: bytes add to it, time takes from it.
 func FuzzBandwidth(f *testing.F) {
-	f.Add(int64(1000), int64(0), []byte("\x00\x00\x00\x00\x00\x00\x00\x03\xe8\x10\x00\x00\x00\x00\x00\x00\x03\xe8"))
-	f.Add(int64(math.MaxInt64), int64(math.MaxInt64), []byte("\x00\x7f\xff\xff\xff\xff\xff\xff\xff\x30\x7f\xff\xff\xff\xff\xff\xff\xff"))
-	f.Add(int64(1), int64(1), []byte("\x00\x7f\xff\xff\xff\xff\xff\xff\xff\x30\x7f\xff\xff\xff\xff\xff\xff\xff"))
+	f.Add(int64(1000), int64(0),
+		[]byte("\x00\x00\x00\x00\x00\x00\x00\x03\xe8\x10\x00\x00\x00\x00\x00\x00\x03\xe8"))
+	f.Add(int64(math.MaxInt64), int64(math.MaxInt64),
+		[]byte("\x00\x7f\xff\xff\xff\xff\xff\xff\xff\x30\x7f\xff\xff\xff\xff\xff\xff\xff"))
+	f.Add(int64(1), int64(1),
+		[]byte("\x00\x7f\xff\xff\xff\xff\xff\xff\xff\x30\x7f\xff\xff\xff\xff\xff\xff\xff"))
 	f.Add(int64(0), int64(math.MinInt64), []byte("\x00\x00\x00\x00\x00\x00\x00\x03\xe8"))
 	random := rand.New(rand.NewPCG(5, 6))
 	for _, rate := range []int64{3, 1e6 + 3, 3e9 + 1, 1e18 + 9} {
@@ -565,7 +583,8 @@ func FuzzBandwidth(f *testing.F) {
 		nanoseconds := func(n int64) *big.Rat {
 			return new(big.Rat).Mul(big.NewRat(n, 1), big.NewRat(int64(time.Second), rate))
 		}
-		b, shared := &Bandwidth{BytesPerSecond: rate, Burst: burst}, &Bandwidth{BytesPerSecond: rate, Burst: burst}
+		b, shared := &Bandwidth{BytesPerSecond: rate, Burst: burst}, &Bandwidth{BytesPerSecond: rate,
+			Burst: burst}
 		now, debt, slack := time.Unix(0, 0), new(big.Rat), int64(0)
 		for ; len(steps) >= 9; steps = steps[9:] {
 			op, n := steps[0], int64(binary.BigEndian.Uint64(steps[1:]))
@@ -602,17 +621,21 @@ func FuzzBandwidth(f *testing.F) {
 			}
 			got := owes(b, now, n)
 			if off := int64(got) - want.Int64(); got < 0 || off < -slack || off > slack {
-				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: wait %d, want %v", n, rate, burst, passed, got, want)
+				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: wait %d, want %v", n, rate, burst, passed,
+					got, want)
 			}
 			// move keeps the same account. It lets small pieces wait for a part of the debt only.
 			shared.mu.Lock()
 			d := shared.move(now, n)
 			shared.mu.Unlock()
-			if shared.paid != b.paid || d.Exceeded || d.Wait < 0 || d.Wait > got || (d.Wait == 0) != (got == 0) && n >= rate {
-				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v with a debt of %v", n, rate, burst, passed, d, got)
+			if shared.paid != b.paid || d.Exceeded || d.Wait < 0 || d.Wait > got ||
+				(d.Wait == 0) != (got == 0) && n >= rate {
+				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v with a debt of %v", n, rate, burst,
+					passed, d, got)
 			}
 			if d.Chunk < 512 || d.Chunk > 1<<20 || shared.streams < 1 || math.IsNaN(shared.streams) {
-				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v for %v streams", n, rate, burst, passed, d, shared.streams)
+				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v for %v streams", n, rate, burst,
+					passed, d, shared.streams)
 			}
 		}
 	})
@@ -641,17 +664,20 @@ func TestAllAllowsIfEveryManagerDoes(t *testing.T) {
 
 func TestAllRefundsAfterALaterRefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		bucket, limit, last := &TokenBucket{Burst: 3, Every: time.Hour}, &OpenLimit{Max: 3}, &OpenLimit{Max: 1}
+		bucket, limit, last := &TokenBucket{Burst: 3,
+			Every: time.Hour}, &OpenLimit{Max: 3}, &OpenLimit{Max: 1}
 		all := All(bucket, limit, last)
 		if got := opens(all, 100); got != 1 {
 			t.Fatalf("%d let in, want 1", got)
 		}
 		if bucket.spent != 1 || limit.open != 1 || last.open != 1 {
-			t.Fatalf("after 99 refused: %d tokens spent, %d and %d open, want 1, 1 and 1", bucket.spent, limit.open, last.open)
+			t.Fatalf("after 99 refused: %d tokens spent, %d and %d open, want 1, 1 and 1", bucket.spent,
+				limit.open, last.open)
 		}
 		closes(all)
 		if bucket.spent != 1 || limit.open != 0 || last.open != 0 {
-			t.Fatalf("after the close: %d tokens spent, %d and %d open, want 1, 0 and 0", bucket.spent, limit.open, last.open)
+			t.Fatalf("after the close: %d tokens spent, %d and %d open, want 1, 0 and 0", bucket.spent,
+				limit.open, last.open)
 		}
 	})
 }
@@ -669,17 +695,22 @@ func TestAllAsksInOrderAndUndoesAtOnce(t *testing.T) {
 	}{
 		{"let in", All(fake("a", nil), fake("b", nil)), []Event{rateOpen, rateData, rateClose},
 			"a open, b open, a data, b data, a close, b close"},
-		{"the last refuses", All(fake("a", nil), fake("b", nil), fake("c", rateRefuse)), []Event{rateOpen},
+		{"the last refuses", All(fake("a", nil), fake("b", nil), fake("c", rateRefuse)),
+			[]Event{rateOpen},
 			"a open, b open, c open, a refused, b refused"},
 		{"the first refuses", All(fake("a", rateRefuse), fake("b", nil)), []Event{rateOpen},
 			"a open"},
-		{"one inside refuses", All(fake("a", nil), All(fake("b", nil), fake("c", rateRefuse)), fake("d", nil)), []Event{rateOpen},
+		{"one inside refuses",
+			All(fake("a", nil), All(fake("b", nil), fake("c", rateRefuse)),
+				fake("d", nil)), []Event{rateOpen},
 			"a open, b open, c open, b refused, a refused"},
-		{"one after those inside refuses", All(All(fake("a", nil), nil, fake("b", nil)), fake("c", rateRefuse)), []Event{rateOpen},
+		{"one after those inside refuses",
+			All(All(fake("a", nil), nil, fake("b", nil)), fake("c", rateRefuse)), []Event{rateOpen},
 			"a open, b open, c open, a refused, b refused"},
 		{"the last panics", All(fake("a", nil), fake("b", nil), fake("c", ratePanics)), []Event{rateOpen},
 			"a open, b open, c open, a refused, b refused"},
-		{"data is told to all, though one cuts", All(fake("a", rateCut), fake("b", nil)), []Event{rateOpen, rateData},
+		{"data is told to all, though one cuts", All(fake("a", rateCut), fake("b", nil)),
+			[]Event{rateOpen, rateData},
 			"a open, b open, a data, b data"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -765,26 +796,34 @@ func TestAllCombinesDecisions(t *testing.T) {
 		want     Decision // on data
 	}{
 		{nil, Decision{}},
-		{[]RateLimitManager{says(Decision{Wait: 1}), says(Decision{Wait: 3}), says(Decision{Wait: 2})}, Decision{Wait: 3}},
-		{[]RateLimitManager{says(Decision{}), All(says(Decision{Wait: 5}), nil), says(Decision{Wait: 4})}, Decision{Wait: 5}},
-		{[]RateLimitManager{says(Decision{}), says(Decision{Chunk: 7}), All(says(Decision{Chunk: 5}), says(Decision{})), says(Decision{Chunk: 6})},
+		{[]RateLimitManager{says(Decision{Wait: 1}), says(Decision{Wait: 3}), says(Decision{Wait: 2})},
+			Decision{Wait: 3}},
+		{[]RateLimitManager{says(Decision{}), All(says(Decision{Wait: 5}), nil), says(Decision{Wait: 4})},
+			Decision{Wait: 5}},
+		{[]RateLimitManager{says(Decision{}), says(Decision{Chunk: 7}),
+			All(says(Decision{Chunk: 5}), says(Decision{})), says(Decision{Chunk: 6})},
 			Decision{Chunk: 5}},
 		{[]RateLimitManager{says(Decision{Chunk: 7}), says(Decision{Chunk: -1})}, Decision{Chunk: 7}},
 		{[]RateLimitManager{says(Decision{Exceeded: true}), says(Decision{})}, Decision{Exceeded: true}},
 		{[]RateLimitManager{says(Decision{}), says(Decision{Exceeded: true})}, Decision{Exceeded: true}},
-		{[]RateLimitManager{says(Decision{}), All(says(Decision{Exceeded: true, Err: errA}), says(Decision{Exceeded: true, Err: errB}))},
+		{[]RateLimitManager{says(Decision{}),
+			All(says(Decision{Exceeded: true, Err: errA}), says(Decision{Exceeded: true, Err: errB}))},
 			Decision{Exceeded: true, Err: errA}},
 	} {
 		all := All(tt.managers...)
 		if got := all.Report(t.Context(), rateData); got != tt.want {
 			t.Errorf("data: %+v, want %+v", got, tt.want)
 		}
-		if got, want := all.Report(t.Context(), rateOpen), (Decision{Wait: tt.want.Wait, Chunk: tt.want.Chunk}); got != want {
+		if got, want := all.Report(t.Context(),
+			rateOpen), (Decision{Wait: tt.want.Wait, Chunk: tt.want.Chunk}); got != want {
 			t.Errorf("open: %+v, want %+v", got, want)
 		}
 	}
-	refuses := rateFunc(func(context.Context, Event) Decision { return Decision{Exceeded: true, Err: errB} })
-	if got := All(says(Decision{Wait: 1}), refuses).Report(t.Context(), rateOpen); !got.Exceeded || got.Err != errB {
+	refuses := rateFunc(func(context.Context, Event) Decision {
+		return Decision{Exceeded: true, Err: errB}
+	})
+	if got := All(says(Decision{Wait: 1}), refuses).Report(t.Context(), rateOpen); !got.Exceeded ||
+		got.Err != errB {
 		t.Errorf("refused: %+v", got)
 	}
 }
@@ -820,18 +859,19 @@ func TestDecisionsReachTheConnection(t *testing.T) {
 			t.Errorf("ended as %s by %v, want ErrTooManyClients", r.End, r.Err)
 		}
 		var sizes []int64
-		c = serveFake(t.Context(), a, &Conn{RateLimit: rateFunc(func(_ context.Context, e Event) Decision {
-			switch {
-			case e.Kind == EventOpen:
-				return Decision{Chunk: 1000}
-			case e.Kind == EventClose || e.Direction == Download:
-				return Decision{}
-			}
-			if sizes = append(sizes, e.Bytes); len(sizes) == 4 {
-				return Decision{Exceeded: true, Err: errMine}
-			}
-			return Decision{Chunk: 100 * len(sizes)}
-		})})
+		c = serveFake(t.Context(), a,
+			&Conn{RateLimit: rateFunc(func(_ context.Context, e Event) Decision {
+				switch {
+				case e.Kind == EventOpen:
+					return Decision{Chunk: 1000}
+				case e.Kind == EventClose || e.Direction == Download:
+					return Decision{}
+				}
+				if sizes = append(sizes, e.Bytes); len(sizes) == 4 {
+					return Decision{Exceeded: true, Err: errMine}
+				}
+				return Decision{Chunk: 100 * len(sizes)}
+			})})
 		go io.Copy(io.Discard, c)
 		c.Write(make([]byte, 4000))
 		if r := <-c.result; r.End != EndRateLimited || r.Err != errMine {
@@ -884,7 +924,8 @@ func TestCustomManagerWorksInAll(t *testing.T) {
 		report(EventData, "ann", 1), // cut
 	}
 	report(EventClose, "ann", 0)
-	got = append(got, report(EventOpen, "ann", 0), report(EventOpen, "eve", 0), report(EventOpen, "bob", 0))
+	got = append(got, report(EventOpen, "ann", 0), report(EventOpen, "eve", 0),
+		report(EventOpen, "bob", 0))
 	if want := []bool{true, true, true, true, false, false, false, true}; !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
@@ -1006,7 +1047,8 @@ func TestFullClientLimitsSaySo(t *testing.T) {
 			err = cmp.Or(d.Err, ErrRateLimited)
 		}
 		if err != step.err || l.Len() != step.length {
-			t.Errorf("step %d: %s: %v with %d clients, want %v with %d", i, step.client, err, l.Len(), step.err, step.length)
+			t.Errorf("step %d: %s: %v with %d clients, want %v with %d", i, step.client, err, l.Len(),
+				step.err, step.length)
 		}
 	}
 	if !errors.Is(ErrTooManyClients, ErrRateLimited) || errors.Is(ErrRateLimited, ErrTooManyClients) {
@@ -1025,7 +1067,8 @@ func TestClientLimitReportsNoCloseOfRefusedOpen(t *testing.T) {
 	var heard []string
 	refuse := false
 	l := NewClientLimits(1, func(string) RateLimitManager {
-		return &rateFake{"ann", &heard, func(e Event) Decision { return Decision{Exceeded: refuse && e.Kind == EventOpen, Wait: 5} }}
+		return &rateFake{"ann", &heard,
+			func(e Event) Decision { return Decision{Exceeded: refuse && e.Kind == EventOpen, Wait: 5} }}
 	})
 	ann := l.For("ann")
 	if d := ann.Report(t.Context(), rateOpen); d != (Decision{Wait: 5}) {
@@ -1048,7 +1091,8 @@ func TestClientLimitReportsNoCloseOfRefusedOpen(t *testing.T) {
 
 func TestClientLimitInAllIsRefunded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := NewClientLimits(1, func(string) RateLimitManager { return &TokenBucket{Burst: 3, Every: time.Hour} })
+		l := NewClientLimits(1,
+			func(string) RateLimitManager { return &TokenBucket{Burst: 3, Every: time.Hour} })
 		all := All(l.For("ann"), &OpenLimit{})
 		if opens(all, 100) != 0 {
 			t.Fatal("let in")
@@ -1062,7 +1106,8 @@ func TestClientLimitInAllIsRefunded(t *testing.T) {
 
 func TestOnlyIdleClientsAreForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := NewClientLimits(2, func(string) RateLimitManager { return &TokenBucket{Burst: 2, Every: time.Minute} })
+		l := NewClientLimits(2,
+			func(string) RateLimitManager { return &TokenBucket{Burst: 2, Every: time.Minute} })
 		open := func(client string) bool { return letsIn(l.For(client)) }
 		if !open("ann") || !open("bob") || !open("bob") {
 			t.Fatal("refused with tokens left")
@@ -1086,7 +1131,8 @@ func TestOnlyIdleClientsAreForgotten(t *testing.T) {
 		}
 		closes(l.For("eve"))
 		rateLater(time.Minute)
-		if got := []bool{open("ann"), open("ann"), open("ann")}; !slices.Equal(got, []bool{true, true, false}) {
+		if got := []bool{open("ann"), open("ann"), open("ann")}; !slices.Equal(got,
+			[]bool{true, true, false}) {
 			t.Fatalf("ann got in %v: her bucket was full when she was forgotten: want two tokens", got)
 		}
 		rateCheck(t, l, 3) // bob's one and ann's two
@@ -1111,7 +1157,8 @@ func TestOpenConnectionsPinTheirClient(t *testing.T) {
 
 func TestBandwidthDebtPinsTheClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := NewClientLimits(1, func(string) RateLimitManager { return &Bandwidth{BytesPerSecond: 1, Burst: 99} })
+		l := NewClientLimits(1,
+			func(string) RateLimitManager { return &Bandwidth{BytesPerSecond: 1, Burst: 99} })
 		ann := l.For("ann")
 		letsIn(ann)
 		ann.Report(t.Context(), rateData)
@@ -1132,7 +1179,8 @@ func TestLongestQuietClientIsForgottenFirst(t *testing.T) {
 		letsIn(l.For(client))
 		closes(l.For(client))
 	}
-	for _, step := range []struct{ comes, left string }{{"dan", "ann cid dan"}, {"eve", "ann dan eve"}, {"fay", "dan eve fay"}} {
+	for _, step := range []struct{ comes, left string }{{"dan", "ann cid dan"}, {"eve", "ann dan eve"},
+		{"fay", "dan eve fay"}} {
 		letsIn(l.For(step.comes))
 		closes(l.For(step.comes))
 		var left []string
@@ -1323,7 +1371,8 @@ func TestPanickingClientLimitKeepsCountsRight(t *testing.T) {
 			t.Error("ann's place is lost")
 		}
 	}
-	l := NewClientLimits(1, func(string) RateLimitManager { return &rateHasIdle{idle: func() bool { panic("store gone") }} })
+	l := NewClientLimits(1,
+		func(string) RateLimitManager { return &rateHasIdle{idle: func() bool { panic("store gone") }} })
 	letsIn(l.For("ann"))
 	closes(l.For("ann"))
 	if ratePanic(func() { letsIn(l.For("bob")) }) == nil {
@@ -1445,7 +1494,8 @@ func TestConcurrentClientsGetOneClosePerOpen(t *testing.T) {
 }
 
 func TestConcurrentUseAddsUp(t *testing.T) {
-	bucket, limit, bandwidth := &TokenBucket{Burst: 60 + 64}, &OpenLimit{Max: 60}, &Bandwidth{BytesPerSecond: 1e9}
+	bucket, limit := &TokenBucket{Burst: 60 + 64}, &OpenLimit{Max: 60}
+	bandwidth := &Bandwidth{BytesPerSecond: 1e9}
 	all := All(bucket, limit)
 	now := time.Unix(0, 0)
 	var in atomic.Int64

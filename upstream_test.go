@@ -22,7 +22,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// text is a change without its time.
+// text describes a change without its time.
 func (c UpstreamChange) text() string {
 	s := fmt.Sprintf("%s/%s %s>%s", c.App, c.Addr, c.From, c.To)
 	if c.Drain {
@@ -72,15 +72,24 @@ func TestOnUpstreamReportsChangesInOrder(t *testing.T) {
 			{"New is told of to nobody", func() {}, ""},
 			{"a dial fails", func() { refuse["a:1"] = true; connect() }, "test/a:1 up>cooling refused"},
 			{"the trial fails", func() { time.Sleep(10 * time.Second); connect() }, ""},
-			{"the trial works", func() { refuse["a:1"] = false; time.Sleep(10 * time.Second); connect() }, "test/a:1 cooling>up"},
-			{"checks fail", func() { w.set(errSick, "b:1"); time.Sleep(10 * time.Second) }, "test/b:1 up>down sick"},
-			{"the same set", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1", Weight: 2}}) }, ""},
-			{"b drains", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1", Drain: true}}) }, "test/b:1 down>down drain sick"},
-			{"checks pass", func() { w.set(nil, "b:1"); time.Sleep(10 * time.Second) }, "test/b:1 down>up drain"},
-			{"b drains no more", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1"}}) }, "test/b:1 up>up"},
-			{"b is down", func() { w.set(errSick, "b:1"); time.Sleep(10 * time.Second) }, "test/b:1 up>down sick"},
-			{"b is removed", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}}) }, "test/b:1 down>up removed"},
-			{"c is added", func() { a.SetUpstreams([]Upstream{{Addr: "c:1"}, {Addr: "a:1"}}) }, "test/c:1 >up"},
+			{"the trial works", func() { refuse["a:1"] = false; time.Sleep(10 * time.Second); connect() },
+				"test/a:1 cooling>up"},
+			{"checks fail", func() { w.set(errSick, "b:1"); time.Sleep(10 * time.Second) },
+				"test/b:1 up>down sick"},
+			{"the same set", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1", Weight: 2}}) },
+				""},
+			{"b drains", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1", Drain: true}}) },
+				"test/b:1 down>down drain sick"},
+			{"checks pass", func() { w.set(nil, "b:1"); time.Sleep(10 * time.Second) },
+				"test/b:1 down>up drain"},
+			{"b drains no more", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1"}}) },
+				"test/b:1 up>up"},
+			{"b is down", func() { w.set(errSick, "b:1"); time.Sleep(10 * time.Second) },
+				"test/b:1 up>down sick"},
+			{"b is removed", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}}) },
+				"test/b:1 down>up removed"},
+			{"c is added", func() { a.SetUpstreams([]Upstream{{Addr: "c:1"}, {Addr: "a:1"}}) },
+				"test/c:1 >up"},
 		} {
 			got = nil
 			step.then()
@@ -104,7 +113,7 @@ func TestChangesMergeWhileOnUpstreamIsBusy(t *testing.T) {
 			a.balancer.changes.add(UpstreamChange{Addr: addr, From: from, To: to, Removed: removed})
 		}
 		add("a:1", StateUp, StateCooling, false)
-		synctest.Wait() // the hook has it
+		synctest.Wait() // the hook is called with it
 		for range 1000 {
 			add("a:1", StateCooling, StateUp, false)
 			add("b:1", StateUp, StateDown, false)
@@ -170,22 +179,27 @@ func TestOnUpstreamMayCallTheAppAndClose(t *testing.T) {
 }
 
 func TestOnUpstreamIsCalledAgainAfterAPanic(t *testing.T) {
-	for name, fail := range map[string]func(){"panic": func() { panic("boom") }, "Goexit": runtime.Goexit} {
+	for name, fail := range map[string]func(){"panic": func() { panic("boom") },
+		"Goexit": runtime.Goexit} {
 		synctest.Test(t, func(t *testing.T) {
 			var log syncBuffer
 			var got []string
-			a, _ := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil)), OnUpstream: func(c UpstreamChange) {
-				got = append(got, c.Addr)
-				fail()
-			}}, "a:1")
+			a, _ := newApp(t,
+				Options{Logger: slog.New(slog.NewTextHandler(&log, nil)), OnUpstream: func(c UpstreamChange) {
+					got = append(got, c.Addr)
+					fail()
+				}}, "a:1")
 			a.SetUpstreams([]Upstream{{Addr: "b:1"}})
 			synctest.Wait()
 			if s := strings.Join(got, " "); s != "b:1 a:1" {
 				t.Errorf("%s: calls for %s", name, s)
 			}
-			wantLines(t, &log, map[string]int{"panic in a hook": 2, "hook=Options.OnUpstream": 2, "stack=": 2, "app=test": 2})
+			wantLines(t, &log,
+				map[string]int{"panic in a hook": 2, "hook=Options.OnUpstream": 2, "stack=": 2, "app=test": 2})
 
-			b, _ := newApp(t, Options{Logger: slog.New(panicHandler{}), OnUpstream: func(UpstreamChange) { fail() }}, "a:1")
+			b, _ := newApp(t, Options{Logger: slog.New(panicHandler{}), OnUpstream: func(UpstreamChange) {
+				fail()
+			}}, "a:1")
 			b.SetUpstreams([]Upstream{{Addr: "b:1"}})
 		})
 	}
@@ -219,14 +233,16 @@ func TestUpstreamDialMatchesTheDefaultCheck(t *testing.T) {
 		want string
 	}{
 		{Upstream{Addr: proxytest.RefusingAddr(t)}, t.Context(), "refused"},
-		{Upstream{Addr: secure, TLS: &tls.Config{}}, t.Context(), "TLS: tls: failed to verify certificate"},
+		{Upstream{Addr: secure, TLS: &tls.Config{}}, t.Context(),
+			"TLS: tls: failed to verify certificate"},
 		{Upstream{Addr: "10.0.0.1"}, t.Context(), "missing port"},
 		{Upstream{Addr: "10.0.0.1", TLS: &tls.Config{}}, t.Context(), "missing port"},
 		{Upstream{}, t.Context(), "missing"},
 		{Upstream{Addr: plain}, canceled, "canceled"},
 		{Upstream{Addr: secure, TLS: clientTLS}, canceled, "canceled"},
 	} {
-		if c, err := tc.u.Dial(tc.ctx); c != nil || err == nil || !strings.Contains(err.Error(), tc.want) {
+		if c, err := tc.u.Dial(tc.ctx); c != nil || err == nil ||
+			!strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%+v: %v, %v; want an error with %q", tc.u, c, err, tc.want)
 		}
 	}
@@ -242,8 +258,9 @@ func TestUpstreamDialEndsHandshakeWithItsContext(t *testing.T) {
 	}
 }
 
-// A lookup that fails because the process has no descriptor left is not held against the upstream,
-// neither by dials nor by checks, whichever resolver is used. The process that runs out is a child.
+// A lookup that fails because the process has no descriptor left does not count against the
+// upstream, in dials and in checks, with Go's resolver and C's. A child process runs out of
+// descriptors.
 func TestLookupWithoutDescriptorsIsALocalError(t *testing.T) {
 	if os.Getenv("LBPROXY_TEST_LOOKUP") != "" {
 		lookUpOutOfDescriptors()
@@ -254,7 +271,8 @@ func TestLookupWithoutDescriptorsIsALocalError(t *testing.T) {
 	for _, resolver := range []string{"go", "cgo"} {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		cmd := exec.CommandContext(ctx, "sh", "-c", `ulimit -n 40 && exec "$0" -test.run="^$1$"`, os.Args[0], t.Name())
+		cmd := exec.CommandContext(ctx, "sh", "-c", `ulimit -n 40 && exec "$0" -test.run="^$1$"`,
+			os.Args[0], t.Name())
 		cmd.Env = append(os.Environ(), "LBPROXY_TEST_LOOKUP=1", "GODEBUG=netdns="+resolver)
 		out, err := cmd.CombinedOutput()
 		want := "checks: up up\ndials: 1 attempt, dial-failed, up 0, up 0\n"
@@ -265,7 +283,7 @@ func TestLookupWithoutDescriptorsIsALocalError(t *testing.T) {
 	}
 }
 
-// lookUpOutOfDescriptors prints what becomes of two upstreams given by name.
+// lookUpOutOfDescriptors prints the state of two upstreams with host names.
 func lookUpOutOfDescriptors() {
 	out := bufio.NewWriter(os.Stdout)
 	client, ours := net.Pipe()

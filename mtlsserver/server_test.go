@@ -406,7 +406,7 @@ func TestStolenCertificateDoesNotTouchTheVictimsBucket(t *testing.T) {
 	if !l.untouched(t) {
 		t.Error("the victim has been charged for")
 	}
-	l.server.Close()
+	l.stop()
 	must(t, <-l.ran)
 	l.ran <- nil
 	lines := l.log.all()

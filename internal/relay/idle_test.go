@@ -14,7 +14,8 @@ import (
 func TestIdleTimeIsExactOverBothDirections(t *testing.T) {
 	for _, keepAlive := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}), nil)
+			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}),
+				nil)
 			go func() {
 				b := make([]byte, 1)
 				io.ReadFull(server, b)       // at 50 s
@@ -39,7 +40,7 @@ func TestIdleTimeIsExactOverBothDirections(t *testing.T) {
 func TestIdleTimeBeginsWithConnect(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEngine(t, Config{Idle: time.Minute})
-		for range 2 { // the second time the engine has been at rest for long
+		for range 2 { // the second time the engine has been idle for long
 			client, ours := proxytest.Pipe()
 			server, theirs := proxytest.Pipe()
 			h := newRecorder(nil)
@@ -57,7 +58,7 @@ func TestIdleTimeBeginsWithConnect(t *testing.T) {
 	})
 }
 
-// There is no other bound on how long one stream may go on when the other has ended.
+// Nothing else bounds how long one stream may go on when the other has ended.
 func TestOnlyIdleTimeBoundsAHalfClosedRelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}), nil)
@@ -106,7 +107,7 @@ func TestNoIdleTimeMeansNoLimit(t *testing.T) {
 	}
 }
 
-// A write that goes on in pieces is not idle, where nobody can be asked about the queue.
+// Where the system cannot be asked for the queue, writing in pieces shows that a relay is not idle.
 func TestSlowReaderInMemoryIsNotIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size = 10 * writePiece
@@ -137,7 +138,7 @@ func TestSlowReaderOfASocketIsNotIdle(t *testing.T) {
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
 	if canMeasure {
-		ours.SetWriteBuffer(2 * size) // it all fits, and nothing wakes the relay
+		ours.SetWriteBuffer(2 * size) // all of it fits, so nothing wakes the relay
 	} else {
 		ours.SetWriteBuffer(16 << 10)
 	}
@@ -181,7 +182,7 @@ func TestIdleTimeEndsStalledRelays(t *testing.T) {
 	}
 }
 
-// One whose conn is slow to close does not keep the others.
+// A relay whose conn is slow to close does not delay the others.
 func TestIdleRelaysDoNotWaitForEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEngine(t, Config{Idle: time.Minute})
@@ -196,14 +197,14 @@ func TestIdleRelaysDoNotWaitForEachOther(t *testing.T) {
 		if o := h.wait(t); o.Err != errIdle || time.Since(start) != time.Minute {
 			t.Errorf("%+v after %v", o, time.Since(start))
 		}
-		time.Sleep(10 * time.Minute) // and it is condemned once
+		time.Sleep(10 * time.Minute) // it is aborted only once
 		close(slow.release)
 		held.wait(t)
 		client.Close()
 	})
 }
 
-// What the sweep costs when 100,000 relays are silent, by what it asks the system.
+// The cost of a sweep over silent relays, counted in questions to the system.
 func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
 	if !canMeasure {
 		t.Skip("nobody can be asked")
@@ -231,7 +232,8 @@ func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
 		{20 * time.Second, 2, 5 * time.Second},
 	} {
 		if left := look(row.after); left != row.left || asked != row.asked {
-			t.Errorf("look %d: %v left after %d questions, want %v and %d", i, left, asked, row.left, row.asked)
+			t.Errorf("look %d: %v left after %d questions, want %v and %d", i, left, asked, row.left,
+				row.asked)
 		}
 	}
 	r.last.Store(now)

@@ -18,13 +18,13 @@ func TestMain(m *testing.M) { proxytest.Main(m) }
 
 var errIdle = errors.New("idle")
 
-// A recorder is a Handler that keeps what it hears.
+// A recorder is a Handler that records its calls.
 type recorder struct {
 	moved  func(Direction, int) Verdict // nil: go on
 	over   chan error
 	done   chan Outcome
 	isDone atomic.Bool
-	late   atomic.Bool // something was heard after Done, or Over twice or not before Done
+	late   atomic.Bool // a call came after Done, or Over came twice or not before Done
 	sums   [3]atomic.Int64
 }
 
@@ -58,7 +58,7 @@ func (h *recorder) Done(o Outcome) {
 	h.done <- o
 }
 
-// wait returns how the relay ended, and checks what it was told on the way.
+// wait returns how the relay ended, and checks the calls before that.
 func (h *recorder) wait(t testing.TB) Outcome {
 	t.Helper()
 	o := <-h.done // which may take hours of fake time; real peers have deadlines
@@ -90,13 +90,17 @@ func newEngine(t testing.TB, config Config) *Engine {
 }
 
 // join relays between two sockets.
-func join(t testing.TB, moved func(Direction, int) Verdict) (client, server *net.TCPConn, h *recorder) {
+func join(
+	t testing.TB, moved func(Direction, int) Verdict,
+) (client, server *net.TCPConn, h *recorder) {
 	t.Helper()
 	client, server, h, _ = joinOver(t, newEngine(t, Config{}), moved)
 	return client, server, h
 }
 
-func joinOver(t testing.TB, e *Engine, moved func(Direction, int) Verdict) (client, server *net.TCPConn, h *recorder, r *Relay) {
+func joinOver(
+	t testing.TB, e *Engine, moved func(Direction, int) Verdict,
+) (client, server *net.TCPConn, h *recorder, r *Relay) {
 	t.Helper()
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
@@ -116,7 +120,9 @@ func duplex(t testing.TB) (peer, ours *net.TCPConn) {
 }
 
 // joinPipes relays between two connections in memory, at once.
-func joinPipes(e *Engine, moved func(Direction, int) Verdict) (client, server *proxytest.PipeConn, h *recorder, r *Relay) {
+func joinPipes(
+	e *Engine, moved func(Direction, int) Verdict,
+) (client, server *proxytest.PipeConn, h *recorder, r *Relay) {
 	client, ours := proxytest.Pipe()
 	server, theirs := proxytest.Pipe()
 	h = newRecorder(moved)
@@ -135,7 +141,7 @@ func readCut(t testing.TB, c io.Reader) []byte {
 	return b
 }
 
-// openPipes are those of which the process has an end.
+// openPipes returns the pipes of which the process holds an end.
 func openPipes() map[string]bool {
 	pipes := map[string]bool{}
 	entries, _ := os.ReadDir("/proc/self/fd")
@@ -147,8 +153,8 @@ func openPipes() map[string]bool {
 	return pipes
 }
 
-// pipesSince is how many are open that were not before. Those of io.Copy, in earlier tests, are
-// closed by the garbage collector, whenever that comes.
+// pipesSince returns how many pipes are open that were not before. The garbage collector closes
+// those of io.Copy in earlier tests, sooner or later.
 func pipesSince(before map[string]bool) (n int) {
 	for pipe := range openPipes() {
 		if !before[pipe] {

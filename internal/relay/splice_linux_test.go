@@ -30,7 +30,7 @@ func sendUrgent(t *testing.T, c *net.TCPConn) {
 	}
 }
 
-// Every byte but the urgent ones arrives.
+// Every byte except the urgent ones arrives.
 func TestUrgentBytes(t *testing.T) {
 	const mib = 1 << 20
 	for _, row := range []struct {
@@ -42,10 +42,13 @@ func TestUrgentBytes(t *testing.T) {
 		{"in the middle, and the end", []int{8 * mib, 100_000}, true},
 		{"in the middle, and no end", []int{8 * mib, 100_000}, false},
 		{"at the end", []int{8 * mib, 0}, true},
-		{"twelve", []int{3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 5}, true},
+		{"twelve",
+			[]int{3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib,
+				3 * mib, 3 * mib, 5}, true},
 	} {
 		for _, d := range []Direction{Upload, Download} {
-			for _, slow := range []bool{false, true} { // the reader comes when all is sent, or stuck
+			// the reader begins when all is sent, or when the sender is stuck
+			for _, slow := range []bool{false, true} {
 				t.Run(row.name, func(t *testing.T) {
 					client, server, h := join(t, nil)
 					from, to := client, server
@@ -81,7 +84,7 @@ func TestUrgentBytes(t *testing.T) {
 					}
 					at := int64(0)
 					for i, n := range row.chunks {
-						if i > 1 { // of two urgent bytes under way TCP makes the first an ordinary one
+						if i > 1 { // of two urgent bytes under way TCP turns the first into an ordinary one
 							proxytest.Eventually(t, "all before has arrived", func() bool { return read.Load() == at })
 						}
 						if i > 0 {
@@ -112,7 +115,7 @@ func TestUrgentBytes(t *testing.T) {
 	}
 }
 
-// makeBlocking takes O_NONBLOCK from c, as whoever needs its descriptor for getsockopt does.
+// makeBlocking clears O_NONBLOCK of c, as callers do who need its descriptor for getsockopt.
 func makeBlocking(t *testing.T, c *net.TCPConn) {
 	f, err := c.File()
 	proxytest.Must(t, err)
@@ -123,7 +126,7 @@ func makeBlocking(t *testing.T, c *net.TCPConn) {
 	}
 }
 
-// A socket that blocks is neither spliced nor read nor written such that it does.
+// A socket without O_NONBLOCK is never spliced, read or written in a way that blocks.
 func TestBlockingSocketBlocksNobody(t *testing.T) {
 	const size = 4 << 20
 	for _, which := range []string{"client", "server", "both"} {
@@ -198,7 +201,7 @@ func TestPipesAreBoundedAndNoneIsLost(t *testing.T) {
 		if pool.get() != nil {
 			t.Errorf("more than %d pipes", maxPipes)
 		}
-		pool.drop(inUse[0]) // for which there may be another one
+		pool.drop(inUse[0]) // so another one may be made
 		for _, p := range inUse[1:] {
 			pool.put(p)
 		}
@@ -243,7 +246,7 @@ func TestEngineClosesItsPipes(t *testing.T) {
 	e := NewEngine(Config{})
 	client, server, h, r := joinOver(t, e, nil)
 	go pattern.Send(server, 64<<20)
-	for pipesSince(before) == 0 { // until it is taken for bulk
+	for pipesSince(before) == 0 { // until it counts as bulk
 		if _, err := io.CopyN(io.Discard, struct{ io.Reader }{client}, 1<<20); err != nil {
 			t.Fatal(err)
 		}
@@ -256,7 +259,7 @@ func TestEngineClosesItsPipes(t *testing.T) {
 	}
 }
 
-// A relay that breaks while bulk is on its way leaves nothing of it to the next.
+// A relay that breaks while bulk is under way leaves no byte for the next one.
 func TestNothingOfABrokenRelayReachesTheNext(t *testing.T) {
 	const size = 4 << 20
 	e := newEngine(t, Config{})
@@ -284,7 +287,7 @@ func TestNothingOfABrokenRelayReachesTheNext(t *testing.T) {
 	}
 }
 
-// A limit that does not slow a stream leaves it spliced, and is told of each chunk.
+// A limit that does not slow a stream leaves it spliced, and hears of every chunk.
 func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	const size = 32 << 20
 	before := openPipes()
@@ -313,7 +316,7 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 func TestNothingIsUnsentAfterAReset(t *testing.T) {
 	peer, c := duplex(t)
 	e := newEnd(c)
-	go c.Write(make([]byte, 64<<20)) // far more than the systems take
+	go c.Write(make([]byte, 64<<20)) // far more than the socket buffers hold
 	proxytest.Eventually(t, "something is unsent", func() bool { return e.unsent() > 0 })
 	peer.SetLinger(0)
 	peer.Close()
@@ -326,7 +329,7 @@ func TestNothingIsUnsentAfterAReset(t *testing.T) {
 	}
 }
 
-// The end of a stream fails as it does in net.
+// closeWrite fails as it does in package net.
 func TestCloseWriteAfterTheEnd(t *testing.T) {
 	peer, c := duplex(t)
 	s := newSocket(c)
@@ -343,7 +346,7 @@ func TestCloseWriteAfterTheEnd(t *testing.T) {
 	}
 }
 
-// keepAliveOf returns the four options.
+// keepAliveOf returns the four keep-alive options.
 func keepAliveOf(c *net.TCPConn) (got [4]int) {
 	control(rawTCP(c), func(fd int) {
 		got[0], _ = syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
@@ -366,7 +369,8 @@ func accepted(t *testing.T, listen func() (net.Listener, error)) *net.TCPConn {
 }
 
 func TestInheritKeepAlive(t *testing.T) {
-	want := keepAliveOf(accepted(t, func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
+	want := keepAliveOf(accepted(t,
+		func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
 	got := keepAliveOf(accepted(t, func() (net.Listener, error) {
 		var lc net.ListenConfig
 		InheritKeepAlive(&lc)
@@ -377,9 +381,10 @@ func TestInheritKeepAlive(t *testing.T) {
 	}
 }
 
-// Servers get keep-alive when their relay has lasted, also without an idle time.
+// Servers get keep-alive when their relay has lasted 15 s, also without an idle time.
 func TestServersGetKeepAlive(t *testing.T) {
-	want := keepAliveOf(accepted(t, func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
+	want := keepAliveOf(accepted(t,
+		func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }))
 	for _, idle := range []time.Duration{0, time.Hour} {
 		_, server := duplex(t)
 		server.SetKeepAlive(false)
@@ -400,8 +405,8 @@ func TestServersGetKeepAlive(t *testing.T) {
 	}
 }
 
-// A reset that a write of the other direction has met leaves reading with what looks like an end.
-// The write is late to return here.
+// When a write meets a reset, the read of the other direction finds what looks like an end. Here
+// the write returns late.
 func TestResetSeenByAWriteIsNotAnEnd(t *testing.T) {
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
@@ -542,7 +547,7 @@ func (c *lateWrite) Write(b []byte) (int, error) {
 
 func (c *lateWrite) NetConn() net.Conn { return c.TCPConn }
 
-// heapOf returns what each of 200 relays holds, without their conns, when wait has returned.
+// heapOf returns how many bytes each of 200 relays holds, without its conns, after wait.
 func heapOf(t *testing.T, wait func(r *Relay, client, server, theirs *net.TCPConn)) int64 {
 	const n = 201
 	e := newEngine(t, Config{})
@@ -574,7 +579,7 @@ func heapOf(t *testing.T, wait func(r *Relay, client, server, theirs *net.TCPCon
 	return each
 }
 
-// While a relay waits for its server it holds a small buffer, if its client has spoken.
+// A relay that waits for its server holds a small buffer if its client has sent something.
 func TestRelayBeforeConnectHoldsASmallBuffer(t *testing.T) {
 	each := heapOf(t, func(r *Relay, client, _, _ *net.TCPConn) {
 		client.Write(make([]byte, 100))
@@ -603,7 +608,8 @@ func TestIdleRelaysHoldNoBuffers(t *testing.T) {
 	}
 }
 
-// A stuck reader holds what it does not take, not the large buffer that this was read into.
+// What a stuck reader does not take is kept in a small buffer, not in the large one it was read
+// into.
 func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 	_, c := duplex(t)
 	s := newSocket(c)
@@ -618,13 +624,15 @@ func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 	copy(s.out.b, pattern.At(0, 100))
 	waits := false
 	s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
-	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 || pattern.Check(0, s.out.b) != nil {
-		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits, len(*s.out.buf), len(s.out.b))
+	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 ||
+		pattern.Check(0, s.out.b) != nil {
+		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits, len(*s.out.buf),
+			len(s.out.b))
 	}
 }
 
-// After the handshake of a server the client's last message is acknowledged at once: the socket has
-// left the mode in which acknowledgements wait for an answer to go along with.
+// After a server's handshake the client's last message is acknowledged at once: the socket is in
+// the mode in which acknowledgements do not wait for data.
 func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	serverTLS.SessionTicketsDisabled = true
@@ -639,7 +647,9 @@ func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 		proxytest.Must(t, server.Handshake())
 		proxytest.Must(t, <-done)
 		quick := 0
-		control(rawTCP(c), func(fd int) { quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK) })
+		control(rawTCP(c), func(fd int) {
+			quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK)
+		})
 		if quick != map[bool]int{true: 1}[ours] {
 			t.Errorf("with this package's TLS: %v; at once: %d", ours, quick)
 		}

@@ -9,7 +9,7 @@ import (
 
 func TestLargeMovesTakeTurnsBesideSmallMessages(t *testing.T) {
 	defer lastSmall.Store(0)
-	now := clock() + int64(smallRecent) // of the last test's
+	now := clock() + int64(smallRecent) // after the last test's
 	for _, row := range []struct {
 		moved int
 		after int64
@@ -26,7 +26,7 @@ func TestLargeMovesTakeTurnsBesideSmallMessages(t *testing.T) {
 			t.Errorf("after %d bytes at %d: small messages about %v", row.moved, now, got)
 		}
 	}
-	if takeTurn() { // the stamp is in the future, as one from a test in fake time is
+	if takeTurn() { // the stamp is in the future, as a stamp from fake time may be
 		t.Error("a turn was taken")
 	}
 }
