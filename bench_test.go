@@ -10,7 +10,7 @@ import (
 )
 
 // The cost of the whole path, over loopback TCP, its clients' and upstreams' included: they allocate nothing for a round
-// trip or a MiB, and the same each time for a connection. What a proxy costs beside others is what internal/bench
+// trip or a MiB, and the same each time for a connection. What a proxy costs beside others is what internal/lab/bench
 // measures; these are for seeing what a change does: go test -run '^$' -bench . -cpu 1,2 -count 10, and benchstat.
 func BenchmarkRelay(b *testing.B) {
 	limits := map[string]RateLimitManager{
