@@ -155,6 +155,11 @@ func start(t *testing.T, cmd *exec.Cmd, addrs ...string) *daemon {
 	proxytest.Must(t, err)
 	d := &daemon{Cmd: cmd, log: log, ended: make(chan struct{}), signal: syscall.SIGTERM}
 	cmd.Stdout, cmd.Stderr = log, log
+	if cmd.Cancel != nil {
+		// A test's context ends before its cleanup. Killed, nginx would leave its workers behind.
+		cmd.Cancel = func() error { return cmd.Process.Signal(d.signal) }
+		cmd.WaitDelay = proxytest.Patience
+	}
 	proxytest.Must(t, cmd.Start())
 	go func() {
 		defer close(d.ended)
