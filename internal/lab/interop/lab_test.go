@@ -155,6 +155,11 @@ func start(t *testing.T, cmd *exec.Cmd, addrs ...string) *daemon {
 	proxytest.Must(t, err)
 	d := &daemon{Cmd: cmd, log: log, ended: make(chan struct{}), signal: syscall.SIGTERM}
 	cmd.Stdout, cmd.Stderr = log, log
+	if cmd.Cancel != nil {
+		// A test's context ends before its cleanup. Killed, nginx would leave its workers behind.
+		cmd.Cancel = func() error { return cmd.Process.Signal(d.signal) }
+		cmd.WaitDelay = proxytest.Patience
+	}
 	proxytest.Must(t, cmd.Start())
 	go func() {
 		defer close(d.ended)
@@ -321,16 +326,17 @@ func as(t *testing.T, name, dir string, cmd *exec.Cmd) *exec.Cmd {
 
 // An origin is an upstream that speaks HTTP. It answers GET /N with N bytes of a pattern, and POST
 // with the number of bytes that came, if they were those of a pattern. It knows how each of its
-// connections ended.
+// connections ended. A request with the header X-Wait is answered when its stream has ended.
 type origin struct {
-	addr string
-	mu   sync.Mutex
-	ends []string // "end" or "reset"
+	addr    string
+	waiting chan struct{} // receives a value for each request with X-Wait
+	mu      sync.Mutex
+	ends    []string // "end" or "reset"
 }
 
 func newOrigin(t *testing.T) *origin {
 	t.Helper()
-	o := new(origin)
+	o := &origin{waiting: make(chan struct{}, 1)}
 	o.addr = proxytest.Upstream(t, func(c *net.TCPConn) {
 		err := o.serve(c)
 		o.mu.Lock()
@@ -356,7 +362,7 @@ func (o *origin) serve(c *net.TCPConn) error {
 		}
 		method, rest, _ := strings.Cut(line, " ")
 		path, _, _ := strings.Cut(rest, " ")
-		length, keep := int64(0), !strings.Contains(line, "HTTP/1.0")
+		length, keep, wait := int64(0), !strings.Contains(line, "HTTP/1.0"), false
 		for {
 			if line, err = r.ReadString('\n'); err != nil {
 				return err
@@ -372,7 +378,13 @@ func (o *origin) serve(c *net.TCPConn) error {
 			case "connection":
 				keep = value != "close"
 			case "x-wait":
-				<-time.After(answerDelay)
+				wait = true
+			}
+		}
+		if wait {
+			o.waiting <- struct{}{}
+			if _, err := r.ReadByte(); err != io.EOF {
+				return err
 			}
 		}
 		var body []byte
