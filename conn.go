@@ -82,8 +82,8 @@ type Conn struct {
 	// is reset.
 	//
 	// It runs on a goroutine of its own, when the connection is over for everybody else. Writes
-	// to c have a second, reads fail. c is closed when OnRefused has returned and the client has
-	// what was written, or after another second. At most 256 of them run at once per app; beyond
+	// to c fail after a second, reads always. c is closed when OnRefused has returned and the
+	// client has what was written, or after another second. At most 256 of them run at once per app; beyond
 	// that clients are reset. Shutdown and Close do not wait for it; Close resets its c.
 	OnRefused func(c net.Conn, err error)
 
@@ -116,6 +116,9 @@ const (
 	ConnOpen      ConnState = "open"      // connected to an upstream
 	ConnOver      ConnState = "over"      // its Result is known, or about to be
 )
+
+// String returns the state's word.
+func (s ConnState) String() string { return string(s) }
 
 // Info returns what is known of c now. After the end it stays as it was.
 func (c *Conn) Info() ConnInfo {
@@ -731,6 +734,7 @@ func (s *session) lastWord() {
 	defer s.raw.Close()
 	defer relay.LastWord(s.client)
 	defer s.logPanic()
+	s.client.SetWriteDeadline(time.Now().Add(time.Second)) // in all: a slow reader holds a place
 	s.conn.OnRefused(refusedConn{s.client}, s.result.Err)
 }
 
@@ -741,14 +745,10 @@ func (c refusedConn) Read([]byte) (int, error) {
 	return 0, errors.New("lbproxy: a refused client cannot be read from")
 }
 
-func (c refusedConn) Write(b []byte) (int, error) {
-	c.Conn.SetWriteDeadline(time.Now().Add(time.Second))
-	return c.Conn.Write(b)
-}
-
 // settle decides what the Result is, and lets go of the connection.
 func (s *session) settle() {
 	c := s.conn
+	s.stub() // if admit has rejected it
 	end, err := s.verdict()
 	c.mu.Lock()
 	c.info = ConnInfo{
@@ -823,18 +823,20 @@ func (s *session) event(kind EventKind) Event {
 	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
 }
 
-// hold takes what is to be relayed. A plain TCP connection that Serve has accepted leaves a stub in
-// its place, so that a kept Conn is small; nobody else has seen Client yet. ServeConn's caller may
-// be looking at it.
+// hold takes what is to be relayed.
 func (s *session) hold() {
 	s.client = s.conn.Client
-	switch client := s.client.(type) {
-	case *net.TCPConn:
-		if s.accepted {
-			s.conn.Client = &heldConn{client.LocalAddr(), client.RemoteAddr()}
-		}
-	case *TLSConn:
-		s.client = client.hold()
+	if t, ok := s.client.(*TLSConn); ok {
+		s.client = t.hold()
+	}
+	s.stub()
+}
+
+// stub puts a stub in the place of a plain TCP connection that Serve has accepted, so that a kept
+// Conn is small. Nobody else has seen Client yet; ServeConn's caller may be looking at it.
+func (s *session) stub() {
+	if c, ok := s.conn.Client.(*net.TCPConn); ok && s.accepted {
+		s.conn.Client = &heldConn{c.LocalAddr(), c.RemoteAddr()}
 	}
 }
 

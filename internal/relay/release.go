@@ -19,7 +19,9 @@ func (r *Relay) Release(cause error) bool {
 	r.mu.Unlock()
 	if first {
 		r.handler.Over(cause)
-		r.client.conn.SetReadDeadline(time.Unix(1, 0)) // ends the read in progress
+		if r.client.conn.SetReadDeadline(time.Unix(1, 0)) != nil { // which ends the read in progress
+			r.client.reset() // so that it ends
+		}
 	}
 	r.releaseElsewhere()
 	return first
