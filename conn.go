@@ -634,12 +634,31 @@ func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
 	if p.lost != nil {
 		defer context.AfterFunc(p.lost, cancel)()
 	}
-	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
+	if p.conf.ProxyProtocol > 0 {
+		err = s.handshake(ctx)
+	}
+	if err == nil {
+		c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
+	}
 	v, err = p.judge(err)
 	if v == fails && s.over() {
 		v = unknown
 	}
 	return c, false, err
+}
+
+// handshake completes the client's TLS handshake if admit has not, as a PROXY header tells of it. If
+// it fails, the session is over: no upstream is to blame.
+func (s *session) handshake(ctx context.Context) error {
+	t, ok := s.client.(interface{ HandshakeContext(context.Context) error })
+	if !ok {
+		return nil
+	}
+	err := t.HandshakeContext(ctx)
+	if err != nil {
+		s.conn.abort(&ending{EndClientError, err})
+	}
+	return err
 }
 
 // dialContext returns the context of a dial, which ends when the session is over.
