@@ -77,14 +77,15 @@ type Conn struct {
 	Value any
 
 	// OnRefused may send a last word, such as an HTTP 503, to a client that is over its rate limit
-	// when it opens, or for whom there is no upstream; err is ErrRateLimited, ErrNoUpstream or
-	// DialErrors. It is not called for a connection that was aborted. nil means that such a client
-	// is reset.
+	// when it opens, or for whom there is no upstream. err is Result.Err: it matches
+	// ErrRateLimited, ErrNoUpstream or *DialError. OnRefused is not called for a connection that
+	// was aborted. nil means that such clients are reset.
 	//
-	// It runs on a goroutine of its own, when the connection is over for everybody else. Writes
-	// to c fail after a second, reads always. c is closed when OnRefused has returned and the
-	// client has what was written, or after another second. At most 256 of them run at once per app; beyond
-	// that clients are reset. Shutdown and Close do not wait for it; Close resets its c.
+	// It runs on a goroutine of its own, when the connection is counted out. Writes to c fail after
+	// a second, reads always; a TLS client, whose handshake must have been made, is spoken to in
+	// TLS. c is closed when OnRefused has returned and the client has ended its stream, or after
+	// another second. At most 256 of them run at once per app; beyond that clients are reset.
+	// Shutdown and Close do not wait for it; Close resets its c.
 	OnRefused func(c net.Conn, err error)
 
 	// OnDone is called once, when the connection is over and out of all counts, just before
@@ -96,6 +97,8 @@ type Conn struct {
 	session *session   // nil before and after
 	cause   *ending    // of an Abort, a Close or a refusal, from before the relay began
 	info    ConnInfo   // after the end
+
+	tls *tls.ConnectionState // of Client, until the end; the session's
 }
 
 // A ConnInfo is a snapshot of a connection.
@@ -160,6 +163,9 @@ func (c *Conn) abort(e *ending) {
 	}
 	c.mu.Unlock()
 	if s != nil { // also after admit has rejected it, while what admit wrote is on its way
+		if l, ok := relay.Underlying(s.raw).(interface{ SetLinger(int) error }); ok {
+			l.SetLinger(0) // first: a TLS handshake closes it when its context ends
+		}
 		s.stop(e)
 		relay.Reset(s.raw)
 	}
@@ -469,6 +475,8 @@ func (s *session) serve(wait bool) {
 			s.giveUp(e)
 		}
 	}()
+	s.hold()
+	s.setState(ConnDialing, "") // also while the RateLimitManager is asked
 	delay, chunk, failed := s.open()
 	var server net.Conn
 	if failed == nil {
@@ -477,13 +485,15 @@ func (s *session) serve(wait bool) {
 			server, failed = s.connect()
 		}
 	}
-	if e = failed; e != nil {
+	if failed != nil {
+		e = failed
 		return
 	}
 	if wait {
 		s.done = make(chan struct{})
 	}
-	s.relay.Connect(server)
+	s.relay.Connect(server) // which asks server for the connections below it
+	e = nil
 	if wait {
 		<-s.done
 		s.finish()
@@ -493,7 +503,6 @@ func (s *session) serve(wait bool) {
 // open asks the RateLimitManager whether the session may go on, after what delay, and how many
 // bytes may move at first.
 func (s *session) open() (delay time.Duration, chunk int, failed *ending) {
-	s.hold()
 	limit := s.conn.RateLimit
 	if limit == nil {
 		return 0, 0, nil
@@ -527,13 +536,14 @@ const firstChunk = 4 << 10
 // startRelay starts to read from the client: nobody is dialed for one that has gone.
 func (s *session) startRelay(chunk int) *ending {
 	c := s.conn
+	r := s.app.engine.New(s.client, s, chunk)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.cause != nil {
 		return c.cause
 	}
-	s.state = ConnDialing
-	s.relay = s.app.engine.Start(s.client, s, chunk)
+	s.relay = r
+	r.Start()
 	return nil
 }
 
@@ -634,31 +644,12 @@ func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
 	if p.lost != nil {
 		defer context.AfterFunc(p.lost, cancel)()
 	}
-	if p.conf.ProxyProtocol > 0 {
-		err = s.handshake(ctx)
-	}
-	if err == nil {
-		c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
-	}
+	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
 	v, err = p.judge(err)
 	if v == fails && s.over() {
 		v = unknown
 	}
 	return c, false, err
-}
-
-// handshake completes the client's TLS handshake if admit has not, as a PROXY header tells of it. If
-// it fails, the session is over: no upstream is to blame.
-func (s *session) handshake(ctx context.Context) error {
-	t, ok := s.client.(interface{ HandshakeContext(context.Context) error })
-	if !ok {
-		return nil
-	}
-	err := t.HandshakeContext(ctx)
-	if err != nil {
-		s.conn.abort(&ending{EndClientError, err})
-	}
-	return err
 }
 
 // dialContext returns the context of a dial, which ends when the session is over.
@@ -716,23 +707,32 @@ func (s *session) Done(o relay.Outcome) {
 func (s *session) finish() {
 	defer s.app.leave()
 	defer s.log()
-	s.settle()
+	defer s.report()
+	defer func() {
+		if s.opened {
+			s.conn.RateLimit.Report(s.base, s.event(EventClose))
+		}
+	}()
+	defer func() {
+		s.app.exit(s)
+		if s.keep {
+			go s.lastWord()
+		}
+	}()
+	defer func() {
+		if s.upstream != nil {
+			s.app.balancer.release(s.upstream)
+		}
+	}()
 	if s.unlost != nil {
 		s.unlost()
 	}
+	s.settle()
+	if s.client == nil && !isSame(s.raw, s.conn.Client) {
+		s.conn.Client.Close() // admit has wrapped what it rejected
+	}
 	if !s.keep && !isSame(s.raw, s.client) {
 		s.raw.Close() // admit has replaced or wrapped it
-	}
-	if s.upstream != nil {
-		s.app.balancer.release(s.upstream)
-	}
-	s.app.exit(s)
-	if s.keep {
-		go s.lastWord()
-	}
-	defer s.report()
-	if s.opened {
-		s.conn.RateLimit.Report(s.base, s.event(EventClose))
 	}
 }
 
@@ -753,7 +753,9 @@ func (s *session) lastWord() {
 	defer s.raw.Close()
 	defer relay.LastWord(s.client)
 	defer s.logPanic()
-	s.client.SetWriteDeadline(time.Now().Add(time.Second)) // in all: a slow reader holds a place
+	// In all, not for each Write: a client that reads slowly holds a place. Both deadlines, as a
+	// Write may begin with a TLS handshake.
+	s.client.SetDeadline(time.Now().Add(time.Second))
 	s.conn.OnRefused(refusedConn{s.client}, s.result.Err)
 }
 
@@ -775,18 +777,20 @@ func (s *session) settle() {
 	}
 	c.session = nil
 	c.mu.Unlock()
-	s.stop(err)
-	if !s.keep {
-		s.release()
-	}
 	s.result = Result{
-		Conn: c, App: s.app.id, ClientID: c.ClientID, Client: c.clientAddr(), Attempts: s.attempts,
+		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: s.attempts,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
 		End: end, Err: err,
 	}
 	if s.outcome.Connected {
 		s.result.Upstream = s.addr
 	}
+	s.stop(err)
+	c.tls = nil
+	if !s.keep {
+		s.release()
+	}
+	s.result.Client = c.clientAddr() // last: the method is somebody else's
 }
 
 // release lets go of what a Conn that is kept after the end must not hold.
@@ -842,9 +846,15 @@ func (s *session) event(kind EventKind) Event {
 	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
 }
 
-// hold takes what is to be relayed.
+// hold takes what is to be relayed. It comes before anybody can get c from Conns.
 func (s *session) hold() {
 	s.client = s.conn.Client
+	if t, ok := s.client.(interface{ ConnectionState() tls.ConnectionState }); ok {
+		// Now, for PROXY headers: later a handshake in the relay would hold the question up.
+		if state := t.ConnectionState(); state.HandshakeComplete {
+			s.conn.tls = &state
+		}
+	}
 	if t, ok := s.client.(*TLSConn); ok {
 		s.client = t.hold()
 	}
@@ -926,8 +936,7 @@ func (c *Conn) proxyHeader() proxyproto.Header {
 	h := proxyproto.Header{
 		Source: proxyproto.AddrPort(from), Dest: proxyproto.AddrPort(to), ClientID: c.ClientID,
 	}
-	if t, ok := c.Client.(interface{ ConnectionState() tls.ConnectionState }); ok {
-		state := t.ConnectionState()
+	if state := c.tls; state != nil {
 		h.TLS = &proxyproto.TLS{Version: state.Version, Verified: c.Verified}
 		if len(state.PeerCertificates) > 0 {
 			h.TLS.CN = state.PeerCertificates[0].Subject.CommonName

@@ -10,49 +10,20 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"os"
 	"runtime"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// A duplexConn is one end of a connection in memory that, unlike net.Pipe, can be half-closed and reset.
-type duplexConn struct {
-	in, out net.Conn
-	peer    *duplexConn
-	reset   atomic.Bool
-}
+// A duplexConn is one end of a connection in memory that can be half-closed and reset.
+type duplexConn = proxytest.PipeConn
 
-func duplex() (a, b *duplexConn) {
-	a, b = new(duplexConn), new(duplexConn)
-	a.peer, b.peer = b, a
-	a.out, b.in = net.Pipe()
-	b.out, a.in = net.Pipe()
-	return a, b
-}
-
-func (c *duplexConn) Read(b []byte) (int, error) {
-	n, err := c.in.Read(b)
-	if err == io.EOF && c.peer.reset.Load() {
-		err = syscall.ECONNRESET
-	}
-	return n, err
-}
-
-func (c *duplexConn) Write(b []byte) (int, error)        { return c.out.Write(b) }
-func (c *duplexConn) CloseWrite() error                  { return c.out.Close() }
-func (c *duplexConn) SetLinger(int) error                { c.reset.Store(true); return nil }
-func (c *duplexConn) Close() error                       { c.in.Close(); return c.out.Close() }
-func (c *duplexConn) LocalAddr() net.Addr                { return nil }
-func (c *duplexConn) RemoteAddr() net.Addr               { return nil }
-func (c *duplexConn) SetDeadline(t time.Time) error      { c.in.SetDeadline(t); return c.out.SetDeadline(t) }
-func (c *duplexConn) SetReadDeadline(t time.Time) error  { return c.in.SetReadDeadline(t) }
-func (c *duplexConn) SetWriteDeadline(t time.Time) error { return c.out.SetWriteDeadline(t) }
+func duplex() (a, b *duplexConn) { return proxytest.Pipe() }
 
 type dialFunc = func(ctx context.Context, network, addr string) (net.Conn, error)
 
@@ -237,85 +208,6 @@ func TestLongReplyAfterHalfCloseArrivesWhole(t *testing.T) {
 	}
 }
 
-// A stream that keeps changing between small and bulk goes in and out of whatever is used for bulk.
-func TestSmallAndBulkAlternate(t *testing.T) {
-	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
-	c := dial(t, serve(t, a, nil))
-	var sent int64
-	sum, want := sha256.New(), sha256.New()
-	r := rand.NewChaCha8([32]byte{'s'})
-	for _, size := range []int{64, 8 << 20, 64, 64, 64, 300_000, 1, 70_000, 16 << 20, 5} {
-		b := make([]byte, size)
-		r.Read(b)
-		want.Write(b)
-		go c.Write(b)
-		if _, err := io.CopyN(sum, c, int64(size)); err != nil {
-			t.Fatal(err)
-		}
-		sent += int64(size)
-	}
-	if !bytes.Equal(sum.Sum(nil), want.Sum(nil)) {
-		t.Error("what came back is not what was sent")
-	}
-	c.Close()
-	if r := <-results; r.End != EndDone || r.Sent != sent || r.Received != sent {
-		t.Errorf("%+v, want %d bytes each way", r, sent)
-	}
-	if u := a.Stats().Upstreams[0]; u.Sent != uint64(sent) || u.Received != uint64(sent) || u.Total != 1 {
-		t.Errorf("%+v, want %d bytes each way", u, sent)
-	}
-}
-
-func TestIdleConnectionsHoldNoPipes(t *testing.T) {
-	const conns, size = 40, 4 << 20
-	if runtime.GOOS != "linux" {
-		t.Skip("descriptors are counted in /proc")
-	}
-	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
-		io.Copy(struct{ io.Writer }{c}, c) // io.Copy from TCP to TCP would hold pipes of its own
-	}))
-	addr := serve(t, a, nil)
-	before := openPipes()
-	for range conns {
-		c := dial(t, addr)
-		go sendPattern(c, size) // bulk, for which there are pipes
-		if _, err := io.CopyN(io.Discard, c, size); err != nil {
-			t.Fatal(err)
-		}
-		ping(t, c)
-	}
-	deadline := time.Now().Add(10 * time.Second)
-	for pipesSince(before) > 0 {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d idle connections hold %d pipes", conns, pipesSince(before))
-		}
-		runtime.Gosched()
-	}
-}
-
-// openPipes are those of which the process has an end, by names that are not used again.
-func openPipes() map[string]bool {
-	pipes := map[string]bool{}
-	entries, _ := os.ReadDir("/proc/self/fd")
-	for _, e := range entries {
-		if to, _ := os.Readlink("/proc/self/fd/" + e.Name()); strings.HasPrefix(to, "pipe:") {
-			pipes[to] = true
-		}
-	}
-	return pipes
-}
-
-// pipesSince is how many are open that were not before. (Those of io.Copy, in earlier tests, are closed by the garbage
-// collector, whenever that comes.)
-func pipesSince(before map[string]bool) (n int) {
-	for pipe := range openPipes() {
-		if !before[pipe] {
-			n++
-		}
-	}
-	return n
-}
-
 func TestSlowReadersUseBoundedMemory(t *testing.T) {
 	const conns, each = 100, 2 * 64 << 10
 	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
@@ -326,13 +218,13 @@ func TestSlowReadersUseBoundedMemory(t *testing.T) {
 		}
 	}))
 	addr := serve(t, a, nil)
-	before := memoryInUse()
+	before := proxytest.HeapInUse()
 	for range conns {
 		c := dial(t, addr)
 		io.ReadFull(c, make([]byte, 200<<10)) // enough to be taken for bulk, then nothing
 	}
 	// The upstreams here hold a buffer of that size, too.
-	if grown := memoryInUse() - before; grown > conns*(each+64<<10) {
+	if grown := proxytest.HeapInUse() - before; grown > conns*(each+64<<10) {
 		t.Errorf("%d stuck connections hold %d bytes each, want at most %d", conns, grown/conns, each+64<<10)
 	}
 }
@@ -352,12 +244,12 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 	}))
 	addr := serve(t, a, nil)
 	ping(t, dial(t, addr)) // what only the first allocates
-	before := memoryInUse()
+	before := proxytest.HeapInUse()
 	for range conns {
 		ping(t, dial(t, addr))
 	}
 	const most = 4 << 10 * 3 / 2 // they need less than 4 KiB without
-	if grown := memoryInUse() - before; grown > conns*most {
+	if grown := proxytest.HeapInUse() - before; grown > conns*most {
 		t.Errorf("%d idle connections hold %d bytes each, want at most %d: no buffer", conns, grown/conns, most)
 	}
 }
@@ -385,41 +277,14 @@ func TestIdleTLSConnectionsHoldNoLargeBuffers(t *testing.T) {
 		}
 	}
 	come() // what only the first allocates
-	before := memoryInUse()
+	before := proxytest.HeapInUse()
 	for range conns {
 		come()
 	}
-	grown := memoryInUse() - before
+	grown := proxytest.HeapInUse() - before
 	const most = 64 << 10 * 5 / 4 // they have 50 KiB, and one of those buffers more would be too much
 	if grown > conns*most {
 		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns, most)
-	}
-}
-
-// A connection that breaks while bulk is on its way leaves nothing of it to the next.
-func TestNothingOfABrokenConnectionReachesTheNext(t *testing.T) {
-	const size = 4 << 20
-	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) { sendPattern(c, 16*size) }))
-	addr := serve(t, a, nil)
-	for range 3 {
-		c := dial(t, addr)
-		io.CopyN(io.Discard, c, size)                         // enough to be taken for bulk
-		for last, now := uint64(0), uint64(1); now != last; { // until it is stuck
-			<-time.After(20 * time.Millisecond)
-			last, now = now, a.Stats().Upstreams[0].Received
-		}
-		c.SetLinger(0)
-		c.Close()
-		if r := <-results; r.End != EndClientError {
-			t.Fatalf("%+v", r)
-		}
-		c = dial(t, addr)
-		var b patternWriter
-		if io.CopyN(&b, c, size); b.sum() != pattern(size) {
-			t.Fatalf("the next one got %s, want %s", b.sum(), pattern(size))
-		}
-		c.Close()
-		<-results
 	}
 }
 
@@ -468,28 +333,6 @@ func TestIdleTimeoutEndsHalfClosedConnection(t *testing.T) {
 	})
 }
 
-// There is no other bound on how long one stream may go on when the other has ended.
-func TestReplyAfterHalfCloseOutlastsIdleTimeout(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(func(c net.Conn) {
-			io.ReadAll(c)
-			for range 100 {
-				time.Sleep(50 * time.Second)
-				c.Write([]byte("x"))
-			}
-		})}, "u:1")
-		start := time.Now()
-		c := serveFake(t.Context(), a, &Conn{})
-		c.CloseWrite()
-		if b, err := io.ReadAll(c); len(b) != 100 || err != nil {
-			t.Errorf("%d bytes, %v; want 100", len(b), err)
-		}
-		if r := <-c.result; r.End != EndDone || time.Since(start) != 5000*time.Second {
-			t.Errorf("%+v after %v", r, time.Since(start))
-		}
-	})
-}
-
 func TestNegativeIdleTimeoutMeansNever(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{IdleTimeout: -1, DialContext: dialFake(echoFake)}, "u:1")
@@ -519,39 +362,6 @@ func TestIdleTimeoutEndsStalledConnections(t *testing.T) {
 	}
 	a.Close()
 	wantCounts(t, a, conns, 0, 0)
-}
-
-// What a slow reader takes out of its socket's queue is bytes that flow, though nothing wakes us meanwhile.
-func TestSlowReaderIsNotIdle(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("there is no portable way to ask for the queue")
-	}
-	const size = 1 << 20
-	a, results := newApp(t, Options{IdleTimeout: time.Second}, upstreamDoing(t, func(c *net.TCPConn) {
-		sendPattern(c, size)
-		c.CloseWrite()
-		io.Copy(io.Discard, c)
-	}))
-	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
-		return c.Client.(*net.TCPConn).SetWriteBuffer(2 * size)
-	}))
-	c.SetReadBuffer(16 << 10)
-	var b patternWriter
-	for { // slowly, with a pause in which the system can be seen to do something
-		<-time.After(40 * time.Millisecond)
-		if _, err := io.CopyN(&b, c, 16<<10); err == io.EOF {
-			break
-		} else if err != nil {
-			t.Fatalf("after %d of %d bytes: %v", b.Len(), size, err)
-		}
-	}
-	if b.sum() != pattern(size) {
-		t.Errorf("got %s, want %s", b.sum(), pattern(size))
-	}
-	c.Close()
-	if r := <-results; r.End != EndDone || r.Duration < 2*time.Second {
-		t.Errorf("%+v", r)
-	}
 }
 
 func TestThrottledConnectionIsNotIdle(t *testing.T) {
@@ -672,125 +482,6 @@ func TestAnswerFollowedByAResetArrives(t *testing.T) {
 	}
 }
 
-func TestAnswerReadBeforeAResetIsNotLost(t *testing.T) {
-	const rounds, answer = 10, 1_000_000
-	for _, sending := range []bool{false, true} {
-		answered := make(chan struct{})
-		a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
-			io.ReadFull(c, make([]byte, 1000))
-			sendPattern(c, answer)
-			<-answered // the proxy has all of it
-			c.SetLinger(0)
-		}))
-		addr := serve(t, a, nil)
-		for range rounds {
-			c := dial(t, addr)
-			var wg sync.WaitGroup
-			wg.Go(func() {
-				b := make([]byte, 32<<10)
-				c.Write(b)
-				for sending {
-					if _, err := c.Write(b); err != nil {
-						return
-					}
-				}
-			})
-			for a.Stats().Upstreams[0].Received != answer {
-				runtime.Gosched()
-			}
-			answered <- struct{}{}
-			var b patternWriter
-			_, err := b.ReadFrom(c)
-			if b.sum() != pattern(answer) || err == nil && !sending { // if sending, a write may have got the error
-				t.Fatalf("sending %v: client got %s, %v; want %s, then a reset", sending, b.sum(), err, pattern(answer))
-			}
-			c.Close()
-			wg.Wait()
-			if r := <-results; r.End != EndUpstreamError || r.Received != answer {
-				t.Fatalf("%+v", r)
-			}
-			for a.Stats().Upstreams[0].Open > 0 {
-				runtime.Gosched()
-			}
-			a.balancer.heap[0].received.Store(0)
-		}
-	}
-}
-
-// answeredThenReset returns a client whose upstream has answered and then reset the connection, of which nothing is read yet.
-func answeredThenReset(t *testing.T) served {
-	upstreams := make(chan *duplexConn, 1)
-	a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-		ours, theirs := duplex()
-		upstreams <- theirs
-		return ours, nil
-	}}, "u:1")
-	c := serveFake(t.Context(), a, &Conn{})
-	upstream := <-upstreams
-	upstream.Write([]byte("answer"))
-	upstream.SetLinger(0)
-	upstream.Close()
-	c.Write([]byte("x")) // so that the reset is noticed
-	return c
-}
-
-// A reader that takes a while for what came before the reset is not made to wait for the reset.
-func TestResetFollowsDeliveryAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c, start := answeredThenReset(t), time.Now()
-		time.Sleep(100 * time.Millisecond)
-		if b, err := io.ReadAll(c); string(b) != "answer" || err != syscall.ECONNRESET {
-			t.Errorf("client got %q, %v; want the answer, then a reset", b, err)
-		}
-		if r := <-c.result; r.End != EndUpstreamError || time.Since(start) != 100*time.Millisecond {
-			t.Errorf("%+v after %v", r, time.Since(start))
-		}
-	})
-}
-
-func TestResetWaitsOneSecondForUnreadData(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c, start := answeredThenReset(t), time.Now()
-		if r := <-c.result; r.End != EndUpstreamError || r.Received != 0 || time.Since(start) != time.Second {
-			t.Errorf("%+v after %v", r, time.Since(start))
-		}
-		if _, err := c.Read(make([]byte, 1)); err != syscall.ECONNRESET {
-			t.Errorf("client reads %v, want a reset", err)
-		}
-	})
-}
-
-// The upstream has reset the connection, and the client does not read what came before that.
-func TestUnreadSocketDataDelaysTheResetBriefly(t *testing.T) {
-	stuck := make(chan bool)
-	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
-		for b := make([]byte, 64<<10); ; {
-			c.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
-			if _, err := c.Write(b); err != nil {
-				break
-			}
-		}
-		c.SetLinger(0)
-		close(stuck)
-	}))
-	c := dial(t, serve(t, a, nil))
-	<-stuck
-	late := time.After(10 * time.Second)
-	for {
-		c.Write([]byte("x")) // so that the reset is noticed
-		select {
-		case r := <-results:
-			if r.End != EndUpstreamError {
-				t.Errorf("%+v", r)
-			}
-			return
-		case <-late:
-			t.Fatal("it is still waited for")
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
-}
-
 // The caller's context governs a session to its end, also when one side has ended its stream before.
 func TestContextEndsHalfClosedConnection(t *testing.T) {
 	for name, half := range map[string]func(client, upstream *duplexConn){
@@ -888,78 +579,11 @@ func TestEveryEndReleasesTheCount(t *testing.T) {
 
 // A TLSConn by itself.
 
-// countedConn counts what is written, and fails from the write of the given number on.
-type countedConn struct {
-	net.Conn
-	writes, failFrom int
-	onWrite          func() // nil: nothing
-}
-
-func (c *countedConn) Write(b []byte) (int, error) {
-	if c.onWrite != nil {
-		c.onWrite()
-	}
-	if c.writes++; c.failFrom > 0 && c.writes >= c.failFrom {
-		return 0, errors.New("broken wire")
-	}
-	return c.Conn.Write(b)
-}
-
-func tlsPair(t *testing.T, maxHandshake int) (client *tls.Conn, server *TLSConn, wire *countedConn) {
+func tlsPair(t *testing.T, maxHandshake int) (client *tls.Conn, server *TLSConn, raw net.Conn) {
 	serverTLS, clientTLS := tlsConfigs(t)
-	serverTLS = serverTLS.Clone()
-	serverTLS.DynamicRecordSizingDisabled = true
-	ours, theirs := net.Pipe()
-	t.Cleanup(func() { ours.Close(); theirs.Close() })
-	wire = &countedConn{Conn: ours}
-	return tls.Client(theirs, clientTLS), TLSServer(wire, serverTLS, maxHandshake), wire
-}
-
-func TestTLSConnBatchesRecordsOfALargeWrite(t *testing.T) {
-	client, server, wire := tlsPair(t, 0)
-	got := make(chan []byte)
-	go func() {
-		all, _ := io.ReadAll(client)
-		got <- all
-	}()
-	if err := server.Handshake(); err != nil {
-		t.Fatal(err)
-	}
-	sent := make([]byte, 300_000)
-	for i := range sent {
-		sent[i] = byte(i * i >> 8)
-	}
-	wire.writes = 0
-	for i, row := range []struct{ from, to, most int }{{0, 1, 1}, {1, 16_384, 1}, {16_384, 16_384 + 64<<10, 1}, {16_384 + 64<<10, 300_000, 4}} {
-		before := wire.writes
-		if n, err := server.Write(sent[row.from:row.to]); n != row.to-row.from || err != nil {
-			t.Fatalf("write %d: %d, %v", i, n, err)
-		}
-		if n := wire.writes - before; n > row.most {
-			t.Errorf("%d bytes took %d writes, want %d", row.to-row.from, n, row.most)
-		}
-	}
-	server.Close()
-	if all := <-got; !bytes.Equal(all, sent) {
-		t.Errorf("%d bytes came, which are not the %d that were sent", len(all), len(sent))
-	}
-}
-
-func TestTLSConnReportsABatchThatFailed(t *testing.T) {
-	for which := 1; which <= 4; which++ { // of the writes that it takes
-		client, server, wire := tlsPair(t, 0)
-		go io.Copy(io.Discard, client)
-		if err := server.Handshake(); err != nil {
-			t.Fatal(err)
-		}
-		wire.failFrom = wire.writes + which
-		if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil || err.Error() != "broken wire" {
-			t.Errorf("write %d fails: %d, %v", which, n, err)
-		}
-		if n, err := server.Write(make([]byte, 10)); n != 0 || err == nil {
-			t.Errorf("afterwards: %d, %v", n, err)
-		}
-	}
+	raw, theirs := net.Pipe()
+	t.Cleanup(func() { raw.Close(); theirs.Close() })
+	return tls.Client(theirs, clientTLS), TLSServer(raw, serverTLS, maxHandshake), raw
 }
 
 func TestTLSConnBoundsTheHandshake(t *testing.T) {
@@ -986,22 +610,9 @@ func TestTLSConnBoundsTheHandshake(t *testing.T) {
 	}
 }
 
-// A large write that makes the handshake itself must not keep that back.
-func TestTLSConnHandshakesBeforeItBatches(t *testing.T) {
-	client, server, _ := tlsPair(t, 0)
-	go func() {
-		server.Write(make([]byte, 100_000))
-		server.Close()
-	}()
-	client.SetDeadline(time.Now().Add(10 * time.Second))
-	if n, err := io.Copy(io.Discard, client); n != 100_000 || err != nil {
-		t.Errorf("%d bytes, %v", n, err)
-	}
-}
-
 func TestTLSConnNetConn(t *testing.T) {
-	_, server, wire := tlsPair(t, 0)
-	if server.NetConn() != net.Conn(wire) {
+	_, server, raw := tlsPair(t, 0)
+	if server.NetConn() != raw {
 		t.Errorf("%T", server.NetConn())
 	}
 }

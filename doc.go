@@ -21,8 +21,8 @@
 //
 // # Who gets the next connection
 //
-// The upstream with the lowest (open+1)/Weight; of equals, the first in the slice. So one client at
-// a time always gets the first upstream: open several connections to see them spread. Choosing and
+// The upstream with the lowest (open+1)/Weight; of equals, the first in the slice. With equal
+// weights, a client alone always gets the first: open several connections to see them spread. Choosing and
 // counting are one step, before the dial, so connections that open at the same time see each
 // other. Upstreams that are full (MaxConns) or draining are skipped.
 //

@@ -105,7 +105,8 @@ func ExampleConn_value() {
 
 // A web client that cannot be served is told so.
 func ExampleConn_onRefused() {
-	_, l, stop := demoApp(nil, func(_ context.Context, c *lbproxy.Conn) error {
+	quiet := &lbproxy.Options{Logger: slog.New(slog.DiscardHandler)}
+	_, l, stop := demoApp(quiet, func(_ context.Context, c *lbproxy.Conn) error {
 		c.OnRefused = func(c net.Conn, err error) {
 			status, text := 503, "Service Unavailable"
 			if errors.Is(err, lbproxy.ErrRateLimited) {

@@ -15,8 +15,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
 // A journal is a RateLimitManager that keeps what it is told and lets it all go on.
@@ -197,7 +195,7 @@ func TestBandwidthHoldsAStreamToItsRate(t *testing.T) {
 }
 
 func TestBandwidthOverRealSockets(t *testing.T) {
-	const rate, runs = 4 << 20, 2 * time.Second
+	const rate, runs = 4 << 20, time.Second
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
 		for b := make([]byte, 256<<10); ; {
 			if _, err := c.Write(b); err != nil {
@@ -268,7 +266,7 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 				}
 				c, err := dialFake(echoFake)(ctx, network, addr)
 				if kind == "upstream" {
-					c = brokenConn{Conn: c, read: func([]byte) (int, error) { panic("boom") }}
+					c = panicConn{c}
 				}
 				return c, err
 			}
@@ -287,7 +285,7 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 				conn.OnDone = func(Result) { panic("boom") }
 			}
 			if kind == "client" {
-				conn.Client = brokenConn{Conn: ours, read: func([]byte) (int, error) { panic("boom") }}
+				conn.Client = panicConn{ours}
 			}
 			caught := make(chan any)
 			go func() {
@@ -418,218 +416,41 @@ type callingHandler struct {
 func (callingHandler) Enabled(context.Context, slog.Level) bool    { return true }
 func (h callingHandler) Handle(context.Context, slog.Record) error { h.call(); return nil }
 
-// Conns that are not as they should be.
+// A panicConn panics when it is read.
+type panicConn struct{ net.Conn }
 
-type brokenConn struct {
-	net.Conn
-	read, write func([]byte) (int, error)
-}
-
-func (c brokenConn) Read(b []byte) (int, error) {
-	if c.read != nil {
-		return c.read(b)
-	}
-	return c.Conn.Read(b)
-}
-
-func (c brokenConn) Write(b []byte) (int, error) {
-	if c.write != nil {
-		return c.write(b)
-	}
-	return c.Conn.Write(b)
-}
-
-func TestBadConnsAreErrors(t *testing.T) {
-	boom := errors.New("boom")
-	for _, tc := range []struct {
-		name             string
-		client, upstream brokenConn
-		end              EndReason
-		want             error
-	}{
-		{name: "short write to the upstream", upstream: brokenConn{write: func(b []byte) (int, error) { return len(b) - 1, nil }}, end: EndUpstreamError, want: io.ErrShortWrite},
-		{name: "negative write to the upstream", upstream: brokenConn{write: func(b []byte) (int, error) { return -1, nil }}, end: EndUpstreamError, want: relay.ErrBadCount},
-		{name: "write of too much", upstream: brokenConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, end: EndUpstreamError, want: relay.ErrBadCount},
-		{name: "short write to the client", client: brokenConn{write: func(b []byte) (int, error) { return 0, nil }}, end: EndClientError, want: io.ErrShortWrite},
-		{name: "write error", client: brokenConn{write: func(b []byte) (int, error) { return 0, boom }}, end: EndClientError, want: boom},
-		{name: "negative read", client: brokenConn{read: func(b []byte) (int, error) { return -1, nil }}, end: EndClientError, want: relay.ErrBadCount},
-		{name: "read of too much", upstream: brokenConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, end: EndUpstreamError, want: relay.ErrBadCount},
-		{name: "reads of nothing", upstream: brokenConn{read: func(b []byte) (int, error) { return 0, nil }}, end: EndUpstreamError, want: io.ErrNoProgress},
-		{name: "read error", upstream: brokenConn{read: func(b []byte) (int, error) { return 0, boom }}, end: EndUpstreamError, want: boom},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-				tc.upstream.Conn, _ = dialFake(echoFake)(ctx, network, addr)
-				return tc.upstream, nil
-			}}, "u:1")
-			client, ours := duplex()
-			tc.client.Conn = ours
-			go client.Write([]byte("hello"))
-			go io.Copy(io.Discard, client)
-			r, err := a.ServeConn(t.Context(), &Conn{Client: tc.client})
-			if r.End != tc.end || !errors.Is(err, tc.want) {
-				t.Errorf("%s: %+v, want %s, %v", tc.name, r, tc.end, tc.want)
-			}
-			wantCounts(t, a, 1, 0, 0)
-			client.Close()
-		})
-	}
-}
-
-func TestDataReadWithAnErrorIsDelivered(t *testing.T) {
-	for _, err := range []error{io.EOF, errors.New("boom")} {
-		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
-		_, ours := duplex()
-		reads := 0
-		r, _ := a.ServeConn(t.Context(), &Conn{Client: halfClosing{brokenConn{
-			Conn: ours,
-			read: func(b []byte) (int, error) {
-				if reads++; reads > 1 {
-					return 0, io.EOF
-				}
-				return copy(b, "last words"), err
-			},
-			write: func(b []byte) (int, error) { return len(b), nil },
-		}}})
-		if r.Sent != 10 {
-			t.Errorf("with %v: %+v", err, r)
-		}
-	}
-}
-
-type halfClosing struct{ brokenConn }
-
-func (halfClosing) CloseWrite() error { return nil }
-
-func TestConnWithoutHalfClose(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		// The client ends its stream; its upstream cannot be told.
-		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-			ours, theirs := net.Pipe()
-			go func() { defer theirs.Close(); echoFake(theirs) }()
-			return ours, nil
-		}}, "u:1")
-		c := serveFake(t.Context(), a, &Conn{})
-		ping(t, c)
-		c.CloseWrite()
-		if r := <-c.result; r.End != EndUpstreamError || !strings.Contains(fmt.Sprint(r.Err), "CloseWrite") || r.Sent != 1 || r.Received != 1 {
-			t.Errorf("%+v", r)
-		}
-		if _, err := c.Read(make([]byte, 1)); err == nil || err == io.EOF {
-			t.Errorf("the client, whose answer may be cut, reads %v, want a reset", err)
-		}
-		c.Close()
-	})
-	synctest.Test(t, func(t *testing.T) {
-		// The upstream ends its stream; the client cannot be told, but by closing. Its answer is whole.
-		upstream := make(chan error, 1)
-		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
-			c.Write([]byte("answer"))
-			c.(*duplexConn).CloseWrite()
-			_, err := c.Read(make([]byte, 1))
-			upstream <- err
-		})}, "u:1")
-		client, ours := net.Pipe()
-		result := make(chan Result)
-		go func() { r, _ := a.ServeConn(t.Context(), &Conn{Client: ours}); result <- r }()
-		if b, err := io.ReadAll(client); string(b) != "answer" || err != nil {
-			t.Errorf("client got %q, %v", b, err)
-		}
-		if r := <-result; r.End != EndClientError || !strings.Contains(fmt.Sprint(r.Err), "CloseWrite") {
-			t.Errorf("%+v", r)
-		}
-		if err := <-upstream; err == nil || err == io.EOF {
-			t.Errorf("the upstream, whose input may be cut, reads %v, want a reset", err)
-		}
-		client.Close()
-	})
-	synctest.Test(t, func(t *testing.T) {
-		// It is not needed when the other direction has ended.
-		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) { io.ReadAll(c) })}, "u:1")
-		client, ours := net.Pipe()
-		result := make(chan Result)
-		go func() { r, _ := a.ServeConn(t.Context(), &Conn{Client: ours}); result <- r }()
-		client.Write([]byte("x"))
-		client.Close()
-		if r := <-result; r.End != EndDone || r.Sent != 1 {
-			t.Errorf("%+v", r)
-		}
-	})
-}
-
-// The client goes on sending, so that it has unread bytes in our socket when its answer is on its way: closing would
-// cost it the answer.
-func TestAnswerArrivesAtClientWithoutHalfClose(t *testing.T) {
-	const size = 2 << 20
-	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
-		sendPattern(c, size)
-		c.CloseWrite()
-		<-t.Context().Done() // and does not read
-	}))
-	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
-		c.Client = countingConn{c.Client, new(atomic.Int32)}
-		return nil
-	}))
-	wrote := make(chan bool)
-	go func() {
-		defer close(wrote)
-		for b := make([]byte, 64<<10); ; {
-			if _, err := c.Write(b); err != nil {
-				return
-			}
-		}
-	}()
-	for last, now := uint64(0), uint64(1); now != last; { // until the upload is stuck
-		<-time.After(100 * time.Millisecond)
-		last, now = now, a.Stats().Upstreams[0].Sent
-	}
-	var b patternWriter
-	b.ReadFrom(c)
-	if b.sum() != pattern(size) {
-		t.Errorf("got %s, want %s", b.sum(), pattern(size))
-	}
-	c.Close()
-	<-wrote
-	if r := <-results; r.End != EndClientError {
-		t.Errorf("%+v", r)
-	}
-}
+func (panicConn) Read([]byte) (int, error) { panic("boom") }
 
 func TestPanicAfterTheDialClosesTheConn(t *testing.T) {
-	for _, what := range []string{"TLS"} {
-		t.Run(what, func(t *testing.T) {
-			dialled := make(chan *duplexConn, 1)
-			a, _ := newAppOver(t, Options{FailTimeout: time.Nanosecond, Logger: slog.New(panicHandler{slog.DiscardHandler}),
-				DialContext: func(context.Context, string, string) (net.Conn, error) {
-					ours, theirs := duplex()
-					dialled <- theirs
-					return ours, nil
-				},
-			}, Upstream{Addr: "u:1", TLS: map[string]*tls.Config{"TLS": {
-				InsecureSkipVerify: true,
-				VerifyConnection:   func(tls.ConnectionState) error { panic("boom") },
-			}}[what]})
-			p, _ := a.balancer.acquire(nil, time.Now()) // so that there is something to log: it works again
-			a.balancer.settle(p.u, fails, errSick, time.Now())
-			a.balancer.release(p.u)
-			_, ours := duplex()
-			caught := make(chan any)
-			go func() {
-				defer func() { caught <- recover() }()
-				a.ServeConn(t.Context(), &Conn{Client: ours})
-			}()
-			theirs := <-dialled
-			if what == "TLS" {
-				serverTLS, _ := tlsConfigs(t)
-				tls.Server(theirs, serverTLS).Handshake()
-			}
-			if p := <-caught; p != "boom" {
-				t.Errorf("caught %v", p)
-			}
-			if _, err := io.Copy(io.Discard, theirs); err != syscall.ECONNRESET {
-				t.Errorf("the upstream reads %v, want a reset", err)
-			}
-		})
+	dialled := make(chan *duplexConn, 1)
+	a, _ := newAppOver(t, Options{
+		FailTimeout: time.Nanosecond, Logger: slog.New(panicHandler{slog.DiscardHandler}),
+		DialContext: func(context.Context, string, string) (net.Conn, error) {
+			ours, theirs := duplex()
+			dialled <- theirs
+			return ours, nil
+		},
+	}, Upstream{Addr: "u:1", TLS: &tls.Config{
+		InsecureSkipVerify: true,
+		VerifyConnection:   func(tls.ConnectionState) error { panic("boom") },
+	}})
+	p, _ := a.balancer.acquire(nil, time.Now()) // so that there is something to log: it works again
+	a.balancer.settle(p.u, fails, errSick, time.Now())
+	a.balancer.release(p.u)
+	_, ours := duplex()
+	caught := make(chan any)
+	go func() {
+		defer func() { caught <- recover() }()
+		a.ServeConn(t.Context(), &Conn{Client: ours})
+	}()
+	theirs := <-dialled
+	serverTLS, _ := tlsConfigs(t)
+	tls.Server(theirs, serverTLS).Handshake()
+	if p := <-caught; p != "boom" {
+		t.Errorf("caught %v", p)
+	}
+	if _, err := io.Copy(io.Discard, theirs); err != syscall.ECONNRESET {
+		t.Errorf("the upstream reads %v, want a reset", err)
 	}
 }
 
@@ -678,52 +499,6 @@ func TestServeConnAlwaysClosesTheClient(t *testing.T) {
 	}
 }
 
-// A goneConn, which hides what it is, fails in a write, of which a part has left. What a read finds then looks like an
-// end.
-type goneConn struct {
-	*duplexConn
-	failed chan struct{}
-}
-
-func (c *goneConn) Write(b []byte) (int, error) {
-	close(c.failed)
-	return 1, syscall.ECONNRESET
-}
-
-func (c *goneConn) Read(b []byte) (int, error) {
-	<-c.failed
-	return 0, io.EOF
-}
-
-// What a limit says of the bytes that left before an error does not put the error off.
-func TestRateLimitDoesNotDelayAnError(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		got := make(chan error, 1)
-		a, _ := newApp(t, Options{DialContext: dialFake(func(c net.Conn) {
-			c.Write([]byte("answer"))
-			_, err := c.Read(make([]byte, 1))
-			got <- err
-		})}, "u:1")
-		_, ours := duplex()
-		start := time.Now()
-		r, _ := a.ServeConn(t.Context(), &Conn{
-			Client: &goneConn{ours, make(chan struct{})},
-			RateLimit: limitFunc(func(e Event) Decision {
-				if e.Kind == EventData {
-					return Decision{Wait: time.Minute}
-				}
-				return Decision{}
-			}),
-		})
-		if err := <-got; err != syscall.ECONNRESET {
-			t.Errorf("upstream reads %v, want a reset", err)
-		}
-		if r.End != EndClientError || r.Received != 1 || time.Since(start) > time.Second {
-			t.Errorf("%+v", r)
-		}
-	})
-}
-
 // Nothing that happens when both sides have ended their streams changes why it is over.
 func TestLateEventsDoNotChangeTheResult(t *testing.T) {
 	for _, what := range []string{"idle", "close"} {
@@ -755,46 +530,6 @@ func TestLateEventsDoNotChangeTheResult(t *testing.T) {
 			}
 		})
 	}
-}
-
-// A slowCloser is slow to return from telling its peer that the stream has ended.
-type slowCloser struct {
-	*duplexConn
-	held chan struct{}
-}
-
-func (c slowCloser) CloseWrite() error {
-	err := c.duplexConn.CloseWrite()
-	<-c.held
-	return err
-}
-
-// What cannot be half-closed need not be when the other stream has ended, be that known for an instant only.
-func TestHalfCloseIsNotNeededAtTheEnd(t *testing.T) {
-	t.Run("still being passed on", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-				ours, theirs := net.Pipe()
-				go theirs.Close()
-				return ours, nil
-			}}, "u:1")
-			client, ours := duplex()
-			held, result := make(chan struct{}), make(chan Result)
-			go func() {
-				r, _ := a.ServeConn(t.Context(), &Conn{Client: slowCloser{ours, held}})
-				result <- r
-			}()
-			if _, err := client.Read(make([]byte, 1)); err != io.EOF {
-				t.Error(err)
-			}
-			client.CloseWrite()
-			time.Sleep(time.Second) // more than the upload waits for an error to come back
-			close(held)
-			if r := <-result; r.End != EndDone || ours.reset.Load() {
-				t.Errorf("%+v, reset %v", r, ours.reset.Load())
-			}
-		})
-	})
 }
 
 // A slowReset is slow to be reset.

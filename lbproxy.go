@@ -86,8 +86,8 @@ type Options struct {
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was
 	// the cause and at Debug otherwise, and a line for each upstream that fails, recovers, or is
 	// found down or up by health checks. Lines are written by a goroutine of their own, so a
-	// Logger that blocks holds nothing up: 4,096 lines wait, more are dropped and counted in a
-	// line of their own. Shutdown and Close wait 100 ms at most for lines to be written. nil means
+	// Handler that blocks holds nothing up (its Enabled must not block): 4,096 lines wait, more
+	// are dropped and counted in a line of their own. Shutdown and Close wait 100 ms at most for lines to be written. nil means
 	// slog.Default().
 	Logger *slog.Logger
 

@@ -19,6 +19,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // TestMain fails if a test leaves a goroutine or a descriptor behind.
@@ -30,58 +32,7 @@ func TestMain(m *testing.M) {
 	default:
 		childMain(run)
 	}
-	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
-		l.Close() // the runtime's poller has descriptors for good
-	}
-	files := openFiles()
-	code := m.Run()
-	deadline := time.Now().Add(5 * time.Second)
-	for code == 0 && (len(ourGoroutines()) > 0 || openFiles() > files) {
-		if time.Now().After(deadline) {
-			fmt.Fprintf(os.Stderr, "left behind: %d descriptors, %d goroutines\n%s\n",
-				openFiles()-files, len(ourGoroutines()), strings.Join(ourGoroutines(), "\n\n"))
-			code = 1
-		}
-		runtime.Gosched()
-	}
-	os.Exit(code)
-}
-
-// ourGoroutines are the stacks that this package is in, but for the caller's.
-func ourGoroutines() []string {
-	buf := make([]byte, 4<<20)
-	buf = buf[:runtime.Stack(buf, true)]
-	var ours []string
-	for i, stack := range strings.Split(string(buf), "\n\n") {
-		if i > 0 && strings.Contains(stack, "/lbproxy.") && !strings.Contains(stack, "lbproxy.TestMain") {
-			ours = append(ours, stack)
-		}
-	}
-	return ours
-}
-
-// openFiles is how many descriptors the process has, where that can be told.
-func openFiles() int {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return 0
-	}
-	return len(entries)
-}
-
-// memoryInUse is what the heap holds once collecting finds no more to free:
-// what earlier tests left in pools survives a first collection, and is not to be counted.
-func memoryInUse() int64 {
-	for last := int64(math.MaxInt64); ; {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		now := int64(m.HeapAlloc)
-		if now >= last {
-			return last
-		}
-		last = now
-	}
+	proxytest.Main(m)
 }
 
 func (b *balancer) stats() []UpstreamStats {
@@ -140,47 +91,25 @@ func serve(t testing.TB, a *LBProxyApp, admit AdmitFunc) string {
 
 func listen(t testing.TB) net.Listener {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	return l
+	return proxytest.Listen(t)
 }
 
-// upstreamDoing starts an upstream that does handle with each connection, then closes it.
 func upstreamDoing(t testing.TB, handle func(*net.TCPConn)) string {
 	t.Helper()
-	l := listen(t)
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			wg.Go(func() {
-				defer c.Close()
-				handle(c.(*net.TCPConn))
-			})
-		}
-	})
-	t.Cleanup(func() { l.Close(); wg.Wait() })
-	return l.Addr().String()
+	return proxytest.Upstream(t, handle)
 }
 
-// echo sends back what comes, to the end.
-func echo(c *net.TCPConn) { io.Copy(c, c) }
+func echo(c *net.TCPConn) { proxytest.Echo(c) }
 
 func dial(t testing.TB, addr string) *net.TCPConn {
 	t.Helper()
-	c, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(20 * time.Second)) // no test hangs
-	return c.(*net.TCPConn)
+	return proxytest.Dial(t, addr)
+}
+
+// ping sends a byte and waits for it to come back.
+func ping(t testing.TB, c net.Conn) {
+	t.Helper()
+	proxytest.Must(t, proxytest.Ping(c))
 }
 
 // bytesFrom is how many bytes a client of addr gets that says nothing. It may be reset while it connects.
@@ -192,14 +121,6 @@ func bytesFrom(addr string) int64 {
 	defer c.Close()
 	n, _ := io.Copy(io.Discard, c)
 	return n
-}
-
-// refusingAddr is an address that nobody listens on.
-func refusingAddr(t testing.TB) string {
-	t.Helper()
-	l := listen(t)
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // wantCounts checks the app's counters but for those of its upstreams, which must have nothing open.
@@ -499,18 +420,6 @@ func TestConnAcceptedWhileStoppingIsReset(t *testing.T) {
 		t.Errorf("the client reads %v, want a reset", err)
 	}
 	wantCounts(t, a, 0, 0, 0)
-}
-
-// ping sends a byte and waits for it to come back.
-func ping(t testing.TB, c net.Conn) {
-	t.Helper()
-	b := []byte{'p'}
-	if _, err := c.Write(b); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(c, b); err != nil {
-		t.Fatal(err)
-	}
 }
 
 func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
@@ -821,8 +730,8 @@ func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
 		}
 		dialling.Wait()
 		a.Close()
-		for _, stack := range ourGoroutines() { // one that is in handle, but in none of these, has left and is returning
-			for _, f := range []string{"(*crew).work(", "(*session).serve(", "(*session).log("} {
+		for _, stack := range proxytest.Goroutines() { // one that is in none of these is returning
+			for _, f := range []string{"(*session).connect(", "(*session).report(", "(*session).log(", "(*direction).copy("} {
 				if strings.Contains(stack, f) {
 					t.Fatal(stack)
 				}
@@ -863,13 +772,13 @@ func TestShutdownInterleavings(t *testing.T) {
 				case <-closed:
 					return nil, net.ErrClosed
 				default:
-					_, ours := duplex()
-					return ours, nil
+					peer, ours := duplex()
+					return pairedConn{ours, peer}, nil
 				}
 			})
 			a.Serve(l, func(_ context.Context, c *Conn) error {
 				given.Add(1)
-				c.Client.(*duplexConn).peer.Close()
+				c.Client.(pairedConn).peer.Close()
 				return nil
 			})
 		})
@@ -887,6 +796,12 @@ func TestShutdownInterleavings(t *testing.T) {
 	}
 }
 
+// A pairedConn knows its other end.
+type pairedConn struct {
+	*duplexConn
+	peer *duplexConn
+}
+
 func TestOneLogLinePerConnection(t *testing.T) {
 	var log syncBuffer
 	a, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))},
@@ -902,7 +817,7 @@ func TestOneLogLinePerConnection(t *testing.T) {
 	if n := strings.Count(log.String(), "\n"); n != 3 || strings.Count(log.String(), "level=DEBUG") != 3 {
 		t.Errorf("%d lines, want 3 at level DEBUG:\n%s", n, log.String())
 	}
-	b, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, refusingAddr(t))
+	b, results := newApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, proxytest.RefusingAddr(t))
 	if n := bytesFrom(serve(t, b, nil)); n > 0 {
 		t.Error("read something from nobody")
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy/internal/logqueue"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // Nothing waits for a log that nobody reads, or for any other hook.
@@ -116,14 +117,14 @@ func TestLinesBeyondABoundAreDroppedAndCounted(t *testing.T) {
 		}
 	}
 	serveMany(logqueue.MaxLines + 1)
-	before := memoryInUse()
+	before := proxytest.HeapInUse()
 	serveMany(lines - logqueue.MaxLines - 1)
-	if grown := memoryInUse() - before; grown > 1<<20 {
+	if grown := proxytest.HeapInUse() - before; grown > 1<<20 {
 		t.Errorf("what is dropped takes %d bytes", grown)
 	}
 	close(log.read)
 	a.Close()
-	proxyWait(t, func() bool {
+	proxytest.Eventually(t, "dropped lines are reported", func() bool {
 		log.mu.Lock()
 		defer log.mu.Unlock()
 		return strings.Contains(log.text.String(), "log lines were dropped")
@@ -134,16 +135,6 @@ func TestLinesBeyondABoundAreDroppedAndCounted(t *testing.T) {
 	dropped, err := strconv.Atoi(number)
 	if err != nil || kept+dropped != lines || kept < logqueue.MaxLines || kept > logqueue.MaxLines+2 {
 		t.Errorf("%d lines kept, %d (%v) reported as dropped; want %d in all", kept, dropped, err, lines)
-	}
-}
-
-// proxyWait waits for what gives no other notice.
-func proxyWait(t *testing.T, ok func() bool) {
-	t.Helper()
-	for late := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(late) {
-			t.Fatal("not after 20 s")
-		}
 	}
 }
 

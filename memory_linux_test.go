@@ -170,7 +170,7 @@ func (p memoryProxy) resident(t *testing.T) int {
 func TestSlowReadersDoNotGrowTheProcess(t *testing.T) {
 	most := 2 * 64 << 10 * memoryFactor() // bytes for each
 	const runtime = 2 << 20               // bytes, however many there are
-	readers, seconds := 200, 4
+	readers, seconds := 200, 2
 	if testing.Short() {
 		readers, seconds = 50, 1
 	}

@@ -19,6 +19,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 var (
@@ -1347,9 +1349,9 @@ func TestMillionClientsAreBoundedByMax(t *testing.T) {
 		}
 	}
 	come(0, 10*most)
-	before := memoryInUse()
+	before := proxytest.HeapInUse()
 	come(10*most, clients)
-	if grown := memoryInUse() - before; grown > 1<<20 {
+	if grown := proxytest.HeapInUse() - before; grown > 1<<20 {
 		t.Errorf("%d clients in all have made it grow by %d bytes", clients, grown)
 	}
 	rateCheck(t, l, 0)

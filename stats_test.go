@@ -516,7 +516,7 @@ func TestAKeptConnIsSmall(t *testing.T) {
 				t.Fatal(err)
 			}
 			addr := serve(t, a, tc.admit)
-			before := memoryInUse()
+			before := proxytest.HeapInUse()
 			var clients sync.WaitGroup
 			var next atomic.Int32
 			for range 8 {
@@ -535,7 +535,7 @@ func TestAKeptConnIsSmall(t *testing.T) {
 			clients.Wait()
 			done.Wait()
 			a.Close()
-			if grown := (memoryInUse() - before) / int64(tc.conns); grown > tc.most {
+			if grown := (proxytest.HeapInUse() - before) / int64(tc.conns); grown > tc.most {
 				t.Errorf("a kept Conn takes %d bytes, want at most %d", grown, tc.most)
 			} else {
 				t.Logf("%d bytes", grown)

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // text is a change without its time.
@@ -216,7 +218,7 @@ func TestUpstreamDialMatchesTheDefaultCheck(t *testing.T) {
 		ctx  context.Context
 		want string
 	}{
-		{Upstream{Addr: refusingAddr(t)}, t.Context(), "refused"},
+		{Upstream{Addr: proxytest.RefusingAddr(t)}, t.Context(), "refused"},
 		{Upstream{Addr: secure, TLS: &tls.Config{}}, t.Context(), "TLS: tls: failed to verify certificate"},
 		{Upstream{Addr: "10.0.0.1"}, t.Context(), "missing port"},
 		{Upstream{Addr: "10.0.0.1", TLS: &tls.Config{}}, t.Context(), "missing port"},

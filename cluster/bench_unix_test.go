@@ -30,7 +30,7 @@ func BenchmarkConnection(b *testing.B) {
 	for _, clients := range []int{1, 16} {
 		for name, limit := range map[string]lbproxy.RateLimitManager{
 			"off":    nil,
-			"local":  &lbproxy.TokenBucket{Burst: 1 << 40, Every: 1},
+			"local":  &lbproxy.TokenBucket{Burst: 1 << 30, Every: 1},
 			"leased": s.Limit("leased", Limit{Burst: 1 << 20, Every: time.Microsecond}),
 			"exact":  s.Limit("exact", Limit{Burst: 1 << 20, Every: time.Microsecond, Exact: true}),
 		} {

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"math"
 	"strconv"
 	"sync"
 	"testing"
@@ -89,8 +90,8 @@ func TestHugeLimitsDoNotOverflow(t *testing.T) {
 	const huge = 1<<63 - 1
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), calm)
 	for _, l := range []Limit{
-		{Burst: huge, Every: huge}, {Burst: 1, Every: huge}, {Burst: huge}, {Burst: 1}, {Burst: huge, Every: 1},
-		{Burst: huge, Every: huge, Open: huge, BytesPerSecond: huge, Exact: true},
+		{Burst: math.MaxInt, Every: huge}, {Burst: 1, Every: huge}, {Burst: math.MaxInt}, {Burst: 1}, {Burst: math.MaxInt, Every: 1},
+		{Burst: math.MaxInt, Every: huge, Open: math.MaxInt, BytesPerSecond: huge, Exact: true},
 	} {
 		m := s.Limit("k", l)
 		if !open(t, m) {
@@ -439,7 +440,7 @@ func TestOpenOfAClientThatHasGone(t *testing.T) {
 func TestDataNeverCallsTheStore(t *testing.T) {
 	server := miniredis.RunT(t)
 	s, _ := dial(t, "redis://"+server.Addr(), nil)
-	m := s.Limit("k", Limit{BytesPerSecond: 1 << 40})
+	m := s.Limit("k", Limit{BytesPerSecond: 1 << 30})
 	report(t, m, 1)
 	ctx, e := t.Context(), lbproxy.Event{Kind: lbproxy.EventData, Bytes: 64 << 10}
 	server.Close() // a call would fail, and the store be away
@@ -460,10 +461,10 @@ func BenchmarkOpen(b *testing.B) {
 		name string
 		m    lbproxy.RateLimitManager
 	}{
-		{"TokenBucket", &lbproxy.TokenBucket{Burst: 1 << 40, Every: 1}},
-		{"leased", s.Limit("leased", Limit{Burst: 1 << 40, Every: time.Microsecond})},
-		{"exact", s.Limit("exact", Limit{Burst: 1 << 40, Every: time.Microsecond, Exact: true})},
-		{"open", s.Limit("open", Limit{Open: 1 << 40})},
+		{"TokenBucket", &lbproxy.TokenBucket{Burst: 1 << 30, Every: 1}},
+		{"leased", s.Limit("leased", Limit{Burst: 1 << 30, Every: time.Microsecond})},
+		{"exact", s.Limit("exact", Limit{Burst: 1 << 30, Every: time.Microsecond, Exact: true})},
+		{"open", s.Limit("open", Limit{Open: 1 << 30})},
 		{"refused", s.Limit("refused", Limit{Burst: 1, Every: never})},
 	} {
 		b.Run(c.name, func(b *testing.B) {

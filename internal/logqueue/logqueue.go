@@ -42,9 +42,16 @@ func (q *Queue[T]) Add(line T) {
 
 // run writes lines until none is left.
 func (q *Queue[T]) run() {
+	returned := false
+	defer func() {
+		if !returned { // Write called runtime.Goexit
+			go q.run()
+		}
+	}()
 	for write := q.next(); write != nil; write = q.next() {
 		write()
 	}
+	returned = true
 }
 
 // next returns what writes the next line; nil if none is left. Dropped lines are reported when all

@@ -133,12 +133,22 @@ const (
 // before the first Verdict; 0: no bound. The relay owns client from now on. The caller owes exactly
 // one call of Connect.
 func (e *Engine) Start(client net.Conn, h Handler, chunk int) *Relay {
+	r := e.New(client, h, chunk)
+	r.Start()
+	return r
+}
+
+// New returns a relay that has not started yet, and that may be forgotten. It asks client for the
+// connections below it, so no lock may be held.
+func (e *Engine) New(client net.Conn, h Handler, chunk int) *Relay {
 	r := &Relay{engine: e, handler: h, client: newEnd(client), refs: 2} // the upload and Connect
 	r.up = direction{relay: r, name: Upload, from: &r.client, pacer: Pacer{Chunk: chunk}}
 	r.down = direction{relay: r, name: Download, to: &r.client, pacer: Pacer{Chunk: chunk}}
-	go r.up.run()
 	return r
 }
+
+// Start makes a relay of New read from its client.
+func (r *Relay) Start() { go r.up.run() }
 
 // Connect gives the relay its server, which it owns from now on. It returns false if the relay was
 // over already: then server has been reset. A nil server means that there will be none, and aborts
@@ -352,6 +362,16 @@ func (r *Relay) panicking(p any) {
 	r.Abort(ErrPanicked)
 }
 
+// close closes c. A panic of somebody's conn is recorded: it must not end the process.
+func (r *Relay) close(c net.Conn) {
+	defer func() {
+		if p := recover(); p != nil && r.panicked == nil {
+			r.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
+		}
+	}()
+	c.Close()
+}
+
 // drop gives back a reference, and reports whether the caller has to call finish.
 func (r *Relay) drop() bool {
 	r.mu.Lock()
@@ -382,12 +402,12 @@ func (r *Relay) releaseElsewhere() {
 func (r *Relay) finish() {
 	if r.stage == closing { // nobody changes it while there are references, of which one is ours
 		if r.server.conn != nil {
-			r.server.conn.Close()
+			r.close(r.server.conn)
 		}
 		if r.released.Load() {
 			r.client.conn.SetReadDeadline(time.Time{})
 		} else {
-			r.client.conn.Close()
+			r.close(r.client.conn)
 		}
 		if !r.drop() {
 			return // Abort came

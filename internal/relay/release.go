@@ -15,13 +15,16 @@ func (r *Relay) Release(cause error) bool {
 	if first {
 		r.released.Store(true)
 		r.hungUp = true // so nobody resets it
+		if r.up.phase.Load() != ended {
+			// Its read ends by the deadline below, or by this, if the conn has no deadlines.
+			r.refs++
+			r.timer = time.AfterFunc(lingerTime, func() { r.client.reset(); r.release() })
+		}
 	}
 	r.mu.Unlock()
 	if first {
 		r.handler.Over(cause)
-		if r.client.conn.SetReadDeadline(time.Unix(1, 0)) != nil { // which ends the read in progress
-			r.client.reset() // so that it ends
-		}
+		r.client.conn.SetReadDeadline(time.Unix(1, 0))
 	}
 	r.releaseElsewhere()
 	return first
@@ -31,12 +34,12 @@ func (r *Relay) Release(cause error) bool {
 // peer has ended its own stream, at most a second later. Until then it discards what comes: to
 // close a connection with bytes unread resets it, and the peer may lose what it was sent.
 func LastWord(c net.Conn) {
-	c.SetDeadline(time.Now().Add(lingerTime))
+	late := time.AfterFunc(lingerTime, func() { reset(Underlying(c)) }) // not every conn has deadlines
+	defer late.Stop()
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(lingerTime)) // in place of whatever is set
 	if h, ok := c.(halfCloser); ok {
 		h.CloseWrite()
 	}
-	if _, err := io.Copy(io.Discard, c); err != nil {
-		reset(Underlying(c))
-	}
-	c.Close()
+	_, _ = io.Copy(io.Discard, c)
 }
