@@ -564,32 +564,3 @@ func wantSum(t *testing.T, s Stats) {
 		t.Errorf("accepted %d, open %d, ends %v: the sum is %d", s.Accepted, s.Open, s.Ends, sum)
 	}
 }
-
-// What Conns returns may be looked at, also while it has only just been admitted.
-func TestConnsReturnsWhatMayBeLookedAt(t *testing.T) {
-	a, results := newApp(t, Options{}, upstreamDoing(t, echo))
-	addr := serve(t, a, func(_ context.Context, c *Conn) error {
-		c.ClientID, c.RateLimit = "ann", new(OpenLimit) // which refuses
-		return nil
-	})
-	const clients = 300
-	var coming sync.WaitGroup
-	coming.Go(func() {
-		for range clients {
-			bytesFrom(addr)
-		}
-	})
-	for done := 0; done < clients; {
-		for c := range a.Conns() {
-			if c.Client.RemoteAddr() == nil || c.ClientID != "ann" {
-				t.Errorf("%+v", c)
-			}
-		}
-		select {
-		case <-results:
-			done++
-		default:
-		}
-	}
-	coming.Wait()
-}
