@@ -19,8 +19,6 @@ import (
 //go:embed put.lua
 var putText string
 
-var putScript = rueidis.NewLuaScript(putText)
-
 // A Config is a configuration in the store. What its text means is the business of those who put and apply it.
 type Config struct {
 	Version int64 // counts up from 1; 0 means that there is none

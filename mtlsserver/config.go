@@ -43,7 +43,7 @@ type Files struct {
 	// CA are the issuers of all clients, one certificate a file. With more than one, every serial
 	// of a user must say which it is of, so that the same serial by another issuer is nobody. In
 	// JSON a single file may be written without the list.
-	CA []string `json:"ca,single"`
+	CA []string `json:"ca" strictjson:"single"`
 }
 
 // An App is a service that is listened for and forwarded to upstreams.
@@ -116,9 +116,9 @@ type User struct {
 
 // A UserSerial names a certificate of a user. In JSON it may be the serial alone.
 type UserSerial struct {
-	Serial     string `json:"serial,short"`        // in any form that ParseSerial takes
-	CA         string `json:"ca,omitzero"`         // the KeyID of its issuer; may be empty if there is one CA
-	CertSHA256 string `json:"certSHA256,omitzero"` // if set, the certificate's SHA-256 in hex: no other one is it
+	Serial     string `json:"serial" strictjson:"short"` // in any form that ParseSerial takes
+	CA         string `json:"ca,omitzero"`               // the KeyID of its issuer; may be empty if there is one CA
+	CertSHA256 string `json:"certSHA256,omitzero"`       // if set, the certificate's SHA-256 in hex: no other one is it
 }
 
 // A Limit bounds what a user does. Zero fields set no bound; Burst and Every go together.

@@ -20,7 +20,7 @@ var reasons = map[Reason]bool{
 	UnknownSerial: true, AppNotAllowed: true, NoProof: true, ClientGone: true, ClientAlert: true, HandshakeFailed: true,
 	AppRemoved: true, Revoked: true,
 	Reason(lbproxy.EndDone): true, Reason(lbproxy.EndRateLimited): true, Reason(lbproxy.EndNoUpstream): true,
-	Reason(lbproxy.EndDialFailed): true, Reason(lbproxy.EndClientError): true, Reason(lbproxy.EndUpstreamError): true,
+	Reason(lbproxy.EndDialFailed): true, Reason(lbproxy.EndClientError): true, Reason(lbproxy.EndClientClosed): true, Reason(lbproxy.EndUpstreamError): true,
 	Reason(lbproxy.EndIdleTimeout): true, Reason(lbproxy.EndCanceled): true, Reason(lbproxy.EndClosed): true,
 }
 

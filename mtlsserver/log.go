@@ -48,7 +48,7 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 	switch {
 	case refused:
 		reason, r.Err = refusal.Reason, refusal.Err
-	case r.End == lbproxy.EndNotAdmitted:
+	case r.End == lbproxy.EndNotAdmitted, r.End == lbproxy.EndCanceled && l.id.Load() == nil: // a hook panicked
 		reason = HandshakeFailed
 	case r.End == lbproxy.EndNoUpstream, r.End == lbproxy.EndDialFailed, r.End == lbproxy.EndUpstreamError:
 		level = slog.LevelWarn

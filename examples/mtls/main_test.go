@@ -18,15 +18,15 @@ func Example() {
 	}
 
 	// Output:
-	// client                    app  what it sees                   logged reason
-	// alice                     web  web-1 answers                  (nothing yet)
-	// reporting                 web  web-2 answers                  done
-	// reporting                 db   bad certificate                app-not-allowed
-	// alice's serial, other CA  web  unknown certificate authority  unknown-ca
-	// no certificate            web  certificate required           no-certificate
-	// alice, now revoked        web  the connection ends            revoked
-	// alice, once more          web  bad certificate                unknown-serial
-	// reporting                 web  web-1 answers                  done
+	// client                    app  what it sees          logged reason
+	// alice                     web  web-1 answers         (nothing yet)
+	// reporting                 web  web-2 answers         done
+	// reporting                 db   bad certificate       app-not-allowed
+	// alice's serial, other CA  web  bad certificate       unknown-ca
+	// no certificate            web  certificate required  no-certificate
+	// alice, now revoked        web  the connection ends   revoked
+	// alice, once more          web  bad certificate       unknown-serial
+	// reporting                 web  web-1 answers         done
 }
 
 func TestOutputFitsATerminal(t *testing.T) {

@@ -2,11 +2,11 @@
 // written twice and values of the wrong type are problems, and each problem has a line number.
 //
 // It decodes into structs whose fields have json tags, lists, maps with text keys, pointers to
-// structs, texts, whole numbers, booleans and durations, which are written as Go's ("10s"). Two
-// options of a tag, which encoding/json ignores, allow a short form:
+// structs, texts, whole numbers, booleans and durations, which are written as Go's ("10s"). A tag of
+// its own allows a short form:
 //
-//	Files  []string `json:"files,single"` // "a" is ["a"]
-//	Serial string   `json:"serial,short"` // "1" is {"serial": "1"}, for the struct it is in
+//	Files  []string `json:"files" strictjson:"single"` // "a" is ["a"]
+//	Serial string   `json:"serial" strictjson:"short"` // "1" is {"serial": "1"}, for its struct
 package strictjson
 
 import (
@@ -227,12 +227,12 @@ func (d *decoder) members(path string, text []byte, offset int, v reflect.Value)
 // the names of all fields.
 func field(v reflect.Value, name string) (into reflect.Value, option string, names []string) {
 	for f, value := range v.Fields() {
-		tag, opt, _ := strings.Cut(f.Tag.Get("json"), ",")
+		tag, _, _ := strings.Cut(f.Tag.Get("json"), ",")
 		if tag == "" {
 			continue
 		}
 		if tag == name {
-			into, option = value, opt
+			into, option = value, f.Tag.Get("strictjson")
 		}
 		names = append(names, tag)
 	}
@@ -243,7 +243,7 @@ func field(v reflect.Value, name string) (into reflect.Value, option string, nam
 func shortField(v reflect.Value) reflect.Value {
 	if v.Kind() == reflect.Struct {
 		for f, value := range v.Fields() {
-			if strings.HasSuffix(f.Tag.Get("json"), ",short") {
+			if f.Tag.Get("strictjson") == "short" {
 				return value
 			}
 		}
@@ -309,7 +309,7 @@ func encode(text []byte, v reflect.Value, option string) ([]byte, error) {
 				if name == "" || option == "omitzero" && value.IsZero() {
 					continue
 				}
-				if err := next(name, value, option); err != nil {
+				if err := next(name, value, f.Tag.Get("strictjson")); err != nil {
 					return err
 				}
 			}

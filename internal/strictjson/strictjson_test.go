@@ -12,7 +12,7 @@ import (
 
 type doc struct {
 	Name    string           `json:"name"`
-	Files   []string         `json:"files,single"`
+	Files   []string         `json:"files" strictjson:"single"`
 	Count   int              `json:"count,omitzero"`
 	Big     int64            `json:"big,omitzero"`
 	On      bool             `json:"on,omitzero"`
@@ -20,7 +20,7 @@ type doc struct {
 	Sub     *sub             `json:"sub,omitzero"`
 	Items   []item           `json:"items"`
 	Limits  map[string]limit `json:"limits,omitzero"`
-	private int              //nolint:unused // Decode must not touch it
+	Private int              // no tag: Decode must not touch it
 }
 
 type sub struct {
@@ -29,7 +29,7 @@ type sub struct {
 }
 
 type item struct {
-	Serial string `json:"serial,short"`
+	Serial string `json:"serial" strictjson:"short"`
 	CA     string `json:"ca,omitzero"`
 }
 

@@ -155,16 +155,13 @@ func (f *mtlsFront) client(c *conn) *tls.Config {
 	return f.run.pki.clients[name]
 }
 
-// reload revokes a user and lets them in again, and changes the app web: its upstreams, and now and
-// then its idle timeout, for which the app is replaced, with connections open.
+// reload revokes a user and lets them in again, and changes the upstreams of the app web. It does not
+// replace the app: that refuses whoever is in a handshake (app-removed).
 func (f *mtlsFront) reload(round int) {
 	user := round % revocableUsers
 	f.web = slices.Clone(f.run.web)
 	rand.Shuffle(len(f.web), func(i, j int) { f.web[i], f.web[j] = f.web[j], f.web[i] })
 	f.web = f.web[:1+rand.IntN(len(f.web))]
-	if round%10 == 9 {
-		f.idle += time.Second
-	}
 	r := &revocation{begun: time.Now()}
 	f.mu.Lock()
 	f.revokes[user] = append(f.revokes[user], r)

@@ -1,0 +1,581 @@
+package lbproxy
+
+import (
+	"container/list"
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net"
+	"reflect"
+	"runtime/debug"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/relay"
+)
+
+// A session drives one Conn from when it is counted in until its Result is known. Its fields
+// belong to one goroutine at a time: Serve's or ServeConn's until Connect, then the relay's, then
+// the one that calls finish. What others may look at is guarded by Conn.mu.
+type session struct {
+	app      *LBProxyApp
+	conn     *Conn
+	raw      net.Conn // what was accepted; admit may have wrapped it
+	accepted bool     // by Serve: it has a slot, and its end is logged
+	start    time.Time
+	base     context.Context // has the values of the caller's, and the Conn, but does not end
+	ctx      context.Context // base, and ends with the session where a hook is there to see it
+	element  *list.Element   // of app.sessions; belongs to app.mu
+
+	client   net.Conn  // what is relayed: conn.Client as admit left it
+	upstream *upstream // what it is counted on
+	unlost   func()    // ends what CloseOnDown waits for; nil: nothing
+	opened   bool      // the RateLimit is owed an EventClose
+	attempts int
+	keep     bool // client outlives the relay, for OnRefused
+	outcome  relay.Outcome
+	done     chan struct{} // closed by Done where a goroutine waits to finish the session
+	result   Result
+
+	relay  *relay.Relay // guarded by conn.mu, like all that follows
+	state  ConnState
+	addr   string // of the upstream that was dialed last
+	isOver bool
+	cancel context.CancelCauseFunc // of ctx; nil if that does not end
+	undial context.CancelFunc      // ends the dial in progress, or one before; nil before any
+}
+
+// begin makes a session of c, or returns nil if c has had one.
+func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
+	s := &session{app: a, conn: c, raw: c.Client, start: time.Now(), state: ConnAdmitting}
+	s.base = context.WithValue(context.WithoutCancel(ctx), connKey{}, c)
+	s.ctx = s.base
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.used {
+		return nil
+	}
+	c.used, c.session = true, s
+	s.isOver = c.cause != nil // aborted before
+	return s
+}
+
+// endCtx makes ctx end with the session, for hooks. A session that has none is spared the cost.
+func (s *session) endCtx() {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.cancel == nil {
+		s.ctx, s.cancel = context.WithCancelCause(s.base)
+		if c.cause != nil {
+			s.cancel(c.cause.err)
+		}
+	}
+}
+
+// stop ends the session's context and its dial, since it is over because of cause.
+func (s *session) stop(cause error) {
+	if e, ok := cause.(*ending); ok {
+		cause = e.err
+	}
+	s.conn.mu.Lock()
+	s.isOver = true
+	cancel, undial := s.cancel, s.undial
+	s.conn.mu.Unlock()
+	if cancel != nil {
+		cancel(cause)
+	}
+	if undial != nil {
+		undial()
+	}
+}
+
+func (s *session) over() bool {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	return s.isOver
+}
+
+// isNil reports whether c is nil, or an interface that holds a nil pointer.
+func isNil(c net.Conn) bool {
+	v := reflect.ValueOf(c)
+	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
+}
+
+// isSame reports whether a and b are the same, also when they are of a type that == panics on.
+func isSame(a, b net.Conn) bool {
+	return a != nil && b != nil && reflect.ValueOf(a).Comparable() && a == b
+}
+
+// after calls f when ctx ends, until the function it returns has returned.
+func after(ctx context.Context, f func()) (stop func()) {
+	done := make(chan struct{})
+	stopped := context.AfterFunc(ctx, func() {
+		defer close(done)
+		f()
+	})
+	return func() {
+		if !stopped() {
+			<-done
+		}
+	}
+}
+
+// handle serves a connection that Serve accepted.
+func (s *session) handle(admit AdmitFunc) {
+	defer s.logPanic()
+	if admit == nil || s.admit(admit) {
+		s.serve(false)
+	}
+}
+
+// logPanic logs a panic of the goroutine that serves s. It must be called by defer.
+func (s *session) logPanic() {
+	if p := recover(); p != nil {
+		s.app.logPanic("serving a connection", p, string(debug.Stack()))
+	}
+}
+
+// admit asks f and reports whether it let the connection in. If not, what f wrote to the client,
+// such as a TLS alert, has a second to arrive, and the session is over.
+func (s *session) admit(f AdmitFunc) (ok bool) {
+	e := &ending{EndCanceled, relay.ErrPanicked} // unless f returns
+	defer func() {
+		if isNil(s.conn.Client) {
+			s.conn.Client = s.raw
+			if ok {
+				ok, e = false, &ending{EndNotAdmitted, errNoClient}
+			}
+		}
+		if !ok {
+			s.outcome.Err = s.conn.decide(e)
+			relay.Linger(s.raw, s.ctx.Done())
+			s.finish()
+		}
+	}()
+	s.endCtx()
+	if err := f(s.ctx, s.conn); err != nil {
+		e = &ending{EndNotAdmitted, err}
+		return false
+	}
+	return true
+}
+
+// serve asks the RateLimitManager, connects, and starts the relay. It returns when the session is
+// over if wait is set, else when the relay has taken over.
+func (s *session) serve(wait bool) {
+	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
+	defer func() {
+		if e != nil {
+			s.giveUp(e)
+		}
+	}()
+	s.hold()
+	s.setState(ConnDialing, "") // also while the RateLimitManager is asked
+	delay, chunk, failed := s.open()
+	var server net.Conn
+	if failed == nil {
+		if failed = s.startRelay(chunk); failed == nil {
+			s.pause(delay)
+			server, failed = s.connect()
+		}
+	}
+	if failed != nil {
+		e = failed
+		return
+	}
+	if wait {
+		s.done = make(chan struct{})
+	}
+	s.relay.Connect(server) // which asks server for the connections below it
+	e = nil
+	if wait {
+		<-s.done
+		s.finish()
+	}
+}
+
+// open asks the RateLimitManager whether the session may go on, after what delay, and how many
+// bytes may move at first.
+func (s *session) open() (delay time.Duration, chunk int, failed *ending) {
+	limit := s.conn.RateLimit
+	if limit == nil {
+		return 0, 0, nil
+	}
+	if s.endCtx(); s.over() {
+		return 0, 0, nil
+	}
+	d := limit.Report(s.ctx, s.event(EventOpen))
+	if d.Exceeded {
+		return 0, 0, d.refusal()
+	}
+	s.opened = true
+	chunk = firstChunk
+	if d.Chunk > 0 {
+		chunk = min(chunk, d.Chunk)
+	}
+	return d.Wait, chunk, nil
+}
+
+// refusal is the ending that d, which has Exceeded set, asks for.
+func (d *Decision) refusal() *ending {
+	if d.Err != nil {
+		return &ending{EndRateLimited, d.Err}
+	}
+	return &ending{EndRateLimited, ErrRateLimited}
+}
+
+// firstChunk bounds what moves before the RateLimitManager has been told of any bytes.
+const firstChunk = 4 << 10
+
+// startRelay starts to read from the client: nobody is dialed for one that has gone.
+func (s *session) startRelay(chunk int) *ending {
+	c := s.conn
+	r := s.app.engine.New(s.client, s, chunk)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause != nil {
+		return c.cause
+	}
+	s.relay = r
+	r.Start()
+	return nil
+}
+
+// pause waits for d, or until the session is over.
+func (s *session) pause(d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-s.ctx.Done():
+	}
+}
+
+// giveUp ends a session that is not connected, for e if there was no cause before.
+func (s *session) giveUp(e *ending) {
+	if s.relay == nil {
+		e = s.conn.decide(e)
+		s.outcome.Err = e
+		if s.keep = s.reserveLastWord(e); !s.keep {
+			relay.Reset(s.client)
+		}
+		s.finish()
+		return
+	}
+	s.done = make(chan struct{})
+	if s.reserveLastWord(e) {
+		if s.keep = s.relay.Release(e); !s.keep {
+			s.app.endLastWord(s)
+		}
+	} else {
+		s.relay.Abort(e)
+		s.relay.Connect(nil)
+	}
+	<-s.done
+	s.finish()
+}
+
+// connect finds an upstream that answers.
+func (s *session) connect() (net.Conn, *ending) {
+	b := &s.app.balancer
+	var search search
+	var errs []error
+	var none error
+	for !s.over() {
+		p, err := b.acquire(&search, time.Now())
+		if err != nil {
+			none = err
+			break
+		}
+		s.upstream = p.u
+		s.attempts++
+		s.setState(ConnDialing, p.conf.Addr)
+		server, changed, err := s.try(p)
+		if err == nil {
+			s.setState(ConnOpen, p.conf.Addr)
+			if changed {
+				s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
+			}
+			if s.app.opts.CloseOnDown && p.lost != nil {
+				s.unlost = after(p.lost, func() { s.conn.abort(&ending{EndUpstreamError, context.Cause(p.lost)}) })
+			}
+			return server, nil
+		}
+		s.upstream = nil
+		b.release(p.u)
+		if changed {
+			s.app.log(slog.LevelWarn, "lbproxy: upstream failed and is skipped",
+				slog.String("upstream", p.conf.Addr), slog.Duration("for", b.failTimeout),
+				slog.String("err", err.Error()))
+		}
+		errs = append(errs, &DialError{App: s.app.id, Addr: p.conf.Addr, Err: err})
+		if exhausted(err) {
+			break
+		}
+		search.add(p.u)
+	}
+	if errs == nil {
+		return nil, &ending{EndNoUpstream, none}
+	}
+	return nil, &ending{EndDialFailed, errors.Join(errs...)}
+}
+
+func (s *session) setState(state ConnState, addr string) {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	s.state, s.addr, s.undial = state, addr, nil
+}
+
+// try dials p once and tells the balancer how that went, also when the dialer panics.
+func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
+	v := unknown
+	defer func() { changed = s.app.balancer.settle(p.u, v, err, time.Now()) }()
+	ctx, cancel := s.dialContext()
+	defer cancel()
+	if p.lost != nil {
+		defer context.AfterFunc(p.lost, cancel)()
+	}
+	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
+	v, err = p.judge(err)
+	if v == fails && s.over() {
+		v = unknown
+	}
+	return c, false, err
+}
+
+// dialContext returns the context of a dial, which ends when the session is over.
+func (s *session) dialContext() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(s.base, s.app.opts.DialTimeout)
+	s.conn.mu.Lock()
+	s.undial = cancel
+	over := s.isOver
+	s.conn.mu.Unlock()
+	if over {
+		cancel()
+	}
+	return ctx, cancel
+}
+
+// Moved implements relay.Handler: it counts n bytes and asks the RateLimitManager.
+func (s *session) Moved(d relay.Direction, n int) relay.Verdict {
+	e := Event{Kind: EventData, Direction: Upload, Bytes: int64(n)}
+	total := &s.upstream.sent
+	if d == relay.Download {
+		e.Direction, total = Download, &s.upstream.received
+	}
+	total.Add(uint64(n))
+	limit := s.conn.RateLimit
+	if limit == nil {
+		return relay.Verdict{}
+	}
+	e.App, e.ClientID = s.app.id, s.conn.ClientID
+	answer := limit.Report(s.ctx, e)
+	if answer.Exceeded {
+		return relay.Verdict{Err: answer.refusal()}
+	}
+	return relay.Verdict{Wait: answer.Wait, Chunk: answer.Chunk}
+}
+
+// Over implements relay.Handler: it ends the dial in progress and what waits for the session.
+func (s *session) Over(cause error) { s.stop(cause) }
+
+// Done implements relay.Handler.
+func (s *session) Done(o relay.Outcome) {
+	s.outcome = o
+	if s.done != nil {
+		close(s.done)
+		return
+	}
+	defer s.logPanic()
+	if o.Panic != nil {
+		s.app.logPanic("serving a connection", o.Panic, "")
+	}
+	s.finish()
+}
+
+// finish takes the session out of all counts, then tells the hooks and the log. Each step is
+// deferred, so that none is left out when a hook panics.
+func (s *session) finish() {
+	defer s.app.leave()
+	defer s.log()
+	defer s.report()
+	defer func() {
+		if s.opened {
+			s.conn.RateLimit.Report(s.base, s.event(EventClose))
+		}
+	}()
+	defer func() {
+		s.app.exit(s)
+		if s.keep {
+			go s.lastWord()
+		}
+	}()
+	defer func() {
+		if s.upstream != nil {
+			s.app.balancer.release(s.upstream)
+		}
+	}()
+	if s.unlost != nil {
+		s.unlost()
+	}
+	s.settle()
+	if s.client == nil && !isSame(s.raw, s.conn.Client) {
+		s.conn.Client.Close() // admit has wrapped what it rejected
+	}
+	if !s.keep && !isSame(s.raw, s.client) {
+		s.raw.Close() // admit has replaced or wrapped it
+	}
+}
+
+// reserveLastWord reports whether OnRefused is to be called for a session that ends with e. If so,
+// the caller owes an endLastWord.
+func (s *session) reserveLastWord(e *ending) bool {
+	switch e.end {
+	case EndRateLimited, EndNoUpstream, EndDialFailed:
+		return s.conn.OnRefused != nil && s.app.reserveLastWord(s)
+	}
+	return false
+}
+
+// lastWord lets OnRefused write to the client, and closes it when that has arrived.
+func (s *session) lastWord() {
+	defer s.app.endLastWord(s)
+	defer s.release()
+	defer s.raw.Close()
+	defer relay.LastWord(s.client)
+	defer s.logPanic()
+	// In all, not for each Write: a client that reads slowly holds a place. Both deadlines, as a
+	// Write may begin with a TLS handshake.
+	s.client.SetDeadline(time.Now().Add(time.Second))
+	s.conn.OnRefused(refusedConn{s.client}, s.result.Err)
+}
+
+// A refusedConn is what an OnRefused writes to.
+type refusedConn struct{ net.Conn }
+
+func (c refusedConn) Read([]byte) (int, error) {
+	return 0, errors.New("lbproxy: a refused client cannot be read from")
+}
+
+// settle decides what the Result is, and lets go of the connection.
+func (s *session) settle() {
+	c := s.conn
+	s.stub() // if admit has rejected it
+	end, err := s.verdict()
+	c.mu.Lock()
+	c.info = ConnInfo{
+		Upstream: s.addr, Start: s.start, Sent: s.outcome.Sent, Received: s.outcome.Received, State: ConnOver,
+	}
+	c.session = nil
+	c.mu.Unlock()
+	s.result = Result{
+		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: s.attempts,
+		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
+		End: end, Err: err,
+	}
+	if s.outcome.Connected {
+		s.result.Upstream = s.addr
+	}
+	s.stop(err)
+	c.tls = nil
+	if !s.keep {
+		s.release()
+	}
+	s.result.Client = c.clientAddr() // last: the method is somebody else's
+}
+
+// release lets go of what a Conn that is kept after the end must not hold.
+func (s *session) release() {
+	if t, ok := s.conn.Client.(*TLSConn); ok {
+		t.release()
+	}
+}
+
+// verdict names the outcome.
+func (s *session) verdict() (EndReason, error) {
+	o := &s.outcome
+	if e, ok := o.Err.(*ending); ok {
+		return e.end, e.err
+	}
+	switch {
+	case o.Err == nil:
+		return EndDone, nil
+	case o.Failed == relay.Server:
+		return EndUpstreamError, o.Err
+	case o.Quiet:
+		return EndClientClosed, o.Err
+	case o.Failed == relay.Client:
+		return EndClientError, o.Err
+	}
+	return EndCanceled, o.Err // a hook panicked
+}
+
+// report calls the OnDone hooks.
+func (s *session) report() {
+	if done := s.app.opts.OnDone; done != nil {
+		defer done(s.result) // also if the connection's own panics
+	}
+	if done := s.conn.OnDone; done != nil {
+		done(s.result)
+	}
+}
+
+// log writes the line that Serve has for each connection.
+func (s *session) log() {
+	if !s.accepted {
+		return
+	}
+	level := slog.LevelDebug
+	switch s.result.End {
+	case EndNoUpstream, EndDialFailed, EndUpstreamError:
+		level = slog.LevelWarn
+	}
+	s.app.lines.Add(s.base, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
+}
+
+func (s *session) event(kind EventKind) Event {
+	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
+}
+
+// hold takes what is to be relayed. It comes before anybody can get c from Conns.
+func (s *session) hold() {
+	s.client = s.conn.Client
+	if t, ok := s.client.(interface{ ConnectionState() tls.ConnectionState }); ok {
+		// Now, for PROXY headers: later a handshake in the relay would hold the question up.
+		if state := t.ConnectionState(); state.HandshakeComplete {
+			s.conn.tls = &state
+		}
+	}
+	if t, ok := s.client.(*TLSConn); ok {
+		s.client = t.hold()
+	}
+	s.stub()
+}
+
+// stub puts a stub in the place of a plain TCP connection that Serve has accepted, so that a kept
+// Conn is small. Nobody else has seen Client yet; ServeConn's caller may be looking at it.
+func (s *session) stub() {
+	if c, ok := s.conn.Client.(*net.TCPConn); ok && s.accepted {
+		s.conn.Client = &heldConn{c.LocalAddr(), c.RemoteAddr()}
+	}
+}
+
+// A heldConn stands for a connection that the app holds.
+type heldConn struct{ local, remote net.Addr }
+
+func (c *heldConn) LocalAddr() net.Addr              { return c.local }
+func (c *heldConn) RemoteAddr() net.Addr             { return c.remote }
+func (c *heldConn) Read([]byte) (int, error)         { return 0, c.closed("read") }
+func (c *heldConn) Write([]byte) (int, error)        { return 0, c.closed("write") }
+func (c *heldConn) Close() error                     { return c.closed("close") }
+func (c *heldConn) SetDeadline(time.Time) error      { return c.closed("set") }
+func (c *heldConn) SetReadDeadline(time.Time) error  { return c.closed("set") }
+func (c *heldConn) SetWriteDeadline(time.Time) error { return c.closed("set") }
+
+func (c *heldConn) closed(op string) error {
+	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: net.ErrClosed}
+}
