@@ -80,8 +80,14 @@ func (d *direction) end() {
 func (d *direction) linger() {
 	r := d.relay
 	if d.to != nil {
-		for wait := time.Millisecond; d.to.unsent() > 0 && !r.isHungUp(); wait = min(2*wait, 16*time.Millisecond) {
+		late := time.Now().Add(lingerTime)
+		if !d.to.measured {
+			late = late.Add(-lingerTime / 2) // nobody says when it has arrived; to close takes time, too
+		}
+		wait := time.Millisecond
+		for d.to.unsent() > 0 && !r.isHungUp() && (!r.politely || time.Now().Before(late)) {
 			time.Sleep(wait)
+			wait = min(2*wait, longestWait)
 		}
 		if r.politely && !r.isHungUp() {
 			d.to.conn.Close()
@@ -294,8 +300,8 @@ func (d *direction) judge(err error) error {
 }
 
 // isQuiet reports whether nothing is under way: the other direction has nothing to deliver, both
-// peers' systems have acknowledged everything, and d's last bytes had an answer, or nothing has moved
-// for some time. Without that, an upload whose client is killed would look quiet.
+// peers' systems have acknowledged everything, and d's last bytes had an answer, or nothing has
+// moved for some time. Without that, an upload whose client is killed would look quiet.
 func (d *direction) isQuiet() bool {
 	q := d.other()
 	d.relay.mu.Lock()
@@ -358,8 +364,9 @@ func (d *direction) passEnd() {
 		}
 	case !both:
 		// What from sent is whole, and closing to says so. What from was sent is cut.
-		r.failLingering(d.destination(), fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be "+
-			"told that the other side has ended its stream, and go on", d.to.conn), false, d, true)
+		err := fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other "+
+			"side has ended its stream, and go on", d.to.conn)
+		r.failLingering(d.destination(), err, false, d, true)
 		d.from.reset()
 	}
 }

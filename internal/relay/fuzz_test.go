@@ -205,8 +205,8 @@ func (f *fuzzRun) check(got Outcome) {
 }
 
 // A fuzzEnd is a client or a server. It is told to write so many bytes, to read up to so many (a
-// negative number), or to end its stream (0), and does one thing after the other; but it reads while
-// it writes, unless it is busy.
+// negative number), or to end its stream (0), and does one thing after the other; but it reads
+// while it writes, unless it is busy.
 type fuzzEnd struct {
 	conn          *proxytest.PipeConn
 	other         *fuzzEnd

@@ -12,8 +12,9 @@ type Config struct {
 	Idle    time.Duration
 	IdleErr error
 
-	// KeepAlive says that servers were dialled without keep-alive: it is set (after 15 s of silence,
-	// each 15 s, 9 times) on those of relays that have lasted 15 s. That spares short ones the cost.
+	// KeepAlive says that servers were dialled without keep-alive: it is set (after 15 s of
+	// silence, each 15 s, 9 times) on those of relays that have lasted 15 s. That spares short ones
+	// the cost.
 	KeepAlive bool
 }
 
@@ -48,7 +49,8 @@ const (
 	// sweepBatch is how many relays are looked at for each time that the lock is held.
 	sweepBatch = 256
 
-	// sweepRest is how much longer the sweep rests than it took: with 19, a twentieth of a processor.
+	// sweepRest is how much longer the sweep rests than it took: with 19, a twentieth of a
+	// processor.
 	sweepRest = 19
 )
 
@@ -179,7 +181,7 @@ func (e *Engine) look(r *Relay, now int64) (left time.Duration, again bool) {
 	}
 	if left = idle - time.Duration(now-last); left <= 0 {
 		r.condemned = true
-		e.sweeping.Go(func() { r.Abort(e.config.IdleErr) }) // closing somebody's conn may take a while
+		e.sweeping.Go(func() { r.Abort(e.config.IdleErr) }) // closing may take a while
 	}
 	return max(left, 0), true
 }

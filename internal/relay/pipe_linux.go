@@ -93,8 +93,8 @@ func (s *splicer) move() (n int, readErr, writeErr error) {
 // stop has the direction go on by reading.
 func (s *splicer) stop() { s.d.splicer, s.d.fullReads = nil, 0 }
 
-// fillReady moves what there is into a pipe. Without a pipe there is none to be had, or nothing that
-// can be spliced.
+// fillReady moves what there is into a pipe. Without a pipe there is none to be had, or nothing
+// that can be spliced.
 func (s *splicer) fillReady(fd uintptr) bool {
 	pipes := &s.d.relay.engine.pipes
 	if s.pipe = pipes.get(); s.pipe == nil {
@@ -172,7 +172,8 @@ const (
 	// At 512 KiB bulk takes a fifth less time on the processor than at 256 KiB; 1 MiB is no better.
 	pipeSize = 512 << 10
 
-	// maxPipes in use at once are, of this size, as much as the system lets an unprivileged user have.
+	// maxPipes in use at once are, of this size, as much as the system lets an unprivileged user
+	// have.
 	maxPipes = 128
 )
 

@@ -29,7 +29,8 @@ func shutdownFD(fd uintptr) syscall.Errno {
 }
 
 func transfer(call, fd uintptr, b []byte, flags uintptr) (int, syscall.Errno) {
-	n, _, errno := syscall.RawSyscall6(call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
+	n, _, errno := syscall.RawSyscall6(
+		call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
 	if errno != 0 {
 		return 0, errno
 	}

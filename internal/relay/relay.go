@@ -77,6 +77,9 @@ var (
 // lingerTime bounds how long a relay goes on to deliver what came from a side that has failed.
 const lingerTime = time.Second
 
+// longestWait is the longest time between two questions whether what was written has arrived.
+const longestWait = 16 * time.Millisecond
+
 // pollTime is how often an upload that waits for its server asks whether the client was reset.
 const pollTime = 200 * time.Millisecond
 
@@ -207,8 +210,8 @@ func (r *Relay) Abort(cause error) {
 // at any time.
 func (r *Relay) Counts() (sent, received int64) { return r.up.moved.Load(), r.down.moved.Load() }
 
-// endWith records why the relay ends, and reports whether that is the first reason. The caller holds
-// mu, and calls Over when it no longer does.
+// endWith records why the relay ends, and reports whether that is the first reason. The caller
+// holds mu, and calls Over when it no longer does.
 func (r *Relay) endWith(cause error, failed Side) bool {
 	if r.over {
 		return false
@@ -301,12 +304,17 @@ func (r *Relay) awaitServer() *end {
 		case !r.client.measured:
 			<-r.settled
 		case !waitFor(r.settled, pollTime):
-			// The question comes before the second look at the server: with one, both sides may
-			// have ended their streams, and a socket in which that is so looks reset, too.
-			if reset, _ := r.client.wasReset(); reset && !r.isSettled() {
-				r.fail(Client, errReset, false)
-			}
+			r.pollClient()
 		}
+	}
+}
+
+// pollClient fails the relay if its client was reset while there is no server. With one, both sides
+// may have ended their streams, and a socket in which that is so looks reset, too; so the server is
+// looked for after the question.
+func (r *Relay) pollClient() {
+	if reset, _ := r.client.wasReset(); reset && !r.isSettled() {
+		r.fail(Client, errReset, false)
 	}
 }
 
@@ -420,5 +428,7 @@ func (r *Relay) finish() {
 		r.handler.Over(nil)
 	}
 	sent, received := r.Counts()
-	r.handler.Done(Outcome{sent, received, r.server.conn != nil, r.failed, r.quiet, r.cause, r.panicked})
+	r.handler.Done(Outcome{
+		sent, received, r.server.conn != nil, r.failed, r.quiet, r.cause, r.panicked,
+	})
 }

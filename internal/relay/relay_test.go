@@ -417,8 +417,8 @@ func TestUnreadSocketDataDelaysTheResetBriefly(t *testing.T) {
 	}
 }
 
-// A client that has half-closed is reset: the download's write finds that, and the upload, which has
-// ended, cannot linger for itself.
+// A client that has half-closed is reset: the download's write finds that, and the upload, which
+// has ended, cannot linger for itself.
 func TestResetAfterHalfClose(t *testing.T) {
 	client, server, h := join(t, nil)
 	client.Write([]byte("x"))
@@ -563,9 +563,10 @@ func TestAbortWhileClosing(t *testing.T) {
 		client, ours := proxytest.Pipe()
 		server, theirs := proxytest.Pipe()
 		slow := &slowClose{Conn: ours, closed: make(chan struct{})}
+		slower := &slowReset{PipeConn: theirs, resetting: make(chan struct{}), release: make(chan struct{})}
 		h := newRecorder(nil)
 		r := newEngine(t, Config{}).Start(slow, h, 0)
-		r.Connect(theirs)
+		r.Connect(slower)
 		client.CloseWrite()
 		server.CloseWrite()
 		synctest.Wait()
@@ -573,12 +574,22 @@ func TestAbortWhileClosing(t *testing.T) {
 			t.Error("it is done")
 		}
 		why := errors.New("enough")
-		r.Abort(why)
+		go r.Abort(why)
+		<-slower.resetting // by now the client's Close has returned
+		synctest.Wait()
+		if len(h.done) > 0 {
+			t.Error("it is done while it is reset")
+		}
+		close(slower.release)
 		if o := h.wait(t); o.Err != why {
 			t.Errorf("%+v", o)
 		}
 		client.Close()
 		server.Close()
+		synctest.Wait()
+		if h.late.Load() {
+			t.Error("Done was called twice")
+		}
 	})
 }
 
@@ -953,6 +964,24 @@ func TestAnswerArrivesAtClientWithoutHalfClose(t *testing.T) {
 	}
 	client.Close()
 	wg.Wait()
+	if o := h.wait(t); o.Failed != Client {
+		t.Errorf("%+v", o)
+	}
+}
+
+// Closing is how such a client can be told that its answer is whole.
+func TestWholeAnswerEndsInACloseThoughTheClientCannotHalfClose(t *testing.T) {
+	const size = 1 << 20
+	client, ours := duplex(t)
+	server, theirs := duplex(t)
+	h := newRecorder(nil)
+	r := newEngine(t, Config{}).Start(layered{ours}, h, 0)
+	r.Connect(theirs)
+	go func() { pattern.Send(server, size); server.CloseWrite() }()
+	if err := pattern.Exactly(client, size); err != nil {
+		t.Error(err)
+	}
+	readCut(t, server) // for what it was sent may be cut
 	if o := h.wait(t); o.Failed != Client {
 		t.Errorf("%+v", o)
 	}

@@ -23,8 +23,8 @@ type socket struct {
 	trier   trier // in await
 }
 
-// transfers is one way of a socket: its arguments and results of calls with the descriptor. ready is
-// made once, since a closure for each would be an allocation for each.
+// transfers is one way of a socket: its arguments and results of calls with the descriptor. ready
+// is made once, since a closure for each would be an allocation for each.
 type transfers struct {
 	ready func(fd uintptr) bool // called when the descriptor is, until it returns true
 	fd    uintptr
@@ -150,12 +150,13 @@ func (s *socket) closeWrite() error {
 
 func (s *socket) opError(op, call string, errno syscall.Errno) error {
 	return &net.OpError{
-		Op: op, Net: "tcp", Source: s.LocalAddr(), Addr: s.RemoteAddr(), Err: os.NewSyscallError(call, errno),
+		Op: op, Net: "tcp", Source: s.LocalAddr(), Addr: s.RemoteAddr(),
+		Err: os.NewSyscallError(call, errno),
 	}
 }
 
-// InheritKeepAlive makes the connections of a listener inherit the keep-alive that net sets on each,
-// which saves each of them four system calls.
+// InheritKeepAlive makes the connections of a listener inherit the keep-alive that net sets on
+// each, which saves each of them four system calls.
 func InheritKeepAlive(lc *net.ListenConfig) {
 	lc.KeepAlive = -1 // not on each
 	lc.Control = func(_, _ string, c syscall.RawConn) error { return keepAlive(c) }
@@ -171,7 +172,8 @@ func keepAlive(raw syscall.RawConn) (wrong error) {
 			{syscall.IPPROTO_TCP, syscall.TCP_KEEPCNT, 9},
 		} {
 			if wrong == nil {
-				wrong = os.NewSyscallError("setsockopt", syscall.SetsockoptInt(fd, option.level, option.name, option.value))
+				err := syscall.SetsockoptInt(fd, option.level, option.name, option.value)
+				wrong = os.NewSyscallError("setsockopt", err)
 			}
 		}
 	})
@@ -180,7 +182,9 @@ func keepAlive(raw syscall.RawConn) (wrong error) {
 
 // quickAck has what has come acknowledged now. It is not a setting that stays.
 func quickAck(raw syscall.RawConn) {
-	control(raw, func(fd int) { syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK, 1) })
+	control(raw, func(fd int) {
+		syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK, 1)
+	})
 }
 
 // unsent is how many bytes a socket has to send that its peer's system has not acknowledged, as far
@@ -189,7 +193,8 @@ func unsent(raw syscall.RawConn) int {
 	var queued int32
 	control(raw, func(fd int) {
 		// SIOCOUTQ, tcp(7); it has the number of TIOCOUTQ.
-		syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&queued)))
+		syscall.Syscall(
+			syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&queued)))
 		if queued > 0 && tcpState(fd) == tcpClosed {
 			queued = 0 // nobody is there to acknowledge them
 		}
@@ -197,8 +202,8 @@ func unsent(raw syscall.RawConn) int {
 	return int(queued)
 }
 
-// wasReset reports whether a socket has been reset. One in which both sides have ended their streams
-// looks the same.
+// wasReset reports whether a socket has been reset. One in which both sides have ended their
+// streams looks the same.
 func wasReset(raw syscall.RawConn) (reset, known bool) {
 	known = control(raw, func(fd int) { reset = tcpState(fd) == tcpClosed }) == nil
 	return reset, known

@@ -464,6 +464,70 @@ func TestEndOfBothSidesIsNotAReset(t *testing.T) {
 	}
 }
 
+// The question whether a side was reset may be answered late: by then the write that it was about
+// may have come back, and both sides may have ended their streams, which looks the same.
+func TestLateAnswerIsNotTakenForAReset(t *testing.T) {
+	client, ours := duplex(t)
+	server, theirs := duplex(t)
+	late := &lateWrite{TCPConn: theirs, writing: make(chan struct{}), goOn: make(chan struct{})}
+	h := newRecorder(nil)
+	r := newEngine(t, Config{}).New(ours, h, 0)
+	go io.Copy(io.Discard, server)
+	var once sync.Once
+	var looked atomic.Bool
+	r.server = newEnd(late)
+	r.server.raw = &heldAnswer{r.server.raw, func() {
+		once.Do(func() {
+			close(late.goOn)
+			proxytest.Eventually(t, "both sides have ended", func() bool {
+				return r.up.phase.Load() == ended && WasReset(theirs)
+			})
+			looked.Store(true)
+		})
+	}}
+	r.down.from = &r.server
+	r.Start()
+	client.Write([]byte("x"))
+	client.CloseWrite()
+	<-late.writing
+	server.CloseWrite()
+	r.engine.add(r)
+	go r.down.run()
+	if b, err := io.ReadAll(client); err != nil {
+		t.Errorf("client reads %q, %v; want the end", b, err)
+	}
+	if o := h.wait(t); o.Err != nil || !looked.Load() {
+		t.Errorf("%+v, looked: %v", o, looked.Load())
+	}
+}
+
+// A heldAnswer is held before it is given.
+type heldAnswer struct {
+	syscall.RawConn
+	hold func()
+}
+
+func (c *heldAnswer) Control(f func(uintptr)) error {
+	c.hold()
+	return c.RawConn.Control(f)
+}
+
+// A socket that both sides have ended looks reset. With a server that is no reason to end.
+func TestLatePollIsNotTakenForAReset(t *testing.T) {
+	client, ours := duplex(t)
+	ours.CloseWrite()
+	io.ReadAll(client)
+	client.Close()
+	io.ReadAll(ours)
+	proxytest.Eventually(t, "it looks reset", func() bool { return WasReset(ours) })
+	h := newRecorder(nil)
+	r := newEngine(t, Config{}).New(ours, h, 0)
+	r.server = r.client // any
+	if r.pollClient(); r.over {
+		t.Errorf("it is over: %v", r.cause)
+	}
+}
+
 // A lateWrite is a layer in whose first write something else happens.
 type lateWrite struct {
 	*net.TCPConn

@@ -131,10 +131,9 @@ func Reset(c net.Conn) {
 func Linger(c net.Conn, stop <-chan struct{}) {
 	raw := rawTCP(Underlying(c))
 	late := time.Now().Add(lingerTime)
-	for wait := time.Millisecond; unsent(raw) > 0 && time.Now().Before(late); wait = min(2*wait, 16*time.Millisecond) {
-		if waitFor(stop, wait) {
-			break
-		}
+	wait := time.Millisecond
+	for unsent(raw) > 0 && time.Now().Before(late) && !waitFor(stop, wait) {
+		wait = min(2*wait, longestWait)
 	}
 	Reset(c)
 }
@@ -192,7 +191,11 @@ const (
 	tlsBuffer   = 66 << 10 // has room for the records of a large one
 )
 
-var smallBuffers, largeBuffers, tlsBuffers = bufferPool(smallBuffer), bufferPool(largeBuffer), bufferPool(tlsBuffer)
+var (
+	smallBuffers = bufferPool(smallBuffer)
+	largeBuffers = bufferPool(largeBuffer)
+	tlsBuffers   = bufferPool(tlsBuffer)
+)
 
 func bufferPool(size int) *sync.Pool {
 	return &sync.Pool{New: func() any { b := make(buffer, size); return &b }}

@@ -19,7 +19,7 @@ func newSocket(net.Conn) *socket { return nil }
 type splicer struct{}
 
 func newSplicer(*direction) *splicer                    { return nil }
-func (*splicer) move() (n int, readErr, writeErr error) { panic("lbproxy: nothing is spliced here") }
+func (*splicer) move() (n int, readErr, writeErr error) { panic("lbproxy: no splicing here") }
 
 type pipePool struct{}
 

@@ -20,10 +20,11 @@ const (
 	Optional                    // whole
 )
 
-// A TLS is a TLS connection as a proxy needs it. crypto/tls takes the end of the connection below for
-// the end of the stream; here the peer has to have said so (close_notify, RFC 8446 section 6.1), else
-// the stream was cut, and Read returns io.ErrUnexpectedEOF. What one large Write sends goes out in
-// few system calls. Until the handshake is done no more than a given number of bytes is read.
+// A TLS is a TLS connection as a proxy needs it. crypto/tls takes the end of the connection below
+// for the end of the stream; here the peer has to have said so (close_notify, RFC 8446 section
+// 6.1), else the stream was cut, and Read returns io.ErrUnexpectedEOF. What one large Write sends
+// goes out in few system calls. Until the handshake is done no more than a given number of bytes is
+// read.
 type TLS struct {
 	*tls.Conn
 
@@ -59,8 +60,8 @@ func (t *TLS) Handshake() error { return t.HandshakeContext(context.Background()
 func (t *TLS) HandshakeContext(ctx context.Context) error {
 	err := t.Conn.HandshakeContext(ctx)
 	if err == nil && !t.wire.open.Swap(true) && t.wire.readFirst {
-		// A server has nothing more to say. Its system would delay the acknowledgement, by 40 ms, and
-		// a client that leaves Nagle's algorithm on waits for that with its first request.
+		// A server has nothing more to say. Its system would delay the acknowledgement, by 40 ms,
+		// and a client that leaves Nagle's algorithm on waits for that with its first request.
 		quickAck(rawTCP(Underlying(t.wire.Conn)))
 	}
 	return err
@@ -86,8 +87,8 @@ func (t *TLS) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Write writes as tls.Conn's does. If one of more than 16 KiB fails, how many bytes of b have left is
-// not known, and 0 is returned.
+// Write writes as tls.Conn's does. If one of more than 16 KiB fails, how many bytes of b have left
+// is not known, and 0 is returned.
 func (t *TLS) Write(b []byte) (int, error) { return t.write(b, nil) }
 
 const tlsRecord = 16 << 10 // the most that one holds
@@ -139,8 +140,8 @@ func (t *TLS) read(b []byte) (int, error) {
 
 func (t *TLS) closeWrite() error { return t.Conn.CloseWrite() }
 
-// A wire is the connection below a TLS: it bounds the bytes of a handshake, notes how the stream has
-// ended, and gathers records.
+// A wire is the connection below a TLS: it bounds the bytes of a handshake, notes how the stream
+// has ended, and gathers records.
 type wire struct {
 	net.Conn
 	socket *socket       // the same, if it is TCP; may be nil

@@ -130,7 +130,8 @@ func TestCloseNotify(t *testing.T) {
 	}
 }
 
-// unread bytes do not fit into the window of a peer that does not read, but into the queue before it.
+// unread bytes do not fit into the window of a peer that does not read, but into the queue before
+// it.
 const unread = 400 << 10
 
 // inARecord sends a part of one, and a FIN.

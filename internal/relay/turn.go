@@ -8,11 +8,11 @@ import (
 
 // Small traffic beside bulk.
 //
-// A goroutine that moves bulk never waits while both its ends are ready, and Go looks at the network
-// only when a processor has nothing to run. With as many busy streams as processors nobody looks for
-// up to 10 ms, and small messages take as long. So, while there are small messages, at most
-// GOMAXPROCS-1 large moves go on at once, and at least one: whoever waits for a turn leaves its
-// processor to look. Without small messages turns would only cost, up to a quarter of the rate.
+// A goroutine that moves bulk never waits while both its ends are ready, and Go looks at the
+// network only when a processor has nothing to run. With as many busy streams as processors nobody
+// looks for up to 10 ms, and small messages take as long. So, while there are small messages, at
+// most GOMAXPROCS-1 large moves go on at once, and at least one: whoever waits for a turn leaves
+// its processor to look. Without small messages turns would only cost, up to a quarter of the rate.
 
 const (
 	smallChunk  = 4 << 10                // less than that is a small message
@@ -34,7 +34,8 @@ func clock() int64 { return int64(time.Since(epoch)) }
 
 // noteChunk is called when n bytes have moved.
 func noteChunk(n int, now int64) {
-	// Unsigned, so that a stamp from the fake time of a test, which is later, does not stay for ever.
+	// Unsigned, so that a stamp from the fake time of a test, which is later, does not stay for
+	// ever.
 	if n < smallChunk && uint64(now-lastSmall.Load()) > uint64(smallGrain) {
 		lastSmall.Store(now)
 	}

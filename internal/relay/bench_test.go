@@ -1,0 +1,35 @@
+package relay
+
+import (
+	"testing"
+	"time"
+)
+
+// BenchmarkSweep is one look at 100,000 relays: when the system has to be asked about none of them,
+// as after the first quarter of their silence, and about all. A sweep rests for 19 times as long.
+func BenchmarkSweep(b *testing.B) {
+	for _, ask := range []bool{false, true} {
+		b.Run(map[bool]string{false: "silent", true: "ask"}[ask], func(b *testing.B) {
+			_, ours := duplex(b)
+			e := NewEngine(Config{Idle: time.Minute})
+			e.closed = true // no timer
+			one := newEnd(ours)
+			for range 100_000 {
+				r := &Relay{client: one, server: one}
+				r.touch()
+				e.add(r)
+			}
+			for b.Loop() {
+				if ask {
+					for _, r := range e.relays {
+						now := clock() - int64(20*time.Second)
+						r.last.Store(now)
+						r.asked = now - 1
+					}
+				}
+				e.sweeping.Add(1)
+				e.sweep()
+			}
+		})
+	}
+}
