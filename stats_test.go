@@ -363,6 +363,23 @@ func TestConnsHoldsNoLockInTheBody(t *testing.T) {
 	})
 }
 
+func TestConnsLeavesOutThoseThatAreOver(t *testing.T) {
+	a, err := New("test", []Upstream{{Addr: "u:1"}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := a.begin(t.Context(), &Conn{Client: addrConn{}})
+	s.accepted = true
+	a.enter(s)
+	s.outcome.Err = &ending{EndNotAdmitted, errKicked}
+	s.settle() // and still to be counted out
+	for range a.Conns() {
+		t.Error("one came that was rejected")
+	}
+	a.exit(s)
+	a.leave()
+}
+
 func TestConnsLeavesOutThoseNotAdmitted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
