@@ -78,11 +78,11 @@ type Conn struct {
 	// ErrRateLimited, ErrNoUpstream or *DialError. OnRefused is not called for a connection that
 	// was aborted. nil means that such clients are reset.
 	//
-	// It runs on a goroutine of its own, when the connection is counted out. Each Write to c has a
-	// second, reads fail; a TLS client, whose handshake must have been made, is spoken to in TLS. c
-	// is closed when OnRefused has returned and the client has ended its stream, or after another
-	// second. At most 256 of them run at once per app; beyond that clients are reset. Shutdown and
-	// Close do not wait for it; Close resets its c.
+	// It runs on a goroutine of its own, when the connection is counted out. Writes to c fail after
+	// a second, reads always; a TLS client, whose handshake must have been made, is spoken to in
+	// TLS. c is closed when OnRefused has returned and the client has ended its stream, or after
+	// another second. At most 256 of them run at once per app; beyond that clients are reset.
+	// Shutdown and Close do not wait for it; Close resets its c.
 	OnRefused func(c net.Conn, err error)
 
 	// OnDone is called once, when the connection is over and out of all counts, just before
@@ -116,6 +116,9 @@ const (
 	ConnOpen      ConnState = "open"      // connected to an upstream
 	ConnOver      ConnState = "over"      // its Result is known, or about to be
 )
+
+// String returns the state's word.
+func (s ConnState) String() string { return string(s) }
 
 // Info returns what is known of c now. After the end it stays as it was.
 func (c *Conn) Info() ConnInfo {
@@ -157,6 +160,9 @@ func (c *Conn) abort(e *ending) {
 	}
 	c.mu.Unlock()
 	if s != nil { // also after admit has rejected it, while what admit wrote is on its way
+		if l, ok := relay.Underlying(s.raw).(interface{ SetLinger(int) error }); ok {
+			l.SetLinger(0) // first: a TLS handshake closes it when its context ends
+		}
 		s.stop(e)
 		relay.Reset(s.raw)
 	}

@@ -86,9 +86,9 @@ type Options struct {
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was
 	// the cause and at Debug otherwise, and a line for each upstream that fails, recovers, or is
 	// found down or up by health checks. Lines are written by a goroutine of their own, so a
-	// Handler that blocks holds nothing up (its Enabled must not block): 4,096 lines wait, more are dropped and counted in a
-	// line of their own. Shutdown and Close wait 100 ms at most for lines to be written. nil means
-	// slog.Default().
+	// Handler that blocks holds nothing up (its Enabled must not block): 4,096 lines wait, more
+	// are dropped and counted in a line of their own. Shutdown and Close wait 100 ms at most for
+	// lines to be written. nil means slog.Default().
 	Logger *slog.Logger
 
 	// OnDone is called once for every connection that was accepted, or given to ServeConn, when it
@@ -403,8 +403,11 @@ func (a *LBProxyApp) Stats() Stats {
 func (a *LBProxyApp) Conns() iter.Seq[*Conn] {
 	return func(yield func(*Conn) bool) {
 		for s := range a.walk() {
-			if c := s.conn; c.Info().State != ConnAdmitting && !yield(c) {
-				return
+			switch s.conn.Info().State {
+			case ConnDialing, ConnOpen:
+				if !yield(s.conn) {
+					return
+				}
 			}
 		}
 	}

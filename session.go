@@ -170,6 +170,7 @@ func (s *session) serve(wait bool) {
 			s.giveUp(e)
 		}
 	}()
+	s.hold()
 	s.setState(ConnDialing, "") // also while the RateLimitManager is asked
 	delay, chunk, failed := s.open()
 	var server net.Conn
@@ -197,7 +198,6 @@ func (s *session) serve(wait bool) {
 // open asks the RateLimitManager whether the session may go on, after what delay, and how many
 // bytes may move at first.
 func (s *session) open() (delay time.Duration, chunk int, failed *ending) {
-	s.hold()
 	limit := s.conn.RateLimit
 	if limit == nil {
 		return 0, 0, nil
@@ -448,6 +448,9 @@ func (s *session) lastWord() {
 	defer s.raw.Close()
 	defer relay.LastWord(s.client)
 	defer s.logPanic()
+	// In all, not for each Write: a client that reads slowly holds a place. Both deadlines, as a
+	// Write may begin with a TLS handshake.
+	s.client.SetDeadline(time.Now().Add(time.Second))
 	s.conn.OnRefused(refusedConn{s.client}, s.result.Err)
 }
 
@@ -458,14 +461,10 @@ func (c refusedConn) Read([]byte) (int, error) {
 	return 0, errors.New("lbproxy: a refused client cannot be read from")
 }
 
-func (c refusedConn) Write(b []byte) (int, error) {
-	c.Conn.SetDeadline(time.Now().Add(time.Second)) // both: it may begin with a TLS handshake
-	return c.Conn.Write(b)
-}
-
 // settle decides what the Result is, and lets go of the connection.
 func (s *session) settle() {
 	c := s.conn
+	s.stub() // if admit has rejected it
 	end, err := s.verdict()
 	c.mu.Lock()
 	c.info = ConnInfo{
@@ -542,9 +541,7 @@ func (s *session) event(kind EventKind) Event {
 	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
 }
 
-// hold takes what is to be relayed. A plain TCP connection that Serve has accepted leaves a stub in
-// its place, so that a kept Conn is small; nobody else has seen Client yet. ServeConn's caller may
-// be looking at it.
+// hold takes what is to be relayed. It comes before anybody can get c from Conns.
 func (s *session) hold() {
 	s.client = s.conn.Client
 	if t, ok := s.client.(interface{ ConnectionState() tls.ConnectionState }); ok {
@@ -553,13 +550,17 @@ func (s *session) hold() {
 			s.conn.tls = &state
 		}
 	}
-	switch client := s.client.(type) {
-	case *net.TCPConn:
-		if s.accepted {
-			s.conn.Client = &heldConn{client.LocalAddr(), client.RemoteAddr()}
-		}
-	case *TLSConn:
-		s.client = client.hold()
+	if t, ok := s.client.(*TLSConn); ok {
+		s.client = t.hold()
+	}
+	s.stub()
+}
+
+// stub puts a stub in the place of a plain TCP connection that Serve has accepted, so that a kept
+// Conn is small. Nobody else has seen Client yet; ServeConn's caller may be looking at it.
+func (s *session) stub() {
+	if c, ok := s.conn.Client.(*net.TCPConn); ok && s.accepted {
+		s.conn.Client = &heldConn{c.LocalAddr(), c.RemoteAddr()}
 	}
 }
 

@@ -37,6 +37,7 @@ func LastWord(c net.Conn) {
 	late := time.AfterFunc(lingerTime, func() { reset(Underlying(c)) }) // not every conn has deadlines
 	defer late.Stop()
 	defer c.Close()
+	c.SetDeadline(time.Now().Add(lingerTime)) // in place of whatever is set
 	if h, ok := c.(halfCloser); ok {
 		h.CloseWrite()
 	}
