@@ -43,6 +43,9 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 	if l.release != nil {
 		l.release()
 	}
+	if r.End == lbproxy.EndClosed && l.id.Load() != nil {
+		s.cut.Add(1)
+	}
 	reason, level := Reason(r.End), slog.LevelInfo
 	refusal, refused := errors.AsType[*Refusal](r.Err)
 	switch {

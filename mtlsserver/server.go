@@ -55,7 +55,7 @@ type Server struct {
 	running  chan struct{}   // closed by Run
 	closing  context.Context // ends when the server is stopped,
 	close    func()          // by this, which is called under mu
-	cut      atomic.Int64    // connections that a drain or Close had to cut
+	cut      atomic.Int64    // connections of users that a drain or Close had to cut
 	serving  sync.WaitGroup  // nothing is added when the server has been stopped, but by stop itself
 
 	over     context.Context // ends when the server has been stopped and nothing is served any more,
@@ -150,7 +150,7 @@ func (s *Server) Run(ctx context.Context) error {
 	defer cancel()
 	s.stop(func(app *lbproxy.LBProxyApp) {
 		if app.Shutdown(drain) != nil {
-			s.closeApp(app)
+			app.Close()
 		}
 	})
 	if n := s.cut.Load(); n > 0 {
@@ -162,13 +162,8 @@ func (s *Server) Run(ctx context.Context) error {
 // Close stops the server, cuts every connection without waiting for any peer, and returns when all
 // is over and the log is written, or after a second if that blocks. It returns nil.
 func (s *Server) Close() error {
-	s.stop(s.closeApp)
+	s.stop(func(app *lbproxy.LBProxyApp) { app.Close() })
 	return nil
-}
-
-func (s *Server) closeApp(app *lbproxy.LBProxyApp) {
-	s.cut.Add(int64(app.Stats().Open))
-	app.Close()
 }
 
 // stop makes s take nothing more, calls end for each app, and returns when all is over.
