@@ -187,12 +187,13 @@ func ExampleLBProxyApp_Serve() {
 	ann, eve := connect(l), connect(l)
 	fmt.Println(ann.ask("ann:hello"))
 	fmt.Println(eve.ask("eve:"))
-	ann.Close()
-	for range 2 {
-		r := <-results
+	report := func(r lbproxy.Result) {
 		fmt.Printf("%s: %s, %d bytes sent, %d received, %v\n", r.ClientID, r.End, r.Sent, r.Received,
 			r.Err)
 	}
+	report(<-results)
+	ann.Close()
+	report(<-results)
 	app.Close()
 	fmt.Println(<-ended)
 	// Output:
