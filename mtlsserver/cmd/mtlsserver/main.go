@@ -1,7 +1,7 @@
 // Command mtlsserver is a TCP load balancer that knows its clients by certificate.
 //
 //	mtlsserver init DIR [-host NAME,IP]
-//	mtlsserver issue -dir DIR -name NAME -apps ID,ID [-print]
+//	mtlsserver issue -dir DIR -name NAME -apps ID,ID [-csr FILE] [-days N] [-print]
 //	mtlsserver serial CERT.pem
 //	mtlsserver check -config FILE
 //	mtlsserver run -config FILE [-log json|text] [-v]
@@ -35,7 +35,7 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
 
   mtlsserver init DIR [-host NAME,IP]
         make a CA, a server certificate and a config.json to start from
-  mtlsserver issue -dir DIR -name NAME -apps ID,ID [-print]
+  mtlsserver issue -dir DIR -name NAME -apps ID,ID [-csr FILE] [-days N] [-print]
         make a client certificate and key, and enter the user in config.json (-print: print the entry instead)
   mtlsserver serial CERT.pem
         print the serial of a certificate as the user list wants it
@@ -107,6 +107,8 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 		flags.StringVar(&i.name, "name", "", required)
 		flags.Var(&i.apps, "apps", required)
 		flags.BoolVar(&i.print, "print", false, "")
+		flags.StringVar(&i.csr, "csr", "", "")
+		flags.IntVar(&i.days, "days", clientLife, "")
 		do = func(string) error { return i.issue(stdout, stderr) }
 	case "serial":
 		want, do = "CERT.pem", func(path string) error { return printSerial(path, stdout) }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -18,6 +19,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -29,8 +31,8 @@ import (
 const (
 	day        = 24 * time.Hour
 	caLife     = 3650 * day
-	serverLife = 825 * day // the most that some clients take
-	clientLife = 365 * day
+	serverLife = 824 * day // some clients take no more than 825, and NotBefore is an hour ago
+	clientLife = 365       // days, unless -days says otherwise
 )
 
 const firstConfig = `{
@@ -88,23 +90,17 @@ type file struct {
 	text []byte
 }
 
-// sign makes a certificate, issued by ca or, if that is nil, by itself, and the files of it and its key.
+// sign makes a key, and a certificate for it that is issued by ca or, if that is nil, by itself. It
+// returns them and their files.
 func sign(stem string, template *x509.Certificate, ca *tls.Certificate) (*tls.Certificate, []file, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, nil, err
 	}
-	if template.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 128)); err != nil {
-		return nil, nil, err
-	}
-	template.NotBefore = time.Now().Add(-time.Hour) // clocks differ
-	template.BasicConstraintsValid = true
 	if ca == nil {
 		ca = &tls.Certificate{Leaf: template, PrivateKey: key}
-	} else if template.NotAfter.After(ca.Leaf.NotAfter) {
-		template.NotAfter = ca.Leaf.NotAfter
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, ca.Leaf, key.Public(), ca.PrivateKey)
+	cert, err := certify(stem, template, key.Public(), ca)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -113,9 +109,43 @@ func sign(stem string, template *x509.Certificate, ca *tls.Certificate) (*tls.Ce
 		return nil, nil, err
 	}
 	keyText := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
-	certText := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	pair, err := tls.X509KeyPair(certText, keyText)
-	return &pair, []file{{stem + ".key", keyText}, {stem + ".pem", certText}}, err
+	pair, err := tls.X509KeyPair(cert.text, keyText)
+	return &pair, []file{{stem + ".key", keyText}, cert}, err
+}
+
+// certify makes the certificate of a key, and returns its file.
+func certify(stem string, template *x509.Certificate, key crypto.PublicKey, ca *tls.Certificate) (file, error) {
+	var err error
+	if template.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 128)); err != nil {
+		return file{}, err
+	}
+	template.NotBefore = time.Now().Add(-time.Hour) // clocks differ
+	template.BasicConstraintsValid = true
+	if template.NotAfter.After(ca.Leaf.NotAfter) {
+		template.NotAfter = ca.Leaf.NotAfter
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.Leaf, key, ca.PrivateKey)
+	return file{stem + ".pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}, err
+}
+
+// readRequest returns the key of a certificate request in PEM whose holder has proved to have it.
+func readRequest(path string) (crypto.PublicKey, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(text)
+	if block == nil || block.Type != "CERTIFICATE REQUEST" {
+		return nil, fmt.Errorf("%s: want a certificate request in PEM, as openssl req -new makes it", path)
+	}
+	request, err := x509.ParseCertificateRequest(block.Bytes)
+	if err == nil {
+		err = request.CheckSignature()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: make a new request", path, err)
+	}
+	return request.PublicKey, nil
 }
 
 // writeNew makes all files or none of them, and overwrites none.
@@ -150,6 +180,8 @@ func remove(dir string, files []file) {
 type issuer struct {
 	dir, name string
 	apps      list
+	csr       string // a request to sign; empty: a key is made
+	days      int    // the certificate's life
 	print     bool
 }
 
@@ -158,30 +190,22 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 	if strings.Trim(i.name, letters) != "" || strings.ContainsAny(i.name[:1], "-.") {
 		return fmt.Errorf("-name %q: want letters, digits and -_.@, as it names files", i.name)
 	}
-	ca, err := tls.LoadX509KeyPair(filepath.Join(i.dir, "ca.pem"), filepath.Join(i.dir, "ca.key"))
-	if err != nil {
-		return fmt.Errorf("%w: name a folder that mtlsserver init made", err)
+	if i.days < 1 || i.days > 3650 {
+		return fmt.Errorf("-days %d: want 1 to 3650", i.days)
 	}
-	stem := i.name
-	for n := 2; exists(i.dir, stem+".pem") || exists(i.dir, stem+".key"); n++ {
-		stem = fmt.Sprintf("%s-%d", i.name, n)
-	}
-	client, files, err := sign(stem, &x509.Certificate{
-		Subject: pkix.Name{CommonName: i.name}, NotAfter: time.Now().Add(clientLife),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	}, &ca)
+	ca, err := loadCA(i.dir)
 	if err != nil {
 		return err
 	}
-	serial, err := mtlsserver.SerialOf(client.Leaf)
+	stem, serial, files, err := i.create(ca)
 	if err != nil {
-		return err
-	}
-	if err := writeNew(i.dir, files); err != nil {
 		return err
 	}
 	user := mtlsserver.User{Name: i.name, Serials: []mtlsserver.UserSerial{{Serial: "0x" + string(serial)}}, Apps: i.apps}
-	made := fmt.Sprintf("Made %[1]s.pem and %[1]s.key", filepath.Join(i.dir, stem))
+	made := "Made " + filepath.Join(i.dir, stem) + ".pem"
+	if i.csr == "" {
+		made += " and " + filepath.Join(i.dir, stem) + ".key"
+	}
 	if i.print {
 		fmt.Fprintln(stderr, made+".") // stdout is for the entry alone
 		return json.NewEncoder(stdout).Encode(user)
@@ -196,13 +220,71 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 	return nil
 }
 
+// loadCA returns the CA that init made in dir. Others must not be able to read its key.
+func loadCA(dir string) (*tls.Certificate, error) {
+	key := filepath.Join(dir, "ca.key")
+	ca, err := tls.LoadX509KeyPair(filepath.Join(dir, "ca.pem"), key)
+	if err != nil {
+		return nil, fmt.Errorf("%w: name a folder that mtlsserver init made", err)
+	}
+	info, err := os.Stat(key)
+	if err != nil {
+		return nil, err
+	}
+	if mode := info.Mode().Perm(); runtime.GOOS != "windows" && mode&0o077 != 0 {
+		return nil, fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", key, mode)
+	}
+	return &ca, nil
+}
+
+// create makes the certificate and, unless there is a request, its key, under the first name that is
+// free, also when others do the same.
+func (i *issuer) create(ca *tls.Certificate) (stem string, serial mtlsserver.Serial, files []file, err error) {
+	template := &x509.Certificate{
+		Subject: pkix.Name{CommonName: i.name}, NotAfter: time.Now().Add(time.Duration(i.days) * day),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	var key crypto.PublicKey
+	if i.csr != "" {
+		if key, err = readRequest(i.csr); err != nil {
+			return "", "", nil, err
+		}
+	}
+	stem = i.name
+	for n := 2; ; n++ {
+		if key == nil {
+			_, files, err = sign(stem, template, ca)
+		} else {
+			files = make([]file, 1)
+			files[0], err = certify(stem, template, key, ca)
+		}
+		if err == nil && !exists(i.dir, stem+".pem") && !exists(i.dir, stem+".key") {
+			err = writeNew(i.dir, files)
+		} else if err == nil {
+			err = fs.ErrExist
+		}
+		if !errors.Is(err, fs.ErrExist) {
+			break
+		}
+		stem = fmt.Sprintf("%s-%d", i.name, n)
+	}
+	if err != nil {
+		return "", "", nil, err
+	}
+	serial, err = mtlsserver.SerialOf(template)
+	return stem, serial, files, err
+}
+
 func exists(dir, name string) bool {
 	_, err := os.Lstat(filepath.Join(dir, name))
 	return err == nil
 }
 
-// enter puts user into a config file, or what that is a link to. Others see that as it was or as it will be, and of two
-// who do this at once one fails.
+// patience is how long enter waits for others who change the configuration; less in tests.
+var patience = 20 * time.Second
+
+// enter puts user into a config file, or what that is a link to. Others see that as it was or as it
+// will be. While somebody else does this, it waits, for 20 seconds at most.
 func enter(user mtlsserver.User, config string) error {
 	path, err := filepath.EvalSymlinks(config)
 	if err != nil {
@@ -214,6 +296,10 @@ func enter(user mtlsserver.User, config string) error {
 	}
 	next := path + ".new"
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+	for late := time.Now().Add(patience); errors.Is(err, fs.ErrExist) && time.Now().Before(late); {
+		time.Sleep(10 * time.Millisecond)
+		f, err = os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+	}
 	if err != nil {
 		return fmt.Errorf("%w: another issue is at work, or was cut off: then remove that file", err)
 	}

@@ -146,6 +146,7 @@ func TestLogThatNobodyReads(t *testing.T) {
 				t.Fatal(err)
 			}
 			io.WriteString(c, "no TLS\n")
+			io.Copy(io.Discard, c) // until it is refused: an address has 16 places
 			c.Close()
 		}
 		alice, _, err := dial(dir, "alice", addr)
