@@ -1,3 +1,3 @@
 module github.com/danielepagano/lbproxy
 
-go 1.26
+go 1.26.6

@@ -1,6 +1,6 @@
 module github.com/danielepagano/lbproxy/cluster
 
-go 1.26
+go 1.26.6
 
 require (
 	github.com/alicebob/miniredis/v2 v2.40.0

@@ -11,6 +11,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -26,6 +27,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/logqueue"
 )
 
 func main() {
@@ -43,7 +45,16 @@ func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int 
 		return exitCode(demo(stdout, log), stderr)
 	}
 	conf, err := parse(args)
-	log := newLogger(stderr, conf.level)
+	// Signals are heard although nobody reads standard error: lines wait in a bounded queue.
+	queue := logqueue.NewWriter(stderr, func(n uint64) []byte {
+		return fmt.Appendf(nil, "basic: log lines were dropped: %d\n", n)
+	})
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_ = queue.Close(ctx)
+	}()
+	log := newLogger(queue, conf.level)
 	var app *lbproxy.LBProxyApp
 	if err == nil {
 		app, err = newApp(conf, log)
@@ -56,7 +67,7 @@ func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int 
 		fmt.Fprintf(stderr, "basic: %v\n\n%s", err, usage)
 		return 2
 	}
-	return exitCode(serve(app, conf, log, signals, stdout), stderr)
+	return exitCode(serve(app, conf, log, signals, stdout), queue)
 }
 
 func exitCode(err error, stderr io.Writer) int {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -532,6 +534,52 @@ func TestServesOnWhenNobodyReadsItsOutput(t *testing.T) {
 	cmd.Process.Signal(os.Interrupt)
 	if err := proxytest.Receive(t, "the command ends", ended); err != nil {
 		t.Errorf("the command ended by %v", err)
+	}
+}
+
+// A standard error that nobody reads keeps neither clients nor signals waiting.
+func TestEndsAlthoughNobodyReadsItsLog(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("there are no signals on Windows")
+	}
+	r, full, err := os.Pipe()
+	proxytest.Must(t, err)
+	defer r.Close()
+	defer full.Close()
+	full.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	if _, err := full.Write(make([]byte, 8<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("filling the pipe: %v", err)
+	}
+	for _, second := range []bool{false, true} {
+		cmd := exec.Command(os.Args[0], "-v", "-listen", "127.0.0.1:0", "-upstream", upstream(t, "server"))
+		cmd.Env = append(os.Environ(), childVariable+"=1")
+		stdout, err := cmd.StdoutPipe()
+		proxytest.Must(t, err)
+		cmd.Stderr = full
+		proxytest.Must(t, cmd.Start())
+		line, err := bufio.NewReader(stdout).ReadString('\n')
+		proxytest.Must(t, err)
+		addr, _, _ := strings.Cut(strings.TrimPrefix(line, "listening on "), ",")
+		var c net.Conn
+		for range 10 { // each leaves a line in the log
+			c = proxytest.Dial(t, addr)
+			if server, err := ask(c, "hello"); server != "server" {
+				t.Fatalf("answered %q, %v", server, err)
+			}
+			if !second {
+				c.Close()
+			}
+		}
+		cmd.Process.Signal(syscall.SIGTERM)
+		if second { // the connections are still open
+			cmd.Process.Signal(os.Interrupt)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		err = proxytest.Receive(t, "the command ends", ended)
+		if exit, ok := errors.AsType[*exec.ExitError](err); second != (ok && exit.ExitCode() == 1) {
+			t.Errorf("second signal %v: the command ended by %v", second, err)
+		}
 	}
 }
 
