@@ -454,7 +454,7 @@ func TestVetSeesACopyOfAConn(t *testing.T) {
 	}
 	dir := t.TempDir()
 	for name, text := range map[string]string{
-		"go.mod": "module copies\ngo 1.26\nrequire github.com/danielepagano/lbproxy v0.0.0\n" +
+		"go.mod": "module copies\ngo 1.26.6\nrequire github.com/danielepagano/lbproxy v0.0.0\n" +
 			"replace github.com/danielepagano/lbproxy => " + wd + "\n",
 		"copies.go": "package copies\nimport \"github.com/danielepagano/lbproxy\"\n" +
 			"func Two(c *lbproxy.Conn) *lbproxy.Conn { d := *c; return &d }\n",
