@@ -589,8 +589,8 @@ func TestRelayBeforeConnectHoldsASmallBuffer(t *testing.T) {
 			return r.settled != nil
 		})
 	})
-	if each > smallBuffer+2<<10 {
-		t.Errorf("each holds %d bytes, want at most 6 KiB", each)
+	if each > 8000 { // under the race detector, whose pools drop buffers, about 6,200
+		t.Errorf("each holds %d bytes, want at most 8 KB", each)
 	}
 }
 
