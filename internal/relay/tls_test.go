@@ -368,7 +368,7 @@ func TestTLSWriteHoldsOneBuffer(t *testing.T) {
 	proxytest.Must(t, server.Handshake())
 	freed := false
 	for range 50 { // a pool may lose what it is given, and does so often under the race detector
-		b := make(buffer, 3*tlsRecord) // of a size that no pool has, so that it is found again
+		b := make(buffer, largeBuffer)
 		wire.onWrite = func() { freed = freed || bufferIsFree(&b) }
 		if n, err := server.write(b, &b); n != len(b) || err != nil {
 			t.Errorf("%d, %v", n, err)
@@ -382,7 +382,7 @@ func TestTLSWriteHoldsOneBuffer(t *testing.T) {
 // bufferIsFree reports whether b is in the pool that it would go to.
 func bufferIsFree(b *buffer) bool {
 	for range 100 {
-		if smallBuffers.Get() == any(b) {
+		if poolOf(len(*b)).Get() == any(b) {
 			return true
 		}
 	}
