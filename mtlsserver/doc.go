@@ -1,5 +1,6 @@
-// Package mtlsserver is a TCP load balancer that knows its clients: mutual TLS 1.3 in front of lbproxy, who a client is
-// by its certificate's serial, and what it may reach by app.
+// Package mtlsserver is a TCP load balancer that knows its clients: it puts mutual TLS 1.3 in front
+// of lbproxy. The serial number of a client's certificate says who the client is, and a list of
+// users says which apps each of them may reach.
 //
 //	config, err := mtlsserver.Load("config.json")
 //	if err != nil {
@@ -9,36 +10,51 @@
 //	if err != nil {
 //		log.Fatal(err)
 //	}
-//	log.Fatal(server.Run(ctx))
+//	if err := server.Run(ctx); err != nil {
+//		log.Fatal(err)
+//	}
 //
-// Each app has a listener and upstreams, each user the serials of certificates and the apps they may reach. The list
-// of users is what revokes: whoever is not on it, is not let in, and [Server.Reload] ends the connections that a new
-// list does not allow. An [Authenticator] decides the same for any other listener.
+// Each app has one listener and its upstreams. Each user has the serials of certificates and the
+// apps that these may reach. The list of users is also how users are revoked: a client that is not
+// on it is refused, and [Server.Reload] resets the connections that a new list does not allow. To
+// authenticate clients of a listener of your own, use an [Authenticator].
 //
 // # What it defends against
 //
-// Anyone may connect. Until a client has proved that it holds the key of a certificate which the configured CA itself
-// issued for a user who may reach this app, it costs at most some kilobytes for some seconds ([Handshake]), no upstream
-// is dialled for it and nobody's limit charged, also not when it shows a certificate that is somebody else's. It learns
-// that it is refused, by an alert or a reset, and of why no more than crypto/tls says by itself, such as
-// certificate_required or unknown_ca: what is decided here is always bad_certificate, and the log says what it was.
-// With TLS 1.3 a client learns of it when it first reads, not from its handshake. A client that is let in reaches that
-// app and nothing else, within its user's limits, until its certificate, serial, user, right or CA is gone: then both
-// sides of its connections are reset, whether it reads or not. Whoever has the CA's key is everyone, and whoever can
-// write the configuration or its files is the administrator. Who holds only a certificate, without its key, can learn
-// whether it is on the list. That an address, or many, use up all handshakes that may be in progress at once is bounded,
-// not prevented.
+// Anyone may connect. A client is nobody until it has proved that it holds the key of a certificate
+// that the CA itself has issued, for a user who may reach this app. Until then it costs a few
+// kilobytes for a few seconds (see [Handshake]): no upstream is dialled for it, and no user's limit
+// is charged, even if it shows the certificate of somebody else.
 //
-// Not here: certificate revocation lists and OCSP, as the list of users is a list of who is allowed; intermediate CAs,
-// as a serial names one certificate only of one issuer; TLS 1.2; session resumption, as a ticket would outlive what it
-// proved; getting certificates, from ACME or elsewhere; routing by name (SNI, ALPN).
+// A client that is refused gets an alert or a reset. The alert is certificate_required if there was
+// no certificate, and bad_certificate whatever is wrong with one; only the log says what it was. In
+// TLS 1.3 the client's handshake has succeeded by then: it meets the alert in its first read.
+//
+// A client that is let in reaches that app only, within its user's limits. Its connections are
+// reset, whether it reads or not, when its certificate expires, or when a reload removes its
+// serial, its user, the app from the user, or the CA.
+//
+// The holder of the CA's key can be any user. Whoever can write the configuration, or a file that
+// it names, is the administrator. Somebody who has a certificate without its key can learn whether
+// it is on the list. Many addresses together can use up the places for handshakes; those who hold
+// most lose theirs first, so that others still get in.
+//
+// # What it does not do
+//
+// It knows no revocation lists and no OCSP, since the list of users says who is allowed. It takes
+// no intermediate CAs, since a serial is unique for one issuer only; no TLS 1.2; and no session
+// tickets, which would outlive what the client has proved. It does not fetch certificates (ACME),
+// and does not route by name (SNI, ALPN).
 //
 // # Logs
 //
-// Each connection that was accepted has one line, "connection", when it is over: app, client, reason and duration; after
-// its client has proved who it is also user, serial, upstream, sent and received; claimed_serial if it was refused for
-// what it claims; detail, which is an error's text, printable and cut short. The duration is a [time.Duration], which
-// slog's JSONHandler writes as nanoseconds. The reason is a [Reason] or an lbproxy.EndReason; client-error with
-// "unexpected EOF" is a client that stopped without saying so in TLS (close_notify), as many do. A flood of clients is a
-// flood of lines: to thin those out is for the handler of [Options].Logger.
+// Each accepted connection has one line, "connection", when it is over. It has the app, the client's
+// address, the reason for the end and the duration. If the client has proved who it is, there are
+// also user, serial, upstream, and the bytes sent and received. If it was refused for its
+// certificate, there are claimed_serial, claimed_subject and claimed_issuer. The detail is the
+// text of an error, printable and cut short.
+//
+// The reason is a [Reason] or an lbproxy.EndReason; client-closed is a client that went without
+// close_notify while nothing was under way, as many do. Refusals have at most 10 lines a second for
+// each reason ([Options].RefusalLines); the others are counted.
 package mtlsserver
