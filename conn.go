@@ -302,7 +302,7 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 		s.outcome.Err = &ending{EndClosed, ErrAppClosed}
 		s.settle()
 		s.report()
-		return s.result, s.result.Err
+		return *s.result, s.result.Err
 	}
 	if ctx.Err() != nil {
 		c.abort(&ending{EndCanceled, context.Cause(ctx)})
@@ -313,7 +313,7 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 	if p := s.outcome.Panic; p != nil {
 		panic(p)
 	}
-	return s.result, s.result.Err
+	return *s.result, s.result.Err
 }
 
 // AcceptProxy returns an AdmitFunc that reads a PROXY protocol header, version 1 or 2, from

@@ -35,7 +35,7 @@ type session struct {
 	keep     bool // client outlives the relay, for OnRefused
 	outcome  relay.Outcome
 	done     chan struct{} // closed by Done where a goroutine waits to finish the session
-	result   Result
+	result   *Result // set by settle: before that it would only take room
 
 	relay  *relay.Relay // guarded by conn.mu, like all that follows
 	state  ConnState
@@ -472,7 +472,7 @@ func (s *session) settle() {
 	}
 	c.session = nil
 	c.mu.Unlock()
-	s.result = Result{
+	s.result = &Result{
 		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: s.attempts,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
 		End: end, Err: err,
@@ -517,10 +517,10 @@ func (s *session) verdict() (EndReason, error) {
 // report calls the OnDone hooks.
 func (s *session) report() {
 	if done := s.app.opts.OnDone; done != nil {
-		defer done(s.result) // also if the connection's own panics
+		defer done(*s.result) // also if the connection's own panics
 	}
 	if done := s.conn.OnDone; done != nil {
-		done(s.result)
+		done(*s.result)
 	}
 }
 

@@ -217,7 +217,7 @@ func idleSessions(a *LBProxyApp, n int) (end func()) {
 	}
 	return func() {
 		for _, s := range all {
-			s.result.End = EndDone
+			s.result = &Result{End: EndDone}
 			a.exit(s)
 			a.leave()
 		}
@@ -306,7 +306,7 @@ func TestConnsReturnsThoseThatAreOpenThroughoutOnce(t *testing.T) {
 		if s, ok := e.Value.(*session); !ok {
 			t.Error("an iteration has left something behind")
 		} else if fixed[s.conn] {
-			s.result.End = EndDone
+			s.result = &Result{End: EndDone}
 			a.exit(s)
 			a.leave()
 		}

@@ -40,13 +40,14 @@ func (waitError) Temporary() bool { return true }
 // looked up once: NetConn is somebody else's method, and is not to be called under a lock or by
 // the idle sweep.
 type end struct {
-	conn     net.Conn // as it was given; nil: there is none
-	below    net.Conn // under all its layers
-	layered  bool     // the two differ
-	stream   stream
-	isSocket bool            // stream is a *socket
-	raw      syscall.RawConn // of below, if that is TCP
-	measured bool            // the system says how much is unsent, and whether it was reset
+	conn   net.Conn // as it was given; nil: there is none
+	below  net.Conn // under all its layers
+	stream stream
+	raw    syscall.RawConn // of below, if that is TCP
+
+	layered  bool // conn and below differ
+	isSocket bool // stream is a *socket
+	measured bool // the system says how much is unsent, and whether it was reset
 }
 
 func newEnd(c net.Conn) end {
