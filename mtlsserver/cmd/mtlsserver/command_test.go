@@ -372,7 +372,7 @@ func TestIssueThatFails(t *testing.T) {
 			patience = 0
 			t.Cleanup(func() { patience = was })
 			write(t, dir, "config.json.new", []byte("theirs"))
-		}, "config.json.new: file exists: another issue is at work"},
+		}, "config.json.new: file exists: another command edits it"},
 		{"a configuration with problems", []string{"-name", "carol", "-apps", "web"}, func(t *testing.T, dir string) {
 			write(t, dir, "config.json", []byte(strings.Replace(good, `"30s"`, `30`, 1)))
 		}, "config.json:16: drainTimeout: want a duration"},

@@ -46,7 +46,7 @@ var authority = sync.OnceValue(func() *signed {
 })
 
 var pems = sync.OnceValue(func() map[string][]byte {
-	server := mustSign(serverTemplate(), authority())
+	server := mustSign(serverCert(), authority())
 	client := mustSign(clientTemplate(), authority())
 	return map[string][]byte{
 		"ca.pem": authority().cert, "ca.key": authority().key, "server.pem": server.cert, "server.key": server.key,
@@ -54,7 +54,7 @@ var pems = sync.OnceValue(func() map[string][]byte {
 	}
 })
 
-func serverTemplate() *x509.Certificate {
+func serverCert() *x509.Certificate {
 	return &x509.Certificate{DNSNames: []string{"localhost"}, KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 }
@@ -157,7 +157,7 @@ func TestBadConfigurations(t *testing.T) {
 		template.NotBefore, template.NotAfter = time.Now().Add(-48*time.Hour), time.Now().Add(-24*time.Hour)
 		return template
 	}
-	other := mustSign(serverTemplate(), authority())
+	other := mustSign(serverCert(), authority())
 	badCA := func(template *x509.Certificate) func(*testing.T, string) {
 		return func(t *testing.T, dir string) { write(t, dir, "ca.pem", mustSign(template, nil).cert) }
 	}
@@ -168,7 +168,7 @@ func TestBadConfigurations(t *testing.T) {
 			write(t, dir, "server.key", p.key)
 		}
 	}
-	noNames, clientOnly, noUsage := serverTemplate(), clientTemplate(), serverTemplate()
+	noNames, clientOnly, noUsage := serverCert(), clientTemplate(), serverCert()
 	noNames.DNSNames, clientOnly.DNSNames, noUsage.ExtKeyUsage = nil, []string{"localhost"}, nil
 	mixed := bytes.Replace(append(bytes.Clone(authority().cert), other.cert...), []byte("\nMII"), []byte("\n*II"), 1)
 
@@ -325,7 +325,7 @@ func TestBadConfigurations(t *testing.T) {
 			`config.json:2: tls.key: "…server.key": tls: failed…not encrypted`}},
 		{name: "key for a certificate", edit: `"server.pem">"server.key"`, want: []string{`config.json:2: tls.cert: "…server.key": want a certificate in PEM`}},
 		{name: "broken certificate", spoil: swap("server.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")})), want: []string{`config.json:2: tls.cert: "…server.pem": x509: malformed certificate: make a new one, or copy it anew`}},
-		{name: "expired certificate", spoil: badServer(expired(serverTemplate())), want: []string{`config.json:2: tls.cert: "…server.pem": expired at 20…Z: make a new one`}},
+		{name: "expired certificate", spoil: badServer(expired(serverCert())), want: []string{`config.json:2: tls.cert: "…server.pem": expired at 20…Z: make a new one`}},
 		{name: "empty certificate", spoil: swap("server.pem", nil), want: []string{`config.json:2: tls.cert: "…server.pem": want a certificate in PEM`}},
 		{name: "certificate without usage", spoil: badServer(noUsage), want: []string{`config.json:2: tls.cert: "…server.pem": its extended key usage lacks serverAuth: make one`}},
 		{name: "client certificate", spoil: badServer(clientOnly), want: []string{`config.json:2: tls.cert: "…server.pem": its extended key usage lacks serverAuth: make one`}},

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -19,51 +18,64 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/danielepagano/lbproxy/internal/strictjson"
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
 const (
 	day        = 24 * time.Hour
 	caLife     = 3650 * day
-	serverLife = 824 * day // some clients take no more than 825, and NotBefore is an hour ago
-	clientLife = 365       // days, unless -days says otherwise
+	serverLife = 824 // days; some clients take no more than 825, and NotBefore is an hour ago
+	clientLife = 365 // days, unless -days says otherwise
 )
 
 const firstConfig = `{
   "tls": {"cert": "server.pem", "key": "server.key", "ca": "ca.pem"},
   "apps": [
     {"id": "web", "listen": "127.0.0.1:9443",
-     "upstreams": [{"addr": "127.0.0.1:8001"}, {"addr": "127.0.0.1:8002"}]}
+     "upstreams": [{"addr": "127.0.0.1:8001"}, {"addr": "127.0.0.1:8002"}],
+     "healthCheck": {"interval": "5s", "timeout": "2s"}}
   ],
   "users": []
 }
 `
 
-// initialize makes what a server needs, in a folder that has none of it.
-func initialize(dir string, hosts []string, stdout io.Writer) error {
+// serverTemplate is what a server certificate for hosts has in it, besides those of this machine.
+func serverTemplate(hosts []string, life time.Duration) (*x509.Certificate, error) {
 	template := &x509.Certificate{
-		Subject: pkix.Name{CommonName: "mtlsserver"}, NotAfter: time.Now().Add(serverLife),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		Subject: pkix.Name{CommonName: "mtlsserver"}, NotAfter: time.Now().Add(life),
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	for _, host := range append([]string{"localhost", "127.0.0.1", "::1"}, hosts...) {
 		if ip := net.ParseIP(host); ip != nil {
 			template.IPAddresses = append(template.IPAddresses, ip)
 		} else if host == "" || strings.ContainsAny(host, "/@: ") {
-			return fmt.Errorf("-host %q: want host names or addresses, separated by commas", host)
+			return nil, fmt.Errorf("-host %q: want host names or addresses, separated by commas", host)
 		} else {
 			template.DNSNames = append(template.DNSNames, host)
 		}
 	}
-	ca, caFiles, err := sign("ca", &x509.Certificate{
-		Subject: pkix.Name{CommonName: "mtlsserver CA"}, NotAfter: time.Now().Add(caLife),
+	return template, nil
+}
+
+func caTemplate(name string) *x509.Certificate {
+	return &x509.Certificate{
+		Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(caLife),
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, IsCA: true, MaxPathLenZero: true,
-	}, nil)
+	}
+}
+
+// initialize makes what a server needs, in a folder that has none of it.
+func initialize(dir string, hosts []string, stdout io.Writer) error {
+	template, err := serverTemplate(hosts, serverLife*day)
+	if err != nil {
+		return err
+	}
+	ca, caFiles, err := sign("ca", caTemplate("mtlsserver CA"), nil)
 	if err != nil {
 		return err
 	}
@@ -193,7 +205,7 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 	if i.days < 1 || i.days > 3650 {
 		return fmt.Errorf("-days %d: want 1 to 3650", i.days)
 	}
-	ca, err := loadCA(i.dir)
+	ca, among, err := loadCA(i.dir)
 	if err != nil {
 		return err
 	}
@@ -201,7 +213,8 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	user := mtlsserver.User{Name: i.name, Serials: []mtlsserver.UserSerial{{Serial: "0x" + string(serial)}}, Apps: i.apps}
+	user := mtlsserver.User{Name: i.name, Apps: i.apps,
+		Serials: []mtlsserver.UserSerial{userSerial("0x"+string(serial), ca.Leaf, among)}}
 	made := "Made " + filepath.Join(i.dir, stem) + ".pem"
 	if i.csr == "" {
 		made += " and " + filepath.Join(i.dir, stem) + ".key"
@@ -211,30 +224,13 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 		return json.NewEncoder(stdout).Encode(user)
 	}
 	config := filepath.Join(i.dir, "config.json")
-	if err := enter(user, config); err != nil {
+	if err := enter(user, ca.Leaf, config); err != nil {
 		remove(i.dir, files)
 		return err
 	}
 	fmt.Fprintf(stdout, "%s, and entered user %q with serial %s in %s.\nA server that is running takes it up at SIGHUP.\n",
 		made, i.name, user.Serials[0].Serial, config)
 	return nil
-}
-
-// loadCA returns the CA that init made in dir. Others must not be able to read its key.
-func loadCA(dir string) (*tls.Certificate, error) {
-	key := filepath.Join(dir, "ca.key")
-	ca, err := tls.LoadX509KeyPair(filepath.Join(dir, "ca.pem"), key)
-	if err != nil {
-		return nil, fmt.Errorf("%w: name a folder that mtlsserver init made", err)
-	}
-	info, err := os.Stat(key)
-	if err != nil {
-		return nil, err
-	}
-	if mode := info.Mode().Perm(); runtime.GOOS != "windows" && mode&0o077 != 0 {
-		return nil, fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", key, mode)
-	}
-	return &ca, nil
 }
 
 // create makes the certificate and, unless there is a request, its key, under the first name that is
@@ -278,100 +274,4 @@ func (i *issuer) create(ca *tls.Certificate) (stem string, serial mtlsserver.Ser
 func exists(dir, name string) bool {
 	_, err := os.Lstat(filepath.Join(dir, name))
 	return err == nil
-}
-
-// patience is how long enter waits for others who change the configuration; less in tests.
-var patience = 20 * time.Second
-
-// enter puts user into a config file, or what that is a link to. Others see that as it was or as it
-// will be. While somebody else does this, it waits, for 20 seconds at most.
-func enter(user mtlsserver.User, config string) error {
-	path, err := filepath.EvalSymlinks(config)
-	if err != nil {
-		return err
-	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	next := path + ".new"
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
-	for late := time.Now().Add(patience); errors.Is(err, fs.ErrExist) && time.Now().Before(late); {
-		time.Sleep(10 * time.Millisecond)
-		f, err = os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
-	}
-	if err != nil {
-		return fmt.Errorf("%w: another issue is at work, or was cut off: then remove that file", err)
-	}
-	err = rewrite(f, user, config, info)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(next, path)
-	}
-	if err != nil {
-		os.Remove(next)
-	}
-	return err
-}
-
-// rewrite writes to f what is in a config file, with user in it, and makes it that file's owner's, with its mode.
-func rewrite(f *os.File, user mtlsserver.User, path string, info fs.FileInfo) error {
-	if _, err := mtlsserver.Load(path); err != nil {
-		return err
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	if text, err = withUser(text, user); err != nil {
-		return fmt.Errorf("-apps: %w", err)
-	}
-	dir, err := filepath.Abs(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	if _, err := mtlsserver.Parse(path, dir, text); err != nil {
-		return fmt.Errorf("-apps: %w", err)
-	}
-	_, err = f.Write(text)
-	return errors.Join(err, keepOwner(f, info), f.Chmod(info.Mode().Perm()), f.Sync())
-}
-
-// withUser returns the text of a configuration with a user in it who has u's name, serials and apps. If there is one of
-// that name, who must have the same apps, only the serials are added. Every other byte stays as it is.
-func withUser(text []byte, u mtlsserver.User) ([]byte, error) {
-	var c mtlsserver.Config
-	doc, problems := strictjson.Decode(text, &c)
-	if len(problems) > 0 {
-		return nil, fmt.Errorf("line %d: %s", problems[0].Line, problems[0])
-	}
-	i := slices.IndexFunc(c.Users, func(known mtlsserver.User) bool { return known.Name == u.Name })
-	if i < 0 {
-		entry, err := json.Marshal(u)
-		return insert(text, doc, "users", "\n    "+string(entry), "\n  "), err
-	}
-	want, got := slices.Sorted(slices.Values(u.Apps)), slices.Sorted(slices.Values(c.Users[i].Apps))
-	if !slices.Equal(want, got) {
-		return nil, fmt.Errorf("user %q has apps %q, not %q: change that in the configuration first", u.Name, got, want)
-	}
-	list, err := json.Marshal(u)
-	if err != nil {
-		return nil, err
-	}
-	var entry struct {
-		Serials json.RawMessage `json:"serials"`
-	}
-	err = json.Unmarshal(list, &entry)
-	serials := bytes.Trim(entry.Serials, "[]")
-	return insert(text, doc, fmt.Sprintf("users[%d].serials", i), " "+string(serials), ""), err
-}
-
-// insert adds an item to a list, and end before the ] if the list was empty.
-func insert(text []byte, doc *strictjson.Doc, list, item, end string) []byte {
-	_, to, _ := doc.Span(list)
-	head := bytes.TrimRight(text[:to-1], " \t\r\n")
-	tail := text[len(head):]
-	if head[len(head)-1] != '[' {
-		item, end = ","+item, ""
-	}
-	return slices.Concat(head, []byte(item+end), tail)
 }

@@ -1,0 +1,59 @@
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/danielepagano/lbproxy/mtlsserver"
+)
+
+// loadCA returns the CA that signs in dir, and how many its config.json names: it is the last one of
+// tls.ca, or ca.pem if there is no config.json. Others must not be able to read its key, which is
+// in the file beside it.
+func loadCA(dir string) (ca *tls.Certificate, among int, err error) {
+	path := filepath.Join(dir, "ca.pem")
+	config, err := mtlsserver.Load(filepath.Join(dir, "config.json"))
+	switch {
+	case err == nil:
+		among = len(config.TLS.CA)
+		path = within(dir, config.TLS.CA[among-1])
+	case !errors.Is(err, fs.ErrNotExist):
+		return nil, 0, err
+	}
+	key := strings.TrimSuffix(path, filepath.Ext(path)) + ".key"
+	pair, err := tls.LoadX509KeyPair(path, key)
+	if err != nil {
+		return nil, 0, fmt.Errorf("%w: name a folder that mtlsserver init made", err)
+	}
+	info, err := os.Stat(key)
+	if err != nil {
+		return nil, 0, err
+	}
+	if mode := info.Mode().Perm(); runtime.GOOS != "windows" && mode&0o077 != 0 {
+		return nil, 0, fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", key, mode)
+	}
+	return &pair, among, nil
+}
+
+// within returns a path that a configuration in dir names.
+func within(dir, path string) string {
+	if filepath.IsAbs(path) {
+		return path
+	}
+	return filepath.Join(dir, path)
+}
+
+// userSerial returns what the list of a user has for a certificate that ca, of so many, has issued.
+func userSerial(serial string, ca *x509.Certificate, among int) mtlsserver.UserSerial {
+	if among < 2 {
+		return mtlsserver.UserSerial{Serial: serial}
+	}
+	return mtlsserver.UserSerial{Serial: serial, CA: mtlsserver.KeyID(ca)}
+}

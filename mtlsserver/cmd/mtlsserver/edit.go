@@ -1,0 +1,183 @@
+package main
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/strictjson"
+	"github.com/danielepagano/lbproxy/mtlsserver"
+)
+
+// A document is the text of a configuration that is being edited.
+type document struct {
+	*strictjson.Doc
+	config *mtlsserver.Config
+	text   []byte
+	edits  []replacement
+}
+
+// A replacement puts text in the place of what is from one offset to another.
+type replacement struct {
+	from, to int
+	text     string
+}
+
+// patience is how long edit waits for others who change the configuration; less in tests.
+var patience = 20 * time.Second
+
+// edit changes a config file, or what that is a link to. Others see the file as it was or as it
+// will be. While somebody else edits it, edit waits, for 20 seconds at most. A change that leaves
+// the configuration with problems is an error, and the file stays as it was.
+func edit(config string, change func(*document) error) error {
+	path, err := filepath.EvalSymlinks(config)
+	if err != nil {
+		return err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	next := path + ".new"
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+	for late := time.Now().Add(patience); errors.Is(err, fs.ErrExist) && time.Now().Before(late); {
+		time.Sleep(10 * time.Millisecond)
+		f, err = os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+	}
+	if err != nil {
+		return fmt.Errorf("%w: another command edits it, or was cut off: then remove that file", err)
+	}
+	err = rewrite(f, config, info, change)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(next, path)
+	}
+	if err != nil {
+		os.Remove(next)
+	}
+	return err
+}
+
+// rewrite writes to f what change makes of a config file, and gives f that file's owner and mode.
+func rewrite(f *os.File, path string, info fs.FileInfo, change func(*document) error) error {
+	config, err := mtlsserver.Load(path)
+	if err != nil {
+		return err
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	doc, problems := strictjson.Decode(text, &mtlsserver.Config{})
+	if len(problems) > 0 { // somebody else has written it since
+		return fmt.Errorf("%s:%d: %s", path, problems[0].Line, problems[0])
+	}
+	d := &document{Doc: doc, config: config, text: text}
+	if err := change(d); err != nil {
+		return err
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	text = d.edited()
+	if _, err := mtlsserver.Parse(path, dir, text); err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	return errors.Join(err, keepOwner(f, info), f.Chmod(info.Mode().Perm()), f.Sync())
+}
+
+// edited returns the text with all edits made. Every other byte is as it was.
+func (d *document) edited() []byte {
+	slices.SortFunc(d.edits, func(a, b replacement) int { return a.from - b.from })
+	var text []byte
+	at := 0
+	for _, e := range d.edits {
+		text = append(append(text, d.text[at:e.from]...), e.text...)
+		at = e.to
+	}
+	return append(text, d.text[at:]...)
+}
+
+// replace replaces the value at a path.
+func (d *document) replace(path, text string) {
+	from, to, _ := d.Span(path)
+	d.edits = append(d.edits, replacement{from, to, text})
+}
+
+// insert adds an item to the list at a path, and end before the ] if the list was empty.
+func (d *document) insert(path, item, end string) {
+	_, to, _ := d.Span(path)
+	at := len(bytes.TrimRight(d.text[:to-1], " \t\r\n"))
+	if d.text[at-1] != '[' {
+		item, end = ","+item, ""
+	}
+	d.edits = append(d.edits, replacement{at, at, item + end})
+}
+
+// remove removes an item of the list at a path, with a comma beside it.
+func (d *document) remove(path string, i int) {
+	span := func(i int) (from, to int, ok bool) { return d.Span(fmt.Sprintf("%s[%d]", path, i)) }
+	from, to, _ := span(i)
+	if _, end, ok := span(i - 1); ok {
+		from = end
+	} else if begin, _, ok := span(i + 1); ok {
+		to = begin
+	}
+	d.edits = append(d.edits, replacement{from, to, ""})
+}
+
+// value returns the text of the value at a path.
+func (d *document) value(path string) string {
+	from, to, _ := d.Span(path)
+	return string(d.text[from:to])
+}
+
+// user returns the place of the user of that name in the list, or -1.
+func (d *document) user(name string) int {
+	return slices.IndexFunc(d.config.Users, func(u mtlsserver.User) bool { return u.Name == name })
+}
+
+// enter puts a user, whose only certificate ca has issued, into a config file. If there is one of
+// that name, who must have the same apps, the serial is added.
+func enter(u mtlsserver.User, ca *x509.Certificate, config string) error {
+	return edit(config, func(d *document) error {
+		u.Serials[0] = userSerial(u.Serials[0].Serial, ca, len(d.config.TLS.CA))
+		i := d.user(u.Name)
+		if i < 0 {
+			entry, err := json.Marshal(u)
+			d.insert("users", "\n    "+string(entry), "\n  ")
+			return err
+		}
+		want, got := slices.Sorted(slices.Values(u.Apps)), slices.Sorted(slices.Values(d.config.Users[i].Apps))
+		if !slices.Equal(want, got) {
+			return fmt.Errorf("-apps: user %q has apps %q, not %q: change that in the configuration first",
+				u.Name, got, want)
+		}
+		serial, err := strictjson.Encode(u.Serials[0])
+		d.insert(fmt.Sprintf("users[%d].serials", i), " "+string(serial), "")
+		return err
+	})
+}
+
+// keepSerials replaces the list of a user's serials by what keep returns for each; empty for none.
+// It returns how many are left.
+func (d *document) keepSerials(user int, keep func(i int, text string) string) int {
+	list := fmt.Sprintf("users[%d].serials", user)
+	var kept []string
+	for i := range d.config.Users[user].Serials {
+		if text := keep(i, d.value(fmt.Sprintf("%s[%d]", list, i))); text != "" {
+			kept = append(kept, text)
+		}
+	}
+	d.replace(list, "["+strings.Join(kept, ", ")+"]")
+	return len(kept)
+}
