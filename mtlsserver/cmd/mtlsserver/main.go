@@ -2,9 +2,14 @@
 //
 //	mtlsserver init DIR [-host NAME,IP]
 //	mtlsserver issue -dir DIR -name NAME -apps ID,ID [-csr FILE] [-days N] [-print]
+//	mtlsserver renew -dir DIR [-host NAME,IP] [-days N]
+//	mtlsserver revoke -dir DIR -name NAME [-serial S]
+//	mtlsserver rotate -dir DIR [-drop CA.pem]
+//	mtlsserver users -config FILE
 //	mtlsserver serial CERT.pem
 //	mtlsserver check -config FILE
 //	mtlsserver run -config FILE [-log json|text] [-v]
+//	mtlsserver version
 //
 // mtlsserver -h says what each does. What a configuration may have in it is that of [mtlsserver.Config], in JSON; the
 // lines of the log are described in that package, too.
@@ -13,8 +18,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
@@ -37,12 +40,22 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
         make a CA, a server certificate and a config.json to start from
   mtlsserver issue -dir DIR -name NAME -apps ID,ID [-csr FILE] [-days N] [-print]
         make a client certificate and key, and enter the user in config.json (-print: print the entry instead)
+  mtlsserver renew -dir DIR [-host NAME,IP] [-days N]
+        make a new server certificate and key, and name them in config.json (no -host: for the same names)
+  mtlsserver revoke -dir DIR -name NAME [-serial S]
+        take a user out of config.json, or one of the user's serials
+  mtlsserver rotate -dir DIR [-drop CA.pem]
+        add a new CA, which signs from now on; with -drop, remove an old one and the serials that are of it
+  mtlsserver users -config FILE
+        print the users: a line for each certificate
   mtlsserver serial CERT.pem
-        print the serial of a certificate as the user list wants it
+        print the serial of a certificate as the user list wants it; of a CA, the id that serials name it by
   mtlsserver check -config FILE
         print every problem of a configuration (it binds nothing: whether an address can be had, run tells)
   mtlsserver run -config FILE [-log json|text] [-v]
         serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a second one ends at once
+  mtlsserver version
+        print how this program was built
 
 It exits 0 when all went well; 1 when a drain, or a second signal, had to cut connections; 2 when
 the command line, the configuration or an address is wrong.
@@ -110,6 +123,31 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 		flags.StringVar(&i.csr, "csr", "", "")
 		flags.IntVar(&i.days, "days", clientLife, "")
 		do = func(string) error { return i.issue(stdout, stderr) }
+	case "renew":
+		var r renewal
+		flags.StringVar(&r.dir, "dir", "", required)
+		flags.Var(&r.hosts, "host", "")
+		flags.IntVar(&r.days, "days", serverLife, "")
+		do = func(string) error { return r.renew(stdout) }
+	case "revoke":
+		dir := flags.String("dir", "", required)
+		name := flags.String("name", "", required)
+		serial := flags.String("serial", "", "")
+		do = func(string) error { return revoke(*dir, *name, *serial, stdout) }
+	case "rotate":
+		dir := flags.String("dir", "", required)
+		drop := flags.String("drop", "", "")
+		do = func(string) error {
+			if *drop != "" {
+				return dropCA(*dir, *drop, stdout)
+			}
+			return addCA(*dir, stdout)
+		}
+	case "users":
+		config := flags.String("config", "", required)
+		do = func(string) error { return users(*config, stdout) }
+	case "version":
+		do = func(string) error { fmt.Fprintln(stdout, buildInfo()); return nil }
 	case "serial":
 		want, do = "CERT.pem", func(path string) error { return printSerial(path, stdout) }
 	case "check":
@@ -224,6 +262,8 @@ func (s *server) serve() error {
 	if err != nil {
 		return s.explain(err)
 	}
+	b := buildInfo()
+	s.log.Info("starting", "version", b.version, "revision", b.revision, "modified", b.modified, "go", b.goVersion)
 	s.ready(srv, config, s.stdout)
 	ctx, drain := context.WithCancel(context.Background())
 	defer drain()
@@ -294,20 +334,17 @@ func (s *server) explain(err error) error {
 	return fmt.Errorf("%s: %w: %s", s.config, err, remedy)
 }
 
+// printSerial prints what a configuration has for a certificate.
 func printSerial(path string, stdout io.Writer) error {
-	text, err := os.ReadFile(path)
+	cert, err := readCertificate(path)
 	if err != nil {
 		return err
 	}
-	block, _ := pem.Decode(text)
-	if block == nil || block.Type != "CERTIFICATE" {
-		return fmt.Errorf("%s: want a certificate in PEM", path)
+	if cert.IsCA {
+		fmt.Fprintln(stdout, mtlsserver.KeyID(cert))
+		return nil
 	}
-	var serial mtlsserver.Serial
-	cert, err := x509.ParseCertificate(block.Bytes)
-	if err == nil {
-		serial, err = mtlsserver.SerialOf(cert)
-	}
+	serial, err := mtlsserver.SerialOf(cert)
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -123,5 +125,19 @@ func (l lines) all() string {
 		default:
 			return strings.Join(all, "\n")
 		}
+	}
+}
+
+// ended is a connection to an echo that may have been ended by the server.
+type ended struct{ *tls.Conn }
+
+func (c *ended) verify(t *testing.T, want bool) {
+	t.Helper()
+	_, err := c.Write([]byte("x"))
+	if err == nil {
+		_, err = c.Read(make([]byte, 1))
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) || want != (err != nil) {
+		t.Errorf("it has ended by %v, want ended: %v", err, want)
 	}
 }

@@ -246,29 +246,36 @@ func (i *issuer) create(ca *tls.Certificate) (stem string, serial mtlsserver.Ser
 			return "", "", nil, err
 		}
 	}
-	stem = i.name
-	for n := 2; ; n++ {
+	stem, files, err = writeFree(i.dir, i.name, func(stem string) (files []file, err error) {
 		if key == nil {
 			_, files, err = sign(stem, template, ca)
-		} else {
-			files = make([]file, 1)
-			files[0], err = certify(stem, template, key, ca)
+			return files, err
 		}
-		if err == nil && !exists(i.dir, stem+".pem") && !exists(i.dir, stem+".key") {
-			err = writeNew(i.dir, files)
-		} else if err == nil {
-			err = fs.ErrExist
-		}
-		if !errors.Is(err, fs.ErrExist) {
-			break
-		}
-		stem = fmt.Sprintf("%s-%d", i.name, n)
-	}
+		cert, err := certify(stem, template, key, ca)
+		return []file{cert}, err
+	})
 	if err != nil {
 		return "", "", nil, err
 	}
 	serial, err = mtlsserver.SerialOf(template)
 	return stem, serial, files, err
+}
+
+// writeFree writes the files that make returns for a stem, under the first of stem, stem-2 and so on
+// that is free, also when others do the same.
+func writeFree(dir, name string, make func(stem string) ([]file, error)) (stem string, files []file, err error) {
+	stem = name
+	for n := 2; ; n++ {
+		if exists(dir, stem+".pem") || exists(dir, stem+".key") {
+			err = fs.ErrExist
+		} else if files, err = make(stem); err == nil {
+			err = writeNew(dir, files)
+		}
+		if !errors.Is(err, fs.ErrExist) {
+			return stem, files, err
+		}
+		stem = fmt.Sprintf("%s-%d", name, n)
+	}
 }
 
 func exists(dir, name string) bool {

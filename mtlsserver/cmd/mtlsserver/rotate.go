@@ -1,0 +1,128 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/strictjson"
+	"github.com/danielepagano/lbproxy/mtlsserver"
+)
+
+// addCA makes a CA beside those of config.json, which signs from now on. The old ones stay in force,
+// so each serial is told which CA it is of.
+func addCA(dir string, stdout io.Writer) error {
+	config := filepath.Join(dir, "config.json")
+	c, err := mtlsserver.Load(config)
+	if err != nil {
+		return err
+	}
+	old, err := readCertificate(within(dir, c.TLS.CA[0]))
+	if err != nil {
+		return err
+	}
+	// A name of its own, for clients choose their certificate by the names of CAs.
+	template := caTemplate("mtlsserver CA " + time.Now().UTC().Format("2006-01-02T15:04:05.000000000"))
+	stem, files, err := writeFree(dir, "ca", func(stem string) ([]file, error) {
+		_, files, err := sign(stem, template, nil)
+		return files, err
+	})
+	if err != nil {
+		return err
+	}
+	err = edit(config, func(d *document) error {
+		if !slices.Equal(d.config.TLS.CA, c.TLS.CA) {
+			return fmt.Errorf("another command has changed the CAs of %s meanwhile: look at it and try again", config)
+		}
+		cas := append(slices.Clone(c.TLS.CA), stem+".pem")
+		d.replace("tls.ca", quoted(cas))
+		return d.nameCA(mtlsserver.KeyID(old))
+	})
+	if err != nil {
+		remove(dir, files)
+		return err
+	}
+	fmt.Fprintf(stdout, "Made %s and %s, and added the CA to %s.\n"+
+		"New certificates are signed by it. A server that is running takes it up at SIGHUP.\n",
+		filepath.Join(dir, stem+".pem"), filepath.Join(dir, stem+".key"), config)
+	return nil
+}
+
+// nameCA says of each serial that says nothing that it is of the CA with that KeyID.
+func (d *document) nameCA(id string) (err error) {
+	for i, user := range d.config.Users {
+		d.keepSerials(i, func(j int, text string) string {
+			s := user.Serials[j]
+			if s.CA != "" {
+				return text
+			}
+			s.CA = id
+			entry, encodeErr := strictjson.Encode(s)
+			if encodeErr != nil {
+				err = encodeErr
+			}
+			return string(entry)
+		})
+	}
+	return err
+}
+
+// dropCA takes a CA out of config.json, and the serials that are of it. It fails if a user would
+// have none left.
+func dropCA(dir, file string, stdout io.Writer) error {
+	config := filepath.Join(dir, "config.json")
+	serials := 0
+	err := edit(config, func(d *document) error {
+		cas := d.config.TLS.CA
+		at := slices.Index(cas, file)
+		switch {
+		case at < 0:
+			return fmt.Errorf("-drop %q: want one of %q, which %s has in tls.ca", file, cas, config)
+		case len(cas) == 1:
+			return fmt.Errorf("-drop %q: it is the only CA: add another first, by mtlsserver rotate -dir %s", file, dir)
+		}
+		ca, err := readCertificate(within(dir, file))
+		if err != nil {
+			return err
+		}
+		d.replace("tls.ca", quoted(slices.Delete(slices.Clone(cas), at, at+1)))
+		id, stranded := mtlsserver.KeyID(ca), []string(nil)
+		for i, user := range d.config.Users {
+			left := d.keepSerials(i, func(j int, text string) string {
+				if keyIDOf(user.Serials[j].CA) != id {
+					return text
+				}
+				serials++
+				return ""
+			})
+			if left == 0 {
+				stranded = append(stranded, user.Name)
+			}
+		}
+		if n := len(stranded); n > 0 {
+			return fmt.Errorf("-drop %q: %d users have certificates of no other CA: %.10q: issue them new ones, or revoke them",
+				file, n, stranded[:min(n, 10)])
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "Removed the CA %q and %d serials from %s. Its files stay.\n"+
+		"A server that is running ends the connections of its certificates at SIGHUP.\n", file, serials, config)
+	return nil
+}
+
+// keyIDOf returns a KeyID, which may be written as tools print digests, in the form of
+// [mtlsserver.KeyID].
+func keyIDOf(text string) string { return strings.ToLower(strings.ReplaceAll(text, ":", "")) }
+
+// quoted returns a list of texts in JSON.
+func quoted(texts []string) string {
+	list, _ := json.Marshal(texts) // texts cannot fail
+	return string(list)
+}
