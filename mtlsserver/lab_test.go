@@ -347,8 +347,8 @@ func newLab(t testing.TB, change func(*lab)) *lab {
 		l.server.Close()
 		cancel()
 		<-l.ran
-		if n := l.server.gated(); len(l.server.live) > 0 || len(l.server.apps) > 0 || n > 0 {
-			t.Errorf("after Close: %d live, %d apps, %d at the gate", len(l.server.live), len(l.server.apps), n)
+		if n := l.server.gated(); len(l.server.live) > 0 || len(l.server.proxies) > 0 || n > 0 {
+			t.Errorf("after Close: %d live, %d apps, %d at the gate", len(l.server.live), len(l.server.proxies), n)
 		}
 	})
 	return l

@@ -2,12 +2,11 @@ package mtlsserver
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"sync"
 	"time"
-
-	"github.com/danielepagano/lbproxy"
 )
 
 // A port is a listening socket that passes from one share to the next, so that a reload neither
@@ -32,13 +31,18 @@ type deadlineListener interface {
 	SetDeadline(time.Time) error
 }
 
-// bind returns the first share of a new port.
-func bind(addr string) (*share, error) {
-	l, err := lbproxy.Listen(addr)
+// bind returns the first share of a new port, whose listener listen returns.
+func bind(listen func(app, addr string) (net.Listener, error), app, addr string) (*share, error) {
+	l, err := listen(app, addr)
 	if err != nil {
 		return nil, err
 	}
-	return newPort(l.(deadlineListener)).share(), nil
+	d, ok := l.(deadlineListener)
+	if !ok {
+		l.Close()
+		return nil, fmt.Errorf("Options.Listen returned a %T, which has no SetDeadline: return one of package net", l)
+	}
+	return newPort(d).share(), nil
 }
 
 func newPort(l deadlineListener) *port {
@@ -98,8 +102,9 @@ func (s *share) begin() (c net.Conn, err error) {
 	return c, nil
 }
 
-// end ends what begin began. If s was closed meanwhile, it leaves c to the next share and returns
-// false.
+// end ends what begin began, and reports whether Accept returns what it has. If s was closed
+// meanwhile, it leaves c to the next share. If there is none, c is still for s: the socket may have
+// been handed over by another process, which keeps it open, and then no client may be lost.
 func (s *share) end(c net.Conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -107,11 +112,10 @@ func (s *share) end(c net.Conn) bool {
 	if !s.isClosed() {
 		return true
 	}
-	if s.shares > 0 {
-		s.left = c
-	} else {
-		reset(c)
+	if s.shares == 0 {
+		return c != nil
 	}
+	s.left = c
 	return false
 }
 

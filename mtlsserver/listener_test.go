@@ -8,11 +8,15 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy"
 )
+
+func listenTCP(_, addr string) (net.Listener, error) { return lbproxy.Listen(addr) }
 
 func TestAClosedShareAcceptsNothing(t *testing.T) {
 	for range 100 {
-		a, err := bind("127.0.0.1:0")
+		a, err := bind(listenTCP, "web", "127.0.0.1:0")
 		must(t, err)
 		b := a.port.share()
 		a.Close()
@@ -175,15 +179,17 @@ func (l *slowListener) Close() error {
 	return l.TCPListener.Close()
 }
 
-// It is neither in the system's queue nor with anybody who would close it.
-func TestAConnectionThatNobodyHasTakenIsClosedWithThePort(t *testing.T) {
+// It is neither in the system's queue nor with another share.
+func TestAConnectionAcceptedWhileTheLastShareClosesIsTheirs(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	slow := &slowListener{l.(*net.TCPListener), make(chan struct{}), make(chan struct{})}
 	s := newPort(slow).share()
+	accepted := make(chan net.Conn, 1)
 	over := make(chan error)
 	go func() {
-		_, err := s.Accept()
+		c, err := s.Accept()
+		accepted <- c
 		over <- err
 	}()
 	c, err := net.Dial("tcp", l.Addr().String())
@@ -191,16 +197,21 @@ func TestAConnectionThatNobodyHasTakenIsClosedWithThePort(t *testing.T) {
 	defer c.Close()
 	<-slow.has
 	must(t, s.Close())
-	if err := <-over; !errors.Is(err, net.ErrClosed) {
-		t.Errorf("Accept returns %v", err)
+	must(t, <-over)
+	got := <-accepted
+	defer got.Close()
+	if got.RemoteAddr().String() != c.LocalAddr().String() {
+		t.Errorf("it is a connection of %v, want %v", got.RemoteAddr(), c.LocalAddr())
 	}
-	must(t, ended(c))
+	if c, err := s.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("then Accept returns %v, %v", c, err)
+	}
 }
 
 // Shares take turns 2,000 times while clients connect. Each connection is accepted, once, and none
 // is reset.
 func TestHandOver(t *testing.T) {
-	s, err := bind("127.0.0.1:0")
+	s, err := bind(listenTCP, "web", "127.0.0.1:0")
 	must(t, err)
 	addr := s.Addr().String()
 	var accepting, connecting sync.WaitGroup

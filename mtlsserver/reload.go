@@ -82,7 +82,7 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 	s.current.Store(snap)
 	for id, p := range snap.proxies {
 		if p != old.proxies[id] {
-			s.apps[p.app] = struct{}{}
+			s.proxies[p] = struct{}{}
 			s.start(p)
 		}
 	}
@@ -110,6 +110,20 @@ type proxy struct {
 	conf     App // what proxyOptions leaves of it
 	app      *lbproxy.LBProxyApp
 	listener *share
+	served   chan struct{} // closed when no connection is accepted any more
+}
+
+// drain ends p when its connections have ended, or at once when ctx does. What has been accepted
+// is served, so Shutdown, which resets what it finds in Serve's hands, comes after that.
+func (p *proxy) drain(ctx context.Context) {
+	p.listener.Close()
+	select {
+	case <-p.served:
+	case <-ctx.Done():
+	}
+	if p.app.Shutdown(ctx) != nil {
+		p.app.Close()
+	}
 }
 
 // proxyOptions returns a without what a proxy looks up in the snapshot.
@@ -124,7 +138,7 @@ func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream, old map[string
 	if p := old[conf.ID]; p != nil && reflect.DeepEqual(p.conf, conf) {
 		return p, nil
 	}
-	l, err := listen(conf, old)
+	l, err := s.listen(conf, old)
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +147,7 @@ func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream, old map[string
 		l.Close()
 		return nil, err
 	}
-	return &proxy{s, conf, app, l}, nil
+	return &proxy{s, conf, app, l, make(chan struct{})}, nil
 }
 
 func (a App) options(log *slog.Logger) *lbproxy.Options {
@@ -156,13 +170,13 @@ func (u *Upstream) lbproxy() lbproxy.Upstream {
 
 // listen returns a share of the port at conf's address: of one that is bound already, by the same
 // app or one that gives it up, or of a new one.
-func listen(conf App, old map[string]*proxy) (*share, error) {
+func (s *Server) listen(conf App, old map[string]*proxy) (*share, error) {
 	for id, p := range old {
 		if p.conf.Listen == conf.Listen && (id == conf.ID || portOf(conf.Listen) != 0) {
 			return p.listener.port.share(), nil
 		}
 	}
-	return bind(conf.Listen)
+	return bind(s.bind, conf.ID, conf.Listen)
 }
 
 // start makes p serve as soon as the server runs, until p's listener is closed and its last
@@ -174,9 +188,10 @@ func (s *Server) start(p *proxy) {
 		case <-s.closing.Done(): // then Serve closes the listener, and returns
 		}
 		_ = p.app.Serve(p.listener, p.admit) // its error only says that it was stopped
+		close(p.served)
 		p.app.Shutdown(context.Background())
 		s.mu.Lock()
-		delete(s.apps, p.app)
+		delete(s.proxies, p)
 		s.mu.Unlock()
 	})
 }

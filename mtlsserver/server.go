@@ -41,6 +41,11 @@ type Options struct {
 	// they connect, and again after their limit was idle. It must not call the Server. A nil
 	// NewLimit keeps limits in memory.
 	NewLimit func(user, app string, l Limit) lbproxy.RateLimitManager
+
+	// Listen returns the listener of an app whose address is addr, also when a reload has changed
+	// that. The Server closes it. It must have the method SetDeadline, as listeners of package net
+	// have. It must not call the Server. nil means lbproxy.Listen.
+	Listen func(app, addr string) (net.Listener, error)
 }
 
 // A Server authenticates the clients of its apps by certificate and forwards those that may reach
@@ -51,6 +56,7 @@ type Server struct {
 	refusals refusals
 	users    Users // of Options; may be nil
 	limits   limits
+	bind     func(app, addr string) (net.Listener, error)
 	current  atomic.Pointer[snapshot]
 	running  chan struct{}   // closed by Run
 	closing  context.Context // ends when the server is stopped,
@@ -64,9 +70,9 @@ type Server struct {
 
 	reloading sync.Mutex // held by Reload: one at a time
 
-	mu   sync.Mutex // guards what follows; held over no I/O and no hook
-	ran  bool
-	apps map[*lbproxy.LBProxyApp]struct{} // those current, and those replaced until their last connection has ended
+	mu      sync.Mutex // guards what follows; held over no I/O and no hook
+	ran     bool
+	proxies map[*proxy]struct{} // those current, and those replaced until their last connection has ended
 
 	liveMu sync.Mutex
 	live   map[*session]struct{}
@@ -84,11 +90,15 @@ func New(c *Config, opts *Options) (*Server, error) {
 		users:    opts.Users,
 		limits:   limits{make: opts.NewLimit, kept: map[limitKey]*keptLimit{}},
 		running:  make(chan struct{}),
-		apps:     map[*lbproxy.LBProxyApp]struct{}{},
+		proxies:  map[*proxy]struct{}{},
+		bind:     opts.Listen,
 		live:     map[*session]struct{}{},
 	}
 	if s.limits.make == nil {
 		s.limits.make = func(_, _ string, l Limit) lbproxy.RateLimitManager { return l.manager() }
+	}
+	if s.bind == nil {
+		s.bind = func(_, addr string) (net.Listener, error) { return lbproxy.Listen(addr) }
 	}
 	s.lines.Write, s.lines.Dropped = s.write, s.writeDropped
 	s.closing, s.close = context.WithCancel(context.Background())
@@ -148,11 +158,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	drain, cancel := context.WithTimeout(context.Background(), s.current.Load().drain)
 	defer cancel()
-	s.stop(func(app *lbproxy.LBProxyApp) {
-		if app.Shutdown(drain) != nil {
-			app.Close()
-		}
-	})
+	s.stop(func(p *proxy) { p.drain(drain) })
 	if n := s.cut.Load(); n > 0 {
 		return fmt.Errorf("mtlsserver: connections were still open and have been cut: %d", n)
 	}
@@ -162,16 +168,16 @@ func (s *Server) Run(ctx context.Context) error {
 // Close stops the server, cuts every connection without waiting for any peer, and returns when all
 // is over and the log is written, or after a second if that blocks. It returns nil.
 func (s *Server) Close() error {
-	s.stop(func(app *lbproxy.LBProxyApp) { app.Close() })
+	s.stop(func(p *proxy) { p.app.Close() })
 	return nil
 }
 
-// stop makes s take nothing more, calls end for each app, and returns when all is over.
-func (s *Server) stop(end func(*lbproxy.LBProxyApp)) {
+// stop makes s take nothing more, calls end for each proxy, and returns when all is over.
+func (s *Server) stop(end func(*proxy)) {
 	s.mu.Lock()
 	s.close()
-	for app := range s.apps {
-		s.serving.Go(func() { end(app) })
+	for p := range s.proxies {
+		s.serving.Go(func() { end(p) })
 	}
 	s.mu.Unlock()
 	s.serving.Wait()
