@@ -31,6 +31,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy/internal/logqueue"
+	"github.com/danielepagano/lbproxy/internal/systemd"
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
@@ -251,6 +252,7 @@ type server struct {
 	signals <-chan os.Signal
 	log     *slog.Logger
 	stdout  io.Writer
+	sockets handed
 }
 
 func (s *server) serve() error {
@@ -258,13 +260,22 @@ func (s *server) serve() error {
 	if err != nil {
 		return err
 	}
-	srv, err := mtlsserver.New(config, &mtlsserver.Options{Logger: s.log})
+	sockets, err := systemd.Sockets()
+	if err == nil {
+		err = handed(sockets).unused(config)
+	}
+	if err != nil {
+		return err
+	}
+	s.sockets = sockets
+	srv, err := mtlsserver.New(config, &mtlsserver.Options{Logger: s.log, Listen: s.sockets.listen})
 	if err != nil {
 		return s.explain(err)
 	}
 	b := buildInfo()
 	s.log.Info("starting", "version", b.version, "revision", b.revision, "modified", b.modified, "go", b.goVersion)
 	s.ready(srv, config, s.stdout)
+	s.notify(systemd.Ready, "STATUS=serving")
 	ctx, drain := context.WithCancel(context.Background())
 	defer drain()
 	done := make(chan error, 1)
@@ -286,6 +297,7 @@ func (s *server) serve() error {
 				s.log.Warn("too late to reload")
 			case ctx.Err() == nil:
 				s.log.Info("draining", "signal", sig.String())
+				s.notify(systemd.Stopping, "STATUS=draining")
 				drain()
 			default:
 				s.log.Info("closing", "signal", sig.String())
@@ -304,18 +316,30 @@ func (s *server) ready(srv *mtlsserver.Server, config *mtlsserver.Config, w io.W
 }
 
 func (s *server) reload(srv *mtlsserver.Server) {
+	s.notify(systemd.Reloading(), "STATUS=reloading")
+	status := "STATUS=serving"
+	defer func() { s.notify(systemd.Ready, status) }()
 	config, err := mtlsserver.Load(s.config)
 	if err == nil {
 		_, err = srv.Reload(config)
 		err = s.explain(err)
 	}
 	if err != nil {
+		status = "STATUS=serving; the last reload failed: " + firstLine(err)
 		for problem := range strings.SplitSeq(err.Error(), "\n") {
 			s.log.Error("reload failed, the configuration stays as it was", "problem", problem)
 		}
 		return
 	}
+	if err := s.sockets.unused(config); err != nil { // no reason to keep users in who were removed
+		s.log.Warn("a socket is not used", "err", err)
+	}
 	s.ready(srv, config, io.Discard) // whoever waited for the server to be ready need not be reading any more
+}
+
+func firstLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
 }
 
 // explain says what to do about an address that cannot be had.

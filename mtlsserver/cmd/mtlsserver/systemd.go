@@ -1,0 +1,81 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/systemd"
+	"github.com/danielepagano/lbproxy/mtlsserver"
+)
+
+// handed are the sockets that the service manager has handed over, in place of those that the
+// server would bind itself.
+type handed []systemd.Socket
+
+// of returns the socket of an app: the one named by its id, or else the one at its address.
+func (h handed) of(app, addr string) (systemd.Socket, bool) {
+	i := slices.IndexFunc(h, func(s systemd.Socket) bool { return s.Name == app })
+	if i < 0 {
+		i = slices.IndexFunc(h, func(s systemd.Socket) bool { return listensAt(s.Addr, addr) })
+	}
+	if i < 0 {
+		return systemd.Socket{}, false
+	}
+	return h[i], true
+}
+
+// listen is for mtlsserver.Options.
+func (h handed) listen(app, addr string) (net.Listener, error) {
+	if s, ok := h.of(app, addr); ok {
+		return s.Listen()
+	}
+	return lbproxy.Listen(addr)
+}
+
+// unused returns an error that names the sockets that are of no app of c, and what to do.
+func (h handed) unused(c *mtlsserver.Config) error {
+	used := map[int]string{}
+	ids := map[string]bool{}
+	for _, app := range c.Apps {
+		ids[app.ID] = true
+		s, ok := h.of(app.ID, app.Listen)
+		if first, twice := used[s.Descriptor]; ok && twice {
+			return fmt.Errorf("descriptor %d (%q, %v) is for both apps %q and %q: name one by each FileDescriptorName=",
+				s.Descriptor, s.Name, s.Addr, first, app.ID)
+		} else if ok {
+			used[s.Descriptor] = app.ID
+		}
+	}
+	var all []string
+	for _, s := range h {
+		if _, ok := used[s.Descriptor]; !ok {
+			all = append(all, fmt.Sprintf("%d (%q, %v)", s.Descriptor, s.Name, s.Addr))
+		}
+	}
+	if len(all) == 0 {
+		return nil
+	}
+	return fmt.Errorf("no app for descriptor %s: set FileDescriptorName= of its socket unit to one of %q "+
+		"that has no other, or ListenStream= to that app's listen", strings.Join(all, ", "), slices.Sorted(maps.Keys(ids)))
+}
+
+// listensAt reports whether a socket at one address is what listening at a "host:port" would make.
+func listensAt(at net.Addr, addr string) bool {
+	is, ok := at.(*net.TCPAddr)
+	want, err := net.ResolveTCPAddr("tcp", addr)
+	if !ok || err != nil || is.Port != want.Port {
+		return false
+	}
+	return is.IP.Equal(want.IP) || is.IP.IsUnspecified() && (want.IP == nil || want.IP.IsUnspecified())
+}
+
+// notify tells the service manager, if there is one, how the server does.
+func (s *server) notify(states ...string) {
+	if err := systemd.Notify(states...); err != nil {
+		s.log.Warn("the service manager could not be told", "err", err)
+	}
+}
