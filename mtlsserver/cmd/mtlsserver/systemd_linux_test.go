@@ -47,13 +47,25 @@ func (m *manager) listen(t *testing.T, name string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer l.Close() // the manager has another descriptor of the socket
 	f, err := l.(*net.TCPListener).File()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { f.Close() })
-	l.Close() // the file is another descriptor of the socket
-	m.add(f, name)
+	defer f.Close()
+	fd, err := syscall.Dup(int(f.Fd()))
+	if err == nil {
+		syscall.CloseOnExec(fd)
+		err = syscall.SetNonblock(fd, true)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As the unit's NonBlocking=yes has it. For a File that does not block when it is made, to start
+	// a process does not change that: the process before is still accepting from the same socket.
+	held := os.NewFile(uintptr(fd), name)
+	t.Cleanup(func() { held.Close() })
+	m.add(held, name)
 	return l.Addr().String()
 }
 
