@@ -5,6 +5,7 @@ package main
 import (
 	"crypto/tls"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -167,6 +168,12 @@ func startProcess(t *testing.T, cmd *exec.Cmd) (addr string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill() })
+	return ready(t, stdout)
+}
+
+// ready returns where the single app of a server listens, as soon as the server says so.
+func ready(t *testing.T, stdout io.Reader) (addr string) {
+	t.Helper()
 	text := make([]byte, 0, 200)
 	for !strings.HasSuffix(string(text), "\n") {
 		n, err := stdout.Read(text[len(text):cap(text)])

@@ -1,0 +1,20 @@
+# An image of mtlsserver with nothing else in it but the system's roots, for upstreams with public
+# certificates.
+#
+#   docker build -t mtlsserver .
+#   docker run -v ./lb:/etc/mtlsserver:ro -p 9443:9443 mtlsserver
+#
+# Files in /etc/mtlsserver must be readable by user 65532, and the listen addresses of its
+# config.json such as ":9443". The server is process 1: it takes SIGTERM (docker stop) as the start
+# of a drain, SIGHUP (docker kill -s HUP) as a reload, and starts no process that it had to wait for.
+FROM golang:1.26 AS build
+WORKDIR /src
+COPY . .
+RUN CGO_ENABLED=0 go build -trimpath -o /mtlsserver ./mtlsserver/cmd/mtlsserver
+
+FROM scratch
+COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
+COPY --from=build /mtlsserver /mtlsserver
+USER 65532:65532
+ENTRYPOINT ["/mtlsserver"]
+CMD ["run", "-config", "/etc/mtlsserver/config.json"]
