@@ -28,7 +28,7 @@ func loadCA(dir string) (ca *tls.Certificate, among int, err error) {
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, 0, err
 	}
-	key := strings.TrimSuffix(path, filepath.Ext(path)) + ".key"
+	key := keyBeside(path)
 	pair, err := tls.LoadX509KeyPair(path, key)
 	if err != nil {
 		return nil, 0, fmt.Errorf("%w: name a folder that mtlsserver init made", err)
@@ -42,6 +42,9 @@ func loadCA(dir string) (ca *tls.Certificate, among int, err error) {
 	}
 	return &pair, among, nil
 }
+
+// keyBeside returns where the key of a certificate is.
+func keyBeside(path string) string { return strings.TrimSuffix(path, filepath.Ext(path)) + ".key" }
 
 // within returns a path that a configuration in dir names.
 func within(dir, path string) string {

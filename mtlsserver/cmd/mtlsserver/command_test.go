@@ -483,10 +483,15 @@ func TestSerial(t *testing.T) {
 		}
 		noSecrets(t, stderr)
 	}
+	// A CA has an id that serials name it by.
+	write(t, dir, "ca.pem", pems()["ca.pem"])
+	if got, want := must(t, "serial", filepath.Join(dir, "ca.pem")), mtlsserver.KeyID(authority().Leaf)+"\n"; got != want {
+		t.Errorf("of a CA: %q, want %q", got, want)
+	}
 }
 
 func TestUsage(t *testing.T) {
-	for _, args := range []string{"-h", "--help", "help", "init -h", "init dir -h", "issue -h", "serial -help", "check -h", "run -config x -h"} {
+	for _, args := range []string{"-h", "--help", "help", "init -h", "init dir -h", "issue -h", "renew -h", "revoke -h", "rotate -h", "users -h", "version -h", "serial -help", "check -h", "run -config x -h"} {
 		if code, stdout, stderr := try(strings.Fields(args)...); code != 0 || stdout != usage || stderr != "" {
 			t.Errorf("%s: exit code %d, %q, %q", args, code, stdout, stderr)
 		}
@@ -505,6 +510,14 @@ func TestUsage(t *testing.T) {
 		{"issue -dir d -apps web", "mtlsserver issue: -name is missing"},
 		{"issue -dir d -name n", "mtlsserver issue: -apps is missing"},
 		{"issue -dir d -name n -apps web more", `mtlsserver issue: unexpected argument "more"`},
+		{"renew", "mtlsserver renew: -dir is missing"},
+		{"renew -dir d -days x", `mtlsserver renew: invalid value "x" for flag -days`},
+		{"revoke -dir d", "mtlsserver revoke: -name is missing"},
+		{"revoke -name n", "mtlsserver revoke: -dir is missing"},
+		{"rotate", "mtlsserver rotate: -dir is missing"},
+		{"rotate -dir d now", `mtlsserver rotate: unexpected argument "now"`},
+		{"users", "mtlsserver users: -config is missing"},
+		{"version 2", `mtlsserver version: unexpected argument "2"`},
 		{"serial", "mtlsserver serial: CERT.pem is missing"},
 		{"serial no.pem", "mtlsserver serial: "},
 		{"check", "mtlsserver check: -config is missing"},

@@ -86,7 +86,7 @@ func initialize(dir string, hosts []string, stdout io.Writer) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	if err := writeNew(dir, slices.Concat(caFiles, serverFiles, []file{{"config.json", []byte(firstConfig)}})); err != nil {
+	if err := writeNew(dir, slices.Concat(caFiles, serverFiles, []file{{name: "config.json", text: []byte(firstConfig)}})); err != nil {
 		return fmt.Errorf("%w: nothing is ever overwritten, name a new folder", err)
 	}
 	fmt.Fprintf(stdout, `Made a CA (whoever has ca.key can make users), a server certificate and config.json in %[1]s. Next:
@@ -100,6 +100,7 @@ func initialize(dir string, hosts []string, stdout io.Writer) error {
 type file struct {
 	name string
 	text []byte
+	like string // a file whose owner it gets, if there is one: the server may be another user's
 }
 
 // sign makes a key, and a certificate for it that is issued by ca or, if that is nil, by itself. It
@@ -122,7 +123,7 @@ func sign(stem string, template *x509.Certificate, ca *tls.Certificate) (*tls.Ce
 	}
 	keyText := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
 	pair, err := tls.X509KeyPair(cert.text, keyText)
-	return &pair, []file{{stem + ".key", keyText}, cert}, err
+	return &pair, []file{{name: stem + ".key", text: keyText}, cert}, err
 }
 
 // certify makes the certificate of a key, and returns its file.
@@ -137,7 +138,7 @@ func certify(stem string, template *x509.Certificate, key crypto.PublicKey, ca *
 		template.NotAfter = ca.Leaf.NotAfter
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, ca.Leaf, key, ca.PrivateKey)
-	return file{stem + ".pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}, err
+	return file{name: stem + ".pem", text: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}, err
 }
 
 // readRequest returns the key of a certificate request in PEM whose holder has proved to have it.
@@ -172,6 +173,9 @@ func writeNew(dir string, files []file) error {
 		if err == nil {
 			made = files[:i+1]
 			_, err = f.Write(file.text)
+			if info, statErr := os.Stat(file.like); err == nil && statErr == nil {
+				err = keepOwner(f, info)
+			}
 			err = errors.Join(err, f.Close())
 		}
 		if err != nil {

@@ -45,6 +45,9 @@ func (r *renewal) renew(stdout io.Writer) error {
 	}
 	stem, files, err := writeFree(r.dir, "server", func(stem string) ([]file, error) {
 		_, files, err := sign(stem, template, ca)
+		if err == nil {
+			files[0].like, files[1].like = within(r.dir, c.TLS.Key), within(r.dir, c.TLS.Cert)
+		}
 		return files, err
 	})
 	if err != nil {

@@ -21,7 +21,8 @@ func addCA(dir string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	old, err := readCertificate(within(dir, c.TLS.CA[0]))
+	oldFile := within(dir, c.TLS.CA[0])
+	old, err := readCertificate(oldFile)
 	if err != nil {
 		return err
 	}
@@ -29,6 +30,9 @@ func addCA(dir string, stdout io.Writer) error {
 	template := caTemplate("mtlsserver CA " + time.Now().UTC().Format("2006-01-02T15:04:05.000000000"))
 	stem, files, err := writeFree(dir, "ca", func(stem string) ([]file, error) {
 		_, files, err := sign(stem, template, nil)
+		if err == nil {
+			files[0].like, files[1].like = keyBeside(oldFile), oldFile
+		}
 		return files, err
 	})
 	if err != nil {
