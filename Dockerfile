@@ -5,8 +5,8 @@
 #   docker run -v ./lb:/etc/mtlsserver:ro -p 9443:9443 mtlsserver
 #
 # Files in /etc/mtlsserver must be readable by user 65532, and the listen addresses of its
-# config.json such as ":9443". The server is process 1: it takes SIGTERM (docker stop) as the start
-# of a drain, SIGHUP (docker kill -s HUP) as a reload, and starts no process that it had to wait for.
+# config.json such as ":9443". The server is process 1: SIGTERM (docker stop -t 45) begins a drain,
+# SIGHUP (docker kill -s HUP) a reload. It starts no process, so there is none to wait for.
 FROM golang:1.26 AS build
 WORKDIR /src
 COPY . .

@@ -39,8 +39,11 @@ func bind(listen func(app, addr string) (net.Listener, error), app, addr string)
 	}
 	d, ok := l.(deadlineListener)
 	if !ok {
-		l.Close()
-		return nil, fmt.Errorf("Options.Listen returned a %T, which has no SetDeadline: return one of package net", l)
+		if l != nil {
+			l.Close()
+		}
+		return nil, fmt.Errorf("Options.Listen returned a %T, which has no SetDeadline: "+
+			"return one of package net", l)
 	}
 	return newPort(d).share(), nil
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -205,6 +206,37 @@ func TestAConnectionAcceptedWhileTheLastShareClosesIsTheirs(t *testing.T) {
 	}
 	if c, err := s.Accept(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("then Accept returns %v, %v", c, err)
+	}
+}
+
+// A plainListener has no deadlines.
+type plainListener struct{ net.Listener }
+
+func TestOptionsListen(t *testing.T) {
+	l := newLab(t, nil)
+	tcp, err := lbproxy.Listen("127.0.0.1:0")
+	must(t, err)
+	for _, row := range []struct {
+		listener net.Listener
+		err      error
+		want     string
+	}{
+		{nil, errors.New("no room"), `mtlsserver: app "web": no room`},
+		{nil, nil, `mtlsserver: app "web": Options.Listen returned a <nil>, which has no SetDeadline`},
+		{plainListener{tcp}, nil, "returned a mtlsserver.plainListener, which has no SetDeadline"},
+	} {
+		_, err := New(l.config, &Options{Listen: func(app, addr string) (net.Listener, error) {
+			if app != "web" {
+				return lbproxy.Listen(addr)
+			}
+			return row.listener, row.err
+		}})
+		if err == nil || !strings.Contains(err.Error(), row.want) {
+			t.Errorf("%v, want %s", err, row.want)
+		}
+	}
+	if _, err := tcp.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the listener that is of no use is open: %v", err)
 	}
 }
 

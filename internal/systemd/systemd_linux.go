@@ -86,29 +86,32 @@ func Sockets() ([]Socket, error) {
 func (s Socket) Listen() (net.Listener, error) {
 	l, err := s.listen()
 	if err != nil {
-		return nil, fmt.Errorf("systemd: descriptor %d (%q): %w: want ListenStream= with an address and port, and Accept=no",
-			s.Descriptor, s.Name, err)
+		return nil, fmt.Errorf("systemd: descriptor %d (%q): %w: want ListenStream= with an address "+
+			"and port, and Accept=no", s.Descriptor, s.Name, err)
 	}
 	return l, nil
 }
 
 func (s Socket) listen() (net.Listener, error) {
-	if on, err := syscall.GetsockoptInt(s.Descriptor, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN); err != nil {
+	listens, err := syscall.GetsockoptInt(s.Descriptor, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN)
+	switch {
+	case err != nil:
 		return nil, os.NewSyscallError("getsockopt", err)
-	} else if on == 0 {
+	case listens == 0:
 		return nil, errors.New("not a listening socket")
 	}
-	fd, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(s.Descriptor), syscall.F_DUPFD_CLOEXEC, 0)
-	if errno != 0 {
-		return nil, os.NewSyscallError("fcntl", errno)
+	fd, err := syscall.Dup(s.Descriptor)
+	if err != nil {
+		return nil, os.NewSyscallError("dup", err)
 	}
+	syscall.CloseOnExec(fd)
 	// Not blocking before it is a File: otherwise Fd, which FileListener calls, would make it block
 	// for a moment, and with it every listener on the socket.
-	if err := syscall.SetNonblock(int(fd), true); err != nil {
-		syscall.Close(int(fd))
+	if err := syscall.SetNonblock(fd, true); err != nil {
+		syscall.Close(fd)
 		return nil, os.NewSyscallError("setnonblock", err)
 	}
-	f := os.NewFile(fd, s.Name)
+	f := os.NewFile(uintptr(fd), s.Name)
 	defer f.Close()
 	l, err := net.FileListener(f)
 	if err != nil {

@@ -252,6 +252,9 @@ func TestInit(t *testing.T) {
 		}
 	}
 	must(t, "check", "-config", filepath.Join(dir, "config.json"))
+	if c, err := mtlsserver.Load(filepath.Join(dir, "config.json")); err != nil || c.Apps[0].HealthCheck == nil {
+		t.Errorf("its upstreams are not checked: %v", err)
+	}
 }
 
 // Whichever file is there already, init leaves it and makes no other.

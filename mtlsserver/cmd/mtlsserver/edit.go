@@ -157,7 +157,8 @@ func enter(u mtlsserver.User, ca *x509.Certificate, config string) error {
 			d.insert("users", "\n    "+string(entry), "\n  ")
 			return err
 		}
-		want, got := slices.Sorted(slices.Values(u.Apps)), slices.Sorted(slices.Values(d.config.Users[i].Apps))
+		want := slices.Sorted(slices.Values(u.Apps))
+		got := slices.Sorted(slices.Values(d.config.Users[i].Apps))
 		if !slices.Equal(want, got) {
 			return fmt.Errorf("-apps: user %q has apps %q, not %q: change that in the configuration first",
 				u.Name, got, want)

@@ -21,7 +21,8 @@ type renewal struct {
 // force from one moment on, and the old files stay.
 func (r *renewal) renew(stdout io.Writer) error {
 	if r.days < 1 || r.days > serverLife {
-		return fmt.Errorf("-days %d: want 1 to %d: some clients refuse what is valid for longer", r.days, serverLife)
+		return fmt.Errorf("-days %d: want 1 to %d: some clients refuse what is valid for longer",
+			r.days, serverLife)
 	}
 	config := filepath.Join(r.dir, "config.json")
 	c, err := mtlsserver.Load(config)
@@ -66,7 +67,7 @@ func (r *renewal) renew(stdout io.Writer) error {
 	}
 	fmt.Fprintf(stdout, "Made %s and %s, valid until %s, and named them in %s.\n"+
 		"A server that is running takes them up at SIGHUP. The old ones are still in %s and %s.\n",
-		filepath.Join(r.dir, stem+".pem"), filepath.Join(r.dir, stem+".key"), template.NotAfter.UTC().Format(time.DateOnly),
-		config, within(r.dir, old.Cert), within(r.dir, old.Key))
+		filepath.Join(r.dir, stem+".pem"), filepath.Join(r.dir, stem+".key"),
+		template.NotAfter.UTC().Format(time.DateOnly), config, within(r.dir, old.Cert), within(r.dir, old.Key))
 	return nil
 }

@@ -24,7 +24,8 @@ func revoke(dir, name, serial string, stdout io.Writer) error {
 	err := edit(config, func(d *document) error {
 		i := d.user(name)
 		if i < 0 {
-			return fmt.Errorf("-name %q: no such user in %s: mtlsserver users -config %[2]s lists them", name, config)
+			return fmt.Errorf("-name %q: no such user in %s: mtlsserver users -config %[2]s lists them",
+				name, config)
 		}
 		all := d.config.Users[i].Serials
 		left := d.keepSerials(i, func(j int, text string) string {
@@ -36,8 +37,8 @@ func revoke(dir, name, serial string, stdout io.Writer) error {
 			return ""
 		})
 		if len(removed) == 0 {
-			return fmt.Errorf("-serial %q: user %q does not have it: mtlsserver users -config %s lists theirs",
-				serial, name, config)
+			return fmt.Errorf("-serial %q: user %q does not have it: "+
+				"mtlsserver users -config %s lists theirs", serial, name, config)
 		}
 		if whole = left == 0; whole {
 			d.edits = nil
@@ -52,6 +53,7 @@ func revoke(dir, name, serial string, stdout io.Writer) error {
 	if whole {
 		what = fmt.Sprintf("user %q with serial %s", name, strings.Join(removed, " "))
 	}
-	fmt.Fprintf(stdout, "Removed %s from %s.\nA server that is running ends their connections at SIGHUP.\n", what, config)
+	fmt.Fprintf(stdout, "Removed %s from %s.\n"+
+		"A server that is running ends their connections at SIGHUP.\n", what, config)
 	return nil
 }

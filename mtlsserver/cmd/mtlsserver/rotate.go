@@ -13,8 +13,8 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// addCA makes a CA beside those of config.json, which signs from now on. The old ones stay in force,
-// so each serial is told which CA it is of.
+// addCA makes a CA beside those of config.json, which signs from now on. The old ones stay in
+// force, so each serial is given the id of its CA.
 func addCA(dir string, stdout io.Writer) error {
 	config := filepath.Join(dir, "config.json")
 	c, err := mtlsserver.Load(config)
@@ -40,7 +40,8 @@ func addCA(dir string, stdout io.Writer) error {
 	}
 	err = edit(config, func(d *document) error {
 		if !slices.Equal(d.config.TLS.CA, c.TLS.CA) {
-			return fmt.Errorf("another command has changed the CAs of %s meanwhile: look at it and try again", config)
+			return fmt.Errorf("another command has changed the CAs of %s meanwhile: "+
+				"look at it and try again", config)
 		}
 		cas := append(slices.Clone(c.TLS.CA), stem+".pem")
 		d.replace("tls.ca", quoted(cas))
@@ -87,7 +88,8 @@ func dropCA(dir, file string, stdout io.Writer) error {
 		case at < 0:
 			return fmt.Errorf("-drop %q: want one of %q, which %s has in tls.ca", file, cas, config)
 		case len(cas) == 1:
-			return fmt.Errorf("-drop %q: it is the only CA: add another first, by mtlsserver rotate -dir %s", file, dir)
+			return fmt.Errorf("-drop %q: it is the only CA: add another first, by "+
+				"mtlsserver rotate -dir %s", file, dir)
 		}
 		ca, err := readCertificate(within(dir, file))
 		if err != nil {
@@ -108,8 +110,8 @@ func dropCA(dir, file string, stdout io.Writer) error {
 			}
 		}
 		if n := len(stranded); n > 0 {
-			return fmt.Errorf("-drop %q: %d users have certificates of no other CA: %.10q: issue them new ones, or revoke them",
-				file, n, stranded[:min(n, 10)])
+			return fmt.Errorf("-drop %q: %d users have certificates of no other CA: %q: "+
+				"issue them new ones, or revoke them", file, n, stranded[:min(n, 10)])
 		}
 		return nil
 	})
@@ -117,7 +119,8 @@ func dropCA(dir, file string, stdout io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(stdout, "Removed the CA %q and %d serials from %s. Its files stay.\n"+
-		"A server that is running ends the connections of its certificates at SIGHUP.\n", file, serials, config)
+		"A server that is running ends the connections of its certificates at SIGHUP.\n",
+		file, serials, config)
 	return nil
 }
 

@@ -44,8 +44,8 @@ func (h handed) unused(c *mtlsserver.Config) error {
 		ids[app.ID] = true
 		s, ok := h.of(app.ID, app.Listen)
 		if first, twice := used[s.Descriptor]; ok && twice {
-			return fmt.Errorf("descriptor %d (%q, %v) is for both apps %q and %q: name one by each FileDescriptorName=",
-				s.Descriptor, s.Name, s.Addr, first, app.ID)
+			return fmt.Errorf("descriptor %d (%q, %v) is for both apps %q and %q: "+
+				"name one by each FileDescriptorName=", s.Descriptor, s.Name, s.Addr, first, app.ID)
 		} else if ok {
 			used[s.Descriptor] = app.ID
 		}
@@ -60,7 +60,8 @@ func (h handed) unused(c *mtlsserver.Config) error {
 		return nil
 	}
 	return fmt.Errorf("no app for descriptor %s: set FileDescriptorName= of its socket unit to one of %q "+
-		"that has no other, or ListenStream= to that app's listen", strings.Join(all, ", "), slices.Sorted(maps.Keys(ids)))
+		"that has no other, or ListenStream= to that app's listen",
+		strings.Join(all, ", "), slices.Sorted(maps.Keys(ids)))
 }
 
 // listensAt reports whether a socket at one address is what listening at a "host:port" would make.

@@ -78,7 +78,9 @@ func expiries(dir string, issuers []*x509.Certificate) map[certKey]time.Time {
 			continue
 		}
 		serial, err := mtlsserver.SerialOf(cert)
-		i := slices.IndexFunc(issuers, func(ca *x509.Certificate) bool { return cert.CheckSignatureFrom(ca) == nil })
+		i := slices.IndexFunc(issuers, func(ca *x509.Certificate) bool {
+			return cert.CheckSignatureFrom(ca) == nil
+		})
 		if err == nil && i >= 0 {
 			all[certKey{mtlsserver.KeyID(issuers[i]), serial}] = cert.NotAfter
 		}
