@@ -542,14 +542,7 @@ func TestEndsAlthoughNobodyReadsItsLog(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("there are no signals on Windows")
 	}
-	r, full, err := os.Pipe()
-	proxytest.Must(t, err)
-	defer r.Close()
-	defer full.Close()
-	full.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	if _, err := full.Write(make([]byte, 8<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Fatalf("filling the pipe: %v", err)
-	}
+	_, full, _ := proxytest.FullPipe(t)
 	for _, second := range []bool{false, true} {
 		cmd := exec.Command(os.Args[0], "-v", "-listen", "127.0.0.1:0", "-upstream", upstream(t, "server"))
 		cmd.Env = append(os.Environ(), childVariable+"=1")

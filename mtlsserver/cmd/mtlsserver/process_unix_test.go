@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // A certificate may come from a pipe or a terminal. Who does not want to wait for it any longer need not.
@@ -86,32 +88,41 @@ func TestSIGTERMIsHeardAfterManySIGHUPs(t *testing.T) {
 	}
 }
 
-// fullPipe returns both ends of a pipe that takes no byte more.
-func fullPipe(t *testing.T) (r, w *os.File) {
+// A fullLog is a server that runs while nobody reads its standard error.
+type fullLog struct {
+	cmd    *exec.Cmd
+	addr   string   // of the app web
+	log    *os.File // filler bytes, then what it writes to standard error
+	filler int64
+}
+
+func runWithFullLog(t *testing.T, config string) *fullLog {
 	t.Helper()
-	var fds [2]int
-	if err := syscall.Pipe(fds[:]); err != nil {
-		t.Fatal(err)
+	p := &fullLog{cmd: exec.Command(os.Args[0], "run", "-config", config)}
+	r, w, filler := proxytest.FullPipe(t)
+	p.log, p.filler, p.cmd.Stderr = r, filler, w
+	p.cmd.Env = append(os.Environ(), "MTLSSERVER_MAIN=1")
+	stdout, err := p.cmd.StdoutPipe()
+	proxytest.Must(t, err)
+	proxytest.Must(t, p.cmd.Start())
+	w.Close()
+	t.Cleanup(func() { p.cmd.Process.Kill() })
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil {
+		t.Fatalf("ready: %q, %v", line, err)
 	}
-	if err := syscall.SetNonblock(fds[1], true); err != nil {
-		t.Fatal(err)
-	}
-	for b := make([]byte, 4096); ; {
-		if _, err := syscall.Write(fds[1], b); err == syscall.EAGAIN {
-			if len(b) == 1 {
-				break
-			}
-			b = b[:1]
-		} else if err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := syscall.SetNonblock(fds[1], false); err != nil {
-		t.Fatal(err)
-	}
-	r, w = os.NewFile(uintptr(fds[0]), "log"), os.NewFile(uintptr(fds[1]), "full pipe")
-	t.Cleanup(func() { r.Close(); w.Close() })
-	return r, w
+	p.addr = strings.TrimSpace(strings.TrimPrefix(line, `app "web" listens on`))
+	return p
+}
+
+// refused makes a connection that is refused, and returns when it has been.
+func (p *fullLog) refused(t *testing.T) {
+	t.Helper()
+	c, err := net.Dial("tcp", p.addr)
+	proxytest.Must(t, err)
+	defer c.Close()
+	io.WriteString(c, "no TLS\n")
+	io.Copy(io.Discard, c)
 }
 
 // A standard error that nobody reads, such as a stalled log collector, stops nothing but the log.
@@ -120,41 +131,16 @@ func TestLogThatNobodyReads(t *testing.T) {
 		dir, config := setUp(t)
 		must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
 		must(t, "issue", "-dir", dir, "-name", "bob", "-apps", "web")
-		cmd := exec.CommandContext(t.Context(), os.Args[0], "run", "-config", config)
-		cmd.Env = append(os.Environ(), "MTLSSERVER_MAIN=1")
-		stdout, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
+		p := runWithFullLog(t, config)
+		for range 200 { // before there was a bound, each had a line
+			p.refused(t)
 		}
-		_, cmd.Stderr = fullPipe(t)
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		defer cmd.Process.Kill()
-		line, err := bufio.NewReader(stdout).ReadString('\n')
-		addr := strings.TrimSpace(strings.TrimPrefix(line, `app "web" listens on`))
-		if err != nil {
-			t.Fatalf("ready: %q, %v", line, err)
-		}
-		conns := 2_000
-		if testing.Short() {
-			conns = 200
-		}
-		for range conns { // each has a line
-			c, err := net.Dial("tcp", addr)
-			if err != nil {
-				t.Fatal(err)
-			}
-			io.WriteString(c, "no TLS\n")
-			io.Copy(io.Discard, c) // until it is refused: an address has 16 places
-			c.Close()
-		}
-		alice, _, err := dial(dir, "alice", addr)
+		alice, _, err := dial(dir, "alice", p.addr)
 		if err != nil {
 			t.Fatalf("serving has stopped: %v", err)
 		}
 		defer alice.Close()
-		bob, _, err := dial(dir, "bob", addr)
+		bob, _, err := dial(dir, "bob", p.addr)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -171,20 +157,20 @@ func TestLogThatNobodyReads(t *testing.T) {
 		if err := os.WriteFile(config, without, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		cmd.Process.Signal(syscall.SIGHUP)
+		p.cmd.Process.Signal(syscall.SIGHUP)
 		bob.SetReadDeadline(time.Now().Add(10 * time.Second))
 		if _, err := bob.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("bob, who is revoked, reads %v", err)
 		}
-		cmd.Process.Signal(syscall.SIGTERM)
+		p.cmd.Process.Signal(syscall.SIGTERM)
 		if second {
-			cmd.Process.Signal(syscall.SIGTERM)
-			cmd.Process.Signal(syscall.SIGINT)
+			p.cmd.Process.Signal(syscall.SIGTERM)
+			p.cmd.Process.Signal(syscall.SIGINT)
 		} else {
 			alice.Close()
 		}
 		over := make(chan error, 1)
-		go func() { over <- cmd.Wait() }()
+		go func() { over <- p.cmd.Wait() }()
 		select {
 		case err := <-over:
 			if exit, ok := errors.AsType[*exec.ExitError](err); second != (ok && exit.ExitCode() == 1) {

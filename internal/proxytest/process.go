@@ -1,0 +1,40 @@
+package proxytest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+// FullPipe returns the ends of a pipe that takes no more bytes: a log that nobody reads. r yields
+// filler bytes, then whatever could be written once there was room.
+func FullPipe(t testing.TB) (r, w *os.File, filler int64) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	Must(t, err)
+	t.Cleanup(func() { r.Close(); w.Close() })
+	w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	n, err := w.Write(make([]byte, 8<<20))
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("filling the pipe: %v", err)
+	}
+	return r, w, int64(n)
+}
+
+// ProcessUse returns the bytes of memory that a process occupies and its open descriptors. It needs
+// Linux's /proc.
+func ProcessUse(t testing.TB, pid int) (resident int64, descriptors int) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	Must(t, err)
+	_, after, _ := strings.Cut(string(status), "\nVmRSS:")
+	if _, err := fmt.Sscanf(after, "%d kB", &resident); err != nil {
+		t.Fatalf("VmRSS of process %d: %v", pid, err)
+	}
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	Must(t, err)
+	return resident << 10, len(entries)
+}

@@ -1,0 +1,80 @@
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+// Connections have two lines each, or are refused, while nobody reads standard error. Neither lines
+// nor connections pile up, and once it is read again, it says how many lines are missing.
+func TestUnreadLogTakesBoundedMemory(t *testing.T) {
+	conns := 10_000
+	if testing.Short() {
+		conns = 4_400 // 4,400 lines: more than the queue and the pipe hold
+	}
+	dir, config := setUp(t)
+	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
+	replace(t, config, `"users": [`, `"logAdmissions": true, "users": [`)
+	p := runWithFullLog(t, config)
+	var resident int64
+	var descriptors int
+	for i := range conns {
+		if i == conns/2 {
+			resident, descriptors = proxytest.ProcessUse(t, p.cmd.Process.Pid)
+		}
+		if i%2 == 0 {
+			alice, _, err := dial(dir, "alice", p.addr)
+			if err != nil {
+				t.Fatalf("connection %d: %v", i, err)
+			}
+			alice.Close()
+		} else {
+			p.refused(t)
+		}
+	}
+	var grown int64
+	proxytest.Eventually(t, "no more descriptors open than halfway", func() bool {
+		now, open := proxytest.ProcessUse(t, p.cmd.Process.Pid)
+		grown = now - resident
+		return open <= descriptors+8
+	})
+	if grown > 16<<20 {
+		t.Errorf("it has grown by %d MiB during the last %d connections", grown>>20, conns-conns/2)
+	}
+
+	text := make(chan string, 1)
+	go func() {
+		io.CopyN(io.Discard, p.log, p.filler)
+		log, _ := io.ReadAll(p.log)
+		text <- string(log)
+	}()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if err := p.cmd.Wait(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	var written, dropped int
+	for line := range strings.Lines(proxytest.Receive(t, "the end of the log", text)) {
+		var fields struct {
+			Msg   string
+			Lines int
+		}
+		if err := json.Unmarshal([]byte(line), &fields); err != nil {
+			t.Errorf("%q: %v", line, err)
+		}
+		if fields.Msg == "log lines were dropped" {
+			dropped += fields.Lines
+		} else {
+			written++
+		}
+	}
+	// How many lines the refused have depends on the time.
+	if least := conns; dropped == 0 || written+dropped < least || written+dropped > 2*least {
+		t.Errorf("%d lines were written and %d reported as dropped, want at least %d together",
+			written, dropped, least)
+	}
+}
