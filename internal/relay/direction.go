@@ -82,10 +82,15 @@ func (d *direction) linger() {
 	if d.to != nil {
 		late := time.Now().Add(lingerTime)
 		if !d.to.measured {
-			late = late.Add(-lingerTime / 2) // nobody says when it has arrived; to close takes time, too
+			// Nobody says when it has arrived, so it gets its second from when it was written: a
+			// connection that was quiet for longer is reset at once.
+			late = late.Add(-time.Duration(clock() - r.last.Load()))
+			if r.politely {
+				late = late.Add(-lingerTime / 2) // to close takes time, too
+			}
 		}
 		wait := time.Millisecond
-		for d.to.unsent() > 0 && !r.isHungUp() && (!r.politely || time.Now().Before(late)) {
+		for d.to.unsent() > 0 && !r.isHungUp() && time.Now().Before(late) {
 			time.Sleep(wait)
 			wait = min(2*wait, longestWait)
 		}

@@ -310,6 +310,38 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	}
 }
 
+// What a quiet connection has moved has long arrived, so its reset is passed on without a wait, also
+// where the system does not say what has arrived.
+func TestResetOfAQuietConnectionIsPassedOnAtOnce(t *testing.T) {
+	const conns = 8
+	type pair struct {
+		client, server *net.TCPConn
+		h              *recorder
+	}
+	var all []pair
+	e := newEngine(t, Config{})
+	for range conns {
+		client, server, h, _ := joinOver(t, e, nil)
+		pattern.Send(client, 1000)
+		io.ReadFull(server, make([]byte, 1000))
+		all = append(all, pair{client, server, h})
+	}
+	time.Sleep(lingerTime + lingerTime/10)
+	start := time.Now()
+	for _, p := range all {
+		p.client.SetLinger(0)
+		p.client.Close()
+		readCut(t, p.server)
+		p.server.Close()
+		if o := p.h.wait(t); o.Failed != Client {
+			t.Errorf("%+v", o)
+		}
+	}
+	if took := time.Since(start); took > conns*lingerTime/2 {
+		t.Errorf("%d resets took %v", conns, took)
+	}
+}
+
 // An answer that was read from a server that has failed then arrives, also at a client that is busy
 // sending.
 func TestAnswerReadBeforeAResetArrives(t *testing.T) {

@@ -77,25 +77,41 @@ func replace(t *testing.T, path string, oldnew ...string) {
 	}
 }
 
-// dial connects as the holder of a certificate and returns what the upstream says first. A client learns that it is
-// refused when it reads.
-func dial(dir, stem, addr string) (*tls.Conn, string, error) {
+// A client is what a program needs to connect.
+type client tls.Config
+
+// loadClient returns the holder of a certificate, who trusts the first CA.
+func loadClient(dir, stem string) (*client, error) {
 	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	return dialRoots(dir, stem, ca, addr)
+	return clientOf(dir, stem, ca)
 }
 
-// dialRoots is dial for a client that trusts the CAs in a text.
-func dialRoots(dir, stem string, ca []byte, addr string) (*tls.Conn, string, error) {
-	client, err := tls.LoadX509KeyPair(filepath.Join(dir, stem+".pem"), filepath.Join(dir, stem+".key"))
+// clientOf returns the holder of a certificate, who trusts the CAs in a text.
+func clientOf(dir, stem string, ca []byte) (*client, error) {
+	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, stem+".pem"), filepath.Join(dir, stem+".key"))
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca)
-	c, err := tls.Dial("tcp", addr, &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{client}})
+	return &client{RootCAs: roots, Certificates: []tls.Certificate{cert}}, nil
+}
+
+// dial connects as the holder of a certificate and returns what the upstream says first. A client
+// learns that it is refused when it reads.
+func dial(dir, stem, addr string) (*tls.Conn, string, error) {
+	c, err := loadClient(dir, stem)
+	if err != nil {
+		return nil, "", err
+	}
+	return c.dial(addr)
+}
+
+func (who *client) dial(addr string) (*tls.Conn, string, error) {
+	c, err := tls.Dial("tcp", addr, (*tls.Config)(who))
 	if err != nil {
 		return nil, "", err
 	}

@@ -13,13 +13,16 @@ import (
 // Connections have two lines each, or are refused, while nobody reads standard error. Neither lines
 // nor connections pile up, and once it is read again, it says how many lines are missing.
 func TestUnreadLogTakesBoundedMemory(t *testing.T) {
+	const admitted = 2_500 // 5,000 lines: more than the queue and the pipe hold
 	conns := 10_000
 	if testing.Short() {
-		conns = 4_400 // 4,400 lines: more than the queue and the pipe hold
+		conns = 2 * admitted
 	}
 	dir, config := setUp(t)
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
 	replace(t, config, `"users": [`, `"logAdmissions": true, "users": [`)
+	who, err := loadClient(dir, "alice")
+	proxytest.Must(t, err)
 	p := runWithFullLog(t, config)
 	var resident int64
 	var descriptors int
@@ -27,8 +30,8 @@ func TestUnreadLogTakesBoundedMemory(t *testing.T) {
 		if i == conns/2 {
 			resident, descriptors = proxytest.ProcessUse(t, p.cmd.Process.Pid)
 		}
-		if i%2 == 0 {
-			alice, _, err := dial(dir, "alice", p.addr)
+		if i%(conns/admitted) == 0 {
+			alice, _, err := who.dial(p.addr)
 			if err != nil {
 				t.Fatalf("connection %d: %v", i, err)
 			}
@@ -43,7 +46,11 @@ func TestUnreadLogTakesBoundedMemory(t *testing.T) {
 		grown = now - resident
 		return open <= descriptors+8
 	})
-	if grown > 16<<20 {
+	most := int64(16 << 20)
+	if proxytest.Race {
+		most *= 4
+	}
+	if grown > most {
 		t.Errorf("it has grown by %d MiB during the last %d connections", grown>>20, conns-conns/2)
 	}
 
@@ -72,9 +79,9 @@ func TestUnreadLogTakesBoundedMemory(t *testing.T) {
 			written++
 		}
 	}
-	// How many lines the refused have depends on the time.
-	if least := conns; dropped == 0 || written+dropped < least || written+dropped > 2*least {
+	// How many lines the refused have depends on the time: one each at most.
+	if dropped == 0 || written+dropped < 2*admitted || written+dropped > admitted+conns+100 {
 		t.Errorf("%d lines were written and %d reported as dropped, want at least %d together",
-			written, dropped, least)
+			written, dropped, 2*admitted)
 	}
 }

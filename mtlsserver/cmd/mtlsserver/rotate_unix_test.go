@@ -191,7 +191,11 @@ func dialTrusting(dir, stem, roots, addr string) (*tls.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, _, err := dialRoots(dir, stem, text, addr)
+	who, err := clientOf(dir, stem, text)
+	if err != nil {
+		return nil, err
+	}
+	c, _, err := who.dial(addr)
 	return c, err
 }
 
