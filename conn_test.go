@@ -10,7 +10,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -234,8 +233,9 @@ func TestSlowReadersUseBoundedMemory(t *testing.T) {
 }
 
 func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("elsewhere a connection waits with a small one in its hand")
+	most := int64(4 << 10 * 3 / 2) // without a buffer each needs less than 4 KiB
+	if portable {
+		most += 2 * 4 << 10 // a small one for each direction
 	}
 	const conns = 100
 	a, _ := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
@@ -252,10 +252,8 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 	for range conns {
 		ping(t, dial(t, addr))
 	}
-	const most = 4 << 10 * 3 / 2 // without a buffer each needs less than 4 KiB
 	if grown := proxytest.HeapInUse() - before; grown > conns*most {
-		t.Errorf("%d idle connections hold %d bytes each, want at most %d: no buffer", conns, grown/conns,
-			most)
+		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns, most)
 	}
 }
 
@@ -287,7 +285,10 @@ func TestIdleTLSConnectionsHoldNoLargeBuffers(t *testing.T) {
 		come()
 	}
 	grown := proxytest.HeapInUse() - before
-	const most = 64 << 10 * 5 / 4 // each has 50 KiB; one more large buffer would be too much
+	most := int64(64 << 10 * 5 / 4) // each has 50 KiB; one more large buffer would be too much
+	if portable {
+		most += 64 << 10 // but there it waits in it
+	}
 	if grown > conns*most {
 		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns, most)
 	}
@@ -415,6 +416,9 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	if testing.Short() {
 		rounds = 200
 	}
+	if portable {
+		rounds = 3 // a second each
+	}
 	for _, who := range []string{"client", "upstream"} {
 		t.Run(who, func(t *testing.T) {
 			got := make(chan string, 1)
@@ -460,7 +464,11 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 // A server answers and closes while its client is still sending, so its system resets the
 // connection. The client gets the answer, and a reset rather than a clean end.
 func TestAnswerFollowedByAResetArrives(t *testing.T) {
-	const rounds, answer = 100, 200_000
+	const answer = 200_000
+	rounds := 100
+	if portable {
+		rounds = 4 // a second each
+	}
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
 		io.ReadFull(c, make([]byte, 1000))
 		sendPattern(c, answer)

@@ -333,8 +333,8 @@ func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 }
 
 func TestResetBehindUnreadDataCancelsDial(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("elsewhere it is noticed when the dial is done")
+	if portable {
+		t.Skip("the system does not say so: it is noticed when the dial is done")
 	}
 	dialling := make(chan bool)
 	a, results := newApp(t,

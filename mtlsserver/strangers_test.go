@@ -1,26 +1,63 @@
 package mtlsserver
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"net"
+	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// 1,000 connections from 50 addresses say nothing. None takes a handshake place from a client.
-func TestSilentStrangersDoNotKeepClientsOut(t *testing.T) {
-	l := newLab(t, nil)
-	const strangers, addresses = 1000, 50
-	for i := range strangers {
-		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+i%addresses))}}
-		c, err := d.Dial("tcp", l.addr("web"))
-		if err != nil && strings.Contains(err.Error(), "assign requested address") {
-			t.Skip("127.0.1.1 is not ours here")
-		}
+// dialFrom connects to addr from an address of the loopback network, of which Linux has all.
+func dialFrom(a, b, c byte, addr string) (net.Conn, error) {
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, a, b, c)}}
+	return d.Dial("tcp", addr)
+}
+
+// needLoopback skips t where 127.0.0.0/8 is not all ours.
+func needLoopback(t *testing.T, addr string) {
+	t.Helper()
+	c, err := dialFrom(1, 1, 1, addr)
+	if err != nil && strings.Contains(err.Error(), "assign requested address") {
+		t.Skip("127.1.1.1 is not ours here")
+	}
+	must(t, err)
+	c.Close()
+}
+
+// silent opens n connections from 50 addresses that say nothing.
+func (l *lab) silent(t *testing.T, n int) {
+	t.Helper()
+	for i := range n {
+		c, err := dialFrom(1, 0, byte(1+i%50), l.addr("web"))
 		must(t, err)
-		defer c.Close()
+		t.Cleanup(func() { c.Close() })
+	}
+	proxytest.Eventually(t, "all silent connections are accepted", func() bool {
+		return l.server.Apps()["web"].Stats().Open >= n
+	})
+}
+
+// 1,000 connections from 50 addresses say nothing. None takes a handshake place from a client, and
+// each takes little memory: the bound is for both of its ends.
+func TestSilentStrangersDoNotKeepClientsOut(t *testing.T) {
+	const strangers, most = 1000, 24 << 10
+	l := newLab(t, nil)
+	needLoopback(t, l.addr("web"))
+	before := memoryInUse()
+	l.silent(t, strangers)
+	if each := (memoryInUse() - before) / strangers; each > most && !proxytest.Race {
+		t.Errorf("a silent connection takes %d bytes, want at most %d", each, most)
+	} else {
+		t.Logf("a silent connection takes %d bytes, both ends together", each)
 	}
 	for range 50 {
 		l.in(t, "web", &l.alice).Close()
@@ -28,6 +65,186 @@ func TestSilentStrangersDoNotKeepClientsOut(t *testing.T) {
 	if open := l.server.Apps()["web"].Stats().Open; open < strangers {
 		t.Errorf("%d connections are open, want the %d strangers still waiting", open, strangers)
 	}
+}
+
+// memoryInUse returns the bytes of heap and stacks.
+func memoryInUse() int64 {
+	heap := proxytest.HeapInUse()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return heap + int64(m.StackInuse)
+}
+
+// Strangers are silent, drip, or make a slow handshake from an address of their own, and come back
+// a second after they were cut. Clients get in, also those with a round trip of 200 ms.
+func TestStrangersOfAllKindsDoNotKeepClientsOut(t *testing.T) {
+	silent, drips, slow, duration := 1000, 500, 2000, 8*time.Second
+	if testing.Short() {
+		silent, drips, slow, duration = 200, 100, 400, 2*time.Second
+	}
+	l := newLab(t, nil)
+	addr := l.addr("web")
+	needLoopback(t, addr)
+	nearby := func(v *visits, d time.Duration) {
+		for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			v.add(l.visit(dialFrom(2, 0, 1, addr)))
+		}
+	}
+	var quiet, near, far visits
+	nearby(&quiet, duration/4)
+
+	over := make(chan struct{})
+	var strangers sync.WaitGroup
+	defer strangers.Wait()
+	defer close(over)
+	l.silent(t, silent)
+	const each = 20 // strangers that a goroutine plays
+	for first := 0; first < drips+slow; first += each {
+		strangers.Go(func() {
+			time.Sleep(time.Second * time.Duration(first) / time.Duration(drips+slow)) // not all at once
+			var conns [each]net.Conn
+			for tick := time.Tick(time.Second); ; {
+				for i := range conns {
+					n := first + i
+					from := [3]byte{3, 0, byte(1 + n%50)} // the drips have 50 addresses
+					if n >= drips {
+						from = [3]byte{4, byte(n / 200), byte(1 + n%200)}
+					}
+					conns[i] = drip(conns[i], from, addr)
+				}
+				select {
+				case <-tick:
+				case <-over:
+					for _, c := range conns {
+						if c != nil {
+							c.Close()
+						}
+					}
+					return
+				}
+			}
+		})
+	}
+	time.Sleep(2 * time.Second) // until each has come, and many have been cut and come again
+
+	var clients sync.WaitGroup
+	end := time.Now().Add(duration)
+	for i := range 32 {
+		clients.Go(func() {
+			for time.Now().Before(end) {
+				far.add(l.visit(delayed(dialFrom(5, 0, byte(1+i), addr))))
+			}
+		})
+	}
+	nearby(&near, duration)
+	clients.Wait()
+	t.Logf("without strangers: %v", &quiet)
+	for name, v := range map[string]*visits{"nearby": &near, "200 ms away": &far} {
+		t.Logf("%s: %v", name, v)
+		if failed := len(v.errs); failed*100 > len(v.took)+failed {
+			t.Errorf("%s: %d clients got in, %d did not: %v", name, len(v.took), failed, v.errs[0])
+		}
+	}
+}
+
+// drip sends another byte of a ClientHello that never ends, over a new connection if c is nil. It
+// returns nil if the connection was cut.
+func drip(c net.Conn, from [3]byte, addr string) net.Conn {
+	b := []byte{0}
+	if c == nil {
+		var err error
+		if c, err = dialFrom(from[0], from[1], from[2], addr); err != nil {
+			return nil
+		}
+		b = []byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3} // how a long one begins
+	}
+	if _, err := c.Write(b); err != nil {
+		c.Close()
+		return nil
+	}
+	return c
+}
+
+// visit makes a client's handshake over raw, unless err says that there is none, and an exchange.
+// It returns how long that took.
+func (l *lab) visit(raw net.Conn, err error) (time.Duration, error) {
+	if err != nil {
+		return 0, err
+	}
+	defer raw.Close()
+	start := time.Now()
+	raw.SetDeadline(start.Add(patience))
+	c := tls.Client(raw, l.clientConfig(&l.alice))
+	if err = greeted(c, "web"); err == nil {
+		err = echoed(c)
+	}
+	return time.Since(start), err
+}
+
+// visits are how long visits took, and why some failed.
+type visits struct {
+	mu   sync.Mutex
+	took []time.Duration
+	errs []error
+}
+
+func (v *visits) add(took time.Duration, err error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err != nil {
+		v.errs = append(v.errs, err)
+	} else {
+		v.took = append(v.took, took)
+	}
+}
+
+func (v *visits) String() string {
+	n := len(v.took)
+	if n == 0 {
+		return "no visits"
+	}
+	slices.Sort(v.took)
+	return fmt.Sprintf("%d of %d visits, median %v, 99%% within %v",
+		n, n+len(v.errs), v.took[n/2].Round(time.Millisecond/10), v.took[n*99/100].Round(time.Millisecond/10))
+}
+
+// delayed returns a connection over which bytes take 100 ms to and from c, unless err says that
+// there is no c.
+func delayed(c net.Conn, err error) (net.Conn, error) {
+	if err != nil {
+		return nil, err
+	}
+	client, end := net.Pipe()
+	go carry(c, end)
+	go carry(end, c)
+	return client, nil
+}
+
+// carry copies src to dst, each piece 100 ms after it came, and then closes both.
+func carry(dst, src net.Conn) {
+	type piece struct {
+		bytes []byte
+		due   time.Time
+	}
+	pieces := make(chan piece, 100)
+	go func() {
+		defer close(pieces)
+		for b := make([]byte, 32<<10); ; {
+			n, err := src.Read(b)
+			if err != nil {
+				return
+			}
+			pieces <- piece{bytes.Clone(b[:n]), time.Now().Add(100 * time.Millisecond)}
+		}
+	}()
+	for p := range pieces {
+		time.Sleep(time.Until(p.due))
+		if _, err := dst.Write(p.bytes); err != nil {
+			src.Close() // ends the reads; what is left is thrown away
+		}
+	}
+	dst.Close()
+	src.Close()
 }
 
 // What a client presents beside its leaf is not looked at, so refusing it costs no more than

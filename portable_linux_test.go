@@ -1,0 +1,5 @@
+//go:build !lbproxy_portable
+
+package lbproxy
+
+const portable = false
