@@ -11,7 +11,7 @@
 //		log.Fatal(err)
 //	}
 //	if err := server.Run(ctx); err != nil {
-//		log.Fatal(err)
+//		log.Fatal(err) // connections had to be cut
 //	}
 //
 // Each app has one listener and its upstreams. Each user has the serials of certificates and the
@@ -52,7 +52,8 @@
 // address, the reason for the end and the duration. If the client has proved who it is, there are
 // also user, serial, upstream, and the bytes sent and received. If it was refused for its
 // certificate, there are claimed_serial, claimed_subject and claimed_issuer. The detail is the
-// text of an error, printable and cut short.
+// text of an error, printable and cut short. The duration is a [time.Duration], which slog's
+// JSONHandler writes in nanoseconds; the command mtlsserver writes seconds.
 //
 // The reason is a [Reason] or an lbproxy.EndReason; client-closed is a client that went without
 // close_notify while nothing was under way, as many do. Refusals have at most 10 lines a second for

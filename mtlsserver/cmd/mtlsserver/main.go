@@ -39,27 +39,34 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
 
   mtlsserver init DIR [-host NAME,IP]
         make a CA, a server certificate and a config.json to start from
-  mtlsserver issue -dir DIR -name NAME -apps ID,ID [-csr FILE] [-days N] [-print]
-        make a client certificate and key, and enter the user in config.json (-print: print the entry instead)
+  mtlsserver issue -dir DIR -name NAME -apps ID,ID [-csr FILE] [-days N]
+                   [-print]
+        make a client certificate and key, and enter the user in config.json
+        (-print: print the entry instead)
   mtlsserver renew -dir DIR [-host NAME,IP] [-days N]
-        make a new server certificate and key, and name them in config.json (no -host: for the same names)
+        make a new server certificate and key, and name them in config.json
+        (no -host: for the same names)
   mtlsserver revoke -dir DIR -name NAME [-serial S]
         take a user out of config.json, or one of the user's serials
   mtlsserver rotate -dir DIR [-drop CA.pem]
-        add a new CA, which signs from now on; with -drop, remove an old one and the serials that are of it
+        add a new CA, which signs from now on; with -drop, remove an old one
+        and the serials that are of it
   mtlsserver users -config FILE
         print the users: a line for each certificate
   mtlsserver serial CERT.pem
-        print the serial of a certificate as the user list wants it; of a CA, the id that serials name it by
+        print the serial of a certificate as the user list wants it; of a CA,
+        the id that serials name it by
   mtlsserver check -config FILE
-        print every problem of a configuration (it binds nothing: whether an address can be had, run tells)
+        print every problem of a configuration (it binds nothing: whether an
+        address can be had, run tells)
   mtlsserver run -config FILE [-log json|text] [-v]
-        serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a second one ends at once
+        serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a
+        second one ends at once
   mtlsserver version
         print how this program was built
 
-It exits 0 when all went well; 1 when a drain, or a second signal, had to cut connections; 2 when
-the command line, the configuration or an address is wrong.
+It exits 0 when all went well; 1 when a drain, or a second signal, had to cut
+connections; 2 when the command line, the configuration or an address is wrong.
 `
 
 func main() {
@@ -177,7 +184,7 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 				if *format == "text" {
 					return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 				}
-				return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+				return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: seconds}))
 			}
 			if *format != "json" && *format != "text" {
 				return fmt.Errorf("mtlsserver run: -log %q: want json or text", *format)
@@ -209,6 +216,14 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 		return err
 	}
 	return fmt.Errorf("mtlsserver %s: %w", args[0], err)
+}
+
+// seconds makes a number of seconds of a duration, which slog would write in nanoseconds.
+func seconds(_ []string, a slog.Attr) slog.Attr {
+	if a.Value.Kind() == slog.KindDuration {
+		a.Value = slog.Float64Value(a.Value.Duration().Seconds())
+	}
+	return a
 }
 
 const required = "required"

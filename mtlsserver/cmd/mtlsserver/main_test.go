@@ -141,3 +141,41 @@ func (c *ended) verify(t *testing.T, want bool) {
 		t.Errorf("it has ended by %v, want ended: %v", err, want)
 	}
 }
+
+func TestDurationsAreSecondsInJSONAndReadableInText(t *testing.T) {
+	dir, config := setUp(t)
+	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
+	for format, of := range map[string]func(line string) (seconds float64, err error){
+		"json": func(line string) (float64, error) {
+			var fields struct{ Duration float64 }
+			err := json.Unmarshal([]byte(line), &fields)
+			return fields.Duration, err
+		},
+		"text": func(line string) (float64, error) {
+			_, after, _ := strings.Cut(line, " duration=")
+			text, _, _ := strings.Cut(after, " ")
+			d, err := time.ParseDuration(text)
+			return d.Seconds(), err
+		},
+	} {
+		p := start(t, "run", "-config", config, "-log", format)
+		c, _, err := dial(dir, "alice", p.addrs["web"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+		line := p.await(t, "connection", "alice")
+		if s, err := of(line); err != nil || s <= 0 || s > 1000 {
+			t.Errorf("%s: a duration of %v s, %v: %s", format, s, err, line)
+		}
+		p.stop(t, 0)
+	}
+}
+
+func TestUsageFitsATerminal(t *testing.T) {
+	for line := range strings.Lines(usage) {
+		if n := len(strings.TrimSuffix(line, "\n")); n > 79 {
+			t.Errorf("%d columns, want at most 79: %s", n, line)
+		}
+	}
+}
