@@ -222,7 +222,9 @@ type Result struct {
 	Err              error // what ended it; nil for a clean end; the cause of a context or an Abort
 }
 
-// LogValue implements slog.LogValuer: slog.Info("done", "conn", result) is an access log.
+// LogValue implements slog.LogValuer: slog.Info("done", "conn", result) is an access log. It is a
+// group of app, end, client, upstream, attempts, duration, sent and received, and of client_id and
+// err unless they are empty.
 func (r Result) LogValue() slog.Value { return slog.GroupValue(r.attrs()...) }
 
 func (r *Result) attrs() []slog.Attr {
@@ -249,7 +251,7 @@ const (
 	EndClientClosed  EndReason = "client-closed"  // the client closed a quiet TLS connection without close_notify
 	EndNotAdmitted   EndReason = "not-admitted"   // admit returned an error
 	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by its RateLimitManager
-	EndNoUpstream    EndReason = "no-upstream"    // every upstream is at its MaxConns, down, or draining
+	EndNoUpstream    EndReason = "no-upstream"    // every upstream is full, draining, or down, also when found so while dialed
 	EndDialFailed    EndReason = "dial-failed"    // no upstream that might have served it could be reached
 	EndClientError   EndReason = "client-error"   // the client's side failed
 	EndUpstreamError EndReason = "upstream-error" // the upstream's side failed
@@ -282,6 +284,9 @@ var (
 // whom there is no upstream, or that are over their rate limit, are reset unless c.OnRefused is
 // set. Unix sockets have no reset; they are closed.
 //
+// After Shutdown or Close, ServeConn resets the client at once. The Result has EndClosed, the OnDone
+// hooks are called, and Stats does not count the connection.
+//
 // When ctx ends, the connection is aborted with ctx's cause. A panic in a hook is passed on to the
 // caller when the connection is closed and out of all counts.
 func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
@@ -298,7 +303,6 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 	}
 	if !a.enter(s) {
 		relay.Reset(c.Client)
-		c.Client.Close()
 		s.outcome.Err = &ending{EndClosed, ErrAppClosed}
 		s.settle()
 		s.report()

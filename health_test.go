@@ -765,10 +765,10 @@ func TestAbandonedDialSaysUpstreamIsDown(t *testing.T) {
 			start := time.Now()
 			c := serveFake(t.Context(), a, &Conn{})
 			r := <-c.result
-			if took := time.Since(start); took > 2*time.Second || r.End != EndDialFailed ||
-				r.Attempts != 1 ||
+			if took := time.Since(start); took > 2*time.Second || r.End != EndNoUpstream ||
+				r.Attempts != 1 || !errors.Is(r.Err, ErrNoUpstream) ||
 				!errors.Is(r.Err, errUpstreamDown) ||
-				!strings.HasPrefix(r.Err.Error(), `lbproxy: app "test": upstream a:1: `) {
+				!strings.Contains(r.Err.Error(), "\n"+`lbproxy: app "test": upstream a:1: `) {
 				t.Errorf("after %v: %+v", took, r)
 			}
 			d.set("a:1", false)

@@ -93,7 +93,8 @@ type Options struct {
 
 	// OnDone is called once for every connection that was accepted, or given to ServeConn, when it
 	// is over and out of all counts; that is a little after the client sees its end. It runs on
-	// the connection's last goroutine. Shutdown and Close wait for it, so it must not call them.
+	// the connection's last goroutine. Shutdown and Close wait for it, so it must not call them;
+	// they do not wait for the OnDone of a ServeConn that is called when the app has been stopped.
 	OnDone func(Result)
 }
 
@@ -192,7 +193,8 @@ func orDefault(d, def time.Duration) time.Duration {
 
 // SetUpstreams replaces the upstreams. One whose Addr stays keeps its connections, counters and
 // state; the rest of its configuration holds from the next connection on. One that is removed gets
-// no new connections, and those it has go on to their end. If any upstream is not valid, nothing
+// no new connections, and those it has go on to their end; if it is added again before that, it
+// keeps them and its counters. If any upstream is not valid, nothing
 // changes. The slice is copied.
 func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	if len(upstreams) == 0 {
@@ -253,7 +255,8 @@ func Listen(addr string) (net.Listener, error) {
 
 // Serve accepts connections from l and serves each on goroutines of its own, asking admit first. A
 // nil admit admits everyone, unlimited. Serve always closes l and returns a non-nil error:
-// [ErrAppClosed] after Shutdown or Close, else the error that closed the listener (net.ErrClosed).
+// [ErrAppClosed] after Shutdown or Close, else, when somebody else has closed l, an error that
+// wraps net.ErrClosed.
 // Other errors of l, such as running out of descriptors, are taken to pass: Serve logs them, waits
 // 5 ms to 1 s, and accepts again. A panic in a hook is logged and ends only that connection.
 //
@@ -308,7 +311,6 @@ func (a *LBProxyApp) serve(c net.Conn, admit AdmitFunc) bool {
 		a.freeSlot()
 	}
 	relay.Reset(c)
-	c.Close()
 	return false
 }
 
@@ -371,7 +373,7 @@ type Stats struct {
 	// A connection that was not served is in one of these.
 	NotAdmitted uint64 // rejected by admit
 	Refused     uint64 // over a rate limit when it opened
-	Failed      uint64 // no upstream could be reached
+	Failed      uint64 // no upstream was available (EndNoUpstream) or reached (EndDialFailed)
 
 	Sent, Received uint64 // bytes to and from upstreams, those of open connections included
 

@@ -105,9 +105,10 @@ type Decision struct {
 	// of a manager's own should wrap that one, so that errors.Is finds it.
 	Err error
 
-	// Wait holds the connection (EventOpen) or this direction of it (EventData) for so long. The
-	// time is exact on average: a wait of less than a millisecond is added to the next one, and one
-	// that has lasted too long shortens the next. Not positive: no wait.
+	// Wait holds the connection before it is dialed for (EventOpen), or this direction of it before
+	// more bytes move (EventData). A direction makes up for inexact timers: a wait of less than a
+	// millisecond is added to the next one, and one that lasted too long shortens the next. Not
+	// positive: no wait.
 	Wait time.Duration
 
 	// Chunk is the most bytes to move at once next: in this direction (EventData) or in both
@@ -237,11 +238,11 @@ func (l *OpenLimit) Report(_ context.Context, e Event) Decision {
 type Bandwidth struct {
 	BytesPerSecond int64 // 0 or less refuses all
 
-	// Burst is how many bytes pass without a wait after a rest; 0 or less means none. The last of
-	// them move in ever smaller pieces, so that the change to BytesPerSecond is smooth: up to 64
-	// streams that spend a burst together overdraw it by what passes in 20 ms, or by 512 bytes each
-	// if that is more: 50 of them at 100 KiB per second then pause for a quarter of a second, while
-	// a stream that sends a byte now and then waits 0.03 s at most.
+	// Burst is how many bytes pass without a wait after a rest; 0 or less means none. A rest regains
+	// BytesPerSecond of it each second. As a burst ends, the pieces become smaller, so up to 64
+	// streams overdraw it by no more than what passes in 20 ms, or 512 bytes each if that is more.
+	// For example, 50 streams at 100 KiB per second then pause for a quarter of a second, and a
+	// stream that sends a byte now and then waits 0.03 s at most.
 	Burst int64
 
 	// mu guards the fields below.
@@ -264,13 +265,19 @@ const (
 
 // Report implements [RateLimitManager].
 func (b *Bandwidth) Report(_ context.Context, e Event) Decision {
-	if b.BytesPerSecond <= 0 || e.Kind != EventOpen && e.Kind != EventData {
+	if b.BytesPerSecond <= 0 {
 		return Decision{Exceeded: e.Kind == EventOpen}
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if e.Kind == EventOpen {
+	switch {
+	case e.Kind == EventOpen:
 		b.streams++
+	case e.Kind == EventClose && e.Refused:
+		b.streams = max(b.streams-1, 1)
+		return Decision{}
+	case e.Kind != EventData:
+		return Decision{}
 	}
 	return b.move(time.Now(), max(e.Bytes, 0))
 }

@@ -682,6 +682,27 @@ func TestAllRefundsAfterALaterRefusal(t *testing.T) {
 	})
 }
 
+// Opens that a later manager refuses are no streams: those that there are keep their share.
+func TestRefusedOpensDoNotCountAsStreams(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		band := &Bandwidth{BytesPerSecond: 1 << 20}
+		all := All(band, &OpenLimit{Max: 1})
+		opens(all, 1)
+		var d Decision
+		for range 100 { // one stream, until it has been counted
+			d = all.Report(t.Context(), Event{Kind: EventData, Bytes: 64 << 10})
+			time.Sleep(d.Wait)
+		}
+		if got := opens(all, 1000); got != 0 {
+			t.Fatalf("%d let in, want none", got)
+		}
+		after := all.Report(t.Context(), Event{Kind: EventData, Bytes: 64 << 10})
+		if after.Chunk < d.Chunk*9/10 {
+			t.Errorf("a stream may move %d bytes at once after 1,000 refused opens, %d before", after.Chunk, d.Chunk)
+		}
+	})
+}
+
 func TestAllAsksInOrderAndUndoesAtOnce(t *testing.T) {
 	var heard []string
 	fake := func(name string, answer func(Event) Decision) RateLimitManager {

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // OnRefused, a last word to those who cannot be served.
@@ -322,3 +324,64 @@ type noDeadlines struct{ net.Conn }
 func (noDeadlines) SetDeadline(time.Time) error      { return errors.ErrUnsupported }
 func (noDeadlines) SetReadDeadline(time.Time) error  { return errors.ErrUnsupported }
 func (noDeadlines) SetWriteDeadline(time.Time) error { return errors.ErrUnsupported }
+
+// A onceConn counts the calls of Close. It is not a wrapper: there is nothing below it.
+type onceConn struct {
+	*proxytest.PipeConn
+	closes *atomic.Int32
+}
+
+func (c onceConn) Close() error { c.closes.Add(1); return c.PipeConn.Close() }
+
+func TestRefusedClientIsClosedOnce(t *testing.T) {
+	for _, name := range []string{
+		"rate-limited", "no-upstream", "dial-failed", "not-admitted", "closed", "canceled",
+	} {
+		for _, lastWord := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				up := refusing[EndReason(name)].up
+				if up.Addr == "" {
+					up.Addr = "u:1"
+				}
+				a, results := newAppOver(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+					return nil, errors.New("nobody")
+				}}, up)
+				client, ours := proxytest.Pipe()
+				closes := new(atomic.Int32)
+				c := &Conn{Client: onceConn{ours, closes}, RateLimit: refusing[EndReason(name)].limit}
+				if lastWord {
+					c.OnRefused = func(net.Conn, error) {}
+				}
+				switch name {
+				case "canceled":
+					c.Abort(nil)
+				case "closed":
+					a.Close()
+				}
+				if name == "not-admitted" {
+					accepted := make(chan net.Conn, 1)
+					accepted <- c.Client
+					go a.Serve(newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+						select {
+						case c := <-accepted:
+							return c, nil
+						case <-closed:
+							return nil, net.ErrClosed
+						}
+					}), func(context.Context, *Conn) error { return errKicked })
+				} else {
+					go a.ServeConn(t.Context(), c)
+				}
+				if r := <-results; r.End != EndReason(name) {
+					t.Errorf("%s: %+v", name, r)
+				}
+				client.Close()
+				synctest.Wait()
+				if n := closes.Load(); n != 1 {
+					t.Errorf("%s, last word %v: closed %d times", name, lastWord, n)
+				}
+				a.Close()
+			})
+		}
+	}
+}

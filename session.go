@@ -285,6 +285,7 @@ func (s *session) connect() (net.Conn, *ending) {
 	var search search
 	var errs []error
 	var none error
+	onlyDown := true // all that was dialed was found down meanwhile
 	for !s.over() {
 		p, err := b.acquire(&search, time.Now())
 		if err != nil {
@@ -313,13 +314,17 @@ func (s *session) connect() (net.Conn, *ending) {
 				slog.String("err", err.Error()))
 		}
 		errs = append(errs, &DialError{App: s.app.id, Addr: p.conf.Addr, Err: err})
+		onlyDown = onlyDown && errors.Is(err, errUpstreamDown)
 		if exhausted(err) {
 			break
 		}
 		search.add(p.u)
 	}
-	if errs == nil {
+	switch {
+	case errs == nil:
 		return nil, &ending{EndNoUpstream, none}
+	case onlyDown:
+		return nil, &ending{EndNoUpstream, errors.Join(append([]error{none}, errs...)...)}
 	}
 	return nil, &ending{EndDialFailed, errors.Join(errs...)}
 }
@@ -426,7 +431,7 @@ func (s *session) finish() {
 	if s.client == nil && !isSame(s.raw, s.conn.Client) {
 		s.conn.Client.Close() // admit has wrapped what it rejected
 	}
-	if !s.keep && !isSame(s.raw, s.client) {
+	if !s.keep && s.client != nil && !isSame(s.raw, s.client) {
 		s.raw.Close() // admit has replaced or wrapped it
 	}
 }
@@ -445,7 +450,9 @@ func (s *session) reserveLastWord(e *ending) bool {
 func (s *session) lastWord() {
 	defer s.app.endLastWord(s)
 	defer s.release()
-	defer s.raw.Close()
+	if !isSame(s.raw, s.client) {
+		defer s.raw.Close()
+	}
 	defer relay.LastWord(s.client)
 	defer s.logPanic()
 	// In all, not for each Write: a client that reads slowly holds a place. Both deadlines, as a

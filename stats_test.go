@@ -486,7 +486,7 @@ func TestResultIsAnAccessLog(t *testing.T) {
 func TestEnumsHaveStrings(t *testing.T) {
 	for want, v := range map[string]fmt.Stringer{
 		"client-closed": EndClientClosed, "dialing": ConnDialing, "upload": Upload, "data": EventData,
-		"idle": CloseNotifyIdle, "CloseNotify(9)": CloseNotify(9),
+		"cooling": StateCooling, "idle": CloseNotifyIdle, "CloseNotify(9)": CloseNotify(9),
 	} {
 		if v.String() != want {
 			t.Errorf("%q, want %q", v.String(), want)

@@ -84,11 +84,15 @@ type UpstreamState string
 
 const (
 	StateUp      UpstreamState = "up"      // it gets connections, unless it is full or draining
-	StateCooling UpstreamState = "cooling" // a dial failed: skipped for [Options].FailTimeout
+	StateCooling UpstreamState = "cooling" // a dial failed: skipped for FailTimeout, then until a probe works
 	StateDown    UpstreamState = "down"    // its health checks failed: it gets no connection
 )
 
-// UpstreamStats is what an upstream has done and is doing.
+// String returns the state's word.
+func (s UpstreamState) String() string { return string(s) }
+
+// UpstreamStats is what an upstream has done and is doing. An upstream that is added again after it
+// was removed and its last connection had ended is a new one: its counters begin at 0.
 type UpstreamStats struct {
 	Addr           string
 	Weight         int
@@ -379,8 +383,9 @@ func exhausted(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
-// Dial connects to u as the default health check does: it dials Addr, makes a TLS handshake if
-// u.TLS is set, and returns the connection, which the caller must close. ctx bounds all of it. It
+// Dial connects to u as the default health check does: it dials Addr, sends a PROXY header that
+// names no client (LOCAL, or UNKNOWN in version 1) if u.ProxyProtocol is set, makes a TLS handshake
+// if u.TLS is set, and returns the connection, which the caller must close. ctx bounds all of it. It
 // is for a [HealthCheck].Check that speaks the upstream's protocol.
 //
 // Dial knows no app: it uses a zero [net.Dialer], where the default check uses
@@ -460,11 +465,11 @@ type Peers struct {
 	// would all choose the first upstreams.
 	Index, Count int
 
-	// Bias counts as that many more open connections on an upstream, given by its Addr, when one
-	// is chosen, and nowhere else. It corrects a lasting imbalance that the app's own connections
-	// do not show. The connections that others have open do not belong here: by the time they
-	// are known, everybody has gone where there were least. A missing Addr means 0; an Addr that
-	// is not an upstream's is ignored until it is.
+	// Bias adds to the open connections of an upstream, named by its Addr, when one is chosen. It
+	// changes neither Stats nor MaxConns. It corrects a lasting imbalance that the app's own
+	// connections do not show. Do not put the others' open connections here: those counts come
+	// late, and every app would then choose the same upstream. A missing Addr means 0. An Addr that
+	// is no upstream's has no effect until it becomes one.
 	Bias map[string]float64
 }
 

@@ -175,8 +175,7 @@ func (r *Relay) Connect(server net.Conn) bool {
 	}
 	r.mu.Unlock()
 	if over {
-		e.reset()
-		e.conn.Close()
+		Reset(server)
 		r.releaseElsewhere()
 		return false
 	}
@@ -370,14 +369,18 @@ func (r *Relay) panicking(p any) {
 	r.Abort(ErrPanicked)
 }
 
-// close closes c. A panic of somebody's conn is recorded: it must not end the process.
-func (r *Relay) close(c net.Conn) {
+// close closes e, unless it was reset, which leaves only the layers open. A panic of somebody's conn
+// is recorded: it must not end the process.
+func (r *Relay) close(e *end) {
+	if !e.layered && r.isHungUp() {
+		return
+	}
 	defer func() {
 		if p := recover(); p != nil && r.panicked == nil {
 			r.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
 		}
 	}()
-	c.Close()
+	e.conn.Close()
 }
 
 // drop gives back a reference, and reports whether the caller has to call finish.
@@ -410,12 +413,12 @@ func (r *Relay) releaseElsewhere() {
 func (r *Relay) finish() {
 	if r.stage == closing { // nobody changes it while there are references, of which one is ours
 		if r.server.conn != nil {
-			r.close(r.server.conn)
+			r.close(&r.server)
 		}
 		if r.released.Load() {
 			r.client.conn.SetReadDeadline(time.Time{})
 		} else {
-			r.close(r.client.conn)
+			r.close(&r.client)
 		}
 		if !r.drop() {
 			return // Abort came

@@ -124,7 +124,9 @@ func Underlying(c net.Conn) net.Conn {
 // Reset resets the connection below c, without waiting for its peer, and closes the layers above.
 func Reset(c net.Conn) {
 	reset(Underlying(c))
-	c.Close()
+	if _, layered := c.(netConner); layered {
+		c.Close()
+	}
 }
 
 // Linger waits until what was written to c has arrived at the peer's system, at most a second and
