@@ -45,8 +45,8 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	// A reload that came before this could not end the session, so it is judged by the snapshot
 	// that is current now; one that comes after it can.
 	snap := s.current.Load()
-	if snap.proxies[l.app] != p {
-		return &Refusal{Reason: AppRemoved} // not on to upstreams that the reload replaced
+	if snap.proxies[l.app] == nil { // else p has the upstreams of snap, or of a later one
+		return &Refusal{Reason: AppRemoved}
 	}
 	if err := snap.judge(l); err != nil {
 		return err

@@ -49,7 +49,7 @@ const (
 	ClientGone         Reason = "client-gone"           // ended the connection before its handshake was done
 	ClientAlert        Reason = "client-alert"          // refused the server, as when it does not trust its certificate
 	HandshakeFailed    Reason = "handshake-failed"      // otherwise
-	AppRemoved         Reason = "app-removed"           // by a reload, or replaced, before the handshake was done
+	AppRemoved         Reason = "app-removed"           // by a reload, before the handshake was done
 	Revoked            Reason = "revoked"               // by a reload: the user, serial, app or right is gone, or the CA
 )
 

@@ -17,7 +17,7 @@ import (
 // Connections that c does not allow are being reset when Reload returns. All others live on, and
 // so do listeners whose app and address are the same, what users have spent of limits that are the
 // same, and the counts of upstreams. Changed limits, timeouts and health checks are for
-// connections that begin from now on. Reload logs what has changed and returns it.
+// connections that begin from now on; those in their handshake get the new upstreams. Reload logs what has changed and returns it.
 func (s *Server) Reload(c *Config) (Changes, error) {
 	changes, err := s.reload(c)
 	if err == nil {
@@ -72,9 +72,15 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 	if s.closing.Err() != nil {
 		return ErrServerClosed
 	}
-	for i, conf := range snap.config.Apps { // before any user of the new snapshot is let in
-		if p := snap.proxies[conf.ID]; p == old.proxies[conf.ID] {
-			if err := p.app.SetUpstreams(upstreams[i]); err != nil {
+	// Before any user of the new snapshot is let in, also for apps that were replaced: a connection
+	// may still be in its handshake there, and must not get on to the old upstreams.
+	byID := map[string][]lbproxy.Upstream{}
+	for i, conf := range snap.config.Apps {
+		byID[conf.ID] = upstreams[i]
+	}
+	for app := range s.apps {
+		if now := byID[app.Stats().App]; now != nil {
+			if err := app.SetUpstreams(now); err != nil {
 				panic(err) // check has found them valid
 			}
 		}

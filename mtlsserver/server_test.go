@@ -494,6 +494,37 @@ func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	}
 }
 
+// Reloads that replace the app, twice, come in the middle of a handshake. The client gets to the
+// upstream of the last one.
+func TestReloadThatReplacesTheAppDuringAHandshake(t *testing.T) {
+	l := newLab(t, nil)
+	snap := *l.server.current.Load()
+	users, reloaded := snap.auth.Users, make(chan error, 1)
+	snap.auth.Users = lookup(func(c Claim) (*User, bool) {
+		var errs []error
+		for i, addr := range []string{"127.0.0.1:1", l.db.Addr().String()} {
+			_, err := l.server.Reload(l.with(func(c *Config) {
+				c.Apps[0].IdleTimeout = time.Minute * time.Duration(1+i)
+				c.Apps[0].Upstreams = []Upstream{{Addr: addr}}
+			}))
+			errs = append(errs, err)
+		}
+		reloaded <- errors.Join(errs...)
+		return users.Lookup(c)
+	})
+	before := snap.proxies["web"]
+	l.server.current.Store(&snap)
+	c := l.dial(t, "web", &l.alice)
+	must(t, greeted(c, "db"))
+	must(t, <-reloaded)
+	if l.server.current.Load().proxies["web"] == before {
+		t.Error("the app was not replaced")
+	}
+	if n := l.web.dialled.Load(); n > 0 {
+		t.Error("the old upstream was dialled")
+	}
+}
+
 type lookup func(Claim) (*User, bool)
 
 func (f lookup) Lookup(c Claim) (*User, bool) { return f(c) }
