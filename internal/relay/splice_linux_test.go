@@ -632,26 +632,22 @@ func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 }
 
 // After a server's handshake the client's last message is acknowledged at once: the socket is in
-// the mode in which acknowledgements do not wait for data.
+// the mode in which acknowledgements do not wait for data. (With crypto/tls alone it is not, unless
+// the client has paused for 200 ms: the system then takes what comes for a new beginning.)
 func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	serverTLS.SessionTicketsDisabled = true
-	for _, ours := range []bool{false, true} {
-		peer, c := duplex(t)
-		var server interface{ Handshake() error } = tls.Server(c, serverTLS)
-		if ours {
-			server = NewTLS(tls.Server, c, serverTLS, 0)
-		}
-		done := make(chan error, 1)
-		go func() { done <- tls.Client(peer, clientTLS).Handshake() }()
-		proxytest.Must(t, server.Handshake())
-		proxytest.Must(t, <-done)
-		quick := 0
-		control(rawTCP(c), func(fd int) {
-			quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK)
-		})
-		if quick != map[bool]int{true: 1}[ours] {
-			t.Errorf("with this package's TLS: %v; at once: %d", ours, quick)
-		}
+	peer, c := duplex(t)
+	server := NewTLS(tls.Server, c, serverTLS, 0)
+	done := make(chan error, 1)
+	go func() { done <- tls.Client(peer, clientTLS).Handshake() }()
+	proxytest.Must(t, server.Handshake())
+	proxytest.Must(t, <-done)
+	quick := 0
+	control(rawTCP(c), func(fd int) {
+		quick, _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK)
+	})
+	if quick != 1 {
+		t.Error("the acknowledgement waits for data")
 	}
 }
