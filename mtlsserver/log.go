@@ -93,7 +93,7 @@ func (r *Refusal) claimed() (attrs []slog.Attr) {
 	}
 	quoted := func(name string) string { return strconv.Quote(fmt.Sprintf("%.64s", name)) }
 	attrs = append(attrs,
-		slog.String("claimed_serial", fmt.Sprintf("%.60x", r.Claim.Cert.SerialNumber)),
+		slog.String("claimed_serial", fmt.Sprintf("%.60s", r.Claim.Cert.SerialNumber.Text(16))),
 		slog.String("claimed_subject", quoted(r.Claim.Cert.Subject.String())),
 		slog.String("claimed_issuer", quoted(r.Claim.Cert.Issuer.String())))
 	if r.User != "" {

@@ -273,29 +273,43 @@ func TestRefusalOfAChainIsCheap(t *testing.T) {
 	}
 }
 
-// A server certificate that has expired since it was loaded stays in force, and users can still be
-// removed.
+// A server certificate and the CA of an upstream have expired since they were loaded. They stay in
+// force, and users can still be removed.
 func TestExpiredFilesDoNotBlockARemoval(t *testing.T) {
+	keys := []string{"tls.cert", "apps[1].upstreams[0].tls.ca"}
 	l := newLab(t, func(l *lab) {
+		expires := time.Now().Add(2 * time.Second)
 		soon := serverOf(7)
-		soon.NotAfter = time.Now().Add(2 * time.Second)
+		soon.NotAfter = expires
 		l.config.TLS.Cert, l.config.TLS.Key = writePEM(t, t.TempDir(), "soon", l.ca.issue(t, soon))
+		ca := newAuthority(t, "upstream CA").renewed(t, func(c *x509.Certificate) { c.NotAfter = expires })
+		file, _ := writePEM(t, l.dir, "upstream-ca", tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
+		l.config.Apps[1].Upstreams[0].TLS = &UpstreamTLS{CA: file}
 	})
-	l.log.await(t, "a warning of expiry", func(e entry) bool {
-		return e["msg"] == "certificate expires soon" && e["key"] == "tls.cert"
-	})
-	c := l.dial(t, "web", &l.alice)
-	must(t, greeted(c, "web"))
+	var last time.Time
 	for _, cert := range l.server.Certificates() {
-		if cert.Key == "tls.cert" {
-			time.Sleep(time.Until(cert.NotAfter) + 1100*time.Millisecond) // the wall clock decides
+		if slices.Contains(keys, cert.Key) {
+			last = cert.NotAfter
 		}
 	}
+	for _, key := range keys {
+		l.log.await(t, "a warning of expiry", func(e entry) bool {
+			return e["msg"] == "certificate expires soon" && e["key"] == key
+		})
+	}
+	c := l.dial(t, "web", &l.alice)
+	must(t, greeted(c, "web"))
+	time.Sleep(time.Until(last) + 1100*time.Millisecond) // the wall clock decides
 	changes, err := l.server.Reload(l.with(func(c *Config) { c.Users = c.Users[1:] }))
 	must(t, err)
 	if len(changes.Users.Removed) != 1 || changes.Ended != 1 {
 		t.Errorf("changes %+v, want alice removed and her connection ended", changes)
 	}
-	c.SetReadDeadline(time.Now().Add(patience))
-	must(t, ended(c))
+	l.wantReason(t, c, string(Revoked))
+	raw, err := net.Dial("tcp", l.addr("web"))
+	must(t, err)
+	defer raw.Close()
+	config := l.clientConfig(&l.alice)
+	config.InsecureSkipVerify = true // the client would mind the expired certificate
+	l.wantReason(t, tls.Client(raw, config), string(UnknownSerial))
 }
