@@ -664,6 +664,9 @@ func TestUpstreamRemovedWhileIdleIsGoneAtOnce(t *testing.T) {
 	wantBal(t, "waiting to recover", f.cooling.Len(), 0)
 	f.now = f.now.Add(balFail)
 	wantBal(t, "chosen", f.takes(2), []string{"a:1", "a:1"})
+	f.setUpstreams(balNamed(2)...)
+	again := f.stats()[1]
+	wantBal(t, "counters of a new upstream", []uint64{again.Total, again.Failed}, []uint64{0, 0})
 }
 
 func TestUpstreamAddedAgainKeepsItsConnections(t *testing.T) {

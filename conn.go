@@ -251,7 +251,7 @@ const (
 	EndClientClosed  EndReason = "client-closed"  // the client closed a quiet TLS connection without close_notify
 	EndNotAdmitted   EndReason = "not-admitted"   // admit returned an error
 	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by its RateLimitManager
-	EndNoUpstream    EndReason = "no-upstream"    // every upstream is full, draining, or down, also when found so while dialed
+	EndNoUpstream    EndReason = "no-upstream"    // every upstream is full, down or draining
 	EndDialFailed    EndReason = "dial-failed"    // no upstream that might have served it could be reached
 	EndClientError   EndReason = "client-error"   // the client's side failed
 	EndUpstreamError EndReason = "upstream-error" // the upstream's side failed
@@ -284,8 +284,8 @@ var (
 // whom there is no upstream, or that are over their rate limit, are reset unless c.OnRefused is
 // set. Unix sockets have no reset; they are closed.
 //
-// After Shutdown or Close, ServeConn resets the client at once. The Result has EndClosed, the OnDone
-// hooks are called, and Stats does not count the connection.
+// After Shutdown or Close, ServeConn resets the client at once. The Result has EndClosed, the
+// OnDone hooks are called, and Stats does not count the connection.
 //
 // When ctx ends, the connection is aborted with ctx's cause. A panic in a hook is passed on to the
 // caller when the connection is closed and out of all counts.

@@ -698,7 +698,8 @@ func TestRefusedOpensDoNotCountAsStreams(t *testing.T) {
 		}
 		after := all.Report(t.Context(), Event{Kind: EventData, Bytes: 64 << 10})
 		if after.Chunk < d.Chunk*9/10 {
-			t.Errorf("a stream may move %d bytes at once after 1,000 refused opens, %d before", after.Chunk, d.Chunk)
+			t.Errorf("a stream may move %d bytes at once after 1,000 refused opens, %d before",
+				after.Chunk, d.Chunk)
 		}
 	})
 }

@@ -343,9 +343,10 @@ func TestRefusedClientIsClosedOnce(t *testing.T) {
 				if up.Addr == "" {
 					up.Addr = "u:1"
 				}
-				a, results := newAppOver(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+				dial := func(context.Context, string, string) (net.Conn, error) {
 					return nil, errors.New("nobody")
-				}}, up)
+				}
+				a, results := newAppOver(t, Options{DialContext: dial}, up)
 				client, ours := proxytest.Pipe()
 				closes := new(atomic.Int32)
 				c := &Conn{Client: onceConn{ours, closes}, RateLimit: refusing[EndReason(name)].limit}

@@ -84,7 +84,7 @@ type UpstreamState string
 
 const (
 	StateUp      UpstreamState = "up"      // it gets connections, unless it is full or draining
-	StateCooling UpstreamState = "cooling" // a dial failed: skipped for FailTimeout, then until a probe works
+	StateCooling UpstreamState = "cooling" // a dial failed: skipped until a probe works, see FailTimeout
 	StateDown    UpstreamState = "down"    // its health checks failed: it gets no connection
 )
 
@@ -385,8 +385,8 @@ func exhausted(err error) bool {
 
 // Dial connects to u as the default health check does: it dials Addr, sends a PROXY header that
 // names no client (LOCAL, or UNKNOWN in version 1) if u.ProxyProtocol is set, makes a TLS handshake
-// if u.TLS is set, and returns the connection, which the caller must close. ctx bounds all of it. It
-// is for a [HealthCheck].Check that speaks the upstream's protocol.
+// if u.TLS is set, and returns the connection, which the caller must close. ctx bounds all of it.
+// It is for a [HealthCheck].Check that speaks the upstream's protocol.
 //
 // Dial knows no app: it uses a zero [net.Dialer], where the default check uses
 // [Options].DialContext.

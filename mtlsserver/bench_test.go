@@ -20,7 +20,8 @@ import (
 
 // BenchmarkRefusal measures what crypto/tls and Identify do to refuse a client, its own half of the
 // handshake included: one without a certificate, with one of a foreign CA, and with a chain of its
-// own making, of CAs with the name of ours. cpu-ms/op does not depend on what else the machine does.
+// own making, of CAs with the name of ours. cpu-ms/op does not depend on what else the machine
+// does.
 func BenchmarkRefusal(b *testing.B) {
 	for _, row := range []struct {
 		name  string

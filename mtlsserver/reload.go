@@ -17,7 +17,8 @@ import (
 // Connections that c does not allow are being reset when Reload returns. All others live on, and
 // so do listeners whose app and address are the same, what users have spent of limits that are the
 // same, and the counts of upstreams. Changed limits, timeouts and health checks are for
-// connections that begin from now on; those in their handshake get the new upstreams. Reload logs what has changed and returns it.
+// connections that begin from now on; those in their handshake get the new upstreams. Reload logs
+// what has changed and returns it.
 func (s *Server) Reload(c *Config) (Changes, error) {
 	changes, err := s.reload(c)
 	if err == nil {

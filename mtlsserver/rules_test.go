@@ -69,9 +69,11 @@ func TestDefaultLimitIsForUsersWithoutOne(t *testing.T) {
 func TestAppOptionsReachLBProxy(t *testing.T) {
 	o := App{MaxConns: 1, IdleTimeout: 2, DialTimeout: 3, FailTimeout: 4,
 		HealthCheck: &HealthCheck{Interval: 5, Timeout: 6, Rise: 7, Fall: 8}}.options(slog.Default())
-	if o.MaxConns != 1 || o.IdleTimeout != 2 || o.DialTimeout != 3 || o.FailTimeout != 4 ||
-		o.HealthCheck.Interval != 5 || o.HealthCheck.Timeout != 6 || o.HealthCheck.Rise != 7 || o.HealthCheck.Fall != 8 {
-		t.Errorf("%+v, %+v", o, o.HealthCheck)
+	if o.MaxConns != 1 || o.IdleTimeout != 2 || o.DialTimeout != 3 || o.FailTimeout != 4 {
+		t.Errorf("%+v", o)
+	}
+	if c := o.HealthCheck; c.Interval != 5 || c.Timeout != 6 || c.Rise != 7 || c.Fall != 8 {
+		t.Errorf("%+v", c)
 	}
 }
 
@@ -95,10 +97,11 @@ func TestCAsAreReplacedWithoutAFlagDay(t *testing.T) {
 	bob := next.issue(t, leafOf(0xa11ce)) // the same serial, by the other CA
 	both := l.with(func(c *Config) {
 		c.TLS.CA = append([]string{write("next", next)}, c.TLS.CA...)
-		c.Users = []User{
-			{Name: "alice", Apps: []string{"web"}, Serials: []UserSerial{{Serial: "0xa11ce", CA: KeyID(l.ca.cert)}}},
-			{Name: "bob", Apps: []string{"web"}, Serials: []UserSerial{{Serial: "0xa11ce", CA: KeyID(next.cert)}}},
+		user := func(name string, ca *authority) User {
+			serial := UserSerial{Serial: "0xa11ce", CA: KeyID(ca.cert)}
+			return User{Name: name, Apps: []string{"web"}, Serials: []UserSerial{serial}}
 		}
+		c.Users = []User{user("alice", l.ca), user("bob", next)}
 	})
 	if changes := l.reload(t, both); changes.Ended != 0 {
 		t.Errorf("another CA beside it ended %d connections", changes.Ended)

@@ -204,8 +204,10 @@ func (v *visits) String() string {
 		return "no visits"
 	}
 	slices.Sort(v.took)
-	return fmt.Sprintf("%d of %d visits, median %v, 99%% within %v",
-		n, n+len(v.errs), v.took[n/2].Round(time.Millisecond/10), v.took[n*99/100].Round(time.Millisecond/10))
+	part := func(percent int) time.Duration {
+		return v.took[n*percent/100].Round(time.Millisecond / 10)
+	}
+	return fmt.Sprintf("%d of %d visits, median %v, 99%% within %v", n, n+len(v.errs), part(50), part(99))
 }
 
 // delayed returns a connection over which bytes take 100 ms to and from c, unless err says that
@@ -282,7 +284,9 @@ func TestExpiredFilesDoNotBlockARemoval(t *testing.T) {
 		soon := serverOf(7)
 		soon.NotAfter = expires
 		l.config.TLS.Cert, l.config.TLS.Key = writePEM(t, t.TempDir(), "soon", l.ca.issue(t, soon))
-		ca := newAuthority(t, "upstream CA").renewed(t, func(c *x509.Certificate) { c.NotAfter = expires })
+		ca := newAuthority(t, "upstream CA").renewed(t, func(c *x509.Certificate) {
+			c.NotAfter = expires
+		})
 		file, _ := writePEM(t, l.dir, "upstream-ca", tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
 		l.config.Apps[1].Upstreams[0].TLS = &UpstreamTLS{CA: file}
 	})

@@ -369,8 +369,8 @@ func (r *Relay) panicking(p any) {
 	r.Abort(ErrPanicked)
 }
 
-// close closes e, unless it was reset, which leaves only the layers open. A panic of somebody's conn
-// is recorded: it must not end the process.
+// close closes e, unless it was reset, which leaves only the layers open. A panic of somebody's
+// conn is recorded: it must not end the process.
 func (r *Relay) close(e *end) {
 	if !e.layered && r.isHungUp() {
 		return

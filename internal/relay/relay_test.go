@@ -310,8 +310,8 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	}
 }
 
-// What a quiet connection has moved has long arrived, so its reset is passed on without a wait, also
-// where the system does not say what has arrived.
+// What a quiet connection has moved has long arrived, so its reset is passed on without a wait,
+// also where the system does not say what has arrived.
 func TestResetOfAQuietConnectionIsPassedOnAtOnce(t *testing.T) {
 	const conns = 8
 	type pair struct {

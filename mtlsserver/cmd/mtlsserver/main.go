@@ -181,10 +181,12 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 				level = slog.LevelDebug
 			}
 			logger := func(w io.Writer) *slog.Logger {
+				opts := &slog.HandlerOptions{Level: level}
 				if *format == "text" {
-					return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+					return slog.New(slog.NewTextHandler(w, opts))
 				}
-				return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: seconds}))
+				opts.ReplaceAttr = seconds
+				return slog.New(slog.NewJSONHandler(w, opts))
 			}
 			if *format != "json" && *format != "text" {
 				return fmt.Errorf("mtlsserver run: -log %q: want json or text", *format)
