@@ -79,9 +79,9 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 	for i, conf := range snap.config.Apps {
 		byID[conf.ID] = upstreams[i]
 	}
-	for app := range s.apps {
-		if now := byID[app.Stats().App]; now != nil {
-			if err := app.SetUpstreams(now); err != nil {
+	for p := range s.proxies {
+		if now := byID[p.conf.ID]; now != nil {
+			if err := p.app.SetUpstreams(now); err != nil {
 				panic(err) // check has found them valid
 			}
 		}
