@@ -168,13 +168,19 @@ func giveUp(t *testing.T, cmd *exec.Cmd) {
 // system closes it when a program exits.
 func (m *mtls) dial(t *testing.T) (c *tls.Conn, raw *net.TCPConn) {
 	t.Helper()
+	raw = proxytest.Dial(t, m.addr)
+	return m.client(t, raw), raw
+}
+
+// client returns alice's side of TLS over raw.
+func (m *mtls) client(t *testing.T, raw net.Conn) *tls.Conn {
+	t.Helper()
 	cert, err := tls.LoadX509KeyPair(m.file("alice.pem"), m.file("alice.key"))
 	proxytest.Must(t, err)
-	raw = proxytest.Dial(t, m.addr)
 	return tls.Client(raw, &tls.Config{
 		// The origin's bytes are what is looked at here; who the server is others check.
 		InsecureSkipVerify: true, Certificates: []tls.Certificate{cert},
-	}), raw
+	})
 }
 
 func readAnswer(t *testing.T, c net.Conn, size int64) {

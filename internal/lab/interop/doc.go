@@ -6,6 +6,7 @@
 //	LBPROXY_INTEROP=all go test ./interop   a missing program is a failure
 //
 // The programs are those of the Debian packages postgresql, redis-server, redis-tools, iperf3,
-// openssh-server, openssh-client, rsync, nginx-light, curl, openssl, python3 and nodejs. Everything
-// runs on loopback, on free ports, in folders of its own, and ends with its test.
+// openssh-server, openssh-client, rsync, nginx-light, libnginx-mod-stream, haproxy, varnish, curl,
+// openssl, python3, nodejs and chromium. Everything runs on loopback, on free ports, in folders of
+// its own, and ends with its test.
 package interop

@@ -59,12 +59,26 @@ func need(t *testing.T, name, debian string) string {
 		}
 	}
 	path, err := exec.LookPath(name)
-	if err != nil && os.Getenv("LBPROXY_INTEROP") == "all" {
-		t.Fatalf("%s is not installed: apt-get install %s", name, debian)
-	} else if err != nil {
-		t.Skipf("%s is not installed: apt-get install %s", name, debian)
+	if err != nil {
+		missing(t, name, debian)
 	}
 	return path
+}
+
+// needFile is need for what is no program.
+func needFile(t *testing.T, path, debian string) {
+	t.Helper()
+	if _, err := os.Stat(path); err != nil {
+		missing(t, path, debian)
+	}
+}
+
+func missing(t *testing.T, what, debian string) {
+	t.Helper()
+	if os.Getenv("LBPROXY_INTEROP") == "all" {
+		t.Fatalf("%s is not installed: apt-get install %s", what, debian)
+	}
+	t.Skipf("%s is not installed: apt-get install %s", what, debian)
 }
 
 // folder returns a new folder that other users may enter.
@@ -425,4 +439,23 @@ func (o *origin) take() []string {
 	ends := o.ends
 	o.ends = nil
 	return ends
+}
+
+// waitFor waits until addr accepts connections.
+func waitFor(t *testing.T, addr string) {
+	t.Helper()
+	proxytest.Eventually(t, addr+" accepts connections", func() bool {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+}
+
+func read(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	proxytest.Must(t, err)
+	return b
 }

@@ -15,36 +15,60 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// An mtls is a running mtlsserver with one app, "web", and the folder with what its client, alice,
-// needs: ca.pem, alice.pem and alice.key.
+// An mtls is a running mtlsserver and the folder with what its client, alice, needs: ca.pem,
+// alice.pem and alice.key.
 type mtls struct {
 	*proxy
 	dir string
 }
 
+// An object is one of config.json.
+type object = map[string]any
+
 // startMTLS starts mtlsserver in front of upstream. An empty closeNotify is left out.
 func startMTLS(t *testing.T, closeNotify, upstream string) *mtls {
 	t.Helper()
+	app := object{
+		"id": "web", "listen": "127.0.0.1:0", "upstreams": []object{{"addr": upstream}},
+	}
+	if closeNotify != "" {
+		app["closeNotify"] = closeNotify
+	}
+	return startApps(t, nil, app)
+}
+
+// startApps starts mtlsserver with handshake and apps as in config.json. Alice may use all of apps;
+// the first is the one that its clients use.
+func startApps(t *testing.T, handshake object, apps ...object) *mtls {
+	t.Helper()
+	var ids []string
+	for _, app := range apps {
+		ids = append(ids, app["id"].(string))
+	}
 	program, dir := filepath.Join(bin, "mtlsserver"), filepath.Join(folder(t), "pki")
 	output(t, command(t, program, "init", dir))
 	output(t, command(t, program, "issue", "-dir", dir, "-name", "alice", "-apps", "web"))
 	text, err := os.ReadFile(filepath.Join(dir, "config.json"))
 	proxytest.Must(t, err)
-	var config map[string]any
+	var config object
 	proxytest.Must(t, json.Unmarshal(text, &config))
-	app := map[string]any{
-		"id": "web", "listen": "127.0.0.1:0", "upstreams": []any{map[string]any{"addr": upstream}},
+	config["apps"] = apps
+	config["users"].([]any)[0].(object)["apps"] = ids
+	if handshake != nil {
+		config["handshake"] = handshake
 	}
-	if closeNotify != "" {
-		app["closeNotify"] = closeNotify
-	}
-	config["apps"] = []any{app}
 	text, err = json.Marshal(config)
 	proxytest.Must(t, err)
 	path := write(t, dir, "config.json", string(text))
-	p := &proxy{daemon: start(t, exec.Command(program, "run", "-v", "-config", path))}
-	p.addr = p.await(t, `app "web" listens on (\S+)`)
-	return &mtls{p, dir}
+	m := &mtls{&proxy{daemon: start(t, exec.Command(program, "run", "-v", "-config", path))}, dir}
+	m.addr = m.addrOf(t, ids[0])
+	return m
+}
+
+// addrOf returns where an app listens.
+func (m *mtls) addrOf(t *testing.T, app string) string {
+	t.Helper()
+	return m.await(t, fmt.Sprintf(`app %q listens on (\S+)`, app))
 }
 
 func (m *mtls) file(name string) string { return filepath.Join(m.dir, name) }

@@ -226,15 +226,28 @@ MaxStartups 100
 // startNginx starts an nginx with what goes into its http block, and returns its log's path.
 func startNginx(t *testing.T, dir, http string, addrs ...string) (d *daemon, log string) {
 	t.Helper()
+	return startNginxWithStream(t, dir, http, "", addrs...)
+}
+
+// startNginxWithStream is startNginx with a stream block, unless what goes into it is empty.
+func startNginxWithStream(
+	t *testing.T, dir, http, stream string, addrs ...string,
+) (d *daemon, log string) {
+	t.Helper()
 	nginx := need(t, "nginx", "nginx-light")
-	user := ""
+	user, module := "", ""
+	if stream != "" {
+		const path = "/usr/lib/nginx/modules/ngx_stream_module.so"
+		needFile(t, path, "libnginx-mod-stream")
+		module, stream = "load_module "+path+";", "stream {"+stream+"}"
+	}
 	if os.Getuid() == 0 {
 		user = "user root;"
 	}
 	dir, err := os.MkdirTemp(dir, "nginx")
 	proxytest.Must(t, err)
 	log = filepath.Join(dir, "error.log")
-	config := write(t, dir, "nginx.conf", fmt.Sprintf(`daemon off; worker_processes 1; %s
+	config := write(t, dir, "nginx.conf", fmt.Sprintf(`%[4]s daemon off; worker_processes 1; %[1]s
 pid %[2]s/pid; error_log %[2]s/error.log info;
 events { worker_connections 1000; }
 http {
@@ -243,7 +256,8 @@ http {
 	uwsgi_temp_path %[2]s/u; scgi_temp_path %[2]s/s;
 	%[3]s
 }
-`, user, dir, http))
+%[5]s
+`, user, dir, http, module, stream))
 	return start(t, command(t, nginx, "-p", dir, "-c", config, "-e", log), addrs...), log
 }
 

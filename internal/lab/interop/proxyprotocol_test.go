@@ -1,0 +1,377 @@
+//go:build linux
+
+package interop
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+// request is what a client sends to those that read PROXY headers and say what they have read.
+const request = "GET / HTTP/1.0\r\n\r\n"
+
+// A reader of PROXY headers answers each client with the addresses and ports of the client and of
+// the server it came to, and, if it sees TLS, its version and the certificate's common name.
+type reader struct {
+	addr     string
+	versions []int
+	tls      bool
+	first    bool // it speaks first, and reads nothing
+}
+
+// startReaders starts the software that others wrote. The checks function returns how many health
+// checks have come, by the logs, after it has looked for complaints in them.
+func startReaders(t *testing.T) (readers map[string]reader, checks func() map[string]int) {
+	t.Helper()
+	dir := folder(t)
+	readers = map[string]reader{}
+	addr := func() string { return "127.0.0.1:" + freePort(t) }
+	both := []int{1, 2}
+	readers["nginx-http"] = reader{addr: addr(), versions: both}
+	readers["nginx-stream"] = reader{addr: addr(), versions: both, first: true}
+	readers["haproxy"] = reader{addr: addr(), versions: both}
+	readers["varnish"] = reader{addr: addr(), versions: []int{2}, tls: true}
+
+	const seen = "$proxy_protocol_addr $proxy_protocol_port " +
+		"$proxy_protocol_server_addr $proxy_protocol_server_port"
+	streamLog := filepath.Join(dir, "stream.log")
+	_, nginxLog := startNginxWithStream(t, dir,
+		fmt.Sprintf("server { listen %s proxy_protocol; return 200 '%s'; }",
+			readers["nginx-http"].addr, seen),
+		fmt.Sprintf("log_format seen 'seen<$proxy_protocol_addr>'; access_log %s seen; "+
+			"server { listen %s proxy_protocol; return '%s'; }",
+			streamLog, readers["nginx-stream"].addr, seen))
+	haproxy := startHAProxy(t, fmt.Sprintf(`
+frontend web
+	bind %s accept-proxy
+	mode http
+	log-format "received:%%[fc_rcvd_proxy] %%[src]"
+	http-request return status 200 content-type text/plain lf-string "%%[src] %%[src_port] %%[dst] %%[dst_port]"
+`, readers["haproxy"].addr))
+	vcl := write(t, dir, "seen.vcl", `vcl 4.1;
+import proxy;
+import std;
+backend none none;
+sub vcl_recv { return (synth(200)); }
+sub vcl_synth {
+	set resp.body = "" + client.ip + " " + std.port(client.ip) + " " + server.ip + " " +
+		std.port(server.ip) + " " + proxy.ssl_version() + " " + proxy.client_cert_cn();
+	return (deliver);
+}`)
+	varnish := start(t, command(t, need(t, "varnishd", "varnish"), "-F", "-j", "none", "-n",
+		filepath.Join(dir, "varnish"), "-a", readers["varnish"].addr+",PROXY", "-f", vcl,
+		"-T", "none", "-s", "malloc,10m", "-p", "thread_pool_min=10"))
+	varnish.await(t, "(said Child starts)")
+	return readers, func() map[string]int {
+		text := func(path string) string { return string(read(t, path)) }
+		wantNone(t, "nginx", text(nginxLog), `\[(error|crit|alert|emerg)\]`, "broken header")
+		wantNone(t, "HAProxy", haproxy.text(), "PROXY protocol header", "error")
+		wantNone(t, "Varnish", varnish.text(), "error", "panic", "died")
+		return map[string]int{
+			"nginx-stream": strings.Count(text(streamLog), "seen<->"),
+			"haproxy":      strings.Count(haproxy.text(), "received:"),
+		}
+	}
+}
+
+// startHAProxy starts an HAProxy with sections beside those for all.
+func startHAProxy(t *testing.T, sections string, addrs ...string) *daemon {
+	t.Helper()
+	config := write(t, folder(t), "haproxy.cfg", `global
+	log stdout format raw local0
+	nbthread 1
+	ssl-server-verify none
+defaults
+	log global
+	timeout connect 30s
+	timeout client 60s
+	timeout server 60s
+`+sections)
+	return start(t, command(t, need(t, "haproxy", "haproxy"), "-db", "-f", config), addrs...)
+}
+
+// Each reader understands what mtlsserver sends for a client, and its health checks.
+func TestPROXYHeadersAreUnderstood(t *testing.T) {
+	readers, checks := startReaders(t)
+	var apps []object
+	for name, r := range readers {
+		for _, v := range r.versions {
+			apps = append(apps, object{
+				"id": fmt.Sprint(name, "-", v), "listen": "[::]:0",
+				"upstreams":   []object{{"addr": r.addr, "proxyProtocol": v}},
+				"healthCheck": object{"interval": "50ms", "timeout": "10s"},
+			})
+		}
+	}
+	m := startApps(t, nil, apps...)
+	for name, r := range readers {
+		for _, v := range r.versions {
+			id := fmt.Sprint(name, "-", v)
+			_, port, _ := net.SplitHostPort(m.addrOf(t, id))
+			for _, host := range []string{"127.0.0.1", "::1"} {
+				t.Run(id+" "+host, func(t *testing.T) {
+					raw := proxytest.Dial(t, net.JoinHostPort(host, port))
+					want := seenBy(raw.LocalAddr(), raw.RemoteAddr())
+					if r.tls {
+						want += " TLSv1.3 alice"
+					}
+					if got := ask(t, m.client(t, raw), r.first); got != want {
+						t.Errorf("%s has seen %q, want %q", name, got, want)
+					}
+				})
+			}
+		}
+	}
+	proxytest.Eventually(t, "health checks come, without an address", func() bool {
+		n := checks()
+		return n["nginx-stream"] >= 10 && n["haproxy"] >= 10
+	})
+	wantNone(t, "mtlsserver", m.text(), "upstream is down", "upstream failed")
+	checks()
+	m.wantEnds(t, len(apps)*2, "done")
+}
+
+// seenBy is what a reader says of a connection between two addresses.
+func seenBy(client, server net.Addr) string {
+	c, s := client.(*net.TCPAddr), server.(*net.TCPAddr)
+	return fmt.Sprint(c.IP, " ", c.Port, " ", s.IP, " ", s.Port)
+}
+
+// ask returns what a reader says, after the head of an HTTP answer if it has one.
+func ask(t *testing.T, c net.Conn, first bool) string {
+	t.Helper()
+	if !first {
+		_, err := io.WriteString(c, request)
+		proxytest.Must(t, err)
+	}
+	answer, err := io.ReadAll(c)
+	proxytest.Must(t, err)
+	c.Close()
+	if _, body, ok := strings.Cut(string(answer), "\r\n\r\n"); ok {
+		return body
+	}
+	return string(answer)
+}
+
+// senders are ways to put a PROXY header before a connection from %[1]s to %[2]s. HAProxy has health
+// checks of its own, nginx has none. Those that speak TLS do so on both sides.
+var senders = []struct{ name, nginx, haproxy string }{
+	{"nginx", "listen %[1]s; proxy_pass %[2]s; proxy_protocol on;", ""},
+	{"send-proxy", "", "\tbind %[1]s\n\tserver s %[2]s send-proxy check inter 100ms\n"},
+	{"send-proxy-v2", "", "\tbind %[1]s\n\tserver s %[2]s send-proxy-v2 check inter 100ms\n"},
+	{"send-proxy-v2-ssl-cn", "",
+		"\tbind %[1]s ssl crt %[3]s/both.pem ca-file %[3]s/ca.pem verify required\n" +
+			"\tserver s %[2]s send-proxy-v2-ssl-cn ssl crt %[3]s/alice-both.pem check inter 100ms\n"},
+}
+
+// startSenders starts all of senders in front of server. It returns their addresses for a host of
+// loopback.
+func startSenders(t *testing.T, m *mtls, host, server string) map[string]string {
+	t.Helper()
+	pem := func(name, of string) {
+		write(t, m.dir, name, string(read(t, m.file(of+".pem")))+string(read(t, m.file(of+".key"))))
+	}
+	pem("both.pem", "server")
+	pem("alice-both.pem", "alice")
+	stream, proxies, addrs := "", "", map[string]string{}
+	var all []string
+	for _, s := range senders {
+		addr := net.JoinHostPort(host, freePort(t))
+		addrs[s.name], all = addr, append(all, addr)
+		if s.nginx != "" {
+			stream += "server {" + fmt.Sprintf(s.nginx, addr, server) + "}\n"
+		} else {
+			haproxyAddr := strings.NewReplacer("[", "", "]", "").Replace(addr)
+			proxies += "listen " + s.name + "\n" + fmt.Sprintf(s.haproxy, haproxyAddr, server, m.dir)
+		}
+	}
+	startNginxWithStream(t, folder(t), "", stream)
+	startHAProxy(t, proxies)
+	for _, addr := range all {
+		waitFor(t, addr)
+	}
+	return addrs
+}
+
+// mtlsserver believes the headers of senders that it trusts: its log and what it sends on have the
+// client's address. A health check is a connection of the sender's own.
+func TestPROXYHeadersAreBelieved(t *testing.T) {
+	nginx := "127.0.0.1:" + freePort(t)
+	startNginx(t, folder(t), fmt.Sprintf("server { listen %s proxy_protocol; return 200 '%s'; }",
+		nginx, "$proxy_protocol_addr $proxy_protocol_port "+
+			"$proxy_protocol_server_addr $proxy_protocol_server_port"), nginx)
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		m := startApps(t, nil, object{
+			"id": "web", "listen": "127.0.0.1:0", "acceptProxy": []string{"127.0.0.0/8", "::1/128"},
+			"upstreams": []object{{"addr": nginx, "proxyProtocol": 2}},
+		})
+		clients := map[string]bool{} // those of the test, not of HAProxy
+		for name, addr := range startSenders(t, m, host, m.addr) {
+			t.Run(name+" "+host, func(t *testing.T) {
+				raw := proxytest.Dial(t, addr)
+				want := seenBy(raw.LocalAddr(), raw.RemoteAddr())
+				if got := ask(t, m.client(t, raw), false); got != want {
+					t.Errorf("the upstream has seen %q, want %q", got, want)
+				}
+				clients[raw.LocalAddr().String()] = true
+			})
+		}
+		count := func(ends []end) (known, checks int) {
+			for _, e := range ends {
+				client := clientOf(e)
+				want := "client-gone client-error" // HAProxy resets its checks, during the handshake or after
+				if clients[client] {
+					want, known = "done client-closed", known+1
+				} else if strings.HasPrefix(client, "127.0.0.1:") { // mtlsserver's own family
+					checks++
+				}
+				if !slices.Contains(strings.Fields(want), e.reason) {
+					t.Errorf("a connection ended as %q, want %s: %s", e.reason, want, e.detail)
+				}
+			}
+			return known, checks
+		}
+		proxytest.Eventually(t, "clients and checks are in the log", func() bool {
+			known, checks := count(parseEnds(t, m.text()))
+			return known == len(senders) && checks > 10
+		})
+		count(m.ends(t))
+	}
+}
+
+// clientOf returns the address in a line of mtlsserver's log.
+func clientOf(e end) string {
+	_, rest, _ := strings.Cut(e.detail, `"client":"`)
+	addr, _, _ := strings.Cut(rest, `"`)
+	return addr
+}
+
+// From a peer that is not trusted a header is bytes like any other.
+func TestPROXYHeadersOfOthersAreBytes(t *testing.T) {
+	received := make(chan string, 1)
+	upstream := proxytest.Upstream(t, func(c *net.TCPConn) {
+		b, _ := io.ReadAll(c)
+		received <- string(b)
+	})
+	trusted := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
+	front, _ := serveApp(t, upstream, lbproxy.AcceptProxy(trusted, nil))
+	m := startApps(t, nil, object{
+		"id": "web", "listen": "127.0.0.1:0", "acceptProxy": []string{"10.0.0.0/8"},
+		"upstreams": []object{{"addr": upstream}},
+	})
+	plain, mutual := "127.0.0.1:"+freePort(t), "127.0.0.1:"+freePort(t)
+	startHAProxy(t, fmt.Sprintf(`
+listen plain
+	bind %s
+	server s %s send-proxy
+listen mutual
+	bind %s
+	server s %s send-proxy-v2
+`, plain, front, mutual, m.addr))
+	waitFor(t, mutual)
+	c := proxytest.Dial(t, plain)
+	io.WriteString(c, "hello")
+	c.CloseWrite()
+	client, server := c.LocalAddr().(*net.TCPAddr), c.RemoteAddr().(*net.TCPAddr)
+	want := fmt.Sprintf("PROXY TCP4 %v %v %d %d\r\nhello", client.IP, server.IP, client.Port, server.Port)
+	if got := proxytest.Receive(t, "the bytes", received); got != want {
+		t.Errorf("the upstream has received %q, want %q", got, want)
+	}
+	raw := proxytest.Dial(t, mutual)
+	if err := m.client(t, raw).Handshake(); err == nil {
+		t.Error("a handshake behind a header that is not believed succeeded")
+	}
+	m.wantEnds(t, 1, "not-tls")
+	if text := m.text(); strings.Contains(text, raw.LocalAddr().String()) {
+		t.Errorf("the log has the address of a header that is not believed: %s", text)
+	}
+}
+
+// serveApp serves an app before upstream, in this process.
+func serveApp(t *testing.T, upstream string, admit lbproxy.AdmitFunc) (addr string, a *lbproxy.LBProxyApp) {
+	t.Helper()
+	a, err := lbproxy.New("test", []lbproxy.Upstream{{Addr: upstream}}, nil)
+	proxytest.Must(t, err)
+	l := proxytest.Listen(t)
+	served := make(chan error, 1)
+	go func() { served <- a.Serve(l, admit) }()
+	t.Cleanup(func() {
+		a.Close()
+		<-served
+	})
+	return l.Addr().String(), a
+}
+
+// Behind a trusted balancer all clients come from one address. Limits go by the header's.
+func TestLimitsGoByThePROXYHeadersAddress(t *testing.T) {
+	trusted := []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}
+	limits := lbproxy.NewClientLimits(100, func(string) lbproxy.RateLimitManager {
+		return &lbproxy.OpenLimit{Max: 1}
+	})
+	o := newOrigin(t)
+	front, app := serveApp(t, o.addr, lbproxy.AcceptProxy(trusted,
+		func(_ context.Context, c *lbproxy.Conn) error {
+			c.RateLimit = limits.For(c.ClientAddr.(*net.TCPAddr).IP.String())
+			return nil
+		}))
+	m := startApps(t, object{"maxPerAddress": 1, "timeout": "1m"}, object{
+		"id": "web", "listen": "127.0.0.1:0", "acceptProxy": []string{"127.0.0.1/32"},
+		"upstreams": []object{{"addr": o.addr}},
+	})
+	plain, mutual := "127.0.0.1:"+freePort(t), "127.0.0.1:"+freePort(t)
+	startHAProxy(t, fmt.Sprintf(`
+listen plain
+	bind %s
+	server s %s send-proxy-v2
+listen mutual
+	bind %s
+	server s %s send-proxy
+`, plain, front, mutual, m.addr))
+	waitFor(t, mutual)
+
+	t.Run("ClientLimits", func(t *testing.T) {
+		ann, bob := dialFrom(t, "127.0.0.2", plain), dialFrom(t, "127.0.0.3", plain)
+		for _, c := range []net.Conn{ann, bob} {
+			io.WriteString(c, "GET /1 HTTP/1.1\r\n\r\n")
+			readAnswer(t, c, 1)
+		}
+		second := dialFrom(t, "127.0.0.2", plain)
+		io.WriteString(second, "GET /1 HTTP/1.1\r\n\r\n")
+		if n, err := second.Read(make([]byte, 1)); n > 0 {
+			t.Errorf("a second connection of one client is served, %v", err)
+		}
+		if n := app.Stats().Ends[lbproxy.EndRateLimited]; n != 1 {
+			t.Errorf("%d connections were refused, want 1", n)
+		}
+	})
+	// One handshake of an address may be in progress here, and four wait.
+	t.Run("places for handshakes", func(t *testing.T) {
+		for range 6 {
+			io.WriteString(dialFrom(t, "127.0.0.2", mutual), "\x16")
+		}
+		m.await(t, `"client":"127.0.0.2:\d+","reason":"(too-many-from-address)"`)
+		c := m.client(t, dialFrom(t, "127.0.0.3", mutual))
+		io.WriteString(c, "GET /1 HTTP/1.1\r\n\r\n")
+		readAnswer(t, c, 1)
+	})
+}
+
+// dialFrom connects from an address of loopback.
+func dialFrom(t *testing.T, from, to string) *net.TCPConn {
+	t.Helper()
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: proxytest.Patience}
+	c, err := dialer.Dial("tcp", to)
+	proxytest.Must(t, err)
+	t.Cleanup(func() { c.Close() })
+	return c.(*net.TCPConn)
+}
