@@ -453,7 +453,7 @@ func waitFor(t *testing.T, addr string) {
 	})
 }
 
-func read(t *testing.T, path string) []byte {
+func readFile(t *testing.T, path string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(path)
 	proxytest.Must(t, err)

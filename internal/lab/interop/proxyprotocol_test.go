@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -29,6 +30,9 @@ type reader struct {
 	first    bool // it speaks first, and reads nothing
 }
 
+const nginxSeen = "$proxy_protocol_addr $proxy_protocol_port " +
+	"$proxy_protocol_server_addr $proxy_protocol_server_port"
+
 // startReaders starts the software that others wrote. The checks function returns how many health
 // checks have come, by the logs, after it has looked for complaints in them.
 func startReaders(t *testing.T) (readers map[string]reader, checks func() map[string]int) {
@@ -42,22 +46,20 @@ func startReaders(t *testing.T) (readers map[string]reader, checks func() map[st
 	readers["haproxy"] = reader{addr: addr(), versions: both}
 	readers["varnish"] = reader{addr: addr(), versions: []int{2}, tls: true}
 
-	const seen = "$proxy_protocol_addr $proxy_protocol_port " +
-		"$proxy_protocol_server_addr $proxy_protocol_server_port"
 	streamLog := filepath.Join(dir, "stream.log")
 	_, nginxLog := startNginxWithStream(t, dir,
 		fmt.Sprintf("server { listen %s proxy_protocol; return 200 '%s'; }",
-			readers["nginx-http"].addr, seen),
+			readers["nginx-http"].addr, nginxSeen),
 		fmt.Sprintf("log_format seen 'seen<$proxy_protocol_addr>'; access_log %s seen; "+
 			"server { listen %s proxy_protocol; return '%s'; }",
-			streamLog, readers["nginx-stream"].addr, seen))
+			streamLog, readers["nginx-stream"].addr, nginxSeen))
 	haproxy := startHAProxy(t, fmt.Sprintf(`
 frontend web
 	bind %s accept-proxy
 	mode http
 	log-format "received:%%[fc_rcvd_proxy] %%[src]"
-	http-request return status 200 content-type text/plain lf-string "%%[src] %%[src_port] %%[dst] %%[dst_port]"
-`, readers["haproxy"].addr))
+	http-request return status 200 content-type text/plain lf-string "%s"
+`, readers["haproxy"].addr, "%[src] %[src_port] %[dst] %[dst_port]"))
 	vcl := write(t, dir, "seen.vcl", `vcl 4.1;
 import proxy;
 import std;
@@ -73,7 +75,7 @@ sub vcl_synth {
 		"-T", "none", "-s", "malloc,10m", "-p", "thread_pool_min=10"))
 	varnish.await(t, "(said Child starts)")
 	return readers, func() map[string]int {
-		text := func(path string) string { return string(read(t, path)) }
+		text := func(path string) string { return string(readFile(t, path)) }
 		wantNone(t, "nginx", text(nginxLog), `\[(error|crit|alert|emerg)\]`, "broken header")
 		wantNone(t, "HAProxy", haproxy.text(), "PROXY protocol header", "error")
 		wantNone(t, "Varnish", varnish.text(), "error", "panic", "died")
@@ -163,8 +165,8 @@ func ask(t *testing.T, c net.Conn, first bool) string {
 	return string(answer)
 }
 
-// senders are ways to put a PROXY header before a connection from %[1]s to %[2]s. HAProxy has health
-// checks of its own, nginx has none. Those that speak TLS do so on both sides.
+// senders are ways to put a PROXY header before a connection from %[1]s to %[2]s. HAProxy has
+// health checks of its own, nginx has none. Those that speak TLS do so on both sides.
 var senders = []struct{ name, nginx, haproxy string }{
 	{"nginx", "listen %[1]s; proxy_pass %[2]s; proxy_protocol on;", ""},
 	{"send-proxy", "", "\tbind %[1]s\n\tserver s %[2]s send-proxy check inter 100ms\n"},
@@ -179,7 +181,8 @@ var senders = []struct{ name, nginx, haproxy string }{
 func startSenders(t *testing.T, m *mtls, host, server string) map[string]string {
 	t.Helper()
 	pem := func(name, of string) {
-		write(t, m.dir, name, string(read(t, m.file(of+".pem")))+string(read(t, m.file(of+".key"))))
+		cert, key := readFile(t, m.file(of+".pem")), readFile(t, m.file(of+".key"))
+		write(t, m.dir, name, string(cert)+string(key))
 	}
 	pem("both.pem", "server")
 	pem("alice-both.pem", "alice")
@@ -208,8 +211,7 @@ func startSenders(t *testing.T, m *mtls, host, server string) map[string]string 
 func TestPROXYHeadersAreBelieved(t *testing.T) {
 	nginx := "127.0.0.1:" + freePort(t)
 	startNginx(t, folder(t), fmt.Sprintf("server { listen %s proxy_protocol; return 200 '%s'; }",
-		nginx, "$proxy_protocol_addr $proxy_protocol_port "+
-			"$proxy_protocol_server_addr $proxy_protocol_server_port"), nginx)
+		nginx, nginxSeen), nginx)
 	for _, host := range []string{"127.0.0.1", "::1"} {
 		m := startApps(t, nil, object{
 			"id": "web", "listen": "127.0.0.1:0", "acceptProxy": []string{"127.0.0.0/8", "::1/128"},
@@ -264,7 +266,7 @@ func TestPROXYHeadersOfOthersAreBytes(t *testing.T) {
 		received <- string(b)
 	})
 	trusted := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
-	front, _ := serveApp(t, upstream, lbproxy.AcceptProxy(trusted, nil))
+	front, _ := serveApp(t, lbproxy.Upstream{Addr: upstream}, lbproxy.AcceptProxy(trusted, nil))
 	m := startApps(t, nil, object{
 		"id": "web", "listen": "127.0.0.1:0", "acceptProxy": []string{"10.0.0.0/8"},
 		"upstreams": []object{{"addr": upstream}},
@@ -283,7 +285,8 @@ listen mutual
 	io.WriteString(c, "hello")
 	c.CloseWrite()
 	client, server := c.LocalAddr().(*net.TCPAddr), c.RemoteAddr().(*net.TCPAddr)
-	want := fmt.Sprintf("PROXY TCP4 %v %v %d %d\r\nhello", client.IP, server.IP, client.Port, server.Port)
+	want := fmt.Sprintf("PROXY TCP4 %v %v %d %d\r\nhello",
+		client.IP, server.IP, client.Port, server.Port)
 	if got := proxytest.Receive(t, "the bytes", received); got != want {
 		t.Errorf("the upstream has received %q, want %q", got, want)
 	}
@@ -298,9 +301,11 @@ listen mutual
 }
 
 // serveApp serves an app before upstream, in this process.
-func serveApp(t *testing.T, upstream string, admit lbproxy.AdmitFunc) (addr string, a *lbproxy.LBProxyApp) {
+func serveApp(
+	t *testing.T, upstream lbproxy.Upstream, admit lbproxy.AdmitFunc,
+) (addr string, a *lbproxy.LBProxyApp) {
 	t.Helper()
-	a, err := lbproxy.New("test", []lbproxy.Upstream{{Addr: upstream}}, nil)
+	a, err := lbproxy.New("test", []lbproxy.Upstream{upstream}, nil)
 	proxytest.Must(t, err)
 	l := proxytest.Listen(t)
 	served := make(chan error, 1)
@@ -319,7 +324,7 @@ func TestLimitsGoByThePROXYHeadersAddress(t *testing.T) {
 		return &lbproxy.OpenLimit{Max: 1}
 	})
 	o := newOrigin(t)
-	front, app := serveApp(t, o.addr, lbproxy.AcceptProxy(trusted,
+	front, app := serveApp(t, lbproxy.Upstream{Addr: o.addr}, lbproxy.AcceptProxy(trusted,
 		func(_ context.Context, c *lbproxy.Conn) error {
 			c.RateLimit = limits.For(c.ClientAddr.(*net.TCPAddr).IP.String())
 			return nil
@@ -364,6 +369,52 @@ listen mutual
 		io.WriteString(c, "GET /1 HTTP/1.1\r\n\r\n")
 		readAnswer(t, c, 1)
 	})
+}
+
+// The headers cost the bytes behind them nothing: they are spliced, for which the app makes a pipe.
+// The control hides the client's socket from the relay.
+func TestBulkBehindPROXYHeadersIsSpliced(t *testing.T) {
+	const size = 100 << 20
+	curl := need(t, "curl", "curl")
+	dir := folder(t)
+	path := write(t, dir, "bulk", "")
+	proxytest.Must(t, os.Truncate(path, size))
+	proxytest.Must(t, os.Chmod(path, 0o644))
+	nginx := "127.0.0.1:" + freePort(t)
+	startNginx(t, dir, fmt.Sprintf("server { listen %s proxy_protocol; root %s; }", nginx, dir), nginx)
+	trusted := []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}
+	for _, hidden := range []bool{false, true} {
+		front, _ := serveApp(t, lbproxy.Upstream{Addr: nginx, ProxyProtocol: 2},
+			lbproxy.AcceptProxy(trusted, func(_ context.Context, c *lbproxy.Conn) error {
+				if hidden {
+					c.Client = struct{ net.Conn }{c.Client}
+				}
+				return nil
+			}))
+		addr := "127.0.0.1:" + freePort(t)
+		startHAProxy(t, fmt.Sprintf("listen l\n\tbind %s\n\tserver s %s send-proxy-v2\n", addr, front),
+			addr)
+		before := pipes()
+		got := quiet(t, command(t, curl, "-sS", "--fail", "-o", "/dev/null",
+			"-w", "%{size_download}", "http://"+addr+"/bulk"))
+		if got != fmt.Sprint(size) {
+			t.Errorf("curl has received %s bytes, want %d", got, size)
+		}
+		if spliced := pipes() > before; spliced == hidden {
+			t.Errorf("hidden %v: spliced %v", hidden, spliced)
+		}
+	}
+}
+
+// pipes returns how many ends of pipes this process has open.
+func pipes() (n int) {
+	fds, _ := filepath.Glob("/proc/self/fd/*")
+	for _, fd := range fds {
+		if name, _ := os.Readlink(fd); strings.HasPrefix(name, "pipe:") {
+			n++
+		}
+	}
+	return n
 }
 
 // dialFrom connects from an address of loopback.

@@ -31,7 +31,7 @@ type difference struct {
 var differences = []difference{
 	{
 		"The receiver must not tolerate a single CR or LF character to end the line when a complete " +
-			"CRLF sequence is expected.", // against "must ignore anything presented before the CRLF is found"
+			"CRLF sequence is expected.",
 		func(b []byte) bool {
 			line, _, _ := bytes.Cut(b, []byte("\n"))
 			return bytes.HasPrefix(b, []byte("PROXY UNKNOWN ")) && bytes.Count(line, []byte("\r")) > 1
