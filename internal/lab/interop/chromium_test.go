@@ -1,0 +1,235 @@
+//go:build linux
+
+package interop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+// What Chromium makes of close_notify when it closes a connection: it does not send it. It asks for
+// no certificate here, which it would not choose by itself.
+var chromiumTable = []struct {
+	does                     string
+	required, idle, optional outcome
+}{
+	{idle, cut, ended, ended},
+	{upload, cutShort, anyEnd, anyEnd},
+}
+
+func TestCloseNotifyOfChromium(t *testing.T) {
+	for mode, closeNotify := range []lbproxy.CloseNotify{
+		lbproxy.CloseNotifyRequired, lbproxy.CloseNotifyIdle, lbproxy.CloseNotifyOptional,
+	} {
+		for _, row := range chromiumTable {
+			t.Run(fmt.Sprint(closeNotify, " ", row.does), func(t *testing.T) {
+				want := func(row int) outcome {
+					r := chromiumTable[row]
+					return []outcome{r.required, r.idle, r.optional}[mode]
+				}
+				s := newSite(t)
+				results := s.browse(t, closeNotify, row.does)
+				uploads := 0
+				check := func(what, got, want string) {
+					if !slices.Contains(strings.Fields(want), got) {
+						t.Errorf("%s: %q, want %s", what, got, want)
+					}
+				}
+				for _, r := range results {
+					kind := 0
+					if r.Sent >= sentOfUpload {
+						kind, uploads = 1, uploads+1
+					}
+					check(fmt.Sprint("the end of ", r.Conn.ClientAddr, " ", r.Err), r.End.String(), want(kind).reasons)
+				}
+				for _, v := range s.visits {
+					kind := 0
+					if v.upload {
+						kind = 1
+					}
+					check("the upstream's end", v.end, want(kind).upstream)
+				}
+				if (uploads == 1) != (row.does == upload) || len(results) != len(s.visits) {
+					t.Errorf("%d uploads, %d results, %d visits", uploads, len(results), len(s.visits))
+				}
+			})
+		}
+	}
+}
+
+// A site is an upstream that a browser uses. It stops reading an upload until the browser has given
+// it up.
+type site struct {
+	addr            string
+	stalled, resume chan struct{}
+	mu              sync.Mutex
+	visits          []*visit
+}
+
+// A visit is a connection to a site.
+type visit struct {
+	net.Conn
+	site   *site
+	upload bool
+	end    string // "end" or "reset"; "" while it is open
+}
+
+func (v *visit) Read(b []byte) (int, error) {
+	n, err := v.Conn.Read(b)
+	v.site.mu.Lock()
+	defer v.site.mu.Unlock()
+	switch {
+	case err == nil, errors.Is(err, os.ErrDeadlineExceeded), v.end != "":
+	case err == io.EOF:
+		v.end = "end"
+	default:
+		v.end = "reset"
+	}
+	return n, err
+}
+
+type siteListener struct {
+	net.Listener
+	site *site
+}
+
+func (l siteListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	v := &visit{Conn: c, site: l.site}
+	l.site.mu.Lock()
+	defer l.site.mu.Unlock()
+	l.site.visits = append(l.site.visits, v)
+	return v, nil
+}
+
+type visitKey struct{}
+
+const uploadSize = 30_000_000
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	s := &site{stalled: make(chan struct{}), resume: make(chan struct{})}
+	mux := http.NewServeMux()
+	page := func(script string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprintf(w, "<!DOCTYPE html><body><script>(async () => {%s})()</script>", script)
+		}
+	}
+	mux.HandleFunc("GET /idle", page(`
+		const got = await (await fetch('/pattern')).arrayBuffer();
+		document.body.textContent = 'got ' + got.byteLength;`))
+	mux.HandleFunc("GET /mid-upload", page(`
+		const body = await (await fetch('/pattern')).arrayBuffer();
+		const abort = new AbortController();
+		fetch('/upload', {method: 'POST', body, signal: abort.signal}).catch(() => {});
+		await fetch('/stalled');
+		abort.abort();
+		await fetch('/resume');
+		document.body.textContent = 'got ' + body.byteLength;`))
+	mux.HandleFunc("GET /favicon.ico", http.NotFound)
+	mux.HandleFunc("GET /pattern", func(w http.ResponseWriter, _ *http.Request) {
+		proxytest.Pattern(uploadSize).Send(w, uploadSize)
+	})
+	mux.HandleFunc("POST /upload", func(_ http.ResponseWriter, r *http.Request) {
+		v := r.Context().Value(visitKey{}).(*visit)
+		s.mu.Lock()
+		v.upload = true
+		s.mu.Unlock()
+		got := &stallingReader{Reader: r.Body, until: sentOfUpload, stall: func() {
+			close(s.stalled)
+			<-s.resume
+		}}
+		if n, err := proxytest.Pattern(uploadSize).Receive(got); n == uploadSize {
+			t.Errorf("an upload that was given up arrived whole, %v", err)
+		}
+	})
+	mux.HandleFunc("GET /stalled", func(http.ResponseWriter, *http.Request) { <-s.stalled })
+	mux.HandleFunc("GET /resume", func(http.ResponseWriter, *http.Request) { close(s.resume) })
+	server := &http.Server{Handler: mux,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, visitKey{}, c)
+		}}
+	l := proxytest.Listen(t)
+	s.addr = l.Addr().String()
+	var served sync.WaitGroup
+	served.Go(func() { server.Serve(siteListener{l, s}) })
+	t.Cleanup(func() { server.Close(); served.Wait() })
+	return s
+}
+
+// A stallingReader calls stall once it has read until bytes.
+type stallingReader struct {
+	io.Reader
+	until int
+	stall func()
+}
+
+func (r *stallingReader) Read(b []byte) (int, error) {
+	n, err := r.Reader.Read(b)
+	if r.until > 0 && n >= r.until {
+		r.stall()
+	}
+	r.until -= n
+	return n, err
+}
+
+// browse has Chromium open a page of s by TLS, do what it says, and leave. It returns the results
+// of all of its connections.
+func (s *site) browse(t *testing.T, closeNotify lbproxy.CloseNotify, does string) []lbproxy.Result {
+	t.Helper()
+	chromium := need(t, "chromium", "chromium")
+	var mu sync.Mutex
+	var results []lbproxy.Result
+	app, err := lbproxy.New("site", []lbproxy.Upstream{{Addr: s.addr}}, &lbproxy.Options{
+		OnDone: func(r lbproxy.Result) {
+			mu.Lock()
+			defer mu.Unlock()
+			results = append(results, r)
+		},
+	})
+	proxytest.Must(t, err)
+	serverTLS, _ := proxytest.TLSConfigs()
+	l := proxytest.Listen(t)
+	var served sync.WaitGroup
+	served.Go(func() {
+		app.Serve(l, lbproxy.HandshakeTLS(serverTLS, func(_ context.Context, c *lbproxy.Conn) error {
+			c.Client.(*lbproxy.TLSConn).CloseNotify = closeNotify
+			return nil
+		}))
+	})
+	defer served.Wait()
+	defer app.Close()
+	page := map[string]string{idle: "/idle", upload: "/mid-upload"}[does]
+	dom, complaints := output(t, command(t, chromium, "--headless=new", "--no-sandbox", "--disable-gpu",
+		"--disable-background-networking", "--ignore-certificate-errors", "--user-data-dir="+folder(t),
+		"--timeout=60000", "--virtual-time-budget=10000", "--dump-dom",
+		"https://"+l.Addr().String()+page))
+	if want := fmt.Sprint("<body>got ", uploadSize, "</body>"); !strings.Contains(dom, want) {
+		t.Fatalf("the page is %q, want %s; %s", tail(dom), want, tail(complaints))
+	}
+	proxytest.Eventually(t, "all connections end", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		open := func(v *visit) bool { return v.end == "" }
+		return app.Stats().Open == 0 && !slices.ContainsFunc(s.visits, open)
+	})
+	app.Close()
+	mu.Lock()
+	defer mu.Unlock()
+	return results
+}
