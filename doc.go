@@ -47,6 +47,9 @@
 // at most a second, and then the other side is reset. Unix sockets have no reset; there the
 // connection is closed.
 //
+// Connections are dialed concurrently, so an upstream may accept two of them in another order than
+// their clients opened them.
+//
 // A client that is over its limit, or for whom there is no upstream, is reset. If that happens
 // quickly, its dial fails. [Conn].OnRefused can send it a last word first.
 //
