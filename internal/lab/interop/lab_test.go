@@ -284,6 +284,9 @@ var basicEnd = regexp.MustCompile(` end=(\S+) .*?(?: err=(.*))?$`)
 func parseEnds(t *testing.T, log string) (ends []end) {
 	t.Helper()
 	for line := range strings.Lines(log) {
+		if !strings.HasSuffix(line, "\n") {
+			break // the rest of it is still being written
+		}
 		line = strings.TrimSpace(line)
 		var e end
 		if strings.HasPrefix(line, "{") {
