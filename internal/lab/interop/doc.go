@@ -5,8 +5,8 @@
 //	go test ./interop                       what is installed; the rest is skipped by name
 //	LBPROXY_INTEROP=all go test ./interop   a missing program is a failure
 //
-// The programs are those of the Debian packages postgresql, redis-server, redis-tools, iperf3, iperf,
-// openssh-server, openssh-client, rsync, nginx-light, libnginx-mod-stream, haproxy, varnish, curl,
-// openssl, python3, nodejs and chromium. Everything runs on loopback, on free ports, in folders of
-// its own, and ends with its test.
+// The programs are those of the Debian packages postgresql, redis-server, redis-tools, iperf3,
+// iperf, openssh-server, openssh-client, rsync, nginx-light, libnginx-mod-stream, haproxy, varnish,
+// curl, openssl, python3, nodejs and chromium. Everything runs on loopback, on free ports, in
+// folders of its own, and ends with its test.
 package interop

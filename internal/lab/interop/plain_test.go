@@ -125,7 +125,6 @@ func TestIperf3(t *testing.T) {
 	iperf := need(t, "iperf3", "iperf3")
 	port := freePort(t)
 	server := start(t, command(t, iperf, "--forceflush", "-s", "-B", "127.0.0.1", "-p", port))
-	server.await(t, "(listening)")
 	p := startBasic(t, "127.0.0.1:"+port)
 	type sum struct{ Bytes int64 }
 	var report struct {
@@ -143,7 +142,8 @@ func TestIperf3(t *testing.T) {
 			t.Errorf("iperf3 %s: %v, %s", args, err, report.Error)
 		}
 	}
-	for _, args := range []string{"-R", "-P 4"} {
+	for i, args := range []string{"-R", "-P 4"} {
+		server.await(t, fmt.Sprintf(`(listening on \d+ \(test #%d\))`, i+1)) // else it is busy
 		measure(strings.Fields(args)...)
 		if report.End.Sent.Bytes == 0 || report.End.Received.Bytes == 0 {
 			t.Errorf("iperf3 %s: %+v", args, report.End)
