@@ -252,7 +252,7 @@ const (
 	EndNotAdmitted   EndReason = "not-admitted"   // admit returned an error
 	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by its RateLimitManager
 	EndNoUpstream    EndReason = "no-upstream"    // every upstream is full, down or draining
-	EndDialFailed    EndReason = "dial-failed"    // no upstream that might have served it could be reached
+	EndDialFailed    EndReason = "dial-failed"    // each upstream that was tried failed: see Err
 	EndClientError   EndReason = "client-error"   // the client's side failed
 	EndUpstreamError EndReason = "upstream-error" // the upstream's side failed
 	EndIdleTimeout   EndReason = "idle-timeout"   // no bytes either way for Options.IdleTimeout

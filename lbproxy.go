@@ -194,8 +194,8 @@ func orDefault(d, def time.Duration) time.Duration {
 // SetUpstreams replaces the upstreams. One whose Addr stays keeps its connections, counters and
 // state; the rest of its configuration holds from the next connection on. One that is removed gets
 // no new connections, and those it has go on to their end; if it is added again before that, it
-// keeps them and its counters. If any upstream is not valid, nothing
-// changes. The slice is copied.
+// keeps them and its counters. If an upstream is not valid, or there is none, nothing changes and
+// the error says which and why. The slice is copied.
 func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	if len(upstreams) == 0 {
 		return fmt.Errorf("lbproxy: app %q: no upstreams: give at least one", a.id)
@@ -399,9 +399,9 @@ func (a *LBProxyApp) Stats() Stats {
 	return s
 }
 
-// Conns returns an iterator over the open connections. One that was admitted before the call, and
-// is open until the iteration ends, comes exactly once, oldest first; others may come or not. The
-// app goes on meanwhile: it holds no lock while the loop's body runs.
+// Conns returns an iterator over the admitted connections, oldest first. One that is open from
+// before the call until the iteration ends comes exactly once; one that opens or ends meanwhile may
+// come or not. The app goes on meanwhile: it holds no lock while the loop's body runs.
 func (a *LBProxyApp) Conns() iter.Seq[*Conn] {
 	return func(yield func(*Conn) bool) {
 		for s := range a.walk() {
@@ -455,8 +455,9 @@ func (a *LBProxyApp) walk() iter.Seq[*session] {
 }
 
 // Shutdown stops accepting, closes the listeners, and waits until every connection has ended; then
-// it ends the health checks and waits for those in progress. If ctx ends first, it returns ctx's
-// error and leaves connections open: call Close to abort them.
+// it ends the health checks and waits for those in progress. A connection that is still in its
+// AdmitFunc counts, and is served if it is admitted. If ctx ends first, Shutdown returns ctx's error
+// and leaves connections open: call Close to abort them.
 func (a *LBProxyApp) Shutdown(ctx context.Context) error {
 	a.stop()
 	if err := await(ctx, a.drained); err != nil {

@@ -78,6 +78,15 @@ func TestHandshakeTLSRejectsOtherProtocols(t *testing.T) {
 	}
 }
 
+func TestHandshakeTLSNamesWhatFailed(t *testing.T) {
+	serverTLS, _ := tlsConfigs(t)
+	a, results := newApp(t, Options{}, "u:1")
+	dial(t, serve(t, a, HandshakeTLS(serverTLS, nil))).Close()
+	if r := <-results; r.End != EndNotAdmitted || r.Err.Error() != "lbproxy: TLS handshake: EOF" {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestHandshakeTLSGivesNextATLSConnWithoutDeadline(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	a, results := newApp(t, Options{}, upstreamDoing(t, echo))

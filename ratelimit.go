@@ -479,8 +479,8 @@ type ClientLimits struct {
 // When max is reached, a new client takes the place of an idle one, which is forgotten: a client
 // without open connections whose manager has no method Idle() bool, or one that returns true.
 // [TokenBucket], [Bandwidth] and [All] have that method, so no client regains what it has spent by
-// being forgotten. If a few clients have been looked at and none of them is idle, the new client is
-// refused with [ErrTooManyClients].
+// being forgotten. If none of a small sample of clients is idle, the new client is refused with
+// [ErrTooManyClients], although others may be idle.
 func NewClientLimits(max int, newLimit func(client string) RateLimitManager) *ClientLimits {
 	return &ClientLimits{max: max, newLimit: newLimit, clients: map[string]*clientLimit{}}
 }

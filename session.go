@@ -35,7 +35,7 @@ type session struct {
 	keep     bool // client outlives the relay, for OnRefused
 	outcome  relay.Outcome
 	done     chan struct{} // closed by Done where a goroutine waits to finish the session
-	result   *Result // set by settle: before that it would only take room
+	result   *Result       // set by settle: before that it would only take room
 
 	relay  *relay.Relay // guarded by conn.mu, like all that follows
 	state  ConnState

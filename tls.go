@@ -14,8 +14,11 @@ import (
 // HandshakeTLS returns an AdmitFunc that makes the client speak TLS, then asks next, which finds a
 // [*TLSConn] in Client and no deadline on it; a nil next admits everyone. The handshake has 10
 // seconds and at most 16 KiB from the client; use [TLSServer] for other bounds. HandshakeTLS
-// panics if config is nil. It does not bound how many handshakes are in progress:
-// Options.MaxConns does.
+// panics if config is nil.
+//
+// It does not bound how many handshakes are in progress: Options.MaxConns does. Limits that next
+// sets begin after the handshake. To bound the handshakes of one address, wrap HandshakeTLS in an
+// AdmitFunc that counts.
 func HandshakeTLS(config *tls.Config, next AdmitFunc) AdmitFunc {
 	if config == nil {
 		panic("lbproxy: HandshakeTLS: config is nil")
@@ -25,7 +28,7 @@ func HandshakeTLS(config *tls.Config, next AdmitFunc) AdmitFunc {
 		raw.SetDeadline(time.Now().Add(10 * time.Second))
 		t := TLSServer(raw, config, 16<<10)
 		if err := t.HandshakeContext(ctx); err != nil {
-			return err
+			return fmt.Errorf("lbproxy: TLS handshake: %w", err)
 		}
 		raw.SetDeadline(time.Time{})
 		c.Client = t

@@ -114,7 +114,7 @@ type UpstreamStats struct {
 type UpstreamChange struct {
 	App, Addr string
 	From      UpstreamState // empty: it was added
-	To        UpstreamState // equal to From if only Drain or Removed changed, or it changed back
+	To        UpstreamState // equal to From if only Drain or Removed changed, or changes merged
 	Drain     bool          // what holds now, whether or not it changed
 	Removed   bool          // likewise; connections may still be open on it
 	Err       error         // why it is cooling or down; nil otherwise
@@ -330,7 +330,7 @@ func (e *noUpstream) Is(target error) bool { return target == ErrNoUpstream }
 
 // errUpstreamDown ends dials to an upstream that is found down, and with Options.CloseOnDown its
 // connections.
-var errUpstreamDown = errors.New("lbproxy: health checks found the upstream down")
+var errUpstreamDown = errors.New("health checks found the upstream down")
 
 // A verdict is what a dial says about an upstream.
 type verdict uint8

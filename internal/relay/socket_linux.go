@@ -84,7 +84,7 @@ func (s *socket) Read(b []byte) (int, error) {
 	s.in.b = nil
 	switch {
 	case err != nil:
-		return 0, err
+		return 0, plainOp(err, "read")
 	case s.in.errno != 0:
 		return 0, s.opError("read", "read", s.in.errno)
 	case s.in.n == 0:
@@ -106,7 +106,16 @@ func (s *socket) write(b []byte, buf *buffer) (int, error) {
 	if err == nil && s.out.errno != 0 {
 		err = s.opError("write", "write", s.out.errno)
 	}
-	return n, err
+	return n, plainOp(err, "write")
+}
+
+// plainOp makes an error of a RawConn, such as "raw-read tcp …: i/o timeout", what that of the conn
+// itself would be.
+func plainOp(err error, op string) error {
+	if e, ok := err.(*net.OpError); ok {
+		e.Op = op
+	}
+	return err
 }
 
 func (s *socket) writeReady(fd uintptr) bool {

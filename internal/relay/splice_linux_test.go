@@ -651,3 +651,20 @@ func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 		t.Error("the acknowledgement waits for data")
 	}
 }
+
+// The errors of a socket are those that its conn would have returned.
+func TestSocketErrorsAreThoseOfTheConn(t *testing.T) {
+	_, c := duplex(t)
+	s := newSocket(c)
+	c.SetDeadline(time.Unix(1, 0))
+	b := make([]byte, 1)
+	for _, do := range []func(io.ReadWriter) (int, error){
+		func(c io.ReadWriter) (int, error) { return c.Read(b) },
+		func(c io.ReadWriter) (int, error) { return c.Write(b) },
+	} {
+		_, want := do(c)
+		if _, err := do(s); err == nil || err.Error() != want.Error() {
+			t.Errorf("%v, want %v", err, want)
+		}
+	}
+}
