@@ -1,0 +1,105 @@
+package admin
+
+import (
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+// Stats is what /api/stats answers.
+type Stats struct {
+	Time    time.Time `json:"time"`
+	Apps    []App     `json:"apps"`
+	History []Sample  `json:"history"` // of the last minutes, oldest first
+	Info
+}
+
+// An App is what the apps of one id have done and are doing: the current one, those that it
+// replaced, and those that are gone. The fields are those of lbproxy.Stats.
+type App struct {
+	ID          string                       `json:"id"`
+	Current     bool                         `json:"current"`
+	Open        int                          `json:"open"`
+	Accepted    uint64                       `json:"accepted"`
+	NotAdmitted uint64                       `json:"notAdmitted"`
+	Refused     uint64                       `json:"refused"`
+	Failed      uint64                       `json:"failed"`
+	Sent        uint64                       `json:"sent"`
+	Received    uint64                       `json:"received"`
+	Ends        map[lbproxy.EndReason]uint64 `json:"ends"`
+	Upstreams   []Upstream                   `json:"upstreams,omitempty"`
+	Gone        Upstream                     `json:"gone"` // the sums of upstreams that are gone
+
+	gone []Upstream
+}
+
+// An Upstream is what an app's upstream has done and is doing, as in lbproxy.UpstreamStats.
+type Upstream struct {
+	Addr     string                `json:"addr,omitempty"`
+	State    lbproxy.UpstreamState `json:"state,omitempty"`
+	Since    time.Time             `json:"since,omitzero"`
+	Error    string                `json:"error,omitempty"` // why it is cooling or down
+	Weight   int                   `json:"weight,omitempty"`
+	Drain    bool                  `json:"drain,omitempty"`
+	Removed  bool                  `json:"removed,omitempty"` // and has connections
+	Open     int                   `json:"open"`
+	Total    uint64                `json:"total"`
+	Failed   uint64                `json:"failed"`
+	Sent     uint64                `json:"sent"`
+	Received uint64                `json:"received"`
+}
+
+// A Sample is a point of the curves: sums over all apps.
+type Sample struct {
+	Time     time.Time `json:"time"`
+	Open     int       `json:"open"`
+	Accepted uint64    `json:"accepted"`
+	Bytes    uint64    `json:"bytes"` // both directions together
+}
+
+// Info is what a server knows of itself besides its apps.
+type Info struct {
+	NotReady     string            `json:"notReady,omitempty"` // why it takes no connections
+	Refused      map[string]uint64 `json:"refused,omitempty"`  // clients, by reason
+	Users        []User            `json:"users,omitempty"`    // who have connections open
+	Certificates []Certificate     `json:"certificates,omitempty"`
+}
+
+// A User has connections open to an app.
+type User struct {
+	Name string `json:"name"`
+	App  string `json:"app"`
+	Open int    `json:"open"`
+}
+
+// A Certificate is one in force.
+type Certificate struct {
+	Key      string    `json:"key"` // where the configuration names it
+	File     string    `json:"file"`
+	Subject  string    `json:"subject"`
+	NotAfter time.Time `json:"notAfter"`
+}
+
+// Days returns how many days c is still valid.
+func (c Certificate) Days() int { return int(time.Until(c.NotAfter).Hours() / 24) }
+
+// Conns is what /api/conns answers.
+type Conns struct {
+	Conns []Conn `json:"conns"`
+	Next  int    `json:"next,omitempty"` // the offset of those that follow; 0 if there are none
+}
+
+// A Conn is an open connection.
+type Conn struct {
+	App      string            `json:"app"`
+	Client   string            `json:"client"` // its address
+	User     string            `json:"user,omitempty"`
+	Upstream string            `json:"upstream,omitempty"`
+	State    lbproxy.ConnState `json:"state"`
+	Since    time.Time         `json:"since"`
+	Sent     int64             `json:"sent"`
+	Received int64             `json:"received"`
+}
+
+// Age returns for how long c is open, in whole seconds.
+func (c Conn) Age() time.Duration { return time.Since(c.Since).Truncate(time.Second) }
