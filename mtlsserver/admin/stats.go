@@ -30,7 +30,8 @@ type App struct {
 	Upstreams   []Upstream                   `json:"upstreams,omitempty"`
 	Gone        Upstream                     `json:"gone"` // the sums of upstreams that are gone
 
-	gone []Upstream
+	rows map[string]int      // the indexes of Upstreams, by Addr
+	gone map[string]Upstream // the counts of others, by Addr
 }
 
 // An Upstream is what an app's upstream has done and is doing, as in lbproxy.UpstreamStats.
@@ -97,8 +98,8 @@ type Conn struct {
 	Upstream string            `json:"upstream,omitempty"`
 	State    lbproxy.ConnState `json:"state"`
 	Since    time.Time         `json:"since"`
-	Sent     int64             `json:"sent"`
-	Received int64             `json:"received"`
+	Sent     uint64            `json:"sent"`
+	Received uint64            `json:"received"`
 }
 
 // Age returns for how long c is open, in whole seconds.

@@ -1,0 +1,212 @@
+package admin
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+// ErrNotFound is for an Options.Drain that knows no such app or upstream.
+var ErrNotFound = errors.New("there is no such app or upstream")
+
+// ErrEnded is why a connection was ended that an administrator asked to end.
+var ErrEnded = errors.New("ended by an administrator")
+
+func (h *handler) apiStats(w http.ResponseWriter, r *http.Request) {
+	s := h.stats()
+	if r.FormValue("brief") != "" {
+		s.Users, s.Certificates = nil, nil
+		for i := range s.Apps {
+			s.Apps[i].Upstreams = nil
+		}
+	}
+	answer(w, http.StatusOK, s)
+}
+
+func (h *handler) apiConns(w http.ResponseWriter, r *http.Request) {
+	answer(w, http.StatusOK, h.conns(r, 100))
+}
+
+// conns returns the connections that a request selects; most is the limit if it has none.
+func (h *handler) conns(r *http.Request, most int) (page Conns) {
+	offset, _ := strconv.Atoi(r.FormValue("offset"))
+	if n, err := strconv.Atoi(r.FormValue("limit")); err == nil && n > 0 {
+		most = min(n, 1000)
+	}
+	page.Conns = []Conn{}
+	skip := max(offset, 0)
+	h.each(r.Form, func(c Conn, _ *lbproxy.Conn) bool {
+		switch {
+		case skip > 0:
+			skip--
+		case len(page.Conns) == most:
+			page.Next = max(offset, 0) + most
+			return false
+		default:
+			page.Conns = append(page.Conns, c)
+		}
+		return true
+	})
+	return page
+}
+
+// each calls f for the open connections that match all of app, user, upstream and client, until it
+// returns false.
+func (h *handler) each(want url.Values, f func(Conn, *lbproxy.Conn) bool) {
+	is := func(key, value string) bool { return want.Get(key) == "" || want.Get(key) == value }
+	for _, app := range h.Recorder.all(h.apps()) {
+		id := app.Stats().App
+		if !is("app", id) {
+			continue
+		}
+		for c := range app.Conns() {
+			info := c.Info()
+			client := c.ClientAddr
+			if client == nil {
+				client = c.Client.RemoteAddr()
+			}
+			conn := Conn{
+				App: id, Client: fmt.Sprint(client), User: c.ClientID, Upstream: info.Upstream, State: info.State,
+				Since: info.Start, Sent: uint64(info.Sent), Received: uint64(info.Received),
+			}
+			if is("user", conn.User) && is("upstream", conn.Upstream) && is("client", conn.Client) && !f(conn, c) {
+				return
+			}
+		}
+	}
+}
+
+// A change does what a request asks for and returns what to answer.
+type change func(h *handler, args url.Values) (any, error)
+
+func drain(on bool) change {
+	return func(h *handler, args url.Values) (any, error) {
+		if h.Drain == nil {
+			return nil, errNotOffered
+		}
+		for _, key := range []string{"app", "upstream"} {
+			if args.Get(key) == "" {
+				return nil, fmt.Errorf("%w: %s is missing", errArgument, key)
+			}
+		}
+		return struct{}{}, h.Drain(args.Get("app"), args.Get("upstream"), on)
+	}
+}
+
+func end(h *handler, args url.Values) (any, error) {
+	if args.Get("user")+args.Get("upstream")+args.Get("client") == "" {
+		return nil, fmt.Errorf("%w: give a user, upstream or client", errArgument)
+	}
+	ended := 0
+	h.each(args, func(_ Conn, c *lbproxy.Conn) bool {
+		c.Abort(ErrEnded)
+		ended++
+		return true
+	})
+	return map[string]int{"ended": ended}, nil
+}
+
+func reload(h *handler, _ url.Values) (any, error) {
+	if h.Reload == nil {
+		return nil, errNotOffered
+	}
+	changes, err := h.Reload()
+	if err != nil {
+		return nil, fmt.Errorf("%w%w", errRefused, err)
+	}
+	return changes, nil
+}
+
+var (
+	errArgument   = errors.New("bad request")
+	errForbidden  = errors.New("not allowed: use the Unix socket, or a bearer token")
+	errNotOffered = errors.New("not offered here")
+	errRefused    = errors.New("")
+)
+
+var codes = map[error]int{
+	errArgument: http.StatusBadRequest, errForbidden: http.StatusForbidden, ErrNotFound: http.StatusNotFound,
+	errNotOffered: http.StatusNotImplemented, errRefused: http.StatusUnprocessableEntity,
+}
+
+// changing returns what handles a change: it asks who it is, does it, and logs it.
+func (h *handler) changing(name string, do change) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		by, allowed := h.permit(r)
+		var result any
+		err := r.ParseForm()
+		switch {
+		case !allowed:
+			err = errForbidden
+		case err != nil:
+			err = fmt.Errorf("%w: %w", errArgument, err)
+		default:
+			result, err = do(h, r.Form)
+		}
+		attrs := []slog.Attr{slog.String("change", name), slog.String("by", by)}
+		level, code := slog.LevelInfo, http.StatusOK
+		if allowed { // else nothing that it says is worth a line
+			for _, key := range []string{"app", "user", "upstream", "client"} {
+				if v := r.Form.Get(key); v != "" {
+					attrs = append(attrs, slog.String(key, clean(v)))
+				}
+			}
+		}
+		if err != nil {
+			level, code = slog.LevelWarn, http.StatusInternalServerError
+			for known, c := range codes {
+				if errors.Is(err, known) {
+					code = c
+				}
+			}
+			result = map[string]string{"error": err.Error()}
+			attrs = append(attrs, slog.String("err", clean(err.Error())))
+		}
+		h.lines.Add(r.Context(), h.Logger, level, "admin: change", func() []slog.Attr { return attrs })
+		answer(w, code, result)
+	}
+}
+
+// permit returns who asks for a change, and whether they may.
+func (h *handler) permit(r *http.Request) (by string, ok bool) {
+	if bySocket(r) {
+		return "unix socket", true
+	}
+	got, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(h.Token))
+	return r.RemoteAddr, h.Token != "" && subtle.ConstantTimeCompare(a[:], b[:]) == 1
+}
+
+func answer(w http.ResponseWriter, code int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(v) // the client may be gone
+}
+
+// clean quotes a text that has anything but printable characters in it, and cuts it short: a peer
+// may have had a word in it.
+func clean(s string) string {
+	const most = 300
+	if len(s) > most {
+		s = s[:most]
+	}
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.QuoteToASCII(s)
+	}
+	return s
+}
+
+func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -1,0 +1,173 @@
+package admin
+
+import (
+	"cmp"
+	"embed"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/logqueue"
+)
+
+// Options say what a handler shows and permits. A nil *Options and the zero Options mean the
+// defaults.
+type Options struct {
+	// Hosts are names, without port, by which requests may come, besides localhost and IP
+	// addresses. Others are refused, so that no web site can have its name mean this address.
+	Hosts []string
+
+	// Token permits changes to requests that have it. Empty means that only the Unix socket of a
+	// Server does.
+	Token string
+
+	// Recorder keeps counts and durations. nil means one of the handler's own, without durations.
+	Recorder *Recorder
+
+	// Info returns what a server knows besides its apps; it adds metrics whose names begin with
+	// mtlsserver. nil means nothing.
+	Info func() Info
+
+	// Drain keeps new connections from an upstream, or ends that. Its error is told to who asked:
+	// one that is ErrNotFound is a 404. nil means that this is not offered.
+	Drain func(app, upstream string, drain bool) error
+
+	// Reload reloads the configuration. What it returns is answered in JSON, or its error. nil
+	// means that this is not offered.
+	Reload func() (any, error)
+
+	// Logger gets a line for each change, also one that is refused, on a goroutine of its own.
+	// nil means slog.Default().
+	Logger *slog.Logger
+}
+
+// Handler returns a handler that shows what apps do; see the package documentation for its paths.
+// apps is called for each request and returns the current ones, in the order to show. The handler
+// can be mounted at any path with http.StripPrefix. Whoever reaches it can read it: who that is,
+// is for the server to decide around it.
+func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
+	h := &handler{apps: apps, lines: logqueue.NewLines()}
+	if opts != nil {
+		h.Options = *opts
+	}
+	h.Logger = cmp.Or(h.Logger, slog.Default())
+	if h.Recorder == nil {
+		h.Recorder = &Recorder{}
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /{$}", h.page)
+	mux.HandleFunc("GET /conns", h.connsPage)
+	mux.Handle("GET /static/", http.FileServerFS(static))
+	mux.HandleFunc("GET /metrics", h.metrics)
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { text(w, 200, "ok\n") })
+	mux.HandleFunc("GET /readyz", h.readyz)
+	mux.HandleFunc("GET /api/stats", h.apiStats)
+	mux.HandleFunc("GET /api/conns", h.apiConns)
+	for name, do := range map[string]change{
+		"drain": drain(true), "undrain": drain(false), "end": end, "reload": reload,
+	} {
+		mux.HandleFunc("POST /api/"+name, h.changing(name, do))
+	}
+	return h.guard(http.NewCrossOriginProtection().Handler(mux))
+}
+
+//go:embed static
+var static embed.FS
+
+type handler struct {
+	Options
+	apps  func() []*lbproxy.LBProxyApp
+	lines *logqueue.Lines
+}
+
+const maxBody = 64 << 10
+
+// guard refuses requests that a web site of another name may have made a browser send, and sets the
+// headers that every answer has.
+func (h *handler) guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for key, value := range map[string]string{
+			"Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; " +
+				"connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+			"X-Content-Type-Options":       "nosniff",
+			"Referrer-Policy":              "no-referrer",
+			"Cross-Origin-Resource-Policy": "same-origin",
+			"Cache-Control":                "no-store",
+		} {
+			w.Header().Set(key, value)
+		}
+		if !bySocket(r) && !h.hostIsOurs(r.Host) {
+			text(w, http.StatusMisdirectedRequest,
+				"This host name is not answered: use an IP address or localhost, or add the name to the hosts.\n")
+			return
+		}
+		if r.ContentLength > maxBody {
+			w.Header().Set("Connection", "close") // rather than to read it
+			text(w, http.StatusRequestEntityTooLarge, "The body is too large.\n")
+			return
+		}
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		next.ServeHTTP(w, r)
+	})
+}
+
+func (h *handler) hostIsOurs(host string) bool {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	return err == nil || slices.ContainsFunc(append(h.Hosts, "localhost"), func(ours string) bool {
+		return strings.EqualFold(host, ours)
+	})
+}
+
+func (h *handler) stats() Stats {
+	s := h.Recorder.stats(h.apps(), time.Now())
+	if h.Info != nil {
+		s.Info = h.Info()
+	}
+	return s
+}
+
+// readyz says whether every app can serve clients.
+func (h *handler) readyz(w http.ResponseWriter, _ *http.Request) {
+	if problems := h.stats().problems(); len(problems) > 0 {
+		text(w, http.StatusServiceUnavailable, strings.Join(problems, "\n")+"\n")
+		return
+	}
+	text(w, http.StatusOK, "ready\n")
+}
+
+// problems are why the apps are not ready.
+func (s Stats) problems() (all []string) {
+	if s.NotReady != "" {
+		all = append(all, s.NotReady)
+	}
+	current := 0
+	for _, a := range s.Apps {
+		if !a.Current {
+			continue
+		}
+		current++
+		if !slices.ContainsFunc(a.Upstreams, func(u Upstream) bool {
+			return u.State == lbproxy.StateUp && !u.Drain && !u.Removed
+		}) {
+			all = append(all, "app "+clean(a.ID)+": no upstream is up")
+		}
+	}
+	if current == 0 {
+		all = append(all, "there are no apps")
+	}
+	return all
+}
+
+func text(w http.ResponseWriter, code int, s string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.WriteHeader(code)
+	_, _ = w.Write([]byte(s))
+}

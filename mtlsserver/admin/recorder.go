@@ -1,0 +1,257 @@
+package admin
+
+import (
+	"math"
+	"slices"
+	"sync"
+	"time"
+	"weak"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+// A Recorder remembers what apps have counted, also when they are gone, and how long dials and
+// connections lasted. Several handlers may share one, at the same time or one after the other. The
+// zero Recorder is ready for use. It must not be copied.
+type Recorder struct {
+	times sync.Map // of *times, by app id
+
+	mu      sync.Mutex // held over Stats of apps, so that no older counts follow newer ones
+	seen    map[weak.Pointer[lbproxy.LBProxyApp]]*sighting
+	past    map[string]*App // by id: what no app's Stats have any more
+	history []Sample
+}
+
+// A sighting is an app and what it had counted when it was looked at last.
+type sighting struct {
+	app  *lbproxy.LBProxyApp // nil once it is not current and has no connections: then it may go
+	last App
+}
+
+const (
+	maxGone     = 1000 // apps, and upstreams of an app, that are remembered by name
+	maxSamples  = 150
+	sampleEvery = 2 * time.Second
+)
+
+// Track looks at app, so that what it counts from now on is never lost, even if it is gone before
+// a handler is asked the next time. It is of use where apps are replaced.
+func (r *Recorder) Track(app *lbproxy.LBProxyApp) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.look(app)
+}
+
+// stats looks at all apps. Those current come first, in their order.
+func (r *Recorder) stats(current []*lbproxy.LBProxyApp, now time.Time) Stats {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	sums := sums{byID: map[string]*App{}}
+	for _, app := range current {
+		sums.add(r.look(app).last, true)
+	}
+	for at, s := range r.seen {
+		app := at.Value()
+		switch {
+		case app == nil: // nobody can use it any more
+			delete(r.seen, at)
+			r.of(s.last.ID).merge(&s.last, false, maxGone)
+		case !slices.Contains(current, app):
+			if r.look(app); s.last.Open == 0 {
+				s.app = nil
+			}
+			sums.add(s.last, false)
+		}
+	}
+	r.forget()
+	for _, id := range sorted(r.past) {
+		sums.add(*r.past[id], false)
+	}
+	all := Stats{Time: now, Apps: sums.finish()}
+	r.sample(all.Apps, now)
+	all.History = slices.Clone(r.history)
+	return all
+}
+
+// all returns the current apps, and those that are not any more and still have connections.
+func (r *Recorder) all(current []*lbproxy.LBProxyApp) []*lbproxy.LBProxyApp {
+	all := slices.Clone(current)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range r.seen {
+		if s.app != nil && !slices.Contains(current, s.app) {
+			all = append(all, s.app)
+		}
+	}
+	return all
+}
+
+// look updates the sighting of app. What it had counted for upstreams that are gone, or have begun
+// anew, is past. The caller holds mu, as for all that follows.
+func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
+	if r.seen == nil {
+		r.seen = map[weak.Pointer[lbproxy.LBProxyApp]]*sighting{}
+		r.past = map[string]*App{}
+	}
+	at := weak.Make(app)
+	s := r.seen[at]
+	if s == nil {
+		s = &sighting{}
+		r.seen[at] = s
+	}
+	now := appOf(app.Stats())
+	for _, u := range s.last.Upstreams {
+		if i, ok := now.rows[u.Addr]; !ok || now.Upstreams[i].Total < u.Total {
+			r.of(now.ID).keep(u, maxGone)
+		}
+	}
+	s.app, s.last = app, now
+	return s
+}
+
+// of returns what is past of an id.
+func (r *Recorder) of(id string) *App {
+	if r.past[id] == nil {
+		r.past[id] = newApp(id)
+	}
+	return r.past[id]
+}
+
+// forget sums the ids that have no app and are too many under no name.
+func (r *Recorder) forget() {
+	if len(r.past) <= maxGone {
+		return
+	}
+	keep := map[string]bool{"": true}
+	for _, s := range r.seen {
+		keep[s.last.ID] = true
+	}
+	for id, a := range r.past {
+		if !keep[id] && len(r.past) > maxGone {
+			r.of("").merge(a, false, 0)
+			delete(r.past, id)
+		}
+	}
+}
+
+// sample adds a point to the curves, unless the last one is recent.
+func (r *Recorder) sample(apps []App, now time.Time) {
+	if n := len(r.history); n > 0 && now.Sub(r.history[n-1].Time) < sampleEvery/2 {
+		return
+	}
+	s := Sample{Time: now}
+	for _, a := range apps {
+		s.Open += a.Open
+		s.Accepted += a.Accepted
+		s.Bytes += a.Sent + a.Received
+	}
+	r.history = append(r.history, s)
+	r.history = r.history[max(0, len(r.history)-maxSamples):]
+}
+
+func newApp(id string) *App {
+	return &App{ID: id, Ends: map[lbproxy.EndReason]uint64{}, rows: map[string]int{}, gone: map[string]Upstream{}}
+}
+
+func appOf(s lbproxy.Stats) App {
+	a := App{
+		ID: s.App, Open: s.Open, Accepted: s.Accepted, NotAdmitted: s.NotAdmitted, Refused: s.Refused,
+		Failed: s.Failed, Sent: s.Sent, Received: s.Received, Ends: s.Ends,
+		Upstreams: make([]Upstream, len(s.Upstreams)), rows: make(map[string]int, len(s.Upstreams)),
+	}
+	for i, u := range s.Upstreams {
+		a.rows[u.Addr] = i
+		a.Upstreams[i] = Upstream{
+			Addr: u.Addr, State: u.State, Since: u.Since, Weight: u.Weight, Drain: u.Drain,
+			Removed: u.Removed, Open: u.Open, Total: u.Total, Failed: u.Failed, Sent: u.Sent,
+			Received: u.Received,
+		}
+		if u.Err != nil {
+			a.Upstreams[i].Error = clean(u.Err.Error())
+		}
+	}
+	return a
+}
+
+// merge adds b to a. Upstreams of an app that is not current are rows only while they have
+// connections.
+func (a *App) merge(b *App, current bool, most int) {
+	a.Current = a.Current || current
+	a.Open += b.Open
+	a.Accepted += b.Accepted
+	a.NotAdmitted += b.NotAdmitted
+	a.Refused += b.Refused
+	a.Failed += b.Failed
+	a.Sent += b.Sent
+	a.Received += b.Received
+	for end, n := range b.Ends {
+		a.Ends[end] += n
+	}
+	for _, u := range b.Upstreams {
+		if i, ok := a.rows[u.Addr]; ok {
+			a.Upstreams[i].add(u)
+		} else if current || u.Open > 0 {
+			u.Removed = u.Removed || !current
+			a.rows[u.Addr] = len(a.Upstreams)
+			a.Upstreams = append(a.Upstreams, u)
+		} else {
+			a.keep(u, most)
+		}
+	}
+	for _, u := range b.gone {
+		a.keep(u, most)
+	}
+}
+
+// keep adds to the counts of an upstream that is gone, of which a knows at most so many by name.
+func (a *App) keep(u Upstream, most int) {
+	sum, known := a.gone[u.Addr]
+	if !known && len(a.gone) >= most {
+		u.Addr = ""
+		sum = a.gone[""]
+	}
+	sum.Addr = u.Addr
+	sum.add(u)
+	a.gone[u.Addr] = sum
+}
+
+// add adds the counts of v to those of u.
+func (u *Upstream) add(v Upstream) {
+	u.Open += v.Open
+	u.Total += v.Total
+	u.Failed += v.Failed
+	u.Sent += v.Sent
+	u.Received += v.Received
+}
+
+// sums are the apps of each id together.
+type sums struct {
+	apps []*App
+	byID map[string]*App
+}
+
+func (s *sums) add(b App, current bool) {
+	a := s.byID[b.ID]
+	if a == nil {
+		a = newApp(b.ID)
+		s.byID[b.ID] = a
+		s.apps = append(s.apps, a)
+	}
+	a.merge(&b, current, math.MaxInt)
+}
+
+func (s *sums) finish() (apps []App) {
+	for _, a := range s.apps {
+		for addr, u := range a.gone {
+			u.Open = 0
+			if i, ok := a.rows[addr]; ok {
+				a.Upstreams[i].add(u)
+				delete(a.gone, addr)
+			} else {
+				a.Gone.add(u)
+			}
+		}
+		apps = append(apps, *a)
+	}
+	return apps
+}

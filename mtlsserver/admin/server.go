@@ -1,0 +1,245 @@
+package admin
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+)
+
+// Listen says where a [Server] listens.
+type Listen struct {
+	Addr     string // "127.0.0.1:9090"; empty: nowhere
+	Anywhere bool   // Addr need not be loopback; others may read only /healthz, /readyz and /metrics
+	Socket   string // the path of a Unix socket; empty: none
+}
+
+// A Server answers admin requests. Slow or many clients hold up nothing but each other: requests
+// have timeouts, and at most 64 connections are open on each listener.
+type Server struct {
+	http  http.Server
+	addr  net.Addr
+	inode fs.FileInfo // of the socket
+	path  string
+	done  sync.WaitGroup
+}
+
+// Serve listens and serves h, which [Handler] made, until Close. If it cannot listen, it serves
+// nothing; see [ListenError].
+func Serve(at Listen, h http.Handler) (*Server, error) {
+	s := &Server{path: at.Socket}
+	s.http = http.Server{
+		Handler:           s.restrict(h),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      time.Minute, // a reload may take its time
+		IdleTimeout:       30 * time.Second,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          log.New(io.Discard, "", 0), // what a client did wrong it has been told
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if c.LocalAddr().Network() == "unix" {
+				return context.WithValue(ctx, socketKey{}, true)
+			}
+			return ctx
+		},
+	}
+	var listeners []net.Listener
+	if at.Addr != "" {
+		l, err := net.Listen("tcp", at.Addr)
+		if err != nil {
+			return nil, &ListenError{"listen", err}
+		}
+		s.addr = l.Addr()
+		listeners = append(listeners, l)
+	}
+	if at.Socket != "" {
+		l, err := s.listenSocket()
+		if err != nil {
+			for _, l := range listeners {
+				l.Close()
+			}
+			return nil, &ListenError{"socket", err}
+		}
+		listeners = append(listeners, l)
+	}
+	for _, l := range listeners {
+		s.done.Go(func() { _ = s.http.Serve(&bounded{Listener: l, places: make(chan struct{}, 64)}) })
+	}
+	return s, nil
+}
+
+// Addr returns where s listens for TCP; nil if it does not.
+func (s *Server) Addr() net.Addr { return s.addr }
+
+// Close ends the listeners, gives requests a second to end, then cuts them. It returns nil.
+func (s *Server) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	s.removeSocket()
+	if s.http.Shutdown(ctx) != nil {
+		s.http.Close()
+	}
+	s.done.Wait()
+	return nil
+}
+
+// A ListenError says what is wrong with a field of a [Listen].
+type ListenError struct {
+	Field string // "listen" or "socket"
+	Err   error
+}
+
+func (e *ListenError) Error() string { return "admin: " + e.Field + ": " + e.Err.Error() }
+func (e *ListenError) Unwrap() error { return e.Err }
+
+// Check returns all that is wrong with at, as far as can be seen without listening, as
+// *ListenErrors.
+func (at Listen) Check() (errs []*ListenError) {
+	if at.Addr != "" {
+		if err := checkAddr(at.Addr, at.Anywhere); err != nil {
+			errs = append(errs, &ListenError{"listen", err})
+		}
+	}
+	if at.Socket != "" {
+		if err := checkSocket(at.Socket); err != nil {
+			errs = append(errs, &ListenError{"socket", err})
+		}
+	}
+	return errs
+}
+
+func checkAddr(addr string, anywhere bool) error {
+	host, port, err := net.SplitHostPort(addr)
+	_, portErr := net.LookupPort("tcp", port)
+	ip, ipErr := netip.ParseAddr(host)
+	switch {
+	case err != nil || portErr != nil || port == "" || ipErr != nil && host != "" && host != "localhost":
+		return fmt.Errorf(`%q: want an IP address or localhost, and a port, such as "127.0.0.1:9090"`, addr)
+	case !anywhere && host != "localhost" && !ip.IsLoopback():
+		return fmt.Errorf("%q: not loopback, so others may see who is connected: use 127.0.0.1, "+
+			"or set adminAnywhere for health and metrics alone", addr)
+	}
+	return nil
+}
+
+// checkSocket refuses a path where others could put a socket of their own, or where something is
+// that must not be removed.
+func checkSocket(path string) error {
+	folder := filepath.Dir(path)
+	in, err := os.Stat(folder)
+	if err != nil {
+		return fmt.Errorf("%q: %w: make the folder", path, errors.Unwrap(err))
+	}
+	if runtime.GOOS != "windows" && (in.Mode().Perm()&0o022 != 0 || !ownedByUs(in)) {
+		return fmt.Errorf("%q: others may write the folder %q, which has mode %#o: "+
+			"use one that only this user may write, such as after chmod 700", path, folder, in.Mode().Perm())
+	}
+	there, err := os.Lstat(path)
+	switch {
+	case len(path) > 100:
+		return fmt.Errorf("%q: too long for a socket: use at most 100 bytes", path)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("%q: %w: make it possible to look there", path, errors.Unwrap(err))
+	case there.Mode().Type() != fs.ModeSocket || !ownedByUs(there):
+		return fmt.Errorf("%q: something else is there: remove it, or use another name", path)
+	}
+	return nil
+}
+
+// listenSocket binds the socket under another name and renames it when its mode is right. So nobody
+// else can connect in between, and a socket that a crash has left behind is replaced.
+func (s *Server) listenSocket() (net.Listener, error) {
+	if err := checkSocket(s.path); err != nil {
+		return nil, err
+	}
+	if c, err := net.DialTimeout("unix", s.path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("%q: another server answers there: end it, or use another name", s.path)
+	}
+	draft := s.path + "~"
+	os.Remove(draft)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: draft, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	s.inode, err = os.Lstat(draft)
+	if err = cmp.Or(err, os.Chmod(draft, 0o600), os.Rename(draft, s.path)); err != nil {
+		l.Close()
+		os.Remove(draft)
+		return nil, err
+	}
+	return l, nil
+}
+
+// removeSocket removes the socket, unless another server has replaced it.
+func (s *Server) removeSocket() {
+	if there, err := os.Lstat(s.path); s.inode != nil && err == nil && os.SameFile(there, s.inode) {
+		os.Remove(s.path)
+	}
+}
+
+type socketKey struct{}
+
+// bySocket reports whether a request came by the Unix socket of a Server.
+func bySocket(r *http.Request) bool { return r.Context().Value(socketKey{}) != nil }
+
+// restrict keeps other machines from all but what says nothing of anybody.
+func (s *Server) restrict(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		from, _ := netip.ParseAddrPort(r.RemoteAddr)
+		switch r.URL.Path {
+		case "/healthz", "/readyz", "/metrics":
+		default:
+			if !bySocket(r) && !from.Addr().Unmap().IsLoopback() {
+				text(w, http.StatusForbidden, "From other machines only /healthz, /readyz and /metrics can be read.\n")
+				return
+			}
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// A bounded listener closes connections that are too many at once.
+type bounded struct {
+	net.Listener
+	places chan struct{}
+}
+
+func (l *bounded) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		select {
+		case l.places <- struct{}{}:
+			return &placed{Conn: c, free: sync.OnceFunc(func() { <-l.places })}, nil
+		default:
+			c.Close()
+		}
+	}
+}
+
+type placed struct {
+	net.Conn
+	free func()
+}
+
+func (c *placed) Close() error {
+	defer c.free()
+	return c.Conn.Close()
+}

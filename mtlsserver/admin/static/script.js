@@ -1,0 +1,71 @@
+"use strict";
+
+// The page is rendered by the server. This replaces its contents by newer ones, unless somebody is
+// using them, and draws the curves.
+(() => {
+  const every = 2000;
+
+  const short = (n) => {
+    const units = ["", "k", "M", "G", "T", "P"];
+    let i = 0;
+    for (; n >= 1000 && i < units.length - 1; i++) n /= 1000;
+    return (n >= 100 || Number.isInteger(n) ? Math.round(n) : n.toFixed(1)) + units[i];
+  };
+
+  // draw puts values, which are in order of times, into a curve of 300 by 60.
+  const draw = (name, times, values) => {
+    const svg = document.getElementById("curve-" + name);
+    const most = Math.max(1, ...values);
+    const from = times[0], span = Math.max(1, times[times.length - 1] - from);
+    const points = values.map((v, i) =>
+      (300 * (times[i] - from) / span).toFixed(1) + "," + (58 - 56 * v / most).toFixed(1));
+    const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
+    line.setAttribute("points", points.join(" "));
+    svg.replaceChildren(line);
+    document.getElementById(name).textContent = short(values[values.length - 1]);
+  };
+
+  const curves = async () => {
+    const section = document.getElementById("curves");
+    if (!section) return;
+    const answer = await fetch("api/stats?brief=1");
+    const samples = (await answer.json()).history;
+    if (samples.length < 2) return;
+    const times = samples.map((s) => Date.parse(s.time));
+    const rate = (key) => samples.slice(1).map((s, i) =>
+      1000 * (s[key] - samples[i][key]) / Math.max(1, times[i + 1] - times[i]));
+    section.hidden = false;
+    draw("open", times, samples.map((s) => s.open));
+    draw("opened", times.slice(1), rate("accepted"));
+    draw("bytes", times.slice(1), rate("bytes"));
+  };
+
+  const inUse = (main) =>
+    main.contains(document.activeElement) || main.querySelector("details[open]") ||
+    !document.getSelection().isCollapsed;
+
+  const contents = async () => {
+    const main = document.getElementById("live");
+    if (inUse(main)) return;
+    const answer = await fetch(location.href);
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("live");
+    if (!answer.ok || !fresh || inUse(main)) return;
+    const old = document.getElementById("curves"), next = fresh.querySelector("#curves");
+    if (old && next) next.replaceWith(old);
+    main.replaceWith(fresh);
+  };
+
+  const tick = async () => {
+    try {
+      if (!document.hidden) {
+        await contents();
+        await curves();
+      }
+      document.body.classList.remove("stale");
+    } catch {
+      document.body.classList.add("stale"); // the server does not answer: try again
+    }
+    setTimeout(tick, every);
+  };
+  tick();
+})();

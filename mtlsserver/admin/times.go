@@ -1,0 +1,72 @@
+package admin
+
+import (
+	"context"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+var (
+	dialBounds = [...]time.Duration{
+		500 * time.Microsecond, time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond,
+		10 * time.Millisecond, 25 * time.Millisecond, 50 * time.Millisecond, 100 * time.Millisecond,
+		250 * time.Millisecond, 500 * time.Millisecond, time.Second, 2500 * time.Millisecond, 5 * time.Second,
+	}
+	connBounds = [...]time.Duration{
+		10 * time.Millisecond, 100 * time.Millisecond, time.Second, 10 * time.Second, time.Minute,
+		10 * time.Minute, time.Hour, 6 * time.Hour, 24 * time.Hour,
+	}
+)
+
+// times are how long the dials and the connections of an app lasted.
+type times struct{ dials, conns histogram }
+
+// A histogram counts durations. It has room for the most bounds there are.
+type histogram struct {
+	counts [len(dialBounds) + 1]atomic.Uint64 // up to each bound, and beyond the last
+	sum    atomic.Int64
+}
+
+func (h *histogram) observe(d time.Duration, bounds []time.Duration) {
+	i := 0
+	for i < len(bounds) && d > bounds[i] {
+		i++
+	}
+	h.counts[i].Add(1)
+	h.sum.Add(int64(d))
+}
+
+// Record changes the options of the app that is to have an id, so that r hears how long its dials
+// and connections last. It returns them; nil stands for the zero Options.
+//
+// Dials that succeed are counted, without a PROXY header and TLS handshake. With Record the app has
+// an Options.DialContext, which if there was none is that of a zero net.Dialer.
+func (r *Recorder) Record(id string, opts *lbproxy.Options) *lbproxy.Options {
+	if opts == nil {
+		opts = &lbproxy.Options{}
+	}
+	v, _ := r.times.LoadOrStore(id, &times{})
+	t := v.(*times)
+	dial, done := opts.DialContext, opts.OnDone
+	if dial == nil {
+		dial = new(net.Dialer).DialContext
+	}
+	opts.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		began := time.Now()
+		c, err := dial(ctx, network, addr)
+		if err == nil && lbproxy.ConnFromContext(ctx) != nil { // not a health check
+			t.dials.observe(time.Since(began), dialBounds[:])
+		}
+		return c, err
+	}
+	opts.OnDone = func(result lbproxy.Result) {
+		t.conns.observe(result.Duration, connBounds[:])
+		if done != nil {
+			done(result)
+		}
+	}
+	return opts
+}
