@@ -41,6 +41,7 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	l.id.Store(id)
 	s.liveMu.Lock()
 	s.live[l] = struct{}{}
+	s.open[userApp{id.User.Name, l.app}]++
 	s.liveMu.Unlock()
 	// A reload that came before this could not end the session, so it is judged by the snapshot
 	// that is current now; one that comes after it can.

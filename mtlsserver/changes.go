@@ -9,16 +9,18 @@ import (
 
 // Changes are what a reload has changed.
 type Changes struct {
-	Users        Change // names
-	Apps         Change // ids
-	Upstreams    Change // "app/addr"
-	Certificates Change // where the Config names them, such as "tls.cert"
-	Ended        int    // connections that are not allowed any more
+	Users        Change `json:"users"`        // names
+	Apps         Change `json:"apps"`         // ids
+	Upstreams    Change `json:"upstreams"`    // "app/addr"
+	Certificates Change `json:"certificates"` // where the Config names them, such as "tls.cert"
+	Ended        int    `json:"ended"`        // connections that are not allowed any more
 }
 
 // A Change names what was added, removed and changed, in the order of the configuration.
 type Change struct {
-	Added, Removed, Changed []string
+	Added   []string `json:"added,omitempty"`
+	Removed []string `json:"removed,omitempty"`
+	Changed []string `json:"changed,omitempty"`
 }
 
 // String returns the change as in "+alice -bob ~carol"; the names after the first 20 are counted.

@@ -68,6 +68,7 @@ type materials struct {
 	proxies      [][]netip.Prefix     // AcceptProxy of each
 	users        listed
 	certificates []Certificate
+	adminToken   string
 }
 
 // listed are the users of a Config, by the certificates that they hold.
@@ -128,6 +129,7 @@ func (r *report) check() *materials {
 	if c.DefaultLimit != nil {
 		r.limit("defaultLimit", *c.DefaultLimit)
 	}
+	m.adminToken = r.admin(listens)
 	r.positive("handshake", c.Handshake)
 	r.positive("", *c)
 	m.certificates = r.certs

@@ -23,6 +23,12 @@ type Config struct {
 	// is in the log when it is over.
 	LogAdmissions bool `json:"logAdmissions,omitzero"`
 
+	Admin *Admin `json:"admin,omitzero"` // the status page and its API; nil means none
+
+	// AdminAnywhere lets Admin.Listen be more than a loopback address. Other machines may then read
+	// /healthz, /readyz and /metrics, and nothing else.
+	AdminAnywhere bool `json:"adminAnywhere,omitzero"`
+
 	source
 }
 
@@ -138,6 +144,20 @@ type Handshake struct {
 	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0 means 256
 	MaxPerAddress int           `json:"maxPerAddress,omitzero"` // of those for one address (IPv6: /64); 0 means 16
 	MaxBytes      int           `json:"maxBytes,omitzero"`      // bytes read from a client; 0 means 16384
+}
+
+// Admin says where package admin's page, metrics and API are served. They are there before the
+// apps and until the last connection has ended.
+type Admin struct {
+	Listen string `json:"listen,omitzero"` // "127.0.0.1:9090": to read; empty means nowhere
+	Socket string `json:"socket,omitzero"` // a Unix socket, to read and to change; empty means none
+
+	// Token is a file that others cannot read. What is in it, 16 characters or more, permits
+	// changes to requests to Listen that have it as their bearer token. Empty means none.
+	Token string `json:"token,omitzero"`
+
+	// Hosts are names by which Listen may be asked, besides localhost and IP addresses.
+	Hosts []string `json:"hosts,omitzero"`
 }
 
 // MarshalJSON implements json.Marshaler. Durations are texts, as Load reads them.

@@ -37,22 +37,18 @@ func (s *Server) writeDropped(n uint64) {
 
 // done writes the line of a connection. The connection and its place are gone by then.
 func (s *Server) done(l *session, r lbproxy.Result) {
-	s.liveMu.Lock()
-	delete(s.live, l)
-	s.liveMu.Unlock()
+	s.countOut(l, r)
 	if l.release != nil {
 		l.release()
 	}
 	if r.End == lbproxy.EndClosed && l.id.Load() != nil {
 		s.cut.Add(1)
 	}
-	reason, level := Reason(r.End), slog.LevelInfo
+	reason, level := reasonOf(l, r), slog.LevelInfo
 	refusal, refused := errors.AsType[*Refusal](r.Err)
 	switch {
 	case refused:
-		reason, r.Err = refusal.Reason, refusal.Err
-	case r.End == lbproxy.EndNotAdmitted, r.End == lbproxy.EndCanceled && l.id.Load() == nil: // a hook panicked
-		reason = HandshakeFailed
+		r.Err = refusal.Err
 	case r.End == lbproxy.EndNoUpstream, r.End == lbproxy.EndDialFailed, r.End == lbproxy.EndUpstreamError:
 		level = slog.LevelWarn
 	}
@@ -73,6 +69,37 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 		return
 	}
 	s.say(level, "connection", attrs...)
+}
+
+// countOut takes a connection out of those that are live, and counts it if it was refused.
+func (s *Server) countOut(l *session, r lbproxy.Result) {
+	_, refused := errors.AsType[*Refusal](r.Err)
+	reason := reasonOf(l, r)
+	s.liveMu.Lock()
+	defer s.liveMu.Unlock()
+	if refused || r.End == lbproxy.EndNotAdmitted {
+		s.denied[reason]++
+	}
+	if _, ok := s.live[l]; !ok {
+		return
+	}
+	delete(s.live, l)
+	at := userApp{l.id.Load().User.Name, l.app}
+	if s.open[at]--; s.open[at] == 0 {
+		delete(s.open, at)
+	}
+}
+
+// reasonOf returns the word for the end of a connection.
+func reasonOf(l *session, r lbproxy.Result) Reason {
+	refusal, refused := errors.AsType[*Refusal](r.Err)
+	switch {
+	case refused:
+		return refusal.Reason
+	case r.End == lbproxy.EndNotAdmitted, r.End == lbproxy.EndCanceled && l.id.Load() == nil: // a hook panicked
+		return HandshakeFailed
+	}
+	return Reason(r.End)
 }
 
 // admitted writes that a client has been let in.

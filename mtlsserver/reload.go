@@ -44,6 +44,18 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 	if err := r.err(); err != nil {
 		return changes, err
 	}
+	for i, app := range c.Apps {
+		s.withDrains(app.ID, m.upstreams[i])
+	}
+	admins, err := s.adminsFor(r, old.admins)
+	if err != nil {
+		return changes, err
+	}
+	defer func() {
+		if err != nil {
+			closeAdmins(admins, old.admins)
+		}
+	}()
 	configured := s.limits.configure(c.Users, c.DefaultLimit)
 	defer func() { configured(err == nil) }()
 	proxies := map[string]*proxy{}
@@ -56,6 +68,7 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 		proxies[conf.ID] = p
 	}
 	snap := newSnapshot(c, m, users, proxies, old)
+	snap.admins, snap.admin = admins, s.adminHandler(c, m)
 	if err := s.install(snap, old, m.upstreams); err != nil {
 		discard(proxies, old.proxies)
 		return changes, err
@@ -87,6 +100,7 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 		}
 	}
 	s.current.Store(snap)
+	s.forgetDrains(snap)
 	for id, p := range snap.proxies {
 		if p != old.proxies[id] {
 			s.proxies[p] = struct{}{}
@@ -98,6 +112,8 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 			p.listener.Close()
 		}
 	}
+	// Nobody waits here: one of them may be answering the request that reloads.
+	s.watching.Go(func() { closeAdmins(old.admins, snap.admins) })
 	return nil
 }
 
@@ -149,7 +165,7 @@ func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream, old map[string
 	if err != nil {
 		return nil, err
 	}
-	app, err := lbproxy.New(conf.ID, upstreams, conf.options(s.log))
+	app, err := lbproxy.New(conf.ID, upstreams, s.recorder.Record(conf.ID, conf.options(s.log)))
 	if err != nil {
 		l.Close()
 		return nil, err
@@ -189,6 +205,7 @@ func (s *Server) listen(conf App, old map[string]*proxy) (*share, error) {
 // start makes p serve as soon as the server runs, until p's listener is closed and its last
 // connection has ended. The caller holds mu.
 func (s *Server) start(p *proxy) {
+	s.track(p)
 	s.serving.Go(func() {
 		select {
 		case <-s.running:
@@ -197,6 +214,7 @@ func (s *Server) start(p *proxy) {
 		_ = p.app.Serve(p.listener, p.admit) // its error only says that it was stopped
 		close(p.served)
 		p.app.Shutdown(context.Background())
+		s.track(p)
 		s.mu.Lock()
 		delete(s.proxies, p)
 		s.mu.Unlock()

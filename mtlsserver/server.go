@@ -14,6 +14,7 @@ import (
 
 	"github.com/danielepagano/lbproxy"
 	"github.com/danielepagano/lbproxy/internal/logqueue"
+	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
 // ErrServerClosed is the error of a Server that has been stopped.
@@ -46,6 +47,10 @@ type Options struct {
 	// that. The Server closes it. It must have the method SetDeadline, as listeners of package net
 	// have. It must not call the Server. nil means lbproxy.Listen.
 	Listen func(app, addr string) (net.Listener, error)
+
+	// Reload is called when an administrator asks for a reload (see Config.Admin). It is expected
+	// to call Server.Reload with a new Config. nil means that this is not offered.
+	Reload func() (Changes, error)
 }
 
 // A Server authenticates the clients of its apps by certificate and forwards those that may reach
@@ -55,6 +60,8 @@ type Server struct {
 	lines    logqueue.Queue[line]
 	refusals refusals
 	users    Users // of Options; may be nil
+	onReload func() (Changes, error)
+	recorder admin.Recorder
 	limits   limits
 	bind     func(app, addr string) (net.Listener, error)
 	current  atomic.Pointer[snapshot]
@@ -68,7 +75,8 @@ type Server struct {
 	end      func()          // by this
 	watching sync.WaitGroup
 
-	reloading sync.Mutex // held by Reload: one at a time
+	reloading sync.Mutex              // held by Reload: one at a time
+	drains    map[appUpstreamKey]bool // what administrators have set; guarded by reloading
 
 	mu      sync.Mutex // guards what follows; held over no I/O and no hook
 	ran     bool
@@ -76,6 +84,8 @@ type Server struct {
 
 	liveMu sync.Mutex
 	live   map[*session]struct{}
+	open   map[userApp]int   // of live
+	denied map[Reason]uint64 // connections ended by a Refusal
 }
 
 // New returns a server for c, which must not be changed afterwards. Its listeners are bound and its
@@ -88,11 +98,15 @@ func New(c *Config, opts *Options) (*Server, error) {
 		log:      cmp.Or(opts.Logger, slog.Default()),
 		refusals: refusals{most: cmp.Or(opts.RefusalLines, 10), seconds: map[Reason]*second{}},
 		users:    opts.Users,
+		onReload: opts.Reload,
 		limits:   limits{make: opts.NewLimit, kept: map[limitKey]*keptLimit{}},
 		running:  make(chan struct{}),
 		proxies:  map[*proxy]struct{}{},
 		bind:     opts.Listen,
+		drains:   map[appUpstreamKey]bool{},
 		live:     map[*session]struct{}{},
+		open:     map[userApp]int{},
+		denied:   map[Reason]uint64{},
 	}
 	if s.limits.make == nil {
 		s.limits.make = func(_, _ string, l Limit) lbproxy.RateLimitManager { return l.manager() }
@@ -183,6 +197,9 @@ func (s *Server) stop(end func(*proxy)) {
 	s.serving.Wait()
 	s.end()
 	s.watching.Wait()
+	for _, a := range s.current.Load().admins {
+		a.Close()
+	}
 	s.sayWithheld()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -225,6 +242,9 @@ func (s *Server) watch() {
 		now := time.Now().Round(0)
 		s.endExpired(now)
 		s.sayWithheld()
+		if tick%4 == 0 {
+			s.sampleForAdmins()
+		}
 		if tick%120 == 0 {
 			s.limits.forgetIdle()
 		}

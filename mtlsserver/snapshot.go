@@ -3,9 +3,11 @@ package mtlsserver
 import (
 	"cmp"
 	"crypto/tls"
+	"net/http"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
 // A snapshot is everything that a connection is judged by. It does not change.
@@ -19,6 +21,9 @@ type snapshot struct {
 	logAdmissions bool
 	gate          *gate
 	drain         time.Duration
+	upstreams     [][]lbproxy.Upstream // of each of config's apps
+	admins        map[admin.Listen]*admin.Server
+	admin         http.Handler // what they serve
 }
 
 // appRules are what connections to an app are judged by.
@@ -37,6 +42,7 @@ func newSnapshot(c *Config, m *materials, users Users, proxies map[string]*proxy
 		apps:          map[string]*appRules{},
 		proxies:       proxies,
 		certificates:  m.certificates,
+		upstreams:     m.upstreams,
 		defaultLimit:  c.DefaultLimit,
 		logAdmissions: c.LogAdmissions,
 		gate: newGate(Handshake{

@@ -27,6 +27,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -270,6 +271,9 @@ type server struct {
 	log     *slog.Logger
 	stdout  io.Writer
 	sockets handed
+
+	reloading sync.Mutex         // held by reload: one at a time; guards srv
+	srv       *mtlsserver.Server // set once
 }
 
 func (s *server) serve() error {
@@ -285,7 +289,15 @@ func (s *server) serve() error {
 		return err
 	}
 	s.sockets = sockets
-	srv, err := mtlsserver.New(config, &mtlsserver.Options{Logger: s.log, Listen: s.sockets.listen})
+	ctx, drain := context.WithCancel(context.Background())
+	defer drain()
+	s.reloading.Lock() // New begins to listen for administrators
+	srv, err := mtlsserver.New(config, &mtlsserver.Options{
+		Logger: s.log, Listen: s.sockets.listen,
+		Reload: func() (mtlsserver.Changes, error) { return s.reload(ctx) },
+	})
+	s.srv = srv
+	s.reloading.Unlock()
 	if err != nil {
 		return s.explain(err)
 	}
@@ -293,8 +305,6 @@ func (s *server) serve() error {
 	s.log.Info("starting", "version", b.version, "revision", b.revision, "modified", b.modified, "go", b.goVersion)
 	s.ready(srv, config, s.stdout)
 	s.notify(systemd.Ready, "STATUS=serving")
-	ctx, drain := context.WithCancel(context.Background())
-	defer drain()
 	done := make(chan error, 1)
 	go func() { done <- srv.Run(ctx) }()
 	for {
@@ -308,10 +318,8 @@ func (s *server) serve() error {
 			return nil
 		case sig := <-s.signals:
 			switch {
-			case sig == syscall.SIGHUP && ctx.Err() == nil:
-				s.reload(srv)
 			case sig == syscall.SIGHUP:
-				s.log.Warn("too late to reload")
+				_, _ = s.reload(ctx) // which logs why it failed
 			case ctx.Err() == nil:
 				s.log.Info("draining", "signal", sig.String())
 				s.notify(systemd.Stopping, "STATUS=draining")
@@ -330,15 +338,25 @@ func (s *server) ready(srv *mtlsserver.Server, config *mtlsserver.Config, w io.W
 		s.log.Debug("listening", "app", app.ID, "addr", addrs[app.ID].String(), "upstreams", len(app.Upstreams))
 		fmt.Fprintf(w, "app %q listens on %v\n", app.ID, addrs[app.ID])
 	}
+	if addr := srv.AdminAddr(); addr != nil {
+		fmt.Fprintf(w, "admin listens on %v\n", addr)
+	}
 }
 
-func (s *server) reload(srv *mtlsserver.Server) {
+// reload takes the configuration up, unless ctx has ended.
+func (s *server) reload(ctx context.Context) (changes mtlsserver.Changes, err error) {
+	s.reloading.Lock() // so that an older file does not follow a newer one
+	defer s.reloading.Unlock()
+	if ctx.Err() != nil {
+		s.log.Warn("too late to reload")
+		return changes, errors.New("too late to reload: the server is stopping")
+	}
 	s.notify(systemd.Reloading(), "STATUS=reloading")
 	status := "STATUS=serving"
 	defer func() { s.notify(systemd.Ready, status) }()
 	config, err := mtlsserver.Load(s.config)
 	if err == nil {
-		_, err = srv.Reload(config)
+		changes, err = s.srv.Reload(config)
 		err = s.explain(err)
 	}
 	if err != nil {
@@ -346,12 +364,13 @@ func (s *server) reload(srv *mtlsserver.Server) {
 		for problem := range strings.SplitSeq(err.Error(), "\n") {
 			s.log.Error("reload failed, the configuration stays as it was", "problem", problem)
 		}
-		return
+		return changes, err
 	}
 	if err := s.sockets.unused(config); err != nil { // no reason to keep users in who were removed
 		s.log.Warn("a socket is not used", "err", err)
 	}
-	s.ready(srv, config, io.Discard) // whoever waited for the server to be ready need not be reading any more
+	s.ready(s.srv, config, io.Discard) // whoever waited for the server to be ready need not be reading any more
+	return changes, nil
 }
 
 func firstLine(err error) string {

@@ -1,0 +1,239 @@
+package mtlsserver
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/mtlsserver/admin"
+)
+
+type userApp struct{ user, app string }
+
+type appUpstreamKey struct{ app, addr string }
+
+// admin checks Config.Admin and returns the token. listens has the addresses of apps.
+func (r *report) admin(listens map[string]string) (token string) {
+	a := r.config.Admin
+	switch {
+	case a == nil && r.config.AdminAnywhere:
+		r.add("adminAnywhere", "there is no admin: add it, or remove this")
+		return ""
+	case a == nil:
+		return ""
+	case a.Listen == "" && a.Socket == "":
+		r.add("admin", "it listens nowhere: set listen or socket, or remove it")
+		return ""
+	}
+	for _, at := range r.config.adminListens() {
+		for _, err := range at.Check() {
+			r.add("admin."+err.Field, "%v", err.Err)
+		}
+	}
+	if a.Listen != "" && portOf(a.Listen) != 0 {
+		r.unique(listens, "admin.listen", a.Listen)
+	}
+	for i, host := range a.Hosts {
+		if host == "" || strings.ContainsAny(host, ":/ ") {
+			r.add(fmt.Sprintf("admin.hosts[%d]", i), "%q: want a name without port", host)
+		}
+	}
+	if a.Token != "" || r.config.doc.Has("admin.token") {
+		text := r.file("admin.token", a.Token, true)
+		if token = strings.TrimSpace(string(text)); text != nil && len(token) < 16 {
+			r.add("admin.token", "%q: only %d characters: make one of 16 or more, such as by openssl rand -hex 16", a.Token, len(token))
+		}
+	}
+	return token
+}
+
+// adminListens returns where c wants administrators to be served, one place each.
+func (c *Config) adminListens() (all []admin.Listen) {
+	if c.Admin == nil {
+		return nil
+	}
+	if c.Admin.Listen != "" {
+		all = append(all, admin.Listen{Addr: c.Admin.Listen, Anywhere: c.AdminAnywhere})
+	}
+	if path := c.Admin.Socket; path != "" {
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(c.dir, path)
+		}
+		all = append(all, admin.Listen{Socket: path})
+	}
+	return all
+}
+
+// adminsFor returns what serves administrators: the old ones where they can go on, else new ones.
+func (s *Server) adminsFor(r *report, old map[admin.Listen]*admin.Server) (map[admin.Listen]*admin.Server, error) {
+	admins := map[admin.Listen]*admin.Server{}
+	for _, at := range r.config.adminListens() {
+		at.Anywhere = false // it matters to check alone
+		if admins[at] = old[at]; admins[at] != nil {
+			continue
+		}
+		var err error
+		if admins[at], err = admin.Serve(at, http.HandlerFunc(s.serveAdmin)); err != nil {
+			delete(admins, at)
+			closeAdmins(admins, old)
+			key := "admin.listen"
+			if at.Socket != "" {
+				key = "admin.socket"
+			}
+			r.add(key, "%v: change it, or end what has it", err)
+			return nil, r.err()
+		}
+	}
+	return admins, nil
+}
+
+// closeAdmins closes those of admins that do not go on.
+func closeAdmins(admins, goOn map[admin.Listen]*admin.Server) {
+	for at, a := range admins {
+		if a != goOn[at] {
+			a.Close()
+		}
+	}
+}
+
+func (s *Server) serveAdmin(w http.ResponseWriter, r *http.Request) {
+	if h := s.current.Load().admin; h != nil {
+		h.ServeHTTP(w, r)
+		return
+	}
+	http.Error(w, "not started yet", http.StatusServiceUnavailable)
+}
+
+// adminHandler returns what serves administrators as c wants it; nil if it does not.
+func (s *Server) adminHandler(c *Config, m *materials) http.Handler {
+	if c.Admin == nil {
+		return nil
+	}
+	opts := &admin.Options{
+		Hosts: c.Admin.Hosts, Token: m.adminToken, Recorder: &s.recorder, Logger: s.log,
+		Info: s.adminInfo, Drain: s.drainUpstream,
+	}
+	if s.onReload != nil {
+		opts.Reload = func() (any, error) {
+			select {
+			case <-s.running:
+				return s.onReload()
+			default: // New has not returned yet
+				return nil, errors.New("not running yet: ask again")
+			}
+		}
+	}
+	return admin.Handler(s.currentApps, opts)
+}
+
+// AdminAddr returns where Config.Admin.Listen is; nil if it is nowhere.
+func (s *Server) AdminAddr() net.Addr {
+	for _, a := range s.current.Load().admins {
+		if a.Addr() != nil {
+			return a.Addr()
+		}
+	}
+	return nil
+}
+
+// currentApps returns the apps in the order of the configuration.
+func (s *Server) currentApps() (apps []*lbproxy.LBProxyApp) {
+	snap := s.current.Load()
+	for _, conf := range snap.config.Apps {
+		apps = append(apps, snap.proxies[conf.ID].app)
+	}
+	return apps
+}
+
+// track tells the recorder of a proxy that begins or has ended, so that its counts are not lost.
+// Without administrators nobody would have the recorder forget it.
+func (s *Server) track(p *proxy) {
+	if s.current.Load().admin != nil {
+		s.recorder.Track(p.app)
+	}
+}
+
+func (s *Server) sampleForAdmins() {
+	if s.current.Load().admin != nil {
+		s.recorder.Sample(s.currentApps())
+	}
+}
+
+// adminInfo is what the server knows besides its apps.
+func (s *Server) adminInfo() (info admin.Info) {
+	select {
+	case <-s.running:
+		if s.closing.Err() != nil {
+			info.NotReady = "draining"
+		}
+	default:
+		info.NotReady = "not running yet"
+	}
+	info.Refused = map[string]uint64{}
+	s.liveMu.Lock()
+	for reason, n := range s.denied {
+		info.Refused[string(reason)] = n
+	}
+	open := maps.Clone(s.open)
+	s.liveMu.Unlock()
+	for at, n := range open {
+		info.Users = append(info.Users, admin.User{Name: at.user, App: at.app, Open: n})
+	}
+	slices.SortFunc(info.Users, func(a, b admin.User) int {
+		return cmp.Or(cmp.Compare(b.Open, a.Open), cmp.Compare(a.Name, b.Name), cmp.Compare(a.App, b.App))
+	})
+	for _, c := range s.Certificates() {
+		info.Certificates = append(info.Certificates, admin.Certificate{
+			Key: c.Key, File: c.File, Subject: c.Subject, NotAfter: c.NotAfter,
+		})
+	}
+	return info
+}
+
+// drainUpstream does what an administrator asks for. It holds until it is undone, the upstream is
+// removed, or the process ends.
+func (s *Server) drainUpstream(app, addr string, drain bool) error {
+	s.reloading.Lock()
+	defer s.reloading.Unlock()
+	snap := s.current.Load()
+	for i, conf := range snap.config.Apps {
+		for j, u := range conf.Upstreams {
+			if conf.ID != app || u.Addr != addr {
+				continue
+			}
+			key := appUpstreamKey{app, addr}
+			if s.drains[key] = drain; drain == u.Drain {
+				delete(s.drains, key)
+			}
+			snap.upstreams[i][j].Drain = drain
+			return snap.proxies[app].app.SetUpstreams(snap.upstreams[i])
+		}
+	}
+	return admin.ErrNotFound
+}
+
+// withDrains sets Drain in an app's upstreams as administrators have done. The caller holds
+// reloading, as for forgetDrains.
+func (s *Server) withDrains(app string, upstreams []lbproxy.Upstream) {
+	for i, u := range upstreams {
+		if drain, ok := s.drains[appUpstreamKey{app, u.Addr}]; ok {
+			upstreams[i].Drain = drain
+		}
+	}
+}
+
+// forgetDrains forgets what was set for upstreams that are gone.
+func (s *Server) forgetDrains(snap *snapshot) {
+	maps.DeleteFunc(s.drains, func(key appUpstreamKey, _ bool) bool {
+		return !slices.ContainsFunc(upstreamsOf(snap.config), func(u appUpstream) bool {
+			return u.app == key.app && u.Addr == key.addr
+		})
+	})
+}
