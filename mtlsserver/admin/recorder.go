@@ -105,7 +105,7 @@ func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
 	}
 	now := appOf(app.Stats())
 	for _, u := range s.last.Upstreams {
-		if i, ok := now.rows[u.Addr]; !ok || now.Upstreams[i].Total < u.Total {
+		if i, ok := now.rows[u.Addr]; !ok || now.Upstreams[i].less(u) {
 			r.of(now.ID).keep(u, maxGone)
 		}
 	}
@@ -228,6 +228,11 @@ func (u *Upstream) add(v Upstream) {
 	u.Received += v.Received
 }
 
+// less reports whether a counter of u is less than v's.
+func (u *Upstream) less(v Upstream) bool {
+	return u.Total < v.Total || u.Failed < v.Failed || u.Sent < v.Sent || u.Received < v.Received
+}
+
 // sums are the apps of each id together.
 type sums struct {
 	apps []*App
@@ -244,16 +249,28 @@ func (s *sums) add(b App, current bool) {
 	a.merge(&b, current, math.MaxInt)
 }
 
+// finish moves the counts of upstreams that are gone to their rows if they are back. What was
+// counted between the last look at an upstream and its end has no name.
 func (s *sums) finish() (apps []App) {
 	for _, a := range s.apps {
+		lost := Upstream{Sent: a.Sent, Received: a.Received}
 		for addr, u := range a.gone {
 			u.Open = 0
 			if i, ok := a.rows[addr]; ok {
 				a.Upstreams[i].add(u)
 				delete(a.gone, addr)
 			} else {
+				a.gone[addr] = u
 				a.Gone.add(u)
 			}
+		}
+		for _, u := range append(a.Upstreams, a.Gone) {
+			lost.Sent -= u.Sent
+			lost.Received -= u.Received
+		}
+		if lost != (Upstream{}) {
+			a.keep(lost, 0)
+			a.Gone.add(lost)
 		}
 		apps = append(apps, *a)
 	}
