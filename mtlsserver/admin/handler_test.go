@@ -1,0 +1,406 @@
+package admin_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+	"unicode"
+
+	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+	"github.com/danielepagano/lbproxy/mtlsserver/admin"
+)
+
+const token = "0123456789abcdef"
+
+func withToken(r *http.Request) { r.Header.Set("Authorization", "Bearer "+token) }
+
+func header(key, value string) func(*http.Request) {
+	return func(r *http.Request) { r.Header.Set(key, value) }
+}
+
+// changeable returns a handler that offers every change, and what it logs.
+func changeable(apps ...*lbproxy.LBProxyApp) (http.Handler, *logBuffer) {
+	log := &logBuffer{}
+	return admin.Handler(listOf(apps...), &admin.Options{
+		Hosts: []string{"lb.example"}, Token: token, Logger: slog.New(slog.NewTextHandler(log, nil)),
+		Drain: func(app, upstream string, drain bool) error {
+			if app != "web" {
+				return admin.ErrNotFound
+			}
+			return nil
+		},
+		Reload: func() (any, error) { return nil, errors.New("config.json:3: apps: none\nconfig.json:4: users: none") },
+	}), log
+}
+
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+// await waits for a line that has all the texts.
+func (l *logBuffer) await(t *testing.T, texts ...string) {
+	t.Helper()
+	proxytest.Eventually(t, fmt.Sprintf("a line with %q", texts), func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for line := range strings.Lines(l.b.String()) {
+			missing := false
+			for _, text := range texts {
+				missing = missing || !strings.Contains(line, text)
+			}
+			if !missing {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// A web site can have its own name mean 127.0.0.1 (DNS rebinding), but not have a browser send
+// another name than its own.
+func TestForeignHostIsRefused(t *testing.T) {
+	h, _ := changeable(newApp(t, "web", nil, "127.0.0.1:1"))
+	for host, want := range map[string]int{
+		"127.0.0.1": 200, "127.0.0.1:9090": 200, "[::1]:9090": 200, "[::1]": 200, "10.1.2.3:80": 200,
+		"localhost": 200, "LocalHost:9090": 200, "lb.example": 200, "LB.example:9090": 200,
+		"": 421, "evil.example": 421, "evil.example:9090": 421, "localhost.evil.example": 421,
+		"127.0.0.1.evil.example": 421, "evil-localhost": 421, "localhost:9090:1": 421,
+	} {
+		for _, path := range []string{"/", "/metrics", "/healthz", "/api/stats", "/static/style.css"} {
+			if got := ask(h, "GET", path, func(r *http.Request) { r.Host = host }).Code; got != want {
+				t.Errorf("GET %s by %q: %d, want %d", path, host, got, want)
+			}
+		}
+	}
+}
+
+func TestChangesNeedPermissionAndTheSameOrigin(t *testing.T) {
+	h, log := changeable(newApp(t, "web", nil, "127.0.0.1:1"))
+	const drain = "/api/drain?app=web&upstream=127.0.0.1:1"
+	for _, row := range []struct {
+		name, method, target string
+		change               []func(*http.Request)
+		want                 int
+	}{
+		{"with the token", "POST", drain, []func(*http.Request){withToken}, 200},
+		{"with the token, of the same origin", "POST", drain,
+			[]func(*http.Request){withToken, header("Origin", "http://127.0.0.1:9090")}, 200},
+		{"without a token", "POST", drain, nil, 403},
+		{"with an empty token", "POST", drain, []func(*http.Request){header("Authorization", "Bearer ")}, 403},
+		{"with a wrong token", "POST", drain, []func(*http.Request){header("Authorization", "Bearer 0123456789abcdeF")}, 403},
+		{"with part of the token", "POST", drain, []func(*http.Request){header("Authorization", "Bearer 0123456789abcde")}, 403},
+		{"with the token as a password", "POST", drain, []func(*http.Request){func(r *http.Request) { r.SetBasicAuth("", token) }}, 403},
+		{"of another origin", "POST", drain, []func(*http.Request){withToken, header("Origin", "http://evil.example")}, 403},
+		{"of another site", "POST", drain, []func(*http.Request){withToken, header("Sec-Fetch-Site", "cross-site")}, 403},
+		{"by GET", "GET", drain, []func(*http.Request){withToken}, 405},
+		{"without an upstream", "POST", "/api/drain?app=web", []func(*http.Request){withToken}, 400},
+		{"of another app", "POST", "/api/undrain?app=db&upstream=x:1", []func(*http.Request){withToken}, 404},
+		{"a bad query", "POST", "/api/drain?app=%zz", []func(*http.Request){withToken}, 400},
+		{"all connections", "POST", "/api/end?app=web", []func(*http.Request){withToken}, 400},
+		{"a bad configuration", "POST", "/api/reload", []func(*http.Request){withToken}, 422},
+		{"what is not there", "POST", "/api/stop", []func(*http.Request){withToken}, 404},
+	} {
+		if w := ask(h, row.method, row.target, row.change...); w.Code != row.want {
+			t.Errorf("%s: %d %s, want %d", row.name, w.Code, w.Body, row.want)
+		}
+	}
+	log.await(t, "change=drain", "by=192.0.2.1:1234", "app=web", "upstream=127.0.0.1:1", "level=INFO")
+	log.await(t, "change=drain", "by=192.0.2.1:1234", "not allowed", "level=WARN")
+	log.await(t, "change=reload", `config.json:3: apps: none\\nconfig.json:4: users: none`)
+
+	// Without a token in the options no token is the right one, and what is missing is not offered.
+	bare := admin.Handler(listOf(), &admin.Options{Logger: slog.New(slog.DiscardHandler)})
+	if w := ask(bare, "POST", drain, header("Authorization", "Bearer ")); w.Code != 403 {
+		t.Errorf("no token in the options: %d, want 403", w.Code)
+	}
+	only := admin.Handler(listOf(), &admin.Options{Token: token, Logger: slog.New(slog.DiscardHandler)})
+	for _, target := range []string{drain, "/api/reload"} {
+		if w := ask(only, "POST", target, withToken); w.Code != 501 {
+			t.Errorf("POST %s: %d %s, want 501", target, w.Code, w.Body)
+		}
+	}
+}
+
+func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
+	addr, other := proxytest.Upstream(t, proxytest.Echo), proxytest.Upstream(t, proxytest.Echo)
+	web := newApp(t, "web", nil, addr)
+	db := newApp(t, "db", nil, other)
+	h, log := changeable(web, db)
+	results := make(chan lbproxy.Result, 10)
+	var clients []net.Conn
+	for i := range 10 {
+		app, user := web, fmt.Sprint("user", i%2)
+		if i >= 8 {
+			app = db
+		}
+		client, accepted := proxytest.Duplex(t)
+		clients = append(clients, client)
+		go app.ServeConn(context.Background(), &lbproxy.Conn{
+			Client: accepted, ClientID: user, OnDone: func(r lbproxy.Result) { results <- r },
+		})
+		proxytest.Must(t, proxytest.Ping(client))
+	}
+	conns := func(query string) (c admin.Conns) {
+		t.Helper()
+		proxytest.Must(t, json.Unmarshal([]byte(get(t, h, "/api/conns"+query)), &c))
+		return c
+	}
+	for query, want := range map[string]int{
+		"": 10, "?app=web": 8, "?app=nobody": 0, "?user=user1": 5, "?user=user1&app=db": 1,
+		"?upstream=" + addr: 8, "?client=" + clients[3].LocalAddr().String(): 1, "?limit=0": 10, "?offset=-1": 10,
+		"?offset=9": 1, "?offset=10": 0, "?offset=99999999999999999999": 0,
+	} {
+		if got := conns(query); len(got.Conns) != want || got.Next != 0 {
+			t.Errorf("%q: %d, next %d, want %d", query, len(got.Conns), got.Next, want)
+		}
+	}
+	seen := map[string]bool{}
+	for next, pages := 0, 0; pages == 0 || next > 0; pages++ {
+		page := conns(fmt.Sprintf("?limit=3&offset=%d", next))
+		for _, c := range page.Conns {
+			seen[c.Client] = true
+		}
+		next = page.Next
+		if pages > 4 {
+			t.Fatal("the pages do not end")
+		}
+	}
+	if len(seen) != 10 {
+		t.Errorf("all pages have %d clients, want 10", len(seen))
+	}
+	one := conns("?app=db&user=user0").Conns[0]
+	if one.App != "db" || one.User != "user0" || one.Upstream != other || one.State != lbproxy.ConnOpen ||
+		one.Client != clients[8].LocalAddr().String() || time.Since(one.Since) > time.Hour || one.Sent == 0 || one.Received == 0 {
+		t.Errorf("%+v", one)
+	}
+	page := get(t, h, "/conns?user=user0&app=db")
+	if !strings.Contains(page, one.Client) || strings.Contains(page, clients[0].LocalAddr().String()) {
+		t.Errorf("the page of connections is wrong: %s", page)
+	}
+
+	w := ask(h, "POST", "/api/end?user=user1&upstream="+addr, withToken)
+	if got := strings.TrimSpace(w.Body.String()); got != `{"ended":4}` {
+		t.Errorf("end: %d %s", w.Code, got)
+	}
+	for range 4 {
+		r := proxytest.Receive(t, "the end of a connection", results)
+		if r.End != lbproxy.EndCanceled || !errors.Is(r.Err, admin.ErrEnded) || r.ClientID != "user1" {
+			t.Errorf("ended: %v", r)
+		}
+	}
+	log.await(t, "change=end", "user=user1", "upstream="+addr)
+	if got := conns(""); len(got.Conns) != 6 {
+		t.Errorf("%d connections are left, want 6", len(got.Conns))
+	}
+	for _, c := range clients {
+		c.Close()
+	}
+}
+
+func TestReadyzSaysWhyNot(t *testing.T) {
+	up := newApp(t, "web", nil, "127.0.0.1:1")
+	down := newApp(t, "db", nil, "127.0.0.1:2")
+	proxytest.Must(t, down.SetUpstreams([]lbproxy.Upstream{{Addr: "127.0.0.1:2", Drain: true}}))
+	draining := func() admin.Info { return admin.Info{NotReady: "draining"} }
+	for _, row := range []struct {
+		apps []*lbproxy.LBProxyApp
+		info func() admin.Info
+		code int
+		want string
+	}{
+		{[]*lbproxy.LBProxyApp{up}, nil, 200, "ready\n"},
+		{[]*lbproxy.LBProxyApp{up, down}, nil, 503, "app db: no upstream is up\n"},
+		{nil, nil, 503, "there are no apps\n"},
+		{[]*lbproxy.LBProxyApp{up}, draining, 503, "draining\n"},
+	} {
+		h := admin.Handler(listOf(row.apps...), &admin.Options{Info: row.info})
+		if w := ask(h, "GET", "/readyz"); w.Code != row.code || w.Body.String() != row.want {
+			t.Errorf("%d %q, want %d %q", w.Code, w.Body, row.code, row.want)
+		}
+		if w := ask(h, "GET", "/healthz"); w.Code != 200 {
+			t.Errorf("healthz: %d", w.Code)
+		}
+	}
+}
+
+// The page has nothing that its Content-Security-Policy forbids.
+func TestPageKeepsItsPolicy(t *testing.T) {
+	h := admin.Handler(listOf(newApp(t, "web", nil, "127.0.0.1:1")), nil)
+	for _, path := range []string{"/", "/conns", "/static/style.css", "/static/script.js"} {
+		w := ask(h, "GET", path)
+		csp := w.Header().Get("Content-Security-Policy")
+		if w.Code != 200 || !strings.HasPrefix(csp, "default-src 'none';") || strings.Contains(csp, "unsafe") {
+			t.Errorf("%s: %d, policy %q", path, w.Code, csp)
+		}
+		for _, bad := range []string{"style=", "<style", "onclick", "onload", "javascript:", "http://", "https://", "innerHTML", "eval("} {
+			body := strings.ReplaceAll(w.Body.String(), "http://www.w3.org/2000/svg", "")
+			if strings.Contains(body, bad) {
+				t.Errorf("%s has %q", path, bad)
+			}
+		}
+		if n := strings.Count(w.Body.String(), "<script"); strings.HasSuffix(path, "s") && n > 1 {
+			t.Errorf("%s has %d scripts", path, n)
+		}
+	}
+}
+
+// fullInfo has a bit of everything, all named name.
+func fullInfo(name string) func() admin.Info {
+	return func() admin.Info {
+		return admin.Info{
+			Refused:      map[string]uint64{name: 3, "unknown-ca": 5},
+			Users:        []admin.User{{Name: name, App: name, Open: 2}, {Name: "bob", App: "web", Open: 1}},
+			Certificates: []admin.Certificate{{Key: name, File: name, Subject: name, NotAfter: time.Now().Add(29*24*time.Hour + time.Minute)}},
+		}
+	}
+}
+
+func TestMetricsAreAsPrometheusWantsThem(t *testing.T) {
+	recorder := &admin.Recorder{}
+	app := newApp(t, "web", recorder.Record("web", nil), proxytest.Upstream(t, proxytest.Echo), proxytest.RefusingAddr(t))
+	proxytest.Must(t, proxytest.Ping(proxytest.Dial(t, serve(t, app))))
+	h := admin.Handler(listOf(app), &admin.Options{Recorder: recorder, Info: fullInfo("alice \"the\\ admin\"\n")})
+	text := get(t, h, "/metrics")
+	promtool(t, text)
+	all := metrics(t, text)
+	for name, want := range map[string]float64{
+		`lbproxy_open_connections{app="web"}`:                                   1,
+		`lbproxy_accepted_connections_total{app="web"}`:                         1,
+		`lbproxy_connections_total{app="web",end="idle-timeout"}`:               0,
+		`lbproxy_dial_duration_seconds_bucket{app="web",le="+Inf"}`:             1,
+		`lbproxy_refused_total{app="web",reason="rate-limited"}`:                0,
+		`mtlsserver_refused_total{reason="unknown-ca"}`:                         5,
+		`mtlsserver_user_connections{user="bob",app="web"}`:                     1,
+		`mtlsserver_refused_total{reason="\"alice \\\"the\\\\ admin\\\"\\n\""}`: 3,
+	} {
+		if got, ok := all[name]; !ok || got != want {
+			t.Errorf("%s is %v, %t, want %v", name, got, ok, want)
+		}
+	}
+	promtool(t, get(t, admin.Handler(listOf(), &admin.Options{Info: func() admin.Info { return admin.Info{} }}), "/metrics"))
+}
+
+// However many users there are, their labels are bounded, and their sum is right.
+func TestUsersInMetricsAreBounded(t *testing.T) {
+	var users []admin.User
+	for i := range 5000 {
+		users = append(users, admin.User{Name: fmt.Sprint("user", i), App: "web", Open: 2})
+	}
+	h := admin.Handler(listOf(), &admin.Options{Info: func() admin.Info { return admin.Info{Users: users} }})
+	all := metrics(t, get(t, h, "/metrics"))
+	n := 0
+	for name := range all {
+		if strings.HasPrefix(name, "mtlsserver_user_connections{") {
+			n++
+		}
+	}
+	if sum := sumOf(all, "mtlsserver_user_connections{"); n != 1001 || sum != 10000 {
+		t.Errorf("%d series with a sum of %v, want 1001 and 10000", n, sum)
+	}
+	if page := get(t, h, "/"); strings.Count(page, "<tr>") != 101 || !strings.Contains(page, "from=100") {
+		t.Errorf("the page has %d rows, want 100 and a link to more", strings.Count(page, "<tr>")-1)
+	}
+	if page := get(t, h, "/?from=4950"); strings.Count(page, "<tr>") != 51 || strings.Contains(page, "Further") {
+		t.Errorf("the last page has %d rows, want 50 and no link to more", strings.Count(page, "<tr>")-1)
+	}
+}
+
+// Whatever names there are, and whatever peers say, the page is HTML and the metrics are metrics.
+func FuzzNames(f *testing.F) {
+	for _, name := range []string{
+		"web", `"><script>alert(1)</script>`, "a\nb", "a\\", `\"`, "\xff\xfe", "\u202eevil", "{{.}}", "</title>",
+		"a\x00b", "é", "a,b=\"c\"} 1\nlbproxy_up 1", "javascript:alert(1)", "'", "&amp;", strings.Repeat("x", 5000),
+	} {
+		f.Add(name)
+	}
+	f.Fuzz(func(t *testing.T, name string) {
+		if name == "" {
+			return
+		}
+		app := newApp(t, name, &lbproxy.Options{
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New(name) },
+		}, "127.0.0.1:1", "127.0.0.1:2")
+		_, accepted := net.Pipe()
+		_, _ = app.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: name})
+		waiting := newApp(t, "waiting", &lbproxy.Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}, "127.0.0.1:1")
+		client, accepted := net.Pipe()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_, _ = waiting.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: name, ClientAddr: named(name)})
+		}()
+		defer func() {
+			client.Close()
+			<-done
+		}()
+		h := admin.Handler(listOf(app, waiting), &admin.Options{Info: fullInfo(name)})
+		metrics(t, get(t, h, "/metrics"))
+		stats(t, h)
+		proxytest.Eventually(t, "the connection is listed", func() bool {
+			return strings.Contains(get(t, h, "/api/conns"), `"app":"waiting"`)
+		})
+		for _, path := range []string{"/", "/conns"} {
+			page := get(t, h, path)
+			for _, r := range page {
+				if r != '\n' && !unicode.IsPrint(r) {
+					t.Fatalf("%s has %q", path, r)
+				}
+			}
+			if strings.Count(page, "<script") != 1 || strings.Count(page, "<title>") != 1 {
+				t.Errorf("%s has a script or a title of the name's", path)
+			}
+		}
+	})
+}
+
+type named string
+
+func (n named) Network() string { return "tcp" }
+func (n named) String() string  { return string(n) }
+
+// A gigabyte is not read, whether its length is said or not.
+func TestHugeBodyIsNotRead(t *testing.T) {
+	h, _ := changeable()
+	s := start(t, admin.Listen{Addr: "127.0.0.1:0"}, h)
+	for _, head := range []string{"Content-Length: 1073741824", "Transfer-Encoding: chunked"} {
+		c := proxytest.Dial(t, s.Addr().String())
+		_, err := fmt.Fprintf(c, "POST /api/end HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\nAuthorization: Bearer %s\r\n%s\r\n\r\n", token, head)
+		proxytest.Must(t, err)
+		answered := make(chan string, 1)
+		go func() {
+			answer, _ := io.ReadAll(c)
+			answered <- string(answer)
+		}()
+		chunk := append([]byte("10000\r\n"), append(bytes.Repeat([]byte("x"), 65536), "\r\n"...)...)
+		sent := 0
+		for err == nil && sent < 1<<30 {
+			_, err = c.Write(chunk)
+			sent += len(chunk)
+		}
+		answer := proxytest.Receive(t, "the answer", answered)
+		if sent > 64<<20 || answer != "" && !strings.HasPrefix(answer, "HTTP/1.1 4") {
+			t.Errorf("%s: %d bytes were taken, answer %.100q", head, sent, answer)
+		}
+	}
+}
