@@ -15,7 +15,11 @@ import (
 // metrics writes the text format of Prometheus.
 func (h *handler) metrics(w http.ResponseWriter, _ *http.Request) {
 	s := h.stats()
-	var t exposition
+	size := 10_000
+	for _, a := range s.Apps {
+		size += 1500 * (1 + len(a.Upstreams) + len(a.gone)) // growing would copy the text again and again
+	}
+	t := exposition{text: make([]byte, 0, size)}
 	version := "unknown"
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
 		version = info.Main.Version
