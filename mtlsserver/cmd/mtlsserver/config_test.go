@@ -202,7 +202,7 @@ func TestBadConfigurations(t *testing.T) {
 			"config.json:1: tls: missing: it is required", "config.json:1: apps: missing", "config.json:1: users: missing"}},
 		// Keys and types.
 		{name: "unknown key", edit: `"drainTimeout">"drainTimeOut"`, want: []string{
-			"config.json:16: drainTimeOut: unknown key: want one of tls, apps, users, defaultLimit, handshake, drainTimeout, logAdmissions"}},
+			"config.json:16: drainTimeOut: unknown key: want one of tls, apps, users, defaultLimit, handshake, drainTimeout, logAdmissions, admin, adminAnywhere"}},
 		{name: "unknown keys further down", edit: `"weight": 2>"wait": {"a": [1, {}]}, "Weight": 2`, want: []string{
 			"config.json:5: apps[0].upstreams[0].wait: unknown key: want one of addr, weight, maxConns, drain, proxyProtocol, tls",
 			"config.json:5: apps[0].upstreams[0].Weight: unknown key"}},
@@ -339,6 +339,60 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "CA that may not sign", spoil: badCA(&x509.Certificate{IsCA: true, KeyUsage: x509.KeyUsageDigitalSignature}), want: []string{`tls.ca: "…ca.pem": not an authority's`, "config.json:6: "}},
 		{name: "signer that is no CA", spoil: badCA(&x509.Certificate{KeyUsage: x509.KeyUsageCertSign}), want: []string{`tls.ca: "…ca.pem": not an authority's`, "config.json:6: "}},
 		{name: "expired CA", spoil: badCA(expired(&x509.Certificate{IsCA: true, KeyUsage: x509.KeyUsageCertSign})), want: []string{`tls.ca: "…ca.pem": expired at`, "config.json:6: "}},
+		// The admin.
+		{name: "admin nowhere", edit: `"drainTimeout">"admin": {}, "drainTimeout"`, want: []string{
+			`config.json:16: admin: it listens nowhere: set listen or socket, or remove it`}},
+		{name: "admin with unknown key", edit: `"drainTimeout">"admin": {"addr": ":1"}, "drainTimeout"`, want: []string{
+			`config.json:16: admin.addr: unknown key: want one of listen, socket, token, hosts`}},
+		{name: "admin for everybody", edit: `"drainTimeout">"admin": {"listen": ":9090"}, "drainTimeout"`, want: []string{
+			`config.json:16: admin.listen: ":9090": not loopback…: use 127.0.0.1, or set adminAnywhere`}},
+		{name: "anywhere without admin", edit: `"drainTimeout">"adminAnywhere": true, "drainTimeout"`, want: []string{
+			`config.json:16: adminAnywhere: there is no admin: add it, or remove this`}},
+		{name: "admin by a name", edit: `"drainTimeout">"admin": {"listen": "my.name:9090"}, "adminAnywhere": true, "drainTimeout"`, want: []string{
+			`config.json:16: admin.listen: "my.name:9090": want an IP address or localhost, and a port`}},
+		{name: "admin at an app's address", edit: `127.0.0.1:0…"drainTimeout">127.0.0.1:9443…"admin": {"listen": "127.0.0.1:9443"}, "drainTimeout"`, want: []string{
+			`config.json:16: admin.listen: "127.0.0.1:9443" is that of apps[0].listen already: change one`}},
+		{name: "admin host with a port", edit: `"drainTimeout">"admin": {"listen": "127.0.0.1:0", "hosts": ["lb", "lb:80"]}, "drainTimeout"`, want: []string{
+			`config.json:16: admin.hosts[1]: "lb:80": want a name without port`}},
+		{name: "admin socket that is a file", edit: `"drainTimeout">"admin": {"socket": "ca.pem"}, "drainTimeout"`, want: []string{
+			`config.json:16: admin.socket: "…ca.pem": something else is there: remove it, or use another name`}},
+		{name: "admin socket in no folder", edit: `"drainTimeout">"admin": {"socket": "no/sock"}, "drainTimeout"`, want: []string{
+			`config.json:16: admin.socket: "…no/sock": no such file…: make the folder`}},
+		{name: "admin socket where others may write", edit: `"drainTimeout">"admin": {"socket": "open/sock"}, "drainTimeout"`,
+			spoil: func(t *testing.T, dir string) {
+				if runtime.GOOS == "windows" {
+					t.Skip("no mode bits")
+				}
+				open := filepath.Join(dir, "open")
+				if err := os.Mkdir(open, 0o700); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Chmod(open, 0o770); err != nil {
+					t.Fatal(err)
+				}
+			}, want: []string{`config.json:16: admin.socket: "…open/sock": others may write the folder "…open", which has mode 0770: use one`}},
+		{name: "no admin token", edit: `"drainTimeout">"admin": {"listen": "127.0.0.1:0", "token": ""}, "drainTimeout"`, want: []string{
+			`config.json:16: admin.token: missing: name its file`}},
+		{name: "short admin token", edit: `"drainTimeout">"admin": {"listen": "127.0.0.1:0", "token": "token"}, "drainTimeout"`,
+			spoil: swap("token", []byte("short\n")), want: []string{
+				`config.json:16: admin.token: "token": only 5 characters: make one of 16 or more`}},
+		{name: "admin token for all to read", edit: `"drainTimeout">"admin": {"listen": "127.0.0.1:0", "token": "token"}, "drainTimeout"`,
+			spoil: func(t *testing.T, dir string) {
+				if runtime.GOOS == "windows" {
+					t.Skip("no mode bits")
+				}
+				swap("token", []byte("0123456789abcdef"))(t, dir)
+				if err := os.Chmod(filepath.Join(dir, "token"), 0o640); err != nil {
+					t.Fatal(err)
+				}
+				if os.Getuid() == 0 { // whose files a group may read
+					if err := os.Chmod(filepath.Join(dir, "token"), 0o644); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}, want: []string{`config.json:16: admin.token: "…token": mode 06…lets others at the key: chmod 600 it`}},
+		{name: "admin's port in use", edit: `"drainTimeout">"admin": {"listen": "` + taken.Addr().String() + `"}, "drainTimeout"`, want: []string{
+			`config.json:16: admin.listen: …` + taken.Addr().String() + `…bind: …in use: change it, or end what has it`}},
 		// Listening.
 		{name: "port in use", edit: `"127.0.0.1:0">"` + taken.Addr().String() + `"`, want: []string{`config.json: …app "web": …` + taken.Addr().String() + `…in use: change that app's listen, or end what has the address`}},
 		{name: "address of another machine", edit: `"127.0.0.1:0">"192.0.2.1:9443"`, want: []string{`config.json: …app "web": …192.0.2.1:9443…: change that app's listen to an address of this machine`}},
