@@ -28,6 +28,7 @@ import (
 
 	"github.com/danielepagano/lbproxy"
 	"github.com/danielepagano/lbproxy/internal/logqueue"
+	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
 func main() {
@@ -91,6 +92,9 @@ type config struct {
 
 	dial, fail, idle, check time.Duration
 	maxConns                int
+
+	admin    string          // where the status page is served; empty: nowhere
+	recorder *admin.Recorder // nil without admin
 }
 
 const usage = `usage: basic -listen ADDR -upstream ADDR[,weight=N] [-upstream ...] [flags]
@@ -110,6 +114,8 @@ const usage = `usage: basic -listen ADDR -upstream ADDR[,weight=N] [-upstream ..
                           (default 10s)
   -check DURATION         dial each upstream now and then, and notice within
                           twice this time that it is gone (default: never)
+  -admin ADDR             serve a status page and metrics at a loopback
+                          address, such as 127.0.0.1:9090 (default: nowhere)
   -v                      log every connection
 
 What each client address may do, without limit by default:
@@ -137,6 +143,7 @@ func (c *config) flags() *flag.FlagSet {
 		"want a duration such as 10s, or 0 for the default"))
 	f.Func("check", "", number(&c.check, time.ParseDuration,
 		"want a duration such as 1s, or 0 for never"))
+	f.Func("admin", "", c.setAdmin)
 	f.BoolFunc("v", "", c.setVerbose)
 	l := &c.limits
 	f.Func("rate", "", number(&l.rate, parseRate,
@@ -200,6 +207,14 @@ func (c *config) addUpstream(s string) error {
 		u.Weight = weight
 	}
 	c.upstreams = append(c.upstreams, u)
+	return nil
+}
+
+func (c *config) setAdmin(s string) error {
+	if errs := (admin.Listen{Addr: s}).Check(); len(errs) > 0 || s == "" {
+		return errors.New("want a loopback address, such as 127.0.0.1:9090")
+	}
+	c.admin, c.recorder = s, &admin.Recorder{}
 	return nil
 }
 

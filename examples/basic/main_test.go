@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"regexp"
@@ -335,6 +336,10 @@ func TestWrongFlags(t *testing.T) {
 			"-upstream is missing: say where to send clients, such as -upstream 10.0.0.1:80",
 		},
 		{"-v", "-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080"},
+		{
+			"-admin :9090",
+			`invalid value ":9090" for flag -admin: want a loopback address, such as 127.0.0.1:9090`,
+		},
 		{"start", `unexpected argument "start": there are only flags`},
 		{"-fast", "flag provided but not defined: -fast"},
 		{"-rate", "flag needs an argument: -rate"},
@@ -430,6 +435,39 @@ func TestAddressInUse(t *testing.T) {
 	got := stderr.String()
 	if !strings.Contains(got, taken) || !strings.HasSuffix(got, ": choose another -listen\n") {
 		t.Errorf("stderr %q", got)
+	}
+}
+
+func TestStatusPage(t *testing.T) {
+	p := startProxy(t, "-upstream", upstream(t, "server"), "-admin", "127.0.0.1:0")
+	if got := p.served(t, 2); !slices.Equal(got, []string{"server", "server"}) {
+		t.Fatalf("served by %v", got)
+	}
+	p.stdout.ReadString('\n')
+	line, err := p.stdout.ReadString('\n')
+	url, ok := strings.CutPrefix(strings.TrimSpace(line), "status page at ")
+	if !ok {
+		t.Fatalf("stdout %q, %v", line, err)
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	for path, want := range map[string]string{
+		"":        "<dt>Accepted</dt><dd>2</dd>",
+		"metrics": `lbproxy_dial_duration_seconds_count{app="basic"} 2`,
+	} {
+		answer, err := client.Get(url + path)
+		proxytest.Must(t, err)
+		body, err := io.ReadAll(answer.Body)
+		answer.Body.Close()
+		if err != nil || !strings.Contains(string(body), want) {
+			t.Errorf("%s: %v, %s; want %s in it", path, err, body, want)
+		}
+	}
+
+	taken := proxytest.Listen(t).Addr().String()
+	var stderr bytes.Buffer
+	code := run([]string{"-listen", "127.0.0.1:0", "-upstream", "b:1", "-admin", taken}, nil, io.Discard, &stderr)
+	if code != 1 || !strings.HasSuffix(stderr.String(), ": choose another -admin\n") {
+		t.Errorf("an address in use: exit code %d, %q", code, &stderr)
 	}
 }
 

@@ -11,11 +11,15 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
 func newApp(conf config, log *slog.Logger) (*lbproxy.LBProxyApp, error) {
 	opts := conf.options()
 	opts.Logger = log
+	if conf.recorder != nil {
+		conf.recorder.Record("basic", opts)
+	}
 	app, err := lbproxy.New("basic", conf.upstreams, opts)
 	if err != nil {
 		return nil, fmt.Errorf("-upstream: %w", err)
@@ -53,6 +57,15 @@ func serve(
 	for _, u := range app.Stats().Upstreams {
 		fmt.Fprintf(&b, "  %s, weight %d\n", u.Addr, u.Weight)
 	}
+	page, err := conf.serveAdmin(app, log)
+	if err != nil {
+		l.Close()
+		return err
+	}
+	if page != nil {
+		defer page.Close() // when the last connection has ended
+		fmt.Fprintf(&b, "status page at http://%s/\n", page.Addr())
+	}
 	io.WriteString(stdout, b.String())
 
 	served := make(chan error, 1)
@@ -82,6 +95,20 @@ func serve(
 		return fmt.Errorf("%d open connections were cut", cut)
 	}
 	return nil
+}
+
+// serveAdmin serves the status page of app, if there is to be one.
+func (c config) serveAdmin(app *lbproxy.LBProxyApp, log *slog.Logger) (*admin.Server, error) {
+	if c.admin == "" {
+		return nil, nil
+	}
+	apps := func() []*lbproxy.LBProxyApp { return []*lbproxy.LBProxyApp{app} }
+	h := admin.Handler(apps, &admin.Options{Recorder: c.recorder, Logger: log})
+	s, err := admin.Serve(admin.Listen{Addr: c.admin}, h)
+	if err != nil {
+		return nil, fmt.Errorf("%w: choose another -admin", err)
+	}
+	return s, nil
 }
 
 // limits are what one client address may do. The zero limits are none.
