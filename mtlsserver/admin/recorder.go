@@ -95,7 +95,6 @@ func (r *Recorder) all(current []*lbproxy.LBProxyApp) []*lbproxy.LBProxyApp {
 func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
 	if r.seen == nil {
 		r.seen = map[weak.Pointer[lbproxy.LBProxyApp]]*sighting{}
-		r.past = map[string]*App{}
 	}
 	at := weak.Make(app)
 	s := r.seen[at]
@@ -115,6 +114,9 @@ func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
 
 // of returns what is past of an id.
 func (r *Recorder) of(id string) *App {
+	if r.past == nil {
+		r.past = map[string]*App{}
+	}
 	if r.past[id] == nil {
 		r.past[id] = newApp(id)
 	}
@@ -209,6 +211,9 @@ func (a *App) merge(b *App, current bool, most int) {
 
 // keep adds to the counts of an upstream that is gone, of which a knows at most so many by name.
 func (a *App) keep(u Upstream, most int) {
+	if u.Total+u.Sent+u.Received == 0 {
+		return // it was never used: nobody misses it
+	}
 	sum, known := a.gone[u.Addr]
 	if !known && len(a.gone) >= most {
 		u.Addr = ""

@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/danielepagano/lbproxy"
 )
@@ -47,6 +48,7 @@ func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.Track(app)
+		r.seen[weak.Make(app)].last.Upstreams[0].Total = 1 // as if it had had a connection
 		app.Close()
 	}
 	for range 10 {
