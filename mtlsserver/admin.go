@@ -152,14 +152,6 @@ func (s *Server) currentApps() (apps []*lbproxy.LBProxyApp) {
 	return apps
 }
 
-// track tells the recorder of a proxy that begins or has ended, so that its counts are not lost.
-// Without administrators nobody would have the recorder forget it.
-func (s *Server) track(p *proxy) {
-	if s.current.Load().admin != nil {
-		s.recorder.Track(p.app)
-	}
-}
-
 func (s *Server) sampleForAdmins() {
 	if s.current.Load().admin != nil {
 		s.recorder.Sample(s.currentApps())

@@ -205,7 +205,9 @@ func (s *Server) listen(conf App, old map[string]*proxy) (*share, error) {
 // start makes p serve as soon as the server runs, until p's listener is closed and its last
 // connection has ended. The caller holds mu.
 func (s *Server) start(p *proxy) {
-	s.track(p)
+	if s.current.Load().admin != nil { // else nobody would have the recorder forget it
+		s.recorder.Track(p.app)
+	}
 	s.serving.Go(func() {
 		select {
 		case <-s.running:
@@ -214,7 +216,6 @@ func (s *Server) start(p *proxy) {
 		_ = p.app.Serve(p.listener, p.admit) // its error only says that it was stopped
 		close(p.served)
 		p.app.Shutdown(context.Background())
-		s.track(p)
 		s.mu.Lock()
 		delete(s.proxies, p)
 		s.mu.Unlock()

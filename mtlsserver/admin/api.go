@@ -182,8 +182,8 @@ func (h *handler) changing(name string, do change) http.HandlerFunc {
 
 // permit returns who asks for a change, and whether they may.
 func (h *handler) permit(r *http.Request) (by string, ok bool) {
-	if bySocket(r) {
-		return "unix socket", true
+	if who := bySocket(r); who != "" {
+		return who, true
 	}
 	got, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(h.Token))

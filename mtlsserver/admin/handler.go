@@ -47,8 +47,9 @@ type Options struct {
 }
 
 // Handler returns a handler that shows what apps do; see the package documentation for its paths.
-// apps is called for each request and returns the current ones, in the order to show. The handler
-// can be mounted at any path with http.StripPrefix. Whoever reaches it can read it: who that is,
+// apps is called for each request and returns the current ones, in the order to show. An app that it
+// returns no more is over when a minute has passed and its connections have ended: then it must not
+// come back, or would be counted twice. The handler can be mounted at any path with http.StripPrefix. Whoever reaches it can read it: who that is,
 // is for the server to decide around it.
 func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
 	h := &handler{apps: apps, lines: logqueue.NewLines()}
@@ -101,7 +102,7 @@ func (h *handler) guard(next http.Handler) http.Handler {
 		} {
 			w.Header().Set(key, value)
 		}
-		if !bySocket(r) && !h.hostIsOurs(r.Host) {
+		if bySocket(r) == "" && !h.hostIsOurs(r.Host) {
 			text(w, http.StatusMisdirectedRequest,
 				"This host name is not answered: use an IP address or localhost, or add the name to the hosts.\n")
 			return

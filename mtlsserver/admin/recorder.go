@@ -5,7 +5,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-	"weak"
 
 	"github.com/danielepagano/lbproxy"
 )
@@ -17,25 +16,26 @@ type Recorder struct {
 	times sync.Map // of *times, by app id
 
 	mu      sync.Mutex // held over Stats of apps, so that no older counts follow newer ones
-	seen    map[weak.Pointer[lbproxy.LBProxyApp]]*sighting
-	past    map[string]*App // by id: what no app's Stats have any more
+	seen    map[*lbproxy.LBProxyApp]*sighting
+	past    map[string]*App // by id: what no app in seen has
 	history []Sample
 }
 
 // A sighting is an app and what it had counted when it was looked at last.
 type sighting struct {
-	app  *lbproxy.LBProxyApp // nil once it is not current and has no connections: then it may go
 	last App
+	left time.Time // when it was not current for the first time; zero if it is
 }
 
 const (
-	maxGone     = 1000 // apps, and upstreams of an app, that are remembered by name
+	maxGone     = 1000        // apps, and upstreams of an app, that are remembered by name
+	keepApp     = time.Minute // after it was current: it may have a connection that is about to begin
 	maxSamples  = 150
 	sampleEvery = 2 * time.Second
 )
 
-// Track looks at app, so that what it counts from now on is never lost, even if it is gone before
-// a handler is asked the next time. It is of use where apps are replaced.
+// Track looks at app, so that what it counts is never lost, even if it is gone before a handler is
+// asked the next time. It is of use where apps are replaced.
 func (r *Recorder) Track(app *lbproxy.LBProxyApp) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -54,16 +54,18 @@ func (r *Recorder) stats(current []*lbproxy.LBProxyApp, now time.Time) Stats {
 	for _, app := range current {
 		sums.add(r.look(app).last, true)
 	}
-	for at, s := range r.seen {
-		app := at.Value()
-		switch {
-		case app == nil: // nobody can use it any more
-			delete(r.seen, at)
+	for app, s := range r.seen {
+		if slices.Contains(current, app) {
+			s.left = time.Time{}
+			continue
+		}
+		if r.look(app); s.left.IsZero() {
+			s.left = now
+		}
+		if s.last.Open == 0 && now.Sub(s.left) > keepApp {
+			delete(r.seen, app)
 			r.of(s.last.ID).merge(&s.last, false, maxGone)
-		case !slices.Contains(current, app):
-			if r.look(app); s.last.Open == 0 {
-				s.app = nil
-			}
+		} else {
 			sums.add(s.last, false)
 		}
 	}
@@ -77,14 +79,14 @@ func (r *Recorder) stats(current []*lbproxy.LBProxyApp, now time.Time) Stats {
 	return all
 }
 
-// all returns the current apps, and those that are not any more and still have connections.
+// all returns the current apps, and others that may have connections.
 func (r *Recorder) all(current []*lbproxy.LBProxyApp) []*lbproxy.LBProxyApp {
 	all := slices.Clone(current)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, s := range r.seen {
-		if s.app != nil && !slices.Contains(current, s.app) {
-			all = append(all, s.app)
+	for app := range r.seen {
+		if !slices.Contains(current, app) {
+			all = append(all, app)
 		}
 	}
 	return all
@@ -93,14 +95,13 @@ func (r *Recorder) all(current []*lbproxy.LBProxyApp) []*lbproxy.LBProxyApp {
 // look updates the sighting of app. What it had counted for upstreams that are gone, or have begun
 // anew, is past. The caller holds mu, as for all that follows.
 func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
-	if r.seen == nil {
-		r.seen = map[weak.Pointer[lbproxy.LBProxyApp]]*sighting{}
-	}
-	at := weak.Make(app)
-	s := r.seen[at]
+	s := r.seen[app]
 	if s == nil {
+		if r.seen == nil {
+			r.seen = map[*lbproxy.LBProxyApp]*sighting{}
+		}
 		s = &sighting{}
-		r.seen[at] = s
+		r.seen[app] = s
 	}
 	now := appOf(app.Stats())
 	for _, u := range s.last.Upstreams {
@@ -108,7 +109,7 @@ func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
 			r.of(now.ID).keep(u, maxGone)
 		}
 	}
-	s.app, s.last = app, now
+	s.last = now
 	return s
 }
 

@@ -2,10 +2,8 @@ package admin
 
 import (
 	"fmt"
-	"runtime"
 	"testing"
 	"time"
-	"weak"
 
 	"github.com/danielepagano/lbproxy"
 )
@@ -39,26 +37,25 @@ func TestPastIsBoundedAndKeepsItsSums(t *testing.T) {
 	}
 }
 
-// An app that is not current, and that nobody uses, is not kept in memory; its counts are.
+// An app that is not current any more is kept for a minute; its counts are kept for ever.
 func TestAppsThatAreGoneAreNotKept(t *testing.T) {
-	r := &Recorder{}
+	r, now := &Recorder{}, time.Now()
 	for i := range 20 {
 		app, err := lbproxy.New("web", []lbproxy.Upstream{{Addr: fmt.Sprintf("10.0.0.%d:80", i)}}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		r.Track(app)
-		r.seen[weak.Make(app)].last.Upstreams[0].Total = 1 // as if it had had a connection
-		app.Close()
+		r.seen[app].last.Upstreams[0].Total = 1 // as if it had had a connection
 	}
-	for range 10 {
-		r.stats(nil, time.Now())
-		runtime.GC()
-	}
-	if n := len(r.seen); n > 0 {
-		t.Errorf("%d apps are kept", n)
-	}
-	if all := r.stats(nil, time.Now()).Apps; len(all) != 1 || all[0].Current || len(all[0].gone) != 20 {
-		t.Errorf("%+v, want the counts of 20 upstreams", all)
+	for _, step := range []struct {
+		after time.Duration
+		kept  int
+	}{{0, 20}, {keepApp, 20}, {time.Second, 0}, {time.Hour, 0}} {
+		now = now.Add(step.after)
+		apps := r.stats(nil, now).Apps
+		if len(apps) != 1 || apps[0].Current || len(apps[0].gone) != 20 || apps[0].Gone.Total != 20 || len(r.seen) != step.kept {
+			t.Errorf("after %v: %d kept, %+v, want %d and the counts of 20 upstreams", step.after, len(r.seen), apps, step.kept)
+		}
 	}
 }

@@ -48,8 +48,8 @@ func Serve(at Listen, h http.Handler) (*Server, error) {
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          log.New(io.Discard, "", 0), // what a client did wrong it has been told
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			if c.LocalAddr().Network() == "unix" {
-				return context.WithValue(ctx, socketKey{}, true)
+			if socket, ok := c.(*placed).Conn.(*net.UnixConn); ok {
+				return context.WithValue(ctx, socketKey{}, "unix socket"+peerOf(socket))
 			}
 			return ctx
 		},
@@ -194,8 +194,11 @@ func (s *Server) removeSocket() {
 
 type socketKey struct{}
 
-// bySocket reports whether a request came by the Unix socket of a Server.
-func bySocket(r *http.Request) bool { return r.Context().Value(socketKey{}) != nil }
+// bySocket returns who sent a request by the Unix socket of a Server; empty if it did not come so.
+func bySocket(r *http.Request) string {
+	who, _ := r.Context().Value(socketKey{}).(string)
+	return who
+}
 
 // restrict keeps other machines from all but what says nothing of anybody.
 func (s *Server) restrict(h http.Handler) http.Handler {
@@ -204,7 +207,7 @@ func (s *Server) restrict(h http.Handler) http.Handler {
 		switch r.URL.Path {
 		case "/healthz", "/readyz", "/metrics":
 		default:
-			if !bySocket(r) && !from.Addr().Unmap().IsLoopback() {
+			if bySocket(r) == "" && !from.Addr().Unmap().IsLoopback() {
 				text(w, http.StatusForbidden, "From other machines only /healthz, /readyz and /metrics can be read.\n")
 				return
 			}

@@ -3,6 +3,7 @@ package admin_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -59,7 +60,10 @@ func TestSocketMayChangeThings(t *testing.T) {
 	if code, body := curl(t, socket, "POST", "/api/drain?app=web&upstream=127.0.0.1:1"); code != 200 {
 		t.Errorf("drain: %d %s", code, body)
 	}
-	log.await(t, "change=drain", `by="unix socket"`)
+	log.await(t, "change=drain", `by="unix socket`)
+	if runtime.GOOS == "linux" {
+		log.await(t, fmt.Sprintf("user %d, process %d", os.Getuid(), os.Getpid()))
+	}
 	if code, body := curl(t, socket, "GET", "/metrics"); code != 200 || !strings.Contains(body, "lbproxy_build_info") {
 		t.Errorf("metrics: %d %s", code, body)
 	}

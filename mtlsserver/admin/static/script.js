@@ -40,19 +40,30 @@
     draw("bytes", times.slice(1), rate("bytes"));
   };
 
-  const inUse = (main) =>
-    main.contains(document.activeElement) || main.querySelector("details[open]") ||
-    !document.getSelection().isCollapsed;
+  // Somebody is typing or has selected something.
+  const inUse = () =>
+    document.activeElement.matches("input, button") || !document.getSelection().isCollapsed;
+
+  // carry hands what a reader has done to parts of the old page to the same parts of the new one.
+  const carry = (old, fresh, selector, hand) => {
+    const parts = fresh.querySelectorAll(selector);
+    old.querySelectorAll(selector).forEach((part, i) => parts[i] && hand(part, parts[i]));
+  };
 
   const contents = async () => {
-    const main = document.getElementById("live");
-    if (inUse(main)) return;
+    if (inUse()) return;
     const answer = await fetch(location.href);
-    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("live");
-    if (!answer.ok || !fresh || inUse(main)) return;
-    const old = document.getElementById("curves"), next = fresh.querySelector("#curves");
-    if (old && next) next.replaceWith(old);
-    main.replaceWith(fresh);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const old = document.getElementById("live"), fresh = page.getElementById("live");
+    if (!answer.ok || !fresh || inUse()) return;
+    carry(old, fresh, "#curves", (a, b) => b.replaceWith(a.cloneNode(true)));
+    carry(old, fresh, "details", (a, b) => { b.open = a.open; });
+    let focused;
+    carry(old, fresh, "a, summary, [tabindex]", (a, b) => { if (a === document.activeElement) focused = b; });
+    const scrolled = [...old.querySelectorAll(".scroll")].map((part) => part.scrollLeft);
+    old.replaceWith(document.adoptNode(fresh));
+    fresh.querySelectorAll(".scroll").forEach((part, i) => { part.scrollLeft = scrolled[i] || 0; });
+    if (focused) focused.focus({preventScroll: true});
   };
 
   const tick = async () => {
