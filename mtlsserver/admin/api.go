@@ -161,7 +161,7 @@ func (h *handler) changing(name string, do change) http.HandlerFunc {
 		if allowed { // else nothing that it says is worth a line
 			for _, key := range []string{"app", "user", "upstream", "client"} {
 				if v := r.Form.Get(key); v != "" {
-					attrs = append(attrs, slog.String(key, clean(v)))
+					attrs = append(attrs, slog.String(key, clean(fmt.Sprintf("%.300s", v))))
 				}
 			}
 		}
@@ -175,7 +175,7 @@ func (h *handler) changing(name string, do change) http.HandlerFunc {
 			result = map[string]string{"error": err.Error()}
 			attrs = append(attrs, slog.String("err", clean(err.Error())))
 		}
-		h.lines.Add(r.Context(), h.Logger, level, "admin: change", func() []slog.Attr { return attrs })
+		h.log(r, level, "admin: change", attrs...)
 		answer(w, code, result)
 	}
 }
@@ -196,13 +196,9 @@ func answer(w http.ResponseWriter, code int, v any) {
 	_ = json.NewEncoder(w).Encode(v) // the client may be gone
 }
 
-// clean quotes a text that has anything but printable characters in it, and cuts it short: a peer
-// may have had a word in it.
+// clean quotes a text that has anything but printable characters in it: a peer may have had a word
+// in it.
 func clean(s string) string {
-	const most = 300
-	if len(s) > most {
-		s = s[:most]
-	}
 	if !utf8.ValidString(s) || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return strconv.QuoteToASCII(s)
 	}

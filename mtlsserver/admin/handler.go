@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -56,6 +57,7 @@ func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
 	if opts != nil {
 		h.Options = *opts
 	}
+	h.Hosts = append(slices.Clone(h.Hosts), "localhost")
 	h.Logger = cmp.Or(h.Logger, slog.Default())
 	if h.Recorder == nil {
 		h.Recorder = &Recorder{}
@@ -92,6 +94,7 @@ const maxBody = 64 << 10
 // headers that every answer has.
 func (h *handler) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer h.logPanic(r)
 		for key, value := range map[string]string{
 			"Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; " +
 				"connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -117,12 +120,24 @@ func (h *handler) guard(next http.Handler) http.Handler {
 	})
 }
 
+// logPanic logs a panic of what Options have, and ends the request. It must be called by defer.
+func (h *handler) logPanic(r *http.Request) {
+	if p := recover(); p != nil {
+		h.log(r, slog.LevelError, "admin: panic", slog.Any("panic", p), slog.String("stack", string(debug.Stack())))
+		panic(http.ErrAbortHandler)
+	}
+}
+
+func (h *handler) log(r *http.Request, level slog.Level, msg string, attrs ...slog.Attr) {
+	h.lines.Add(r.Context(), h.Logger, level, msg, func() []slog.Attr { return attrs })
+}
+
 func (h *handler) hostIsOurs(host string) bool {
 	if name, _, err := net.SplitHostPort(host); err == nil {
 		host = name
 	}
 	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
-	return err == nil || slices.ContainsFunc(append(h.Hosts, "localhost"), func(ours string) bool {
+	return err == nil || slices.ContainsFunc(h.Hosts, func(ours string) bool {
 		return strings.EqualFold(host, ours)
 	})
 }

@@ -215,6 +215,26 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 	}
 }
 
+// A hook that panics costs its request alone, and is logged.
+func TestPanicOfAHookIsLogged(t *testing.T) {
+	log := &logBuffer{}
+	h := admin.Handler(listOf(), &admin.Options{
+		Info: func() admin.Info { panic("no\nway") }, Logger: slog.New(slog.NewTextHandler(log, nil)),
+	})
+	s := start(t, admin.Listen{Addr: "127.0.0.1:0"}, h)
+	for _, path := range []string{"/metrics", "/readyz"} {
+		if answer, err := http.Get("http://" + s.Addr().String() + path); err == nil {
+			answer.Body.Close()
+			t.Errorf("%s was answered", path)
+		}
+	}
+	answer, err := http.Get("http://" + s.Addr().String() + "/healthz")
+	proxytest.Must(t, err)
+	answer.Body.Close()
+	http.DefaultClient.CloseIdleConnections()
+	log.await(t, "level=ERROR", "admin: panic", `panic="no\nway"`, "goroutine")
+}
+
 func TestReadyzSaysWhyNot(t *testing.T) {
 	up := newApp(t, "web", nil, "127.0.0.1:1")
 	down := newApp(t, "db", nil, "127.0.0.1:2")

@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"fmt"
 	"math"
 	"slices"
 	"sync"
@@ -174,7 +175,7 @@ func appOf(s lbproxy.Stats) App {
 			Received: u.Received,
 		}
 		if u.Err != nil {
-			a.Upstreams[i].Error = clean(u.Err.Error())
+			a.Upstreams[i].Error = clean(fmt.Sprintf("%.300s", u.Err))
 		}
 	}
 	return a

@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"math"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
@@ -81,8 +82,8 @@ type Certificate struct {
 	NotAfter time.Time `json:"notAfter"`
 }
 
-// Days returns how many days c is still valid.
-func (c Certificate) Days() int { return int(time.Until(c.NotAfter).Hours() / 24) }
+// Days returns how many days c is still valid; negative if it has expired.
+func (c Certificate) Days() int { return int(math.Floor(time.Until(c.NotAfter).Hours() / 24)) }
 
 // Conns is what /api/conns answers.
 type Conns struct {
