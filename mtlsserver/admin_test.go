@@ -81,14 +81,18 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 	l := newLab(t, withAdmin(t))
 	kept := l.in(t, "web", &l.alice)
 	const rounds, each = 4, 10
+	use := func() {
+		t.Helper()
+		c := l.in(t, "web", &l.alice)
+		must(t, c.CloseWrite())
+		if _, err := io.ReadAll(c); err != nil {
+			t.Fatal(err)
+		}
+	}
 	last := map[string]uint64{}
 	for round := range rounds {
 		for range each {
-			c := l.in(t, "web", &l.alice)
-			must(t, c.CloseWrite())
-			if _, err := io.ReadAll(c); err != nil {
-				t.Fatal(err)
-			}
+			use()
 			must(t, ended(l.dial(t, "web", nil))) // no certificate
 		}
 		s := l.stats(t)
@@ -99,6 +103,9 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 			}
 		}
 		last = now
+		// This app comes and goes between two looks.
+		l.reload(t, l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Duration(round+1) * time.Hour }))
+		use()
 		l.reload(t, l.with(func(c *Config) {
 			c.Apps[0].IdleTimeout = time.Duration(round+1) * time.Minute // another app takes over
 			if round%2 == 0 {
@@ -108,7 +115,7 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 			}
 		}))
 	}
-	const done, refused = rounds * each, rounds * each
+	const done, refused = rounds * (each + 1), rounds * each
 	s := l.awaitStats(t, "all over but one", func(s admin.Stats) bool { return s.Apps[0].Open == 1 })
 	web := s.Apps[0]
 	if web.ID != "web" || web.Accepted != done+refused+1 || web.Ends[lbproxy.EndDone] != done ||
