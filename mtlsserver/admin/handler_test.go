@@ -318,6 +318,29 @@ func TestMetricsAreAsPrometheusWantsThem(t *testing.T) {
 	promtool(t, get(t, admin.Handler(listOf(), &admin.Options{Info: func() admin.Info { return admin.Info{} }}), "/metrics"))
 }
 
+// Health checks are not clients' dials.
+func TestDialsOfHealthChecksAreNotRecorded(t *testing.T) {
+	recorder := &admin.Recorder{}
+	dials := make(chan bool)
+	app := newApp(t, "web", recorder.Record("web", &lbproxy.Options{
+		HealthCheck: &lbproxy.HealthCheck{Interval: time.Millisecond},
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			select {
+			case dials <- true:
+			case <-ctx.Done():
+			}
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		},
+	}), proxytest.Upstream(t, proxytest.Echo))
+	for range 3 { // so that at least two have returned
+		proxytest.Receive(t, "a health check", dials)
+	}
+	all := metrics(t, get(t, admin.Handler(listOf(app), &admin.Options{Recorder: recorder}), "/metrics"))
+	if n, ok := all[`lbproxy_dial_duration_seconds_count{app="web"}`]; !ok || n != 0 {
+		t.Errorf("%v dials, %t, want none", n, ok)
+	}
+}
+
 // However many users there are, their labels are bounded, and their sum is right.
 func TestUsersInMetricsAreBounded(t *testing.T) {
 	var users []admin.User
@@ -358,6 +381,7 @@ func FuzzNames(f *testing.F) {
 		app := newApp(t, name, &lbproxy.Options{
 			DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New(name) },
 		}, "127.0.0.1:1", "127.0.0.1:2")
+		_ = app.SetUpstreams([]lbproxy.Upstream{{Addr: name + ":80"}, {Addr: "127.0.0.1:1"}}) // if it can be one
 		_, accepted := net.Pipe()
 		_, _ = app.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: name})
 		waiting := newApp(t, "waiting", &lbproxy.Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -399,9 +423,26 @@ type named string
 func (n named) Network() string { return "tcp" }
 func (n named) String() string  { return string(n) }
 
+// An endless body counts what is read of it.
+type endless struct{ read int }
+
+func (e *endless) Read(p []byte) (int, error) {
+	e.read += len(p)
+	return copy(p, bytes.Repeat([]byte("x"), len(p))), nil
+}
+
 // A gigabyte is not read, whether its length is said or not.
 func TestHugeBodyIsNotRead(t *testing.T) {
 	h, _ := changeable()
+	for length, most := range map[int64]int{1 << 30: 0, -1: 128 << 10} {
+		body := &endless{}
+		w := ask(h, "POST", "/api/end", withToken, header("Content-Type", "application/x-www-form-urlencoded"), func(r *http.Request) {
+			r.Body, r.ContentLength = io.NopCloser(body), length
+		})
+		if body.read > most || w.Code/100 != 4 {
+			t.Errorf("length %d: %d bytes were read, want at most %d; %d %s", length, body.read, most, w.Code, w.Body)
+		}
+	}
 	s := start(t, admin.Listen{Addr: "127.0.0.1:0"}, h)
 	for _, head := range []string{"Content-Length: 1073741824", "Transfer-Encoding: chunked"} {
 		c := proxytest.Dial(t, s.Addr().String())

@@ -59,3 +59,16 @@ func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 		}
 	}
 }
+
+// The curves are of the last minutes, however often and for how long somebody looks.
+func TestHistoryIsBounded(t *testing.T) {
+	r, now := &Recorder{}, time.Now()
+	for range 10 * maxSamples {
+		now = now.Add(sampleEvery / 4)
+		r.stats(nil, now)
+	}
+	got := r.stats(nil, now).History
+	if len(got) != maxSamples || got[0].Time.Before(now.Add(-maxSamples*sampleEvery)) || now.Sub(got[maxSamples-1].Time) >= sampleEvery {
+		t.Errorf("%d samples from %v to %v, at %v", len(got), got[0].Time, got[len(got)-1].Time, now)
+	}
+}

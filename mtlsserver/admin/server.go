@@ -40,13 +40,12 @@ type Server struct {
 func Serve(at Listen, h http.Handler) (*Server, error) {
 	s := &Server{path: at.Socket}
 	s.http = http.Server{
-		Handler:           s.restrict(h),
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      time.Minute, // a reload may take its time
-		IdleTimeout:       30 * time.Second,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          log.New(io.Discard, "", 0), // what a client did wrong it has been told
+		Handler:        s.restrict(h),
+		ReadTimeout:    5 * time.Second,
+		WriteTimeout:   time.Minute, // a reload may take its time
+		IdleTimeout:    30 * time.Second,
+		MaxHeaderBytes: 16 << 10,
+		ErrorLog:       log.New(io.Discard, "", 0), // what a client did wrong it has been told
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			if socket, ok := c.(*placed).Conn.(*net.UnixConn); ok {
 				return context.WithValue(ctx, socketKey{}, "unix socket"+peerOf(socket))
