@@ -75,21 +75,18 @@ func (c *Config) adminListens() (all []admin.Listen) {
 func (s *Server) adminsFor(r *report, old map[admin.Listen]*admin.Server) (map[admin.Listen]*admin.Server, error) {
 	admins := map[admin.Listen]*admin.Server{}
 	for _, at := range r.config.adminListens() {
-		at.Anywhere = false // it matters to check alone
-		if admins[at] = old[at]; admins[at] != nil {
+		place := admin.Listen{Addr: at.Addr, Socket: at.Socket} // Anywhere does not change how it serves
+		if a := old[place]; a != nil {
+			admins[place] = a
 			continue
 		}
-		var err error
-		if admins[at], err = admin.Serve(at, http.HandlerFunc(s.serveAdmin)); err != nil {
-			delete(admins, at)
+		a, err := admin.Serve(at, http.HandlerFunc(s.serveAdmin))
+		if wrong, ok := errors.AsType[*admin.ListenError](err); ok {
 			closeAdmins(admins, old)
-			key := "admin.listen"
-			if at.Socket != "" {
-				key = "admin.socket"
-			}
-			r.add(key, "%v: change it, or end what has it", err)
+			r.add("admin."+wrong.Field, "%v: change it, or end what has it", wrong.Err)
 			return nil, r.err()
 		}
+		admins[place] = a
 	}
 	return admins, nil
 }

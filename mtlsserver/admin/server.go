@@ -36,8 +36,11 @@ type Server struct {
 }
 
 // Serve listens and serves h, which [Handler] made, until Close. If it cannot listen, it serves
-// nothing; see [ListenError].
+// nothing, and the error is a [*ListenError].
 func Serve(at Listen, h http.Handler) (*Server, error) {
+	if errs := at.Check(); len(errs) > 0 {
+		return nil, errs[0]
+	}
 	s := &Server{path: at.Socket}
 	s.http = http.Server{
 		Handler:        s.restrict(h),
@@ -161,9 +164,6 @@ func checkSocket(path string) error {
 // listenSocket binds the socket under another name and renames it when its mode is right. So nobody
 // else can connect in between, and a socket that a crash has left behind is replaced.
 func (s *Server) listenSocket() (net.Listener, error) {
-	if err := checkSocket(s.path); err != nil {
-		return nil, err
-	}
 	if c, err := net.DialTimeout("unix", s.path, time.Second); err == nil {
 		c.Close()
 		return nil, fmt.Errorf("%q: another server answers there: end it, or use another name", s.path)
