@@ -1,7 +1,6 @@
 package admin
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -164,8 +164,11 @@ func checkSocket(path string) error {
 // listenSocket binds the socket under another name and renames it when its mode is right. So nobody
 // else can connect in between, and a socket that a crash has left behind is replaced.
 func (s *Server) listenSocket() (net.Listener, error) {
-	if c, err := net.DialTimeout("unix", s.path, time.Second); err == nil {
+	c, err := net.DialTimeout("unix", s.path, time.Second)
+	if err == nil {
 		c.Close()
+	}
+	if err == nil || os.IsTimeout(err) || errors.Is(err, syscall.EAGAIN) { // EAGAIN: it has a queue, which is full
 		return nil, fmt.Errorf("%q: another server answers there: end it, or use another name", s.path)
 	}
 	draft := s.path + "~"
@@ -175,8 +178,12 @@ func (s *Server) listenSocket() (net.Listener, error) {
 		return nil, err
 	}
 	l.SetUnlinkOnClose(false)
-	s.inode, err = os.Lstat(draft)
-	if err = cmp.Or(err, os.Chmod(draft, 0o600), os.Rename(draft, s.path)); err != nil {
+	if err = os.Chmod(draft, 0o600); err == nil {
+		if s.inode, err = os.Lstat(draft); err == nil {
+			err = os.Rename(draft, s.path)
+		}
+	}
+	if err != nil {
 		l.Close()
 		os.Remove(draft)
 		return nil, err
@@ -199,7 +206,7 @@ func bySocket(r *http.Request) string {
 	return who
 }
 
-// restrict keeps other machines from all but what says nothing of anybody.
+// restrict keeps other machines from all but health and metrics.
 func (s *Server) restrict(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		from, _ := netip.ParseAddrPort(r.RemoteAddr)

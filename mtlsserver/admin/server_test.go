@@ -100,6 +100,26 @@ func TestStaleSocketIsReplacedAndAForeignOneStays(t *testing.T) {
 	}
 }
 
+// A server that is too busy to accept is not taken for one that has crashed.
+func TestBusySocketIsNotReplaced(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("what a full queue answers is known of Linux alone")
+	}
+	socket := filepath.Join(folder(t), "admin.sock")
+	l, err := net.Listen("unix", socket)
+	proxytest.Must(t, err)
+	defer l.Close()
+	for err == nil { // nobody accepts
+		var c net.Conn
+		if c, err = net.DialTimeout("unix", socket, time.Second); err == nil {
+			defer c.Close()
+		}
+	}
+	if _, err := admin.Serve(admin.Listen{Socket: socket}, http.NotFoundHandler()); err == nil || !strings.Contains(err.Error(), "another server answers there") {
+		t.Errorf("beside a busy server: %v", err)
+	}
+}
+
 func TestListenSaysWhatIsWrong(t *testing.T) {
 	dir := folder(t)
 	open, shared := filepath.Join(dir, "open"), filepath.Join(dir, "shared")
