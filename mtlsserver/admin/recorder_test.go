@@ -1,7 +1,9 @@
 package admin
 
 import (
+	"context"
 	"fmt"
+	"net"
 	"testing"
 	"time"
 
@@ -58,6 +60,40 @@ func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 			t.Errorf("after %v: %d kept, %+v, want %d and the counts of 20 upstreams", step.after, len(r.seen), apps, step.kept)
 		}
 	}
+}
+
+// An app that has a connection is kept for as long as that takes, and what it counts meanwhile, too.
+func TestAppWithAConnectionIsKept(t *testing.T) {
+	app, err := lbproxy.New("web", []lbproxy.Upstream{{Addr: "10.0.0.1:80"}}, &lbproxy.Options{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, client := net.Pipe()
+	conn := &lbproxy.Conn{Client: client}
+	done := make(chan bool)
+	go func() {
+		_, _ = app.ServeConn(context.Background(), conn)
+		close(done)
+	}()
+	r, now := &Recorder{}, time.Now()
+	r.Track(app)
+	for r.stats(nil, now).Apps[0].Upstreams == nil { // a row while it has the connection
+		time.Sleep(time.Millisecond)
+	}
+	if apps := r.stats(nil, now.Add(time.Hour)).Apps; apps[0].Open != 1 || !apps[0].Upstreams[0].Removed || len(r.all(nil)) != 1 {
+		t.Errorf("after an hour: %+v", apps)
+	}
+	conn.Abort(nil)
+	<-done
+	if apps := r.stats(nil, now.Add(2*time.Hour)).Apps; len(r.seen) != 0 || apps[0].Open != 0 || apps[0].Ends[lbproxy.EndCanceled] != 1 {
+		t.Errorf("after its end: %d kept, %+v", len(r.seen), apps)
+	}
+	app.Close()
 }
 
 // The curves are of the last minutes, however often and for how long somebody looks.
