@@ -48,7 +48,8 @@ func (r *report) admin(listens map[string]string) (token string) {
 	if a.Token != "" || r.config.doc.Has("admin.token") {
 		text := r.file("admin.token", a.Token, true)
 		if token = strings.TrimSpace(string(text)); text != nil && len(token) < 16 {
-			r.add("admin.token", "%q: only %d characters: make one of 16 or more, such as by openssl rand -hex 16", a.Token, len(token))
+			r.add("admin.token", "%q: only %d characters: make one of 16 or more, such as by openssl rand -hex 16",
+				a.Token, len(token))
 		}
 	}
 	return token
@@ -72,7 +73,9 @@ func (c *Config) adminListens() (all []admin.Listen) {
 }
 
 // adminsFor returns what serves administrators: the old ones where they can go on, else new ones.
-func (s *Server) adminsFor(r *report, old map[admin.Listen]*admin.Server) (map[admin.Listen]*admin.Server, error) {
+func (s *Server) adminsFor(
+	r *report, old map[admin.Listen]*admin.Server,
+) (map[admin.Listen]*admin.Server, error) {
 	admins := map[admin.Listen]*admin.Server{}
 	for _, at := range r.config.adminListens() {
 		place := admin.Listen{Addr: at.Addr, Socket: at.Socket} // Anywhere does not change how it serves

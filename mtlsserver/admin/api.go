@@ -79,10 +79,12 @@ func (h *handler) each(want url.Values, f func(Conn, *lbproxy.Conn) bool) {
 				client = c.Client.RemoteAddr()
 			}
 			conn := Conn{
-				App: id, Client: fmt.Sprint(client), User: c.ClientID, Upstream: info.Upstream, State: info.State,
-				Since: info.Start, Sent: uint64(info.Sent), Received: uint64(info.Received),
+				App: id, Client: fmt.Sprint(client), User: c.ClientID, Upstream: info.Upstream,
+				State: info.State, Since: info.Start,
+				Sent: uint64(info.Sent), Received: uint64(info.Received),
 			}
-			if is("user", conn.User) && is("upstream", conn.Upstream) && is("client", conn.Client) && !f(conn, c) {
+			if is("user", conn.User) && is("upstream", conn.Upstream) && is("client", conn.Client) &&
+				!f(conn, c) {
 				return
 			}
 		}
@@ -138,8 +140,11 @@ var (
 )
 
 var codes = map[error]int{
-	errArgument: http.StatusBadRequest, errForbidden: http.StatusForbidden, ErrNotFound: http.StatusNotFound,
-	errNotOffered: http.StatusNotImplemented, errRefused: http.StatusUnprocessableEntity,
+	errArgument:   http.StatusBadRequest,
+	errForbidden:  http.StatusForbidden,
+	ErrNotFound:   http.StatusNotFound,
+	errRefused:    http.StatusUnprocessableEntity,
+	errNotOffered: http.StatusNotImplemented,
 }
 
 // changing returns what handles a change: it asks who it is, does it, and logs it.
@@ -199,7 +204,8 @@ func answer(w http.ResponseWriter, code int, v any) {
 // clean quotes a text that has anything but printable characters in it: a peer may have had a word
 // in it.
 func clean(s string) string {
-	if !utf8.ValidString(s) || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+	odd := func(r rune) bool { return !unicode.IsPrint(r) }
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, odd) {
 		return strconv.QuoteToASCII(s)
 	}
 	return s

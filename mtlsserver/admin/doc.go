@@ -17,8 +17,8 @@
 //	GET /api/conns  a [Conns] in JSON: ?app, user, upstream and client select, offset and limit
 //	                (at most 1,000; by default 100) page
 //
-// Counters never fall: what apps and upstreams that are gone have counted is kept, with the names of
-// the last 1,000 upstreams of an app and of 1,000 apps; that of others is summed under no name.
+// Counters never fall: what apps and upstreams have counted is kept when they are gone. 1,000 apps,
+// and 1,000 upstreams of each, keep their names; others are summed under no name.
 //
 // # What can be changed
 //

@@ -48,10 +48,10 @@ type Options struct {
 }
 
 // Handler returns a handler that shows what apps do; see the package documentation for its paths.
-// apps is called for each request and returns the current ones, in the order to show. An app that it
-// returns no more is over when a minute has passed and its connections have ended: then it must not
-// come back, or would be counted twice. The handler can be mounted at any path with http.StripPrefix. Whoever reaches it can read it: who that is,
-// is for the server to decide around it.
+// apps is called for each request and returns the current ones, in the order to show. An app that
+// it no longer returns is forgotten after a minute, when its connections have ended, and its counts
+// are kept; if it came back after that, they would be counted twice. The handler can be mounted at
+// any path with http.StripPrefix. It does not ask who reads: the server around it decides that.
 func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
 	h := &handler{apps: apps, lines: logqueue.NewLines()}
 	if opts != nil {
@@ -67,7 +67,9 @@ func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
 	mux.HandleFunc("GET /conns", h.connsPage)
 	mux.Handle("GET /static/", http.FileServerFS(static))
 	mux.HandleFunc("GET /metrics", h.metrics)
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { text(w, 200, "ok\n") })
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		text(w, http.StatusOK, "ok\n")
+	})
 	mux.HandleFunc("GET /readyz", h.readyz)
 	mux.HandleFunc("GET /api/stats", h.apiStats)
 	mux.HandleFunc("GET /api/conns", h.apiConns)
@@ -97,7 +99,8 @@ func (h *handler) guard(next http.Handler) http.Handler {
 		defer h.logPanic(r)
 		for key, value := range map[string]string{
 			"Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; " +
-				"connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+				"connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; " +
+				"frame-ancestors 'none'",
 			"X-Content-Type-Options":       "nosniff",
 			"Referrer-Policy":              "no-referrer",
 			"Cross-Origin-Resource-Policy": "same-origin",
@@ -107,7 +110,7 @@ func (h *handler) guard(next http.Handler) http.Handler {
 		}
 		if bySocket(r) == "" && !h.hostIsOurs(r.Host) {
 			text(w, http.StatusMisdirectedRequest,
-				"This host name is not answered: use an IP address or localhost, or add the name to the hosts.\n")
+				"This host name is not answered: use an IP address or localhost, or add it to hosts.\n")
 			return
 		}
 		if r.ContentLength > maxBody {
@@ -123,7 +126,8 @@ func (h *handler) guard(next http.Handler) http.Handler {
 // logPanic logs a panic of what Options have, and ends the request. It must be called by defer.
 func (h *handler) logPanic(r *http.Request) {
 	if p := recover(); p != nil {
-		h.log(r, slog.LevelError, "admin: panic", slog.Any("panic", p), slog.String("stack", string(debug.Stack())))
+		h.log(r, slog.LevelError, "admin: panic",
+			slog.Any("panic", p), slog.String("stack", string(debug.Stack())))
 		panic(http.ErrAbortHandler)
 	}
 }

@@ -88,16 +88,23 @@ func (t *exposition) upstreams(apps []App) {
 	})
 	for _, m := range []struct {
 		name, kind, help string
-		value            func(*Upstream) uint64
+		of               func(*Upstream) uint64
 	}{
-		{"draining", "gauge", "1 if it gets no new connections.", func(u *Upstream) uint64 { return one(u.Drain || u.Removed) }},
-		{"weight", "gauge", "Its weight.", func(u *Upstream) uint64 { return uint64(u.Weight) }},
-		{"open_connections", "gauge", "Connections now, dials included.", func(u *Upstream) uint64 { return uint64(u.Open) }},
-		{"connections_total", "counter", "Connections it was chosen for.", func(u *Upstream) uint64 { return u.Total }},
-		{"dial_failures_total", "counter", "Dials that failed by its fault.", func(u *Upstream) uint64 { return u.Failed }},
+		{"draining", "gauge", "1 if it gets no new connections.",
+			func(u *Upstream) uint64 { return one(u.Drain || u.Removed) }},
+		{"weight", "gauge", "Its weight.",
+			func(u *Upstream) uint64 { return uint64(u.Weight) }},
+		{"open_connections", "gauge", "Connections now, dials included.",
+			func(u *Upstream) uint64 { return uint64(u.Open) }},
+		{"connections_total", "counter", "Connections it was chosen for.",
+			func(u *Upstream) uint64 { return u.Total }},
+		{"dial_failures_total", "counter", "Dials that failed by its fault.",
+			func(u *Upstream) uint64 { return u.Failed }},
 	} {
 		t.family("lbproxy_upstream_"+m.name, m.kind, m.help)
-		each(m.kind == "counter", func(app string, u *Upstream) { t.add(m.value(u), "app", app, "upstream", u.Addr) })
+		each(m.kind == "counter", func(app string, u *Upstream) {
+			t.add(m.of(u), "app", app, "upstream", u.Addr)
+		})
 	}
 	t.family("lbproxy_upstream_bytes_total", "counter", "Bytes sent to it, and received from it.")
 	each(true, func(app string, u *Upstream) {
@@ -119,8 +126,10 @@ func (h *handler) durations(t *exposition, apps []App) {
 		bounds     []time.Duration
 		of         func(*times) *histogram
 	}{
-		{"dial", "How long dials that succeeded took.", dialBounds[:], func(t *times) *histogram { return &t.dials }},
-		{"connection", "How long connections lasted.", connBounds[:], func(t *times) *histogram { return &t.conns }},
+		{"dial", "How long dials that succeeded took.", dialBounds[:],
+			func(t *times) *histogram { return &t.dials }},
+		{"connection", "How long connections lasted.", connBounds[:],
+			func(t *times) *histogram { return &t.conns }},
 	} {
 		t.family("lbproxy_"+m.name+"_duration_seconds", "histogram", m.help)
 		for _, a := range apps {
@@ -132,7 +141,7 @@ func (h *handler) durations(t *exposition, apps []App) {
 }
 
 func (t *exposition) info(info Info) {
-	t.family("mtlsserver_refused_total", "counter", "Clients that were refused, or cut off, by reason.")
+	t.family("mtlsserver_refused_total", "counter", "Clients refused, or cut off, by reason.")
 	for _, reason := range sorted(info.Refused) {
 		t.add(info.Refused[reason], "reason", reason)
 	}
@@ -148,7 +157,7 @@ func (t *exposition) info(info Info) {
 	for _, app := range sorted(others) {
 		t.add(others[app], "user", "", "app", app)
 	}
-	t.family("mtlsserver_certificate_expiry_timestamp_seconds", "gauge", "When the certificate expires.")
+	t.family("mtlsserver_certificate_expiry_timestamp_seconds", "gauge", "When it expires.")
 	ends := map[string]time.Time{}
 	for _, c := range info.Certificates {
 		if at, ok := ends[c.File]; !ok || c.NotAfter.Before(at) {

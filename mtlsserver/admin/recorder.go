@@ -158,7 +158,9 @@ func (r *Recorder) sample(apps []App, now time.Time) {
 }
 
 func newApp(id string) *App {
-	return &App{ID: id, Ends: map[lbproxy.EndReason]uint64{}, rows: map[string]int{}, gone: map[string]Upstream{}}
+	return &App{
+		ID: id, Ends: map[lbproxy.EndReason]uint64{}, rows: map[string]int{}, gone: map[string]Upstream{},
+	}
 }
 
 func appOf(s lbproxy.Stats) App {

@@ -126,8 +126,10 @@ func checkAddr(addr string, anywhere bool) error {
 	_, portErr := net.LookupPort("tcp", port)
 	ip, ipErr := netip.ParseAddr(host)
 	switch {
-	case err != nil || portErr != nil || port == "" || ipErr != nil && host != "" && host != "localhost":
-		return fmt.Errorf(`%q: want an IP address or localhost, and a port, such as "127.0.0.1:9090"`, addr)
+	case err != nil || portErr != nil || port == "",
+		ipErr != nil && host != "" && host != "localhost":
+		return fmt.Errorf(`%q: want an IP address or localhost, and a port, such as "127.0.0.1:9090"`,
+			addr)
 	case !anywhere && host != "localhost" && !ip.IsLoopback():
 		return fmt.Errorf("%q: not loopback, so others may see who is connected: use 127.0.0.1, "+
 			"or set adminAnywhere for health and metrics alone", addr)
@@ -168,7 +170,7 @@ func (s *Server) listenSocket() (net.Listener, error) {
 	if err == nil {
 		c.Close()
 	}
-	if err == nil || os.IsTimeout(err) || errors.Is(err, syscall.EAGAIN) { // EAGAIN: it has a queue, which is full
+	if err == nil || os.IsTimeout(err) || errors.Is(err, syscall.EAGAIN) { // its queue is full
 		return nil, fmt.Errorf("%q: another server answers there: end it, or use another name", s.path)
 	}
 	draft := s.path + "~"
@@ -214,7 +216,8 @@ func (s *Server) restrict(h http.Handler) http.Handler {
 		case "/healthz", "/readyz", "/metrics":
 		default:
 			if bySocket(r) == "" && !from.Addr().Unmap().IsLoopback() {
-				text(w, http.StatusForbidden, "From other machines only /healthz, /readyz and /metrics can be read.\n")
+				text(w, http.StatusForbidden,
+					"From other machines only /healthz, /readyz and /metrics can be read.\n")
 				return
 			}
 		}
