@@ -48,7 +48,7 @@ type balancer struct {
 	// How many of the set are draining, and how many others are down, for errNone.
 	draining, down int
 
-	sent, received uint64 // by upstreams that were removed and have no connections any more
+	gone UpstreamStats // see Stats.Gone
 }
 
 // set makes confs, which are valid and complete, the current set, and returns its upstreams in the
@@ -371,15 +371,17 @@ func (b *balancer) release(u *upstream) {
 	}
 }
 
-// retire keeps the bytes of an upstream that is about to be forgotten. The caller holds b.mu.
+// retire keeps the counts of an upstream that is about to be forgotten. The caller holds b.mu.
 func (b *balancer) retire(u *upstream) {
-	b.sent += u.sent.Load()
-	b.received += u.received.Load()
+	b.gone.Total += u.total
+	b.gone.Failed += u.failed
+	b.gone.Sent += u.sent.Load()
+	b.gone.Received += u.received.Load()
 }
 
-// snapshot describes every upstream: the current set in slice order, then the removed ones by Addr.
-// sent and received are the bytes of all upstreams that ever were.
-func (b *balancer) snapshot() (all []UpstreamStats, sent, received uint64) {
+// snapshot describes every upstream: the current set in slice order, then the removed ones by Addr,
+// and those that are gone together.
+func (b *balancer) snapshot() (all []UpstreamStats, gone UpstreamStats) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	all = make([]UpstreamStats, len(b.heap), len(b.heap)+len(b.removed))
@@ -392,10 +394,5 @@ func (b *balancer) snapshot() (all []UpstreamStats, sent, received uint64) {
 	slices.SortFunc(all[len(b.heap):], func(x, y UpstreamStats) int {
 		return strings.Compare(x.Addr, y.Addr)
 	})
-	sent, received = b.sent, b.received
-	for i := range all {
-		sent += all[i].Sent
-		received += all[i].Received
-	}
-	return all, sent, received
+	return all, b.gone
 }

@@ -380,6 +380,10 @@ type Stats struct {
 	// Upstreams are the current ones in slice order, then those that were removed and still have
 	// connections.
 	Upstreams []UpstreamStats
+
+	// Gone has the counts of the upstreams that are in that list no more, all together: Total,
+	// Failed, Sent and Received. The sums over Upstreams and Gone never fall.
+	Gone UpstreamStats
 }
 
 // Stats returns a consistent snapshot: the upstreams never have more connections open than the app.
@@ -395,7 +399,12 @@ func (a *LBProxyApp) Stats() Stats {
 	for _, end := range endReasons {
 		s.Ends[end] = a.ends[end]
 	}
-	s.Upstreams, s.Sent, s.Received = a.balancer.snapshot()
+	s.Upstreams, s.Gone = a.balancer.snapshot()
+	s.Sent, s.Received = s.Gone.Sent, s.Gone.Received
+	for i := range s.Upstreams {
+		s.Sent += s.Upstreams[i].Sent
+		s.Received += s.Upstreams[i].Received
+	}
 	return s
 }
 

@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 }
 
 func (b *balancer) stats() []UpstreamStats {
-	all, _, _ := b.snapshot()
+	all, _ := b.snapshot()
 	return all
 }
 

@@ -177,32 +177,42 @@ func TestEndsAreTheCallers(t *testing.T) {
 	wantSum(t, a.Stats())
 }
 
-func TestSentAndReceivedIncludeLiveConnectionsAndNeverFall(t *testing.T) {
+func TestSumsIncludeLiveConnectionsAndNeverFall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
-		wantBytes := func(when string, want uint64) {
+		wantSums := func(when string, bytes, total uint64) {
 			t.Helper()
 			synctest.Wait()
-			if s := a.Stats(); s.Sent != want || s.Received != want {
-				t.Errorf("%s: sent %d, received %d, want %d", when, s.Sent, s.Received, want)
+			s := a.Stats()
+			if s.Sent != bytes || s.Received != bytes {
+				t.Errorf("%s: sent %d, received %d, want %d", when, s.Sent, s.Received, bytes)
+			}
+			sum := s.Gone
+			for _, u := range s.Upstreams {
+				sum.Total += u.Total
+				sum.Sent += u.Sent
+			}
+			if sum.Total != total || sum.Sent != bytes {
+				t.Errorf("%s: upstreams had %d connections and %d bytes, want %d and %d",
+					when, sum.Total, sum.Sent, total, bytes)
 			}
 		}
 		s := serveFake(t.Context(), a, new(Conn))
 		ping(t, s)
-		wantBytes("open", 1)
+		wantSums("open", 1, 1)
 		a.SetUpstreams([]Upstream{{Addr: "v:1"}})
 		ping(t, s)
-		wantBytes("its upstream is removed", 2)
+		wantSums("its upstream is removed", 2, 1)
 		s.Close()
 		<-s.result
-		wantBytes("over", 2)
+		wantSums("over", 2, 1)
 		other := serveFake(t.Context(), a, new(Conn))
 		ping(t, other)
-		wantBytes("another", 3)
+		wantSums("another", 3, 2)
 		other.Close()
 		<-other.result
 		a.SetUpstreams([]Upstream{{Addr: "u:1"}})
-		wantBytes("the first upstream is back", 3)
+		wantSums("the first upstream is back", 3, 2)
 	})
 }
 

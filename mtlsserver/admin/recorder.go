@@ -168,6 +168,7 @@ func appOf(s lbproxy.Stats) App {
 		ID: s.App, Open: s.Open, Accepted: s.Accepted, NotAdmitted: s.NotAdmitted, Refused: s.Refused,
 		Failed: s.Failed, Sent: s.Sent, Received: s.Received, Ends: s.Ends,
 		Upstreams: make([]Upstream, len(s.Upstreams)), rows: make(map[string]int, len(s.Upstreams)),
+		all: Upstream{Total: s.Gone.Total, Failed: s.Gone.Failed, Sent: s.Sent, Received: s.Received},
 	}
 	for i, u := range s.Upstreams {
 		a.rows[u.Addr] = i
@@ -179,6 +180,8 @@ func appOf(s lbproxy.Stats) App {
 		if u.Err != nil {
 			a.Upstreams[i].Error = clean(fmt.Sprintf("%.300s", u.Err))
 		}
+		a.all.Total += u.Total
+		a.all.Failed += u.Failed
 	}
 	return a
 }
@@ -194,6 +197,7 @@ func (a *App) merge(b *App, current bool, most int) {
 	a.Failed += b.Failed
 	a.Sent += b.Sent
 	a.Received += b.Received
+	a.all.add(b.all)
 	for end, n := range b.Ends {
 		a.Ends[end] += n
 	}
@@ -262,7 +266,7 @@ func (s *sums) add(b App, current bool) {
 // counted between the last look at an upstream and its end has no name.
 func (s *sums) finish() (apps []App) {
 	for _, a := range s.apps {
-		lost := Upstream{Sent: a.Sent, Received: a.Received}
+		lost := a.all
 		for addr, u := range a.gone {
 			u.Open = 0
 			if i, ok := a.rows[addr]; ok {
@@ -274,6 +278,8 @@ func (s *sums) finish() (apps []App) {
 			}
 		}
 		for _, u := range append(a.Upstreams, a.Gone) {
+			lost.Total -= u.Total
+			lost.Failed -= u.Failed
 			lost.Sent -= u.Sent
 			lost.Received -= u.Received
 		}

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"testing"
@@ -17,14 +18,14 @@ func TestPastIsBoundedAndKeepsItsSums(t *testing.T) {
 	const apps, upstreams = 2 * maxGone, 2 * maxGone
 	for i := range apps {
 		a := newApp(fmt.Sprint("app", i))
-		a.Accepted, a.Sent = 1, 3
+		a.Accepted, a.all = 1, Upstream{Total: 1, Sent: 3}
 		a.keep(Upstream{Addr: fmt.Sprint("u", i), Total: 1, Sent: 3}, maxGone)
 		r.of(a.ID).merge(a, false, maxGone)
 	}
 	for i := range upstreams {
 		r.of("web").keep(Upstream{Addr: fmt.Sprint("u", i), Total: 1, Sent: 3}, maxGone)
 	}
-	r.of("web").Sent = 3 * upstreams
+	r.of("web").all = Upstream{Total: upstreams, Sent: 3 * upstreams}
 	var accepted, total uint64
 	all := r.stats(nil, time.Now()).Apps
 	for _, a := range all {
@@ -42,13 +43,18 @@ func TestPastIsBoundedAndKeepsItsSums(t *testing.T) {
 // An app that is not current any more is kept for a minute; its counts are kept for ever.
 func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 	r, now := &Recorder{}, time.Now()
+	fails := func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no dial here") }
 	for i := range 20 {
-		app, err := lbproxy.New("web", []lbproxy.Upstream{{Addr: fmt.Sprintf("10.0.0.%d:80", i)}}, nil)
+		upstreams := []lbproxy.Upstream{{Addr: fmt.Sprintf("10.0.0.%d:80", i)}}
+		app, err := lbproxy.New("web", upstreams, &lbproxy.Options{DialContext: fails})
 		if err != nil {
 			t.Fatal(err)
 		}
 		r.Track(app)
-		r.seen[app].last.Upstreams[0].Total = 1 // as if it had had a connection
+		client, _ := net.Pipe()
+		if r, _ := app.ServeConn(t.Context(), &lbproxy.Conn{Client: client}); r.Attempts != 1 {
+			t.Fatalf("%+v", r)
+		}
 	}
 	for _, step := range []struct {
 		after time.Duration

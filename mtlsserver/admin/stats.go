@@ -33,6 +33,7 @@ type App struct {
 
 	rows map[string]int      // the indexes of Upstreams, by Addr
 	gone map[string]Upstream // the counts of others, by Addr
+	all  Upstream            // those of all there ever were, together
 }
 
 // An Upstream is what an app's upstream has done and is doing, as in lbproxy.UpstreamStats.
