@@ -1,7 +1,6 @@
 package cluster
 
 import (
-	"flag"
 	"fmt"
 	"strconv"
 	"testing"
@@ -11,14 +10,12 @@ import (
 	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
 )
 
-// long makes measurements as long as docs/cluster.md says that they were.
-var long = flag.Bool("long", false, "measure for longer")
-
+// length is how long limits are measured: as long as docs/cluster.md says, or shorter.
 func length() time.Duration {
-	if *long {
-		return 5 * time.Second
+	if testing.Short() {
+		return 2 * time.Second
 	}
-	return 2 * time.Second
+	return 5 * time.Second
 }
 
 // soon is when children begin: all of them have connected by then.
@@ -31,99 +28,91 @@ func sum(of []int) (n int) {
 	return n
 }
 
-// Four processes share a limit. No timing can make them exceed it; that they use it all needs a machine that
-// lets them run, so if they have not, it is tried again.
+// Four processes share a limit. Each has three times as many connections to open as it may.
 func TestFourProcessesShareALimit(t *testing.T) {
 	const burst, rate = 100, 400
-	server := storetest.Redis(t)
 	for name, exact := range map[string]bool{"leased": false, "exact": true} {
-		for demand, parts := range map[string][]float64{"even": {1, 1, 1, 1}, "skewed": {9, 1, 1, 1}} {
+		for demand, first := range map[string]float64{"even": 1, "skewed": 9} {
 			t.Run(name+" "+demand, func(t *testing.T) {
-				var why string
-				for try := range 5 {
-					base := job{
-						URL: server.URL(), Peers: 4, Timeout: storetest.Patience, Start: soon(), For: length(),
-						// Other numbers begin anew.
-						Limit: Limit{Burst: burst, Every: time.Second/rate + time.Duration(try), Exact: exact},
-					}
-					if exact {
-						base.Limit.Every += 100
-					}
-					if demand == "even" {
-						base.Limit.Every += 200
-					}
-					var proxies []proxy
-					for _, part := range parts {
-						base.Rate = 1200 * part / (parts[0] + 3)
-						proxies = append(proxies, start(t, base))
-					}
-					in, calls, last := 0, uint64(0), time.Duration(0)
-					var each []int
-					for _, p := range proxies {
-						got := p.share(t)
-						each = append(each, sum(got.In))
-						in += sum(got.In)
-						last = max(last, got.Last)
-						calls = max(calls, got.Status.Calls)
-						if got.Status.Failures > 0 {
-							t.Fatalf("calls failed: %+v", got.Status)
-						}
-					}
-					allowed := burst + rate*last.Seconds()
-					t.Logf("%d of %.0f let in: %v; at most %d calls by one proxy, in %v", in, allowed, each, calls, length())
-					if float64(in) > allowed*1.01 {
-						t.Fatalf("%d let in, of %.0f", in, allowed)
-					}
-					if most := uint64(15 * (length().Seconds() + 1)); !exact && calls > most {
-						t.Errorf("%d calls by one proxy, want at most %d", calls, most)
-					}
-					why = fmt.Sprintf("%d let in, of %.0f", in, allowed)
-					if float64(in) >= allowed*0.95 {
-						return
+				t.Parallel() // most of it is waiting
+				j := job{
+					URL: storetest.Redis(t).URL(), Peers: 4, Timeout: storetest.Patience,
+					Start: soon(), For: length(),
+					Limit: Limit{Burst: burst, Every: time.Second / rate, Exact: exact},
+				}
+				var proxies []proxy
+				for _, part := range []float64{first, 1, 1, 1} {
+					j.Rate = 1200 * part / (first + 3)
+					proxies = append(proxies, start(t, j))
+				}
+				in, calls, last := 0, uint64(0), time.Duration(0)
+				var each []int
+				for _, p := range proxies {
+					got := p.share(t)
+					each = append(each, sum(got.In))
+					in += sum(got.In)
+					last = max(last, got.Last)
+					calls = max(calls, got.Status.Calls)
+					if got.Status.Failures > 0 {
+						t.Fatalf("calls failed: %+v", got.Status)
 					}
 				}
-				t.Error(why)
+				allowed := burst + rate*last.Seconds()
+				t.Logf("%d of %.0f let in (%.3f): %v; at most %d calls by one proxy, in %v",
+					in, allowed, float64(in)/allowed, each, calls, length())
+				// What is lent and not used when time is over is missing.
+				least := 0.95
+				if testing.Short() {
+					least = 0.9
+				}
+				if float64(in) > allowed*1.01 || float64(in) < allowed*least {
+					t.Errorf("%d let in, of %.0f", in, allowed)
+				}
+				if most := uint64(15 * (length().Seconds() + 1)); !exact && calls > most {
+					t.Errorf("%d calls by one proxy, want at most %d", calls, most)
+				}
 			})
 		}
 	}
 }
 
 func TestFourProcessesShareBandwidth(t *testing.T) {
+	t.Parallel()
 	const rate = 20 << 20
-	server := storetest.Redis(t)
-	var why string
-	for try := range 5 {
-		base := job{URL: server.URL(), Peers: 4, Timeout: storetest.Patience, Start: soon(), For: length(),
-			Limit: Limit{BytesPerSecond: rate + int64(try)}}
-		var proxies []proxy
-		for _, n := range []int{4, 1, 1, 1} {
-			base.Streams = n
-			proxies = append(proxies, start(t, base))
-		}
-		total, even := 0.0, true
-		var each []string
-		for _, p := range proxies {
-			got := p.share(t)
-			part := float64(got.Bytes) / length().Seconds() / rate
-			each = append(each, fmt.Sprintf("%.3f", part))
-			total += part
-			even = even && part > 0.20 && part < 0.30
-			if most := uint64(15*length().Seconds() + 15); got.Status.Calls > most {
-				t.Errorf("%d calls, want at most %d", got.Status.Calls, most)
-			}
-		}
-		t.Logf("%.3f of the rate: %v", total, each)
-		why = fmt.Sprintf("%.3f of the rate: %v", total, each)
-		// At the start, before they know of each other, they may have a tenth of a second's worth too much.
-		if total > 0.93 && total < 1.01+0.1/length().Seconds() && even {
-			return
+	j := job{URL: storetest.Redis(t).URL(), Peers: 4, Timeout: storetest.Patience,
+		Start: soon(), For: length(), Limit: Limit{BytesPerSecond: rate}}
+	var proxies []proxy
+	for _, n := range []int{4, 1, 1, 1} {
+		j.Streams = n
+		proxies = append(proxies, start(t, j))
+	}
+	var each []float64
+	total, lost := 0.0, 0.0
+	for _, p := range proxies {
+		got := p.share(t)
+		each = append(each, float64(got.Bytes)/length().Seconds()/rate)
+		total += each[len(each)-1]
+		lost = max(lost, got.Lost.Seconds()/length().Seconds())
+		if most := uint64(15*length().Seconds() + 15); got.Status.Calls > most {
+			t.Errorf("%d calls, want at most %d", got.Status.Calls, most)
 		}
 	}
-	t.Error(why)
+	t.Logf("%.3f of the rate: %.3f; the machine held a process up for %.3f of the time",
+		total, each, lost)
+	// What streams have moved last is not paid for when time is over: about 0.1 s of the rate.
+	if total < 0.93-lost || total > 1.01+0.1/length().Seconds() {
+		t.Errorf("%.3f of the rate", total)
+	}
+	for _, part := range each {
+		if part < 0.20-lost || part > 0.30+lost {
+			t.Errorf("%.3f of the rate for one of four: %.3f", part, each)
+		}
+	}
 }
 
 // What a killed process held is free within 7 s, and never are there more than 10.
 func TestOpenLimitOutlivesAKilledProcess(t *testing.T) {
+	t.Parallel()
 	server := storetest.Redis(t)
 	base := job{URL: server.URL(), Peers: 4, Timeout: storetest.Patience, Start: time.Now(), Limit: Limit{Open: 10}}
 	base.Hold = 4
@@ -155,63 +144,70 @@ func TestOpenLimitOutlivesAKilledProcess(t *testing.T) {
 	t.Log("free after", d)
 	if d < 3*time.Second { // 6 less the 2 s in which it told its number last, and a second
 		t.Errorf("free after %v: it may have been alive", d)
+	} else if d > 7*time.Second && !testing.Short() {
+		t.Errorf("free after %v, want 7 s at most", d)
 	}
 }
 
 // The store is killed and frozen under load, and comes back. What has to hold is in docs/cluster.md.
 func TestStoreGoesAndComesBack(t *testing.T) {
-	const before, gone, after = time.Second, time.Second, 1500 * time.Millisecond
+	const before, gone, after = time.Second, time.Second, 2 * time.Second
 	for _, how := range []string{"killed", "frozen"} {
 		for _, outage := range []Outage{Share, Open, Closed} {
 			t.Run(fmt.Sprint(how, " ", outage), func(t *testing.T) {
-				t.Parallel() // most of it is waiting
-				var why string
-				for range 5 {
-					server := storetest.Redis(t)
-					j := job{URL: server.URL(), Peers: 4, Start: soon(), For: before + gone + after, Rate: 400,
-						Limit: Limit{Burst: 100, Every: time.Second / 200, Outage: outage}}
-					p := start(t, j)
-					time.Sleep(time.Until(j.Start.Add(before)))
-					if how == "killed" {
-						server.Kill()
-						time.Sleep(time.Until(j.Start.Add(before + gone)))
-						server.Start()
-					} else {
-						server.Freeze()
-						time.Sleep(time.Until(j.Start.Add(before + gone)))
-						server.Thaw()
-					}
-					got := p.share(t)
-					if why = judge(outage, got); why == "" {
-						t.Logf("%v; longest open %v, %d timeouts", got.In[:14], got.Longest, got.Status.Timeouts)
-						return
-					}
-					t.Log("once more:", why)
+				t.Parallel()
+				server := storetest.Redis(t)
+				j := job{URL: server.URL(), Peers: 4, Start: soon(), For: before + gone + after,
+					Rate: 400, Limit: Limit{Burst: 100, Every: time.Second / 200, Outage: outage}}
+				p := start(t, j)
+				time.Sleep(time.Until(j.Start.Add(before)))
+				goes, comes := server.Kill, server.Start
+				if how == "frozen" {
+					goes, comes = server.Freeze, server.Thaw
 				}
-				t.Error(why)
+				goes()
+				away := time.Since(j.Start)
+				time.Sleep(gone)
+				back := time.Since(j.Start)
+				comes()
+				judge(t, outage, p.share(t), away, back, time.Since(j.Start))
 			})
 		}
 	}
 }
 
-// judge returns what is wrong with how a proxy went through an outage from the 4th to the 8th quarter.
-func judge(o Outage, got share) string {
-	during, want := sum(got.In[5:8]), map[Outage][2]int{Share: {30, 45}, Open: {285, 300}, Closed: {0, 0}}[o]
-	// In the second half of a second after its return, and later, the rate is exact.
-	later := sum(got.In[10:14])
-	switch {
-	case got.Longest > 120*time.Millisecond:
-		return fmt.Sprintf("an open took %v", got.Longest)
-	case during < want[0] || during > want[1]:
-		return fmt.Sprintf("%d let in without the store, want %d to %d: %v", during, want[0], want[1], got.In[:14])
-	case later < 180 || later > 230:
-		return fmt.Sprintf("%d let in after its return, want 200: %v", later, got.In[:14])
+// judge looks at how a proxy went through an outage: at the quarters of a second that lie wholly in
+// it, and at those that begin half a second after its end.
+func judge(t *testing.T, o Outage, got share, away, back, end time.Duration) {
+	t.Helper()
+	const quarter = 250 * time.Millisecond
+	t.Logf("%v; longest open %v, %d timeouts, at most %v late",
+		got.In[:end/quarter], got.Longest, got.Status.Timeouts, got.Late)
+	within := func(from, to time.Duration) (in int, quarters float64) {
+		for q := (from + quarter - 1) / quarter; (q+1)*quarter <= to; q++ {
+			in += got.In[q]
+			quarters++
+		}
+		return in, quarters
 	}
-	return ""
+	// What was in flight has waited for 50 ms, and a machine that is late is late twice.
+	if most := 120*time.Millisecond + 2*got.Late; got.Longest > most {
+		t.Errorf("an open took %v, want %v at most", got.Longest, most)
+	}
+	in, quarters := within(away+60*time.Millisecond, back)
+	want := quarters * map[Outage]float64{Share: 12.5, Open: 100, Closed: 0}[o]
+	if quarters < 2 || float64(in) < 0.7*want || float64(in) > 1.3*want {
+		t.Errorf("%d let in without the store, in %v quarters, want about %v", in, quarters, want)
+	}
+	in, quarters = within(back+500*time.Millisecond, 4*time.Second)
+	if want := quarters * 50; quarters < 2 || float64(in) < 0.8*want || float64(in) > 1.2*want {
+		t.Errorf("%d let in after its return, in %v quarters, want about %v", in, quarters, want)
+	}
 }
 
 // Some proxies see the store and some do not: together they let in no more than the limit and one more burst.
 func TestPartition(t *testing.T) {
+	t.Parallel()
 	server := storetest.Redis(t)
 	l := Limit{Burst: 40, Every: never}
 	var seeing, blind []lbproxy.RateLimitManager

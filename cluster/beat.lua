@@ -4,13 +4,15 @@
 -- KEYS[1]  {cluster}:live; the others are found by its prefix, so they are on the same node
 -- ARGV     1 prefix   2 id   3 lease, 0 to leave   4 what others are told of the proxy, JSON
 --          5 time of the sums it has   6 how old sums may be   7 config version it runs
---          8… field, n: so many connections of the proxy are open to that upstream
+--          8 a number that each call of the proxy has higher than the one before
+--          9… field, n: so many connections of the proxy are open to that upstream
 -- returns  {1 if the proxy was not known: then it owes all its counts, its index, how many there are,
 --           config version, time of the sums, the sums if newer}
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local prefix, id, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local live, rank, info, sum = KEYS[1], prefix .. 'rank', prefix .. 'info', prefix .. 'sum'
+local turn = prefix .. 'turn'
 local function place(of) return redis.sha1hex(of) .. of end
 local function text(n) return string.format('%.0f', n) end
 
@@ -34,6 +36,7 @@ local function bury(who)
 	redis.call('ZREM', live, who)
 	redis.call('ZREM', rank, place(who))
 	redis.call('HDEL', info, who)
+	redis.call('HDEL', turn, who)
 end
 
 for _, dead in ipairs(redis.call('ZRANGEBYSCORE', live, '-inf', text(now), 'LIMIT', 0, 8)) do
@@ -44,6 +47,12 @@ if lease == 0 then
 	return {0, 0, redis.call('ZCARD', rank), 0, '0', ''}
 end
 
+-- A call that was given up may arrive after the next one, by another connection: what it says is old.
+if tonumber(redis.call('HGET', turn, id) or 0) > tonumber(ARGV[8]) then
+	return redis.error_reply('LATE a newer beat of this proxy is here')
+end
+redis.call('HSET', turn, id, ARGV[8])
+
 local joined = 0
 if not redis.call('ZSCORE', live, id) then
 	joined = 1
@@ -51,7 +60,7 @@ if not redis.call('ZSCORE', live, id) then
 end
 redis.call('ZADD', live, text(now + lease), id)
 redis.call('HSET', info, id, ARGV[4])
-for i = 8, #ARGV, 2 do
+for i = 9, #ARGV, 2 do
 	count(id, ARGV[i], tonumber(ARGV[i + 1]))
 end
 

@@ -34,7 +34,9 @@ type share struct {
 	In      []int         // let in, by quarter of a second
 	Last    time.Duration // when the last one was, from Start
 	Longest time.Duration // that one had to wait
+	Late    time.Duration // that this process was, at worst, because of the machine
 	Bytes   int64
+	Lost    time.Duration // that a stream, at worst, could not make up for being late
 	Status  Status
 }
 
@@ -78,13 +80,14 @@ func (j job) opens(ctx context.Context, m lbproxy.RateLimitManager, s *Store) sh
 			break
 		}
 		time.Sleep(due - time.Since(j.Start))
+		late := time.Since(j.Start) - due
 		all.Go(func() {
 			began := time.Now()
 			in := !m.Report(ctx, lbproxy.Event{Kind: lbproxy.EventOpen}).Exceeded
 			now := time.Now()
 			mu.Lock()
 			defer mu.Unlock()
-			got.Longest = max(got.Longest, now.Sub(began))
+			got.Longest, got.Late = max(got.Longest, now.Sub(began)), max(got.Late, late)
 			if at := now.Sub(j.Start); in {
 				got.In[min(int(at/(250*time.Millisecond)), len(got.In)-1)]++
 				got.Last = max(got.Last, at)
@@ -97,11 +100,11 @@ func (j job) opens(ctx context.Context, m lbproxy.RateLimitManager, s *Store) sh
 }
 
 func (j job) streams(ctx context.Context, m lbproxy.RateLimitManager, s *Store) share {
-	var bytes atomic.Int64
+	var bytes, lost atomic.Int64
 	var all sync.WaitGroup
 	for range j.Streams {
 		all.Go(func() {
-			chunk, due := 32<<10, time.Now()
+			chunk, due, missed := 32<<10, time.Now(), time.Duration(0)
 			for time.Since(j.Start) < j.For {
 				d := m.Report(ctx, lbproxy.Event{Kind: lbproxy.EventData, Bytes: int64(chunk)})
 				bytes.Add(int64(chunk))
@@ -110,15 +113,19 @@ func (j job) streams(ctx context.Context, m lbproxy.RateLimitManager, s *Store) 
 				}
 				// As the relay does: what one wait was too long shortens the next.
 				if earliest := time.Now().Add(-50 * time.Millisecond); due.Before(earliest) {
+					missed += earliest.Sub(due)
 					due = earliest
 				}
 				due = due.Add(d.Wait)
 				time.Sleep(min(time.Until(due), j.For-time.Since(j.Start)))
 			}
+			for old := lost.Load(); int64(missed) > old && !lost.CompareAndSwap(old, int64(missed)); {
+				old = lost.Load()
+			}
 		})
 	}
 	all.Wait()
-	return share{Bytes: bytes.Load(), Status: s.Status()}
+	return share{Bytes: bytes.Load(), Lost: time.Duration(lost.Load()), Status: s.Status()}
 }
 
 // A proxy is a child process at a job.

@@ -421,9 +421,9 @@ func (m *limiter) ask(c *call) error {
 	if c.absolute {
 		m.heal, m.renewed = false, now
 	}
-	if could != 0 { // doubling at most, as others may begin at the same moment
+	if could != 0 { // an even part first, then doubling: others may have begun at the same moment
 		even := max(m.l.BytesPerSecond/m.store.peers.Load(), 1)
-		m.rate.Store(min(answer.rate, 2*max(m.rate.Load(), even)))
+		m.rate.Store(min(answer.rate, max(2*m.rate.Load(), even)))
 	}
 	c.refused = answer.why != ""
 	if c.asks > 0 {

@@ -58,6 +58,7 @@ type Member struct {
 	place    Place
 
 	// What follows is the beating goroutine's alone.
+	turn   int64           // of the last call; a process that is started again begins higher
 	sent   map[string]int  // counts as the store has them; nil: it has none
 	sums   map[string]int  // of all proxies
 	sumsAt string          // the store's name for that state
@@ -66,6 +67,9 @@ type Member struct {
 	told   map[string]told // by app
 	missed int             // beats in a row without an answer
 }
+
+// unknown is a count of which the store may or may not have heard.
+const unknown = -1
 
 // A Place is where a [Member] stands among the others.
 type Place struct {
@@ -93,7 +97,8 @@ func (s *Store) Join(self Self) (*Member, error) {
 		return nil, fmt.Errorf("cluster: Self.Capacity %d is negative: use 0 for no bound", self.Capacity)
 	}
 	m := &Member{store: s, self: self, since: time.Now(), kick: make(chan struct{}, 1), over: make(chan struct{}),
-		bias: map[string]bias{}, told: map[string]told{}, place: Place{ID: self.ID, heard: time.Now()}}
+		turn: time.Now().UnixMicro(), bias: map[string]bias{}, told: map[string]told{},
+		place: Place{ID: self.ID, heard: time.Now()}}
 	var ctx context.Context
 	ctx, m.stop = context.WithCancel(s.ctx)
 	go m.run(ctx)
@@ -241,7 +246,10 @@ func (m *Member) tell(ctx context.Context, info string, counts map[string]int) (
 			args = append(args, f, strconv.Itoa(counts[f]))
 		}
 		joined, err := m.call(ctx, 3*m.self.Interval, info, args)
-		if err != nil {
+		if err != nil { // the store may have heard it all the same
+			for _, f := range some {
+				m.sent[f] = unknown
+			}
 			return false, err
 		}
 		if joined && !first {
@@ -267,8 +275,10 @@ func (m *Member) call(ctx context.Context, lease time.Duration, info string, cou
 		version, _ = m.self.Config()
 	}
 	s := m.store
+	m.turn++
 	args := append([]string{s.key(""), m.self.ID, strconv.FormatInt(lease.Milliseconds(), 10), info, m.sumsAt,
-		strconv.FormatInt(m.countsEvery().Milliseconds(), 10), strconv.FormatInt(version, 10)}, counts...)
+		strconv.FormatInt(m.countsEvery().Milliseconds(), 10), strconv.FormatInt(version, 10),
+		strconv.FormatInt(m.turn, 10)}, counts...)
 	v, err := s.script(ctx, patient, beatScript, []string{s.key("live")}, args...)
 	if err != nil || lease == 0 {
 		return false, err

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"maps"
@@ -149,9 +150,9 @@ func TestSumsAreWhatIsOpen(t *testing.T) {
 		server := miniredis.RunT(t)
 		now := time.Now()
 		server.SetTime(now)
-		rounds := 1000
-		if *long {
-			rounds = 4000
+		rounds := 4200 // 1,000 kills
+		if testing.Short() {
+			rounds = 400
 		}
 		story(t, "redis://"+server.Addr(), rounds, func(d time.Duration) { now = now.Add(d); server.SetTime(now) })
 	})
@@ -159,7 +160,11 @@ func TestSumsAreWhatIsOpen(t *testing.T) {
 		server := storetest.Redis(t)
 		f := newFleet(t, server.URL())
 		rng := rand.New(rand.NewPCG(seed, 0))
-		for range 300 {
+		rounds := 300
+		if testing.Short() {
+			rounds = 100
+		}
+		for range rounds {
 			id := fmt.Sprintf("p%d", rng.IntN(6))
 			f.member(id)
 			f.open[id][field("an app", fmt.Sprintf("10.0.0.%d:80", rng.IntN(5)))] = rng.IntN(3)
@@ -171,6 +176,47 @@ func TestSumsAreWhatIsOpen(t *testing.T) {
 			}
 			f.check()
 		}
+	})
+}
+
+// A beat whose answer is lost may have been heard or not, or be heard after the next one.
+func TestLostAndLateBeats(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, url string) {
+		wire := storetest.NewWire(t, strings.TrimPrefix(url, "redis://"))
+		cut, _ := dial(t, wire.URL(), nil)
+		f := newFleet(t, url)
+		direct := f.store
+		m := f.member("a")
+		up := field("app", "10.0.0.1:80")
+		lose := func(n int) { // a beat that says n, and is given up
+			t.Helper()
+			wire.Cut()
+			m.store = cut
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+			defer cancel()
+			if _, err := m.tell(ctx, m.info(0), map[string]int{up: n}); err == nil {
+				t.Fatal("a beat through a wire that is cut")
+			}
+		}
+		arrives := func() { // what was lost, in the store, late
+			t.Helper()
+			wire.Heal()
+			storetest.Await(t, "the wire is healed", func() error { return cut.Ping(t.Context()) })
+		}
+
+		f.open["a"][up] = 1
+		f.beat("a")
+		lose(2)
+		arrives()
+		f.beat("a") // it has 1 again
+		f.check()
+
+		lose(3)
+		m.store = direct
+		f.beat("a")
+		arrives()
+		f.beat("a")
+		f.check()
 	})
 }
 

@@ -145,9 +145,9 @@ func (s *sim) run(seed uint64) float64 {
 // The bias does nothing where everybody knows the same upstreams, and helps where they do not.
 func TestBiasInSimulation(t *testing.T) {
 	mean := func(s sim) (m float64) {
-		seeds := 1
-		if *long {
-			seeds = 3
+		seeds := 3
+		if testing.Short() {
+			seeds = 1
 		}
 		for seed := range seeds {
 			s := s

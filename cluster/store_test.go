@@ -3,6 +3,7 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"flag"
 	"log/slog"
 	"os"
 	"strings"
@@ -19,6 +20,8 @@ func TestMain(m *testing.M) {
 		child(what)
 		return
 	}
+	// Most tests wait for most of their time. A flag of the command line still wins.
+	flag.Set("test.parallel", "16")
 	proxytest.Main(m)
 }
 
