@@ -15,6 +15,7 @@ import (
 )
 
 func TestPut(t *testing.T) {
+	t.Parallel()
 	storetest.Each(t, func(t *testing.T, url string) {
 		s, _ := dial(t, url, calm)
 		if c, err := s.Config(t.Context()); err != nil || c.Version != 0 {
@@ -56,9 +57,10 @@ func TestPut(t *testing.T) {
 }
 
 func TestPutWaitsForAReplica(t *testing.T) {
-	primary := storetest.Redis(t)
+	t.Parallel()
+	primary := storetest.Redis(t, "--repl-diskless-sync-delay", "0")
 	host, port, _ := strings.Cut(primary.Addr, ":")
-	replica := storetest.Redis(t, "--replicaof", host, port, "--repl-diskless-sync-delay", "0")
+	replica := storetest.Redis(t, "--replicaof", host, port)
 	s, _ := dial(t, primary.URL(), nil)
 	copied := func() (Config, error) {
 		r, _ := dial(t, replica.URL(), nil)
@@ -129,6 +131,7 @@ func put(t *testing.T, s *Store, text string) {
 func TestWatchFollows(t *testing.T) {
 	for _, joined := range []bool{false, true} {
 		t.Run(fmt.Sprintf("joined=%v", joined), func(t *testing.T) {
+			t.Parallel()
 			storetest.Each(t, func(t *testing.T, url string) {
 				file := filepath.Join(t.TempDir(), "config.json")
 				s, l := dial(t, url, calm)
@@ -179,6 +182,7 @@ func TestWatchFollows(t *testing.T) {
 }
 
 func TestEmptyStoreReplacesNothing(t *testing.T) {
+	t.Parallel()
 	server := storetest.Redis(t)
 	file := filepath.Join(t.TempDir(), "config.json")
 	s, l := dial(t, server.URL(), nil)

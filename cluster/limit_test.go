@@ -212,6 +212,7 @@ func TestOutagePolicies(t *testing.T) {
 }
 
 func TestOpenLimitIsExact(t *testing.T) {
+	t.Parallel()
 	storetest.Each(t, func(t *testing.T, url string) {
 		var each [4]lbproxy.RateLimitManager
 		for i := range each {
@@ -258,6 +259,7 @@ func TestOpenLimitIsExact(t *testing.T) {
 
 // A proxy that died cannot say that its connections are closed.
 func TestConnectionsOfTheDeadStopCounting(t *testing.T) {
+	t.Parallel()
 	server := miniredis.RunT(t)
 	at := time.Now()
 	server.SetTime(at)
@@ -290,6 +292,7 @@ func TestConnectionsOfTheDeadStopCounting(t *testing.T) {
 
 // A reply that was lost leaves the store with a wrong number; the next renewal puts it right.
 func TestLostRepliesHeal(t *testing.T) {
+	t.Parallel()
 	server := miniredis.RunT(t)
 	wire := storetest.NewWire(t, server.Addr())
 	s, _ := dial(t, wire.URL(), &Options{Peers: 1})
@@ -317,6 +320,7 @@ func TestLostRepliesHeal(t *testing.T) {
 }
 
 func TestRefusalSpendsNothing(t *testing.T) {
+	t.Parallel()
 	storetest.Each(t, func(t *testing.T, url string) {
 		s, _ := dial(t, url, calm)
 		m := s.Limit("k", Limit{Burst: 10, Every: never, Open: 1})

@@ -104,6 +104,7 @@ func (f *fleet) check() {
 
 // Proxies come, go, die, pause and repeat themselves; the sums are what is open two beats later.
 func TestSumsAreWhatIsOpen(t *testing.T) {
+	t.Parallel()
 	const seed = 1
 	story := func(t *testing.T, url string, rounds int, later func(time.Duration)) {
 		rng := rand.New(rand.NewPCG(seed, 0))
@@ -181,6 +182,7 @@ func TestSumsAreWhatIsOpen(t *testing.T) {
 
 // A beat whose answer is lost may have been heard or not, or be heard after the next one.
 func TestLostAndLateBeats(t *testing.T) {
+	t.Parallel()
 	storetest.Each(t, func(t *testing.T, url string) {
 		wire := storetest.NewWire(t, strings.TrimPrefix(url, "redis://"))
 		cut, _ := dial(t, wire.URL(), nil)
@@ -221,6 +223,7 @@ func TestLostAndLateBeats(t *testing.T) {
 }
 
 func TestManyCountsAreToldInSeveralCalls(t *testing.T) {
+	t.Parallel()
 	storetest.Each(t, func(t *testing.T, url string) {
 		f := newFleet(t, url)
 		f.member("a")

@@ -144,6 +144,7 @@ func (s *sim) run(seed uint64) float64 {
 
 // The bias does nothing where everybody knows the same upstreams, and helps where they do not.
 func TestBiasInSimulation(t *testing.T) {
+	t.Parallel()
 	mean := func(s sim) (m float64) {
 		seeds := 3
 		if testing.Short() {

@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 		return
 	}
 	// Most tests wait for most of their time. A flag of the command line still wins.
-	flag.Set("test.parallel", "16")
+	flag.Set("test.parallel", "6")
 	proxytest.Main(m)
 }
 
@@ -129,6 +129,7 @@ func TestWrongPasswordIsAClearErrorAndNowhereShown(t *testing.T) {
 
 // One slow call says nothing about the store; two in a row open the breaker, and a probe closes it.
 func TestBreaker(t *testing.T) {
+	t.Parallel()
 	server := storetest.Redis(t)
 	wire := storetest.NewWire(t, server.Addr)
 	s, _ := dial(t, wire.URL(), nil)

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"hash/maphash"
 	"net"
@@ -20,7 +21,10 @@ import (
 	"github.com/miekg/dns"
 )
 
-func TestMain(m *testing.M) { proxytest.Main(m) }
+func TestMain(m *testing.M) {
+	flag.Set("test.parallel", "4") // most of it is waiting
+	proxytest.Main(m)
+}
 
 // A source says what the test wants.
 type source struct {
@@ -139,6 +143,7 @@ func ask(t *testing.T, s *Server, network string, bufsize uint16, name string, k
 }
 
 func TestServer(t *testing.T) {
+	t.Parallel()
 	src := &source{err: errors.New("away")}
 	s := serve(t, src)
 	if r := ask(t, s, "udp", 0, "lb.test.", dns.TypeA); r.Rcode != dns.RcodeServerFailure {
@@ -212,6 +217,7 @@ func TestServer(t *testing.T) {
 }
 
 func TestServerGoesOnWithoutTheStore(t *testing.T) {
+	t.Parallel()
 	src := new(source)
 	src.set(nil, proxies(1)...)
 	s := serve(t, src)
@@ -281,6 +287,7 @@ func TestAnswersToOneNetworkAreBounded(t *testing.T) {
 }
 
 func TestFileIsWrittenWhenNamesChange(t *testing.T) {
+	t.Parallel()
 	src := new(source)
 	src.set(nil, proxies(2)...)
 	path := filepath.Join(t.TempDir(), "lb.zone")

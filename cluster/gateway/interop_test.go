@@ -137,6 +137,7 @@ zone:
 
 // A proxy is killed. How long is it named, by our own server and by Knot, and through resolvers?
 func TestKilledProxyIsNamedNoMore(t *testing.T) {
+	t.Parallel()
 	storetest.Need(t, "unbound")
 	storetest.Need(t, "dnsmasq")
 	storetest.Need(t, "knotd")

@@ -1,13 +1,17 @@
 package main
 
 import (
+	"flag"
 	"strings"
 	"testing"
 
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-func TestMain(m *testing.M) { proxytest.Main(m) }
+func TestMain(m *testing.M) {
+	flag.Set("test.parallel", "4") // most of it is waiting
+	proxytest.Main(m)
+}
 
 func TestDemo(t *testing.T) {
 	for part, claim := range map[string]string{

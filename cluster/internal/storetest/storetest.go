@@ -241,13 +241,17 @@ func (w *Wire) pump(ctx context.Context, to, from net.Conn) {
 	}
 }
 
-// Child runs the test's own program again, which finds what in CHILD and writes lines. It is killed with the test.
-func Child(t testing.TB, what string) (*exec.Cmd, io.Reader) {
+// Child runs the test's own program again, which finds what in CHILD, reads from in and writes to
+// out. It is killed with the test.
+func Child(t testing.TB, what string) (cmd *exec.Cmd, in io.Writer, out io.Reader) {
 	t.Helper()
-	cmd := exec.Command(os.Args[0])
+	cmd = exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "CHILD="+what)
 	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
+	in, err := cmd.StdinPipe()
+	if err == nil {
+		out, err = cmd.StdoutPipe()
+	}
 	if err == nil {
 		err = cmd.Start()
 	}
@@ -258,7 +262,7 @@ func Child(t testing.TB, what string) (*exec.Cmd, io.Reader) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	return cmd, out
+	return cmd, in, out
 }
 
 // WriteFile writes a file of the test's own and returns its path.
