@@ -257,16 +257,21 @@ func (f *Watch) apply(c Config) error {
 	return nil
 }
 
-// keep writes the text as it is, so that it can be read and checked, and then its version, with the text's hash:
-// one without the other counts for nothing.
+// keep writes the text as it is, so that it can be read and checked. Which version it is stands in
+// another file, by the text's hash: that is written first and keeps the line of the text before, so
+// that at any moment one of its lines is about the text there is.
 func (w *Watcher) keep(c Config) error {
 	if w.File == "" {
 		return nil
 	}
-	if err := replace(w.File, c.Text); err != nil {
+	lines := fmt.Sprintf("%d %x\n", c.Version, sha256.Sum256(c.Text))
+	if old, err := w.read(); err == nil {
+		lines += fmt.Sprintf("%d %x\n", old.Version, sha256.Sum256(old.Text))
+	}
+	if err := replace(w.File+".version", []byte(lines)); err != nil {
 		return err
 	}
-	return replace(w.File+".version", fmt.Appendf(nil, "%d %x\n", c.Version, sha256.Sum256(c.Text)))
+	return replace(w.File, c.Text)
 }
 
 func (w *Watcher) read() (c Config, err error) {
@@ -276,16 +281,18 @@ func (w *Watcher) read() (c Config, err error) {
 	if c.Text, err = os.ReadFile(w.File); err != nil {
 		return c, err
 	}
-	line, err := os.ReadFile(w.File + ".version")
+	lines, err := os.ReadFile(w.File + ".version")
 	if err != nil {
 		return c, err
 	}
-	number, hash, _ := strings.Cut(strings.TrimSpace(string(line)), " ")
-	c.Version, err = strconv.ParseInt(number, 10, 64)
-	if err != nil || hash != fmt.Sprintf("%x", sha256.Sum256(c.Text)) {
-		return Config{}, fmt.Errorf("%s: it is not the file that %s.version is about: somebody has changed it", w.File, w.File)
+	for line := range strings.Lines(string(lines)) {
+		number, hash, _ := strings.Cut(strings.TrimSpace(line), " ")
+		c.Version, err = strconv.ParseInt(number, 10, 64)
+		if err == nil && hash == fmt.Sprintf("%x", sha256.Sum256(c.Text)) {
+			return c, nil
+		}
 	}
-	return c, nil
+	return Config{}, fmt.Errorf("%s: it is not the file that %[1]s.version is about: somebody has changed it", w.File)
 }
 
 // replace writes a file so that a crash leaves the old one or the new one.

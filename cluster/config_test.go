@@ -246,6 +246,16 @@ func TestLastGoodFileThatSomebodyChanged(t *testing.T) {
 	if c, err := w.read(); err != nil || c.Version != 3 || string(c.Text) != "three" {
 		t.Fatal(c, err)
 	}
+	// A crash between the two files leaves the text before.
+	if err := w.keep(Config{Version: 4, Text: []byte("four")}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte("three"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := w.read(); err != nil || c.Version != 3 {
+		t.Fatal(c, err)
+	}
 	if err := os.WriteFile(file, []byte("thr"), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -208,6 +209,10 @@ func TestRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer held.Close()
+	storetest.Await(t, "it is the last good one", func() error {
+		text, err := os.ReadFile(filepath.Join(other.dir, "config.last-good.json"))
+		return errors.Join(err, storetest.Want(strings.Contains(string(text), red), string(text)))
+	})
 	server.Kill()
 	for _, addr := range []string{eastAddr, westAddr} {
 		storetest.Await(t, "alice is served without the store", comesTo(p, addr, "red"))
