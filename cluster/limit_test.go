@@ -441,19 +441,95 @@ func TestOpenOfAClientThatHasGone(t *testing.T) {
 	first.Wait()
 }
 
+// stopFlusher leaves only the calls that Report makes itself.
+func stopFlusher(s *Store) { s.limits.stop() }
+
 func TestDataNeverCallsTheStore(t *testing.T) {
-	server := miniredis.RunT(t)
-	s, _ := dial(t, "redis://"+server.Addr(), nil)
+	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), nil)
+	stopFlusher(s)
 	m := s.Limit("k", Limit{BytesPerSecond: 1 << 30})
 	report(t, m, 1)
 	ctx, e := t.Context(), lbproxy.Event{Kind: lbproxy.EventData, Bytes: 64 << 10}
-	server.Close() // a call would fail, and the store be away
 	n := 1_000_000
 	if testing.Short() {
 		n = 10_000
 	}
+	before := s.Status().Calls
 	if allocs := testing.AllocsPerRun(n, func() { m.Report(ctx, e) }); allocs != 0 {
 		t.Errorf("%v allocations for each", allocs)
+	}
+	if calls := s.Status().Calls - before; calls != 0 {
+		t.Errorf("%d calls for %d events", calls, n)
+	}
+}
+
+// What a proxy borrows is what it has used lately, within bounds.
+func TestBatch(t *testing.T) {
+	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), &Options{Peers: 4})
+	for _, c := range []struct {
+		limit                 Limit
+		used, before, waiting int
+		short                 bool
+		want                  int
+	}{
+		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 0, 0, 0, false, 1},
+		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 3, 0, 0, false, 3},
+		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 3, 5, 0, false, 5},
+		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 0, 0, 6, false, 7},
+		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 4, 0, 0, true, 6},
+		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 50, 0, 0, false, 10}, // regained in 100 ms
+		{Limit{Burst: 100, Every: time.Millisecond}, 50, 0, 0, false, 25},      // a quarter
+		{Limit{Burst: 10, Every: time.Minute}, 5, 0, 0, false, 1},
+		{Limit{Burst: 2, Every: time.Microsecond}, 5, 0, 0, false, 1},
+	} {
+		m := s.Limit("k", c.limit).(*limiter)
+		m.used, m.before, m.waiting, m.short = c.used, c.before, c.waiting, c.short
+		if got := m.batch(); got != c.want {
+			t.Errorf("%+v: %d", c, got)
+		}
+	}
+}
+
+// What a proxy had borrowed when it died is lost: one batch, for as long as it takes to be regained.
+func TestCrashLosesOneBatch(t *testing.T) {
+	server := miniredis.RunT(t)
+	at := time.Now()
+	server.SetTime(at)
+	url := "redis://" + server.Addr()
+	dead, _ := dial(t, url, &Options{Timeout: storetest.Patience, Peers: 4})
+	stopFlusher(dead) // which would give back
+	l := Limit{Burst: 40, Every: time.Millisecond}
+	d := dead.Limit("k", l)
+	in := count(t, 5, d)
+	lost := d.(*limiter).lent
+	if lost < 1 || lost > 10 {
+		t.Fatalf("%d are lent, want some, and no more than a quarter", lost)
+	}
+	s, _ := dial(t, url, calm)
+	m := s.Limit("k", l)
+	storetest.Await(t, "the rest is let in", func() error {
+		in += count(t, 1, m)
+		return storetest.Want(in >= 40-lost, strconv.Itoa(in))
+	})
+	if in += count(t, 5, m); in != 40-lost {
+		t.Errorf("%d let in, of 40 without the %d that are lost", in, lost)
+	}
+	server.SetTime(at.Add(time.Duration(lost) * time.Millisecond))
+	storetest.Await(t, "what was lost is regained", func() error {
+		in += count(t, 1, m)
+		return storetest.Want(in >= 40, strconv.Itoa(in))
+	})
+}
+
+// Rate and open connections are one trip.
+func TestOneTripForAllBounds(t *testing.T) {
+	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), calm)
+	stopFlusher(s)
+	m := s.Limit("k", Limit{Burst: 5, Every: never, Open: 5, BytesPerSecond: 1 << 20})
+	before := s.Status().Calls
+	report(t, m, 1)
+	if n := s.Status().Calls - before; n != 1 {
+		t.Errorf("%d calls for one opening", n)
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"io"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -283,28 +282,69 @@ func TestIndexes(t *testing.T) {
 	})
 }
 
-// echo returns an upstream that holds connections, and an app in front of such.
+// newApp returns an app with n upstreams that echo, and its address.
 func newApp(t *testing.T, n int) (*lbproxy.LBProxyApp, string) {
 	t.Helper()
 	var upstreams []lbproxy.Upstream
 	for range n {
-		upstreams = append(upstreams, lbproxy.Upstream{Addr: proxytest.Upstream(t, func(c *net.TCPConn) { io.Copy(c, c) })})
+		upstreams = append(upstreams, lbproxy.Upstream{Addr: proxytest.Upstream(t, proxytest.Echo)})
 	}
 	app, err := lbproxy.New("web", upstreams, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return app, serveApp(t, app, nil)
+}
+
+// serveApp has app serve until the test ends, and returns its address.
+func serveApp(t *testing.T, app *lbproxy.LBProxyApp, admit lbproxy.AdmitFunc) string {
+	t.Helper()
 	l := proxytest.Listen(t)
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		app.Serve(l, nil)
+		app.Serve(l, admit)
 	}()
 	t.Cleanup(func() {
 		app.Close()
 		<-served
 	})
-	return app, l.Addr().String()
+	return l.Addr().String()
+}
+
+// Without the store a proxy keeps its place, and limits their parts.
+func TestPlaceStaysWithoutTheStore(t *testing.T) {
+	server := storetest.Redis(t)
+	var members [2]*Member
+	for i := range members {
+		s, _ := dial(t, server.URL(), calm)
+		m, err := s.Join(Self{Interval: 20 * time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Leave()
+		members[i] = m
+	}
+	for _, m := range members {
+		storetest.Await(t, "both know of each other", func() error {
+			return storetest.Want(m.Place().Count == 2, "not yet")
+		})
+	}
+	server.Kill()
+	for _, m := range members {
+		storetest.Await(t, "beats fail", func() error {
+			return storetest.Want(m.Place().Err != "" && m.Place().Lag > 200*time.Millisecond, "not yet")
+		})
+		if p := m.Place(); p.Count != 2 {
+			t.Errorf("%+v, want one of 2", p)
+		}
+		if n := m.store.Status().Peers; n != 2 {
+			t.Errorf("limits are shared by %d, want 2", n)
+		}
+	}
+	if a, b := members[0].Place().Index, members[1].Place().Index; a == b {
+		t.Errorf("both are number %d", a)
+	}
 }
 
 func TestLiveShowsWhatIsOpen(t *testing.T) {

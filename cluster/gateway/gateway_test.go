@@ -112,6 +112,13 @@ func TestProxyKnownByName(t *testing.T) {
 // serve runs a server of the test's own.
 func serve(t *testing.T, src Source) *Server {
 	t.Helper()
+	s, _ := serveUntil(t, src)
+	return s
+}
+
+// serveUntil runs a server until stop is called, or the test ends.
+func serveUntil(t *testing.T, src Source) (s *Server, stop func()) {
+	t.Helper()
 	s, err := Listen("127.0.0.1:0", testZone, src, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -119,13 +126,14 @@ func serve(t *testing.T, src Source) *Server {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	go func() { done <- s.Serve(ctx) }()
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 	})
-	return s
+	t.Cleanup(stop)
+	return s, stop
 }
 
 func ask(t *testing.T, s *Server, network string, bufsize uint16, name string, kind uint16) *dns.Msg {

@@ -25,7 +25,7 @@ func Each(t *testing.T, f func(t *testing.T, url string)) {
 	t.Run("redis-server", func(t *testing.T) { f(t, Redis(t).URL()) })
 }
 
-// Need skips a test for want of a program, or fails it where LBPROXY_INTEROP=1 says that all are there.
+// Need skips a test for want of a program, or fails it where LBPROXY_INTEROP=all says that all are there.
 func Need(t testing.TB, program string) string {
 	t.Helper()
 	path, err := exec.LookPath(program)
@@ -33,8 +33,8 @@ func Need(t testing.TB, program string) string {
 		path, err = exec.LookPath("/usr/sbin/" + program)
 	}
 	if err != nil {
-		if os.Getenv("LBPROXY_INTEROP") == "1" {
-			t.Fatalf("%s is not installed, and LBPROXY_INTEROP=1 wants it: apt-get install it", program)
+		if os.Getenv("LBPROXY_INTEROP") == "all" {
+			t.Fatalf("%s is not installed, and LBPROXY_INTEROP=all wants it: apt-get install it", program)
 		}
 		t.Skipf("%s is not installed", program)
 	}
@@ -56,6 +56,18 @@ func Redis(t testing.TB, args ...string) *Server {
 	s := &Server{Addr: FreeAddr(t), t: t}
 	s.args = append([]string{"--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", t.TempDir(),
 		"--port", s.Addr[strings.LastIndexByte(s.Addr, ':')+1:], "--loglevel", "warning"}, args...)
+	t.Cleanup(s.Kill)
+	s.Start()
+	return s
+}
+
+// Sentinel starts a Sentinel by a configuration, to which port and folder are added.
+func Sentinel(t testing.TB, conf string) *Server {
+	t.Helper()
+	Need(t, "redis-server")
+	s := &Server{Addr: FreeAddr(t), t: t}
+	conf += fmt.Sprintf("bind 127.0.0.1\nport %s\ndir %s\n", s.Addr[strings.LastIndexByte(s.Addr, ':')+1:], t.TempDir())
+	s.args = []string{WriteFile(t, "sentinel.conf", conf), "--sentinel"}
 	t.Cleanup(s.Kill)
 	s.Start()
 	return s
