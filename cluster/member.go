@@ -96,13 +96,17 @@ func (s *Store) Join(self Self) (*Member, error) {
 	case self.Capacity < 0:
 		return nil, fmt.Errorf("cluster: Self.Capacity %d is negative: use 0 for no bound", self.Capacity)
 	}
-	m := &Member{store: s, self: self, since: time.Now(), kick: make(chan struct{}, 1), over: make(chan struct{}),
-		turn: time.Now().UnixMicro(), bias: map[string]bias{}, told: map[string]told{},
-		place: Place{ID: self.ID, heard: time.Now()}}
+	m := newMember(s, self)
 	var ctx context.Context
 	ctx, m.stop = context.WithCancel(s.ctx)
 	go m.run(ctx)
 	return m, nil
+}
+
+func newMember(s *Store, self Self) *Member {
+	now := time.Now()
+	return &Member{store: s, self: self, since: now, kick: make(chan struct{}, 1), over: make(chan struct{}),
+		place: Place{ID: self.ID, heard: now}, turn: now.UnixMicro(), bias: map[string]bias{}, told: map[string]told{}}
 }
 
 // Drain makes gateways name this proxy no more. It returns at once.

@@ -48,7 +48,7 @@ func (f *fleet) member(id string) *Member {
 	if m := f.live[id]; m != nil {
 		return m
 	}
-	m := &Member{store: f.store, self: Self{ID: id, Interval: time.Second}, bias: map[string]bias{}, told: map[string]told{}}
+	m := newMember(f.store, Self{ID: id, Interval: time.Second})
 	f.live[id], f.open[id] = m, map[string]int{}
 	return m
 }
@@ -506,7 +506,7 @@ func BenchmarkBeat(b *testing.B) {
 			var ids atomic.Int64
 			b.SetParallelism(32)
 			b.RunParallel(func(pb *testing.PB) {
-				m := &Member{store: s, self: Self{ID: fmt.Sprintf("p%d", ids.Add(1)), Interval: time.Second}}
+				m := newMember(s, Self{ID: fmt.Sprintf("p%d", ids.Add(1)), Interval: time.Second})
 				counts := make([]string, 2*changes)
 				for n := 0; pb.Next(); n++ {
 					for i := range changes {
