@@ -164,11 +164,8 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 	if n := e.Bytes; n > 0 && m.moved.Add(n) == n {
 		m.moving()
 	}
-	e.Bytes = int64(float64(e.Bytes) * scale)
-	d := m.pace.Report(ctx, e)
-	if d.Chunk > 0 {
-		d.Chunk = max(int(float64(d.Chunk)/scale), 512)
-	}
+	d := m.pace.Report(ctx, lbproxy.Event{Kind: e.Kind, Bytes: int64(float64(e.Bytes) * scale)})
+	d.Chunk = max(int(float64(d.Chunk)/scale), 512)
 	return d
 }
 
