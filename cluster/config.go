@@ -30,13 +30,13 @@ type Config struct {
 // ErrConflict is what [Store.Put] returns if somebody else has put a configuration meanwhile.
 var ErrConflict = errors.New("cluster: somebody else has put a configuration meanwhile: read that, and make yours from it")
 
-// patient is how long calls may take that nobody's connection waits for.
-const patient = 2 * time.Second
+// patience is how long calls may take that nobody's connection waits for.
+func (s *Store) patience() time.Duration { return max(2*time.Second, s.opts.Timeout) }
 
 // Config reads the configuration. If there is none, its Version is 0.
 func (s *Store) Config(ctx context.Context) (Config, error) {
 	var c Config
-	values, err := s.do(ctx, patient, func(ctx context.Context, r rueidis.Client) rueidis.RedisResult {
+	values, err := s.do(ctx, s.patience(), func(ctx context.Context, r rueidis.Client) rueidis.RedisResult {
 		return r.Do(ctx, r.B().Hmget().Key(s.key("config")).Field("version", "text", "by", "at").Build())
 	})
 	if err != nil {
@@ -61,7 +61,7 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string) (ve
 	if c == nil {
 		return 0, s.away()
 	}
-	ctx, cancel := context.WithTimeout(ctx, patient)
+	ctx, cancel := context.WithTimeout(ctx, s.patience())
 	defer cancel()
 	var lonely bool
 	err = c.Dedicated(func(d rueidis.DedicatedClient) error { // WAIT is about what its own connection has written

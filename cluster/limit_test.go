@@ -264,7 +264,8 @@ func TestConnectionsOfTheDeadStopCounting(t *testing.T) {
 	at := time.Now()
 	server.SetTime(at)
 	wire := storetest.NewWire(t, server.Addr())
-	dead, _ := dial(t, wire.URL(), nil)
+	dead, _ := dial(t, wire.URL(), calm)
+	defer wire.Heal() // or it would wait to say goodbye
 	s, _ := dial(t, "redis://"+server.Addr(), calm)
 	l := Limit{Open: 10}
 	if in := count(t, 10, dead.Limit("k", l)); in != 10 {

@@ -61,7 +61,7 @@ func (s *Store) Live(ctx context.Context) (Tally, error) { return s.live(ctx, ""
 func (s *Store) Tally(ctx context.Context) (Tally, error) { return s.live(ctx, "all") }
 
 func (s *Store) live(ctx context.Context, what string) (t Tally, err error) {
-	v, err := s.script(ctx, patient, liveScript, []string{s.key("live")}, s.key(""), what)
+	v, err := s.script(ctx, s.patience(), liveScript, []string{s.key("live")}, s.key(""), what)
 	if err == nil && len(v) != 6 {
 		err = fmt.Errorf("cluster: the store answers with %d values instead of 6", len(v))
 	}

@@ -283,7 +283,7 @@ func (m *Member) call(ctx context.Context, lease time.Duration, info string, cou
 	args := append([]string{s.key(""), m.self.ID, strconv.FormatInt(lease.Milliseconds(), 10), info, m.sumsAt,
 		strconv.FormatInt(m.countsEvery().Milliseconds(), 10), strconv.FormatInt(version, 10),
 		strconv.FormatInt(m.turn, 10)}, counts...)
-	v, err := s.script(ctx, patient, beatScript, []string{s.key("live")}, args...)
+	v, err := s.script(ctx, s.patience(), beatScript, []string{s.key("live")}, args...)
 	if err != nil || lease == 0 {
 		return false, err
 	}

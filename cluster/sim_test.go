@@ -146,9 +146,9 @@ func (s *sim) run(seed uint64) float64 {
 func TestBiasInSimulation(t *testing.T) {
 	t.Parallel()
 	mean := func(s sim) (m float64) {
-		seeds := 3
-		if testing.Short() {
-			seeds = 1
+		seeds := 1
+		if *simulate != "" {
+			seeds = 3
 		}
 		for seed := range seeds {
 			s := s

@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 		return
 	}
 	// Most tests wait for most of their time. A flag of the command line still wins.
-	flag.Set("test.parallel", "6")
+	flag.Set("test.parallel", "12")
 	proxytest.Main(m)
 }
 

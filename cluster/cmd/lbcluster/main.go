@@ -25,6 +25,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/danielepagano/lbproxy/cluster"
 )
@@ -37,7 +38,7 @@ const usage = `lbcluster runs several mtlsservers as one, by what they share in 
   lbcluster get
         print the configuration in force
   lbcluster run -dir DIR [-host ADDR] [-advertise ADDR] [-id NAME] [-capacity N] [-outage share|open|closed]
-                [-exact] [-lame 3s] [-log json|text] [-v]
+                [-exact] [-timeout 50ms] [-lame 3s] [-log json|text] [-v]
         serve by it; certificates and keys are in DIR, where the last good configuration is kept, too
         -host       replaces the host in each "listen"
         -advertise  where clients find this proxy, for gateways (default: that of -host)
@@ -45,6 +46,7 @@ const usage = `lbcluster runs several mtlsservers as one, by what they share in 
         -capacity   connections; gateways send nobody to a proxy that has so many
         -outage     what limits do while the store is away: let in this proxy's share, everybody, or nobody
         -exact      have each connection ask the store for its user's limit, instead of borrowing ahead
+        -timeout    the longest that a connection waits for the store (default 50ms)
         -lame       how long to go on accepting after SIGTERM, for gateways and resolvers to forget this proxy
   lbcluster ls [-json]
         show proxies and upstreams
@@ -99,6 +101,7 @@ type command struct {
 	storeURL, cluster string
 	format            string
 	verbose           bool
+	timeout           time.Duration
 }
 
 func (c *command) run(args []string) error {
@@ -194,7 +197,7 @@ func (c *command) dial() (*cluster.Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return cluster.Dial(text, &cluster.Options{Name: c.cluster, TLS: conf, Logger: log})
+	return cluster.Dial(text, &cluster.Options{Name: c.cluster, Timeout: c.timeout, TLS: conf, Logger: log})
 }
 
 // tls is what the environment says of TLS to the store; nil if it says nothing.

@@ -50,6 +50,7 @@ func newRunner(c *command, flags *flag.FlagSet) *runner {
 	flags.StringVar(&r.outage, "outage", "share", "")
 	flags.IntVar(&r.capacity, "capacity", 0, "")
 	flags.BoolVar(&r.exact, "exact", false, "")
+	flags.DurationVar(&c.timeout, "timeout", 0, "")
 	flags.DurationVar(&r.lame, "lame", 3*time.Second, "")
 	return r
 }

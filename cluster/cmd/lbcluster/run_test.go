@@ -59,7 +59,7 @@ var listens = regexp.MustCompile(`app "web" listens on (\S+)`)
 // startProxy runs the command run, and returns where the app listens.
 func startProxy(t *testing.T, env map[string]string, p pki, args ...string) (*process, string) {
 	t.Helper()
-	proc := begin(t, env, append([]string{"run", "-dir", p.dir, "-host", "127.0.0.1"}, args...)...)
+	proc := begin(t, env, append([]string{"run", "-dir", p.dir, "-host", "127.0.0.1", "-timeout", "20s"}, args...)...)
 	var addr string
 	storetest.Await(t, "the proxy listens", func() error {
 		select {
