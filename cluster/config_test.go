@@ -129,6 +129,7 @@ func put(t *testing.T, s *Store, text string) {
 }
 
 func TestWatchFollows(t *testing.T) {
+	t.Parallel()
 	for _, joined := range []bool{false, true} {
 		t.Run(fmt.Sprintf("joined=%v", joined), func(t *testing.T) {
 			t.Parallel()
