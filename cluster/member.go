@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"reflect"
 	"strconv"
 	"strings"
@@ -91,6 +92,8 @@ func (s *Store) Join(self Self) (*Member, error) {
 	case len(self.ID) > 63 || strings.Trim(self.ID, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" ||
 		strings.Trim(self.ID, "-") != self.ID:
 		return nil, fmt.Errorf("cluster: Self.ID %q: want at most 63 lower-case letters, digits and '-', which does not come first or last", self.ID)
+	case self.Addr != "" && !isHost(self.Addr):
+		return nil, fmt.Errorf("cluster: Self.Addr %q: want an IP address or a name, without a port", self.Addr)
 	case self.Interval < 0:
 		return nil, fmt.Errorf("cluster: Self.Interval %v is negative: use 0 for a second", self.Interval)
 	case self.Capacity < 0:
@@ -101,6 +104,12 @@ func (s *Store) Join(self Self) (*Member, error) {
 	ctx, m.stop = context.WithCancel(s.ctx)
 	go m.run(ctx)
 	return m, nil
+}
+
+// isHost reports whether clients could be sent to addr.
+func isHost(addr string) bool {
+	_, err := netip.ParseAddr(addr)
+	return err == nil || !strings.ContainsFunc(addr, func(r rune) bool { return !isNameRune(r) })
 }
 
 func newMember(s *Store, self Self) *Member {

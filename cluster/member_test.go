@@ -22,6 +22,7 @@ func TestJoinRefusesWrongSelf(t *testing.T) {
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), nil)
 	for _, self := range []Self{
 		{ID: "A"}, {ID: "a b"}, {ID: "-a"}, {ID: "a."}, {ID: strings.Repeat("a", 64)}, {Interval: -1}, {Capacity: -1},
+		{Addr: "10.0.0.5:9443"}, {Addr: "a b"},
 	} {
 		if m, err := s.Join(self); err == nil {
 			m.Leave()

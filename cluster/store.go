@@ -7,9 +7,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -136,7 +138,8 @@ func isNameRune(r rune) bool {
 func (s *Store) parse(text string) error {
 	const want = "want redis://user:password@host:6379, or rediss:// for TLS"
 	u, err := url.Parse(text)
-	if err != nil || text == "" {
+	known := err == nil && slices.Contains([]string{"redis", "rediss", "valkey", "valkeys", "unix"}, u.Scheme)
+	if !known {
 		return fmt.Errorf("cluster: the store's URL cannot be read (it is not shown for its password): %s", want)
 	}
 	s.addr = (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
@@ -309,17 +312,23 @@ func (s *Store) wrap(err error) error {
 	if err == nil {
 		return nil
 	}
-	text, remedy := s.clean(err), ""
+	text, remedy := strings.TrimSuffix(s.clean(err), "."), ""
 	_, unknown := errors.AsType[*tls.CertificateVerificationError](err)
 	switch {
 	case strings.HasPrefix(text, "WRONGPASS"), strings.HasPrefix(text, "NOAUTH"):
-		remedy = ": check the user and the password in LBPROXY_STORE"
+		remedy = ": check the user and the password in the store's URL"
 	case strings.HasPrefix(text, "NOPERM"):
 		remedy = ": the user needs more rights in the store"
 	case strings.HasPrefix(text, "MOVED"):
 		remedy = ": this is a node of a Redis Cluster: give a second one, as ?addr=host:port"
 	case unknown:
 		remedy = ": give the CA that signed the store's certificate"
+	case s.redis.TLSConfig == nil && errors.Is(err, io.EOF):
+		remedy = ": if the store wants TLS, use rediss://"
+	case s.redis.TLSConfig != nil && errors.Is(err, context.DeadlineExceeded):
+		remedy = ": does the store speak TLS there?"
+	case strings.HasPrefix(text, "received unknown message type"):
+		remedy = ": this is no Redis or Valkey server"
 	}
 	if _, ok := rueidis.IsRedisErr(err); !ok || remedy != "" {
 		return fmt.Errorf("cluster: store %s: %w: %s%s", s.addr, ErrAway, text, remedy)

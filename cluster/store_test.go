@@ -3,8 +3,11 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"log/slog"
+	"net"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -67,7 +70,9 @@ func TestDialRefusesWrongOptions(t *testing.T) {
 		want string
 	}{
 		{"", Options{}, "cannot be read"},
-		{"http://h:1", Options{}, "invalid URL scheme"},
+		{"http://h:1", Options{}, "cannot be read"},
+		{"geheim@h:1", Options{}, "cannot be read"},
+		{"geheim:h", Options{}, "cannot be read"},
 		{"redis://u:geheim@h:port", Options{}, "cannot be read"},
 		{"redis://u:geheim@h:1/x/y", Options{}, "invalid URL path"},
 		{"redis://h:1", Options{Name: "a b"}, "want letters"},
@@ -123,6 +128,25 @@ func TestWrongPasswordIsAClearErrorAndNowhereShown(t *testing.T) {
 	for _, text := range []string{err.Error(), l.String(), s.Status().Err, s.Status().Addr} {
 		if strings.Contains(text, "wrong-one") {
 			t.Error("the password is shown:", text)
+		}
+	}
+}
+
+// What is wrong with the way to a store is said.
+func TestErrorsSayWhatToDo(t *testing.T) {
+	t.Parallel()
+	server := storetest.Redis(t)
+	web := httptest.NewServer(nil)
+	defer web.Close()
+	hangsUp := proxytest.Upstream(t, func(c *net.TCPConn) { c.Read(make([]byte, 100)) })
+	for url, want := range map[string]string{
+		"rediss://" + server.Addr:                           "does the store speak TLS there?",
+		"redis://" + strings.TrimPrefix(web.URL, "http://"): "no Redis or Valkey server",
+		"redis://" + hangsUp:                                "use rediss://",
+	} {
+		s, _ := dial(t, url, nil)
+		if err := s.Ping(t.Context()); !errors.Is(err, ErrAway) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", url, err, want)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -52,9 +53,10 @@ func (f *File) Keep(ctx context.Context, source Source) error {
 			serial = max(uint32(time.Now().Unix()), serial+1)
 			if err := replace(f.Path, f.Zone.Text(t, serial)); err != nil {
 				if before == nil {
-					cancel(err)
+					cancel(fmt.Errorf("gateway: the zone cannot be written to %s: %w", f.Path, err))
+				} else {
+					log.Error("gateway: the zone cannot be written", "file", f.Path, "err", err)
 				}
-				log.Error("gateway: the zone cannot be written", "err", err)
 				return
 			}
 			before, written, owing = s, time.Now(), f.Then != nil

@@ -61,6 +61,10 @@ func TestWrongZonesAreRefused(t *testing.T) {
 		{}, {Name: "."}, {Name: "a b", NS: []string{"n"}}, {Name: "a.test"}, {Name: "a.test", NS: []string{""}},
 		{Name: "a.test", NS: []string{"n=x"}}, {Name: "a.test", NS: []string{"n;$INCLUDE"}},
 		{Name: "a.test", NS: []string{"n"}, TTL: 25 * time.Hour},
+		{Name: "*.test", NS: []string{"n"}}, {Name: "a.test/b", NS: []string{"n"}},
+		{Name: "a..test", NS: []string{"n"}}, {Name: "-a.test", NS: []string{"n"}},
+		{Name: strings.Repeat("a", 64) + ".test", NS: []string{"n"}},
+		{Name: strings.Repeat("a.", 130) + "test", NS: []string{"n"}},
 	} {
 		if z.Check() == nil {
 			t.Errorf("%+v passes", z)
@@ -105,6 +109,11 @@ func TestWhoIsNamed(t *testing.T) {
 func TestProxyKnownByName(t *testing.T) {
 	text := testZone.Text(cluster.Tally{Proxies: []cluster.Proxy{{ID: "a", Addr: "Host.example.com", Ports: map[string]int{"web": 1}}}}, 7)
 	if !strings.Contains(text, "SRV\t0 1001 1 host.example.com.") || strings.Contains(text, "a.lb.test") {
+		t.Error(text)
+	}
+	// What is no name names nobody.
+	text = testZone.Text(cluster.Tally{Proxies: []cluster.Proxy{{ID: "a", Addr: "x\n$INCLUDE y", Ports: map[string]int{"web": 1}}}}, 7)
+	if strings.Contains(text, "INCLUDE") || strings.Contains(text, "SRV") {
 		t.Error(text)
 	}
 }

@@ -50,7 +50,10 @@ type Zone struct {
 
 // Check returns what is wrong with z.
 func (z *Zone) Check() error {
-	if _, ok := dns.IsDomainName(z.Name); !ok || strings.Trim(z.Name, ".") == "" || strings.ContainsAny(z.Name, " \\\"();") {
+	if z.Name == "" {
+		return errors.New("gateway: no zone: give its name, such as lb.example.com")
+	}
+	if !hostname(z.Name) {
 		return fmt.Errorf("gateway: zone %q: want a domain name such as lb.example.com", z.Name)
 	}
 	if len(z.NS) == 0 {
@@ -58,7 +61,7 @@ func (z *Zone) Check() error {
 	}
 	for _, ns := range z.NS {
 		name, addr, given := strings.Cut(ns, "=")
-		if _, ok := dns.IsDomainName(name); !ok || name == "" || strings.ContainsAny(name, " \\\"();") {
+		if !hostname(name) {
 			return fmt.Errorf("gateway: name server %q: want a name, or name=address", ns)
 		}
 		if _, err := netip.ParseAddr(addr); given && err != nil {
@@ -69,6 +72,17 @@ func (z *Zone) Check() error {
 		return fmt.Errorf("gateway: TTL %v: want a day at most: for so long a dead proxy would be named", z.TTL)
 	}
 	return nil
+}
+
+// hostname reports whether name is made of labels, perhaps with a dot at the end.
+func hostname(name string) bool {
+	name = strings.TrimSuffix(name, ".")
+	for l := range strings.SplitSeq(name, ".") {
+		if !label(l) || strings.Trim(l, "-") != l {
+			return false
+		}
+	}
+	return len(name) < 254
 }
 
 func (z *Zone) ttl() uint32 { return uint32(max(cmp.Or(z.TTL, time.Second), 0) / time.Second) }
@@ -101,7 +115,10 @@ func (z *Zone) set(t cluster.Tally, serial uint32) *set {
 	}
 	s.add(&dns.SOA{Hdr: z.header(s.origin, dns.TypeSOA), Ns: first, Mbox: "hostmaster." + s.origin,
 		Serial: serial, Refresh: 60, Retry: 5, Expire: 86400, Minttl: z.ttl()})
-	all := slices.DeleteFunc(slices.Clone(t.Proxies), func(p cluster.Proxy) bool { return p.Addr == "" })
+	all := slices.DeleteFunc(slices.Clone(t.Proxies), func(p cluster.Proxy) bool {
+		_, err := netip.ParseAddr(p.Addr)
+		return err != nil && !hostname(p.Addr)
+	})
 	named := slices.DeleteFunc(slices.Clone(all), func(p cluster.Proxy) bool {
 		return p.Draining || p.Capacity > 0 && p.Open >= p.Capacity
 	})
@@ -119,7 +136,7 @@ func (z *Zone) set(t cluster.Tally, serial uint32) *set {
 			target = dns.CanonicalName(p.Addr)
 		}
 		for app, port := range p.Ports {
-			if name := "_" + app + "._tcp." + s.origin; label(app) && port > 0 {
+			if name := "_" + app + "._tcp." + s.origin; label("_"+app) && app != "" && port > 0 {
 				s.add(&dns.SRV{Hdr: z.header(strings.ToLower(name), dns.TypeSRV), Port: uint16(port), Target: target, Weight: weight(p)})
 			}
 		}
@@ -127,9 +144,9 @@ func (z *Zone) set(t cluster.Tally, serial uint32) *set {
 	return s
 }
 
-// label reports whether an app's id can be in a name.
-func label(app string) bool {
-	return app != "" && len(app) < 63 && !strings.ContainsFunc(app, func(r rune) bool {
+// label reports whether l can be in a name: an app's id may be none.
+func label(l string) bool {
+	return l != "" && len(l) < 64 && !strings.ContainsFunc(l, func(r rune) bool {
 		return r != '-' && r != '_' && (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
 	})
 }

@@ -115,7 +115,8 @@ func (c *command) run(args []string) error {
 	flags.StringVar(&c.format, "log", "text", "")
 	flags.BoolVar(&c.verbose, "v", false, "")
 	var do func(ctx context.Context, s *cluster.Store) error
-	want := "" // the name of the argument, if there is to be one
+	want := ""    // the name of the argument, if there is to be one
+	brief := true // it asks, answers and ends
 	switch args[0] {
 	case "put":
 		p := putter{command: c}
@@ -128,14 +129,14 @@ func (c *command) run(args []string) error {
 		do = c.get
 	case "run":
 		r := newRunner(c, flags)
-		do = r.run
+		do, brief = r.run, false
 	case "ls":
 		asJSON := flags.Bool("json", false, "")
 		do = func(ctx context.Context, s *cluster.Store) error { return c.list(ctx, s, *asJSON) }
 	case "zone":
-		do = c.zone(flags)
+		do, brief = c.zone(flags), false
 	case "dns":
-		do = c.dns(flags)
+		do, brief = c.dns(flags), false
 	case "-h", "-help", "--help", "help":
 		return flag.ErrHelp
 	default:
@@ -152,7 +153,7 @@ func (c *command) run(args []string) error {
 	if err != nil {
 		return fmt.Errorf("lbcluster %s: %w: lbcluster -h helps", args[0], err)
 	}
-	s, err := c.dial()
+	s, err := c.dial(brief)
 	if err != nil {
 		return fmt.Errorf("lbcluster %s: %w", args[0], err)
 	}
@@ -176,7 +177,8 @@ func (c *command) untilSignal(ctx context.Context) (context.Context, func()) {
 	return ctx, cancel
 }
 
-func (c *command) dial() (*cluster.Store, error) {
+// dial returns the store. Nothing is logged for a brief command.
+func (c *command) dial(brief bool) (*cluster.Store, error) {
 	text := c.storeURL
 	if u, err := url.Parse(text); err == nil && u.User != nil {
 		if _, secret := u.User.Password(); secret {
@@ -192,6 +194,9 @@ func (c *command) dial() (*cluster.Store, error) {
 	log, err := c.logger()
 	if err != nil {
 		return nil, err
+	}
+	if brief { // its error says the same
+		log = slog.New(slog.DiscardHandler)
 	}
 	conf, err := c.tls()
 	if err != nil {
