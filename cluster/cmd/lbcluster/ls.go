@@ -26,7 +26,11 @@ func (c *command) list(ctx context.Context, s *cluster.Store, asJSON bool) error
 		enc.SetIndent("", "  ")
 		return enc.Encode(t)
 	}
-	fmt.Fprintf(c.stdout, "%s: %d proxies, configuration %d\n", s.Status().Addr, len(t.Proxies), t.Config)
+	proxies := fmt.Sprintf("%d proxies", len(t.Proxies))
+	if len(t.Proxies) == 1 {
+		proxies = "1 proxy"
+	}
+	fmt.Fprintf(c.stdout, "%s: %s, configuration %d\n", s.Status().Addr, proxies, t.Config)
 	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
 	if len(t.Proxies) > 0 {
 		fmt.Fprintln(w, "\nPROXY\tADDRESS\tSTATE\tOPEN\tCONFIG\tBEAT")

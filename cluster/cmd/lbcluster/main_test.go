@@ -72,7 +72,7 @@ func TestWrongCommandLines(t *testing.T) {
 	env := map[string]string{"LBPROXY_STORE": "redis://127.0.0.1:1"}
 	for _, c := range []struct{ args, want string }{
 		{"", "no command"}, {"what", "unknown command"}, {"ls extra", "unexpected argument"}, {"put", "want one argument"},
-		{"ls -x", "not defined"}, {"run", "-dir is missing"}, {"run -dir . -outage no", "want share, open or closed"},
+		{"ls -x", "not defined"}, {"run", "-dir is missing"}, {"run -dir . -host h:1", "without a port"}, {"run -dir . -outage no", "want share, open or closed"},
 		{"run -dir . -log x", "want json or text"}, {"zone", "-out is missing"}, {"zone -out f", "zone"}, {"dns", "-listen is missing"},
 		{"zone -out f -zone a.test", "no name servers"}, {"ls -store redis://u:geheim@h:1", "everybody can see"},
 		{"put /no/such/file", "no such file"},
@@ -129,7 +129,7 @@ func TestPutGetLs(t *testing.T) {
 	defer m.Leave()
 	storetest.Await(t, "ls shows it", func() error {
 		_, stdout, _ := lbcluster(t, env, "ls")
-		for _, want := range []string{"1 proxies, configuration 2", "one", "web 10.0.0.5:9443", "live", "0/10", `1 (version 2: no\x1b[2Jgood)`, "ms ago"} {
+		for _, want := range []string{"1 proxy, configuration 2", "one", "web 10.0.0.5:9443", "live", "0/10", `1 (version 2: no\x1b[2Jgood)`, "ms ago"} {
 			if !strings.Contains(stdout, want) {
 				return storetest.Errorf("no %q in %s", want, stdout)
 			}

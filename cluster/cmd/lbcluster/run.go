@@ -68,6 +68,9 @@ func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
 	default:
 		return fmt.Errorf("-outage %q: want share, open or closed", r.outage)
 	}
+	if _, _, err := net.SplitHostPort(r.host); err == nil {
+		return fmt.Errorf("-host %q: want an address or a name, without a port: that is the configuration's", r.host)
+	}
 	if r.log, err = r.logger(); err != nil {
 		return err
 	}
