@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -27,7 +28,8 @@ func demo(ctx context.Context, out io.Writer, log *slog.Logger, sabotage string)
 			return err
 		}
 	}
-	s.say("\nThat was all. docs/cluster.md says what else there is, and what happens when the store is away.")
+	s.say("\nThat was all. docs/cluster.md says what else there is, and what happens when")
+	s.say("the store is away.")
 	return nil
 }
 
@@ -91,8 +93,9 @@ func (s *story) begin() error {
 	if err := s.openGateway(); err != nil {
 		return err
 	}
-	s.say("A store in memory, three servers, red, green and blue, two proxies, east and west, and a gateway that names")
-	s.say("the proxies in DNS. The configuration, which is in the store, has red and green.")
+	s.say("There are a store in memory, three servers, red, green and blue, two proxies,")
+	s.say("east and west, and a gateway that names the proxies in DNS. The configuration,")
+	s.say("which is in the store, has red and green.")
 	return s.await("the gateway names both proxies", func() string {
 		return differ(s.named(), "east west")
 	})
@@ -100,7 +103,7 @@ func (s *story) begin() error {
 
 // limit: one limit holds over both proxies.
 func (s *story) limit() error {
-	s.say("\nAlice may open 6 connections. Twenty times she tries, at one proxy and at the other by turns.")
+	s.say("\nAlice may open 6 connections. She tries twenty times, by east and west in turn.")
 	in := map[string]int{}
 	for i := range 20 {
 		p := s.proxies[i%2]
@@ -154,7 +157,7 @@ func (s *story) kill() error {
 	if err != nil {
 		return fmt.Errorf("claim: bob comes back by the other proxy: %w", err)
 	}
-	s.say("  After %.1f s the gateway names the other one alone, and bob comes back by that.", time.Since(began).Seconds())
+	s.say("  After %.1f s the gateway names only the other one, and bob comes back by that.", time.Since(began).Seconds())
 	if p, err = startProxy(s.ctx, p.id, s.storeURL, s.log, s.sabotage); err != nil {
 		return err
 	}
@@ -169,14 +172,14 @@ func (s *story) kill() error {
 
 // config: both proxies follow the store.
 func (s *story) config() error {
-	s.say("\nThe operator puts another configuration into the store: blue instead of red and green.")
+	s.say("\nThe operator puts another configuration into the store: blue alone.")
 	if err := s.put("blue"); err != nil {
 		return err
 	}
 	err := s.await("both proxies follow the configuration in the store", func() string {
 		for _, p := range s.proxies {
 			if name, err := p.visit("carol"); err != nil || name != "blue" {
-				return fmt.Sprintf("%s sends carol to %s (%v)", p.id, name, err)
+				return fmt.Sprintf("%s sends carol to %s", p.id, cmp.Or(name, fmt.Sprint("nobody: ", err)))
 			}
 		}
 		return ""
@@ -188,7 +191,7 @@ func (s *story) config() error {
 	if _, err := s.store.Put(s.ctx, 1, nil, "somebody else"); err == nil {
 		return fmt.Errorf("claim: who has not seen version 2 cannot replace it: it was replaced")
 	}
-	s.say("  Somebody who has only seen the first one wants to replace it, and is refused.")
+	s.say("  Somebody who has seen only the first one wants to replace it, and is refused.")
 	return nil
 }
 
@@ -203,7 +206,7 @@ func (s *story) await(claim string, check func() string) error {
 		case s.ctx.Err() != nil:
 			return s.ctx.Err()
 		case time.Now().After(end):
-			return fmt.Errorf("claim: %s: %s", claim, wrong)
+			return fmt.Errorf("claim: %s\n  That is not so: %s.", claim, wrong)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
@@ -213,7 +216,7 @@ func differ(got, want string) string {
 	if got == want {
 		return ""
 	}
-	return fmt.Sprintf("it is %q, not %q", got, want)
+	return fmt.Sprintf("it is %q and should be %q", got, want)
 }
 
 // put puts a configuration with these servers.
