@@ -19,7 +19,7 @@ import (
 //go:embed put.lua
 var putText string
 
-// A Config is a configuration in the store. What its text means is the business of those who put and apply it.
+// A Config is a configuration in the store. Its text is never looked into.
 type Config struct {
 	Version int64 // counts up from 1; 0 means that there is none
 	Text    []byte
@@ -27,7 +27,7 @@ type Config struct {
 	At      time.Time // when, by the store's clock
 }
 
-// ErrConflict is what [Store.Put] returns if somebody else has put a configuration meanwhile.
+// ErrConflict is returned by [Store.Put] if somebody else has put a configuration meanwhile.
 var ErrConflict = errors.New("cluster: somebody else has put a configuration meanwhile: read that, and make yours from it")
 
 // patience is how long calls may take that nobody's connection waits for.
@@ -52,10 +52,11 @@ func (s *Store) Config(ctx context.Context) (Config, error) {
 	return c, nil
 }
 
-// Put replaces the configuration that has the version from, which is 0 if there is none yet, and returns the version
-// that it becomes. Of several that put at once one does, and the others get [ErrConflict]. If the store has
-// replicas, Put returns when one of them has the configuration too, or fails after a second: it may be in force
-// then all the same.
+// Put replaces the configuration whose version is from, which is 0 if there is none yet, and returns
+// the new version. If another version is in the store it returns [ErrConflict], so of several that
+// put at once one succeeds. If the store has replicas, Put waits until one of them has the
+// configuration, for a second at most. An error with a version above 0 means that the configuration
+// is in force, but no replica has it.
 func (s *Store) Put(ctx context.Context, from int64, text []byte, by string) (version int64, err error) {
 	c := s.client.Load()
 	if c == nil {
@@ -118,19 +119,19 @@ func (w *watched) hear(version int64) {
 	}
 }
 
-// A Watcher follows the configuration.
+// A Watcher says what [Store.Watch] does with a configuration.
 type Watcher struct {
-	// File keeps the last good configuration: its text, and beside it, with ".version" added to the name, its
-	// version. Empty means that none is kept.
+	// File is the path at which the last good configuration is kept. Its version is kept beside it,
+	// with ".version" added to the name. Empty means that none is kept.
 	File string
 
-	// Apply puts a configuration in force. An error leaves the one that runs; it is shown by Live and logged, and
-	// Apply is not called again until there is another version. The first call is with what [Store.Watch] starts
-	// with, the others come from Watch's own goroutine, one at a time. It is required.
+	// Apply puts a configuration in force. It is required. If it returns an error the configuration
+	// before must stay in force; the error is logged, and Apply is not called again until there is
+	// another version. It is called by Watch once, and then by a goroutine of Watch's own.
 	Apply func(Config) error
 }
 
-// A Watch is a [Watcher] at work.
+// A Watch follows the configuration in the store. All methods are safe for concurrent use.
 type Watch struct {
 	store *Store
 	w     Watcher
@@ -144,9 +145,14 @@ type Watch struct {
 	fromFile string // why what runs is from File; empty when it is the store's
 }
 
-// Watch applies the configuration in the store, or if that is away, has none or has an older one, the last good
-// one of w.File, and then follows the store until Stop. It fails if neither can be had or applied.
+// Watch applies the configuration in the store, and then each newer one until Stop is called. If the
+// store is away, or has no configuration or an older one, it begins with the last good one, from
+// w.File. It fails if there is neither, or neither can be applied. ctx is for the start alone. Without
+// a [Member], whose beats tell of a new version, the store is asked every second.
 func (s *Store) Watch(ctx context.Context, w Watcher) (*Watch, error) {
+	if w.Apply == nil {
+		return nil, errors.New("cluster: Watcher.Apply is nil: it is required")
+	}
 	f := &Watch{store: s, w: w, over: make(chan struct{})}
 	kept, fileErr := w.read()
 	c, err := s.Config(ctx)
@@ -176,14 +182,14 @@ func (s *Store) Watch(ctx context.Context, w Watcher) (*Watch, error) {
 	return f, nil
 }
 
-// Stop ends the watch and waits for an Apply in progress.
+// Stop ends the watch and waits for an Apply in progress. It may be called more than once.
 func (f *Watch) Stop() {
 	f.stop()
 	<-f.over
 }
 
-// Running returns the version in force, and what is wrong: with the one in the store, or with the store if what is
-// in force is from the file.
+// Running returns the version in force, and why it is not the store's: that one was refused, or the
+// store could not be read and what is in force is from the file. It is made for [Self.Config].
 func (f *Watch) Running() (version int64, problem string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

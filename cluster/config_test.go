@@ -236,6 +236,13 @@ func TestEmptyStoreReplacesNothing(t *testing.T) {
 	}
 }
 
+func TestWatchNeedsApply(t *testing.T) {
+	s, _ := dial(t, "redis://"+storetest.FreeAddr(t), nil)
+	if _, err := s.Watch(t.Context(), Watcher{}); err == nil || !strings.Contains(err.Error(), "required") {
+		t.Error(err)
+	}
+}
+
 func TestLastGoodFileThatSomebodyChanged(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "config.json")
 	s, _ := dial(t, "redis://"+storetest.FreeAddr(t), nil)

@@ -1,8 +1,8 @@
-// Package cluster lets several lbproxy processes act as one: they share limits, learn of each other, even out
-// what local least connections cannot see, and follow one configuration. What they share is kept in a Redis or
-// Valkey server that they all reach.
+// Package cluster lets several lbproxy processes act as one: they share limits, spread connections
+// evenly together and follow one configuration. What they share is kept in a Redis or Valkey server
+// that all of them can reach.
 //
-//	store, err := cluster.Dial(os.Getenv("LBPROXY_STORE"), nil) // redis://user:password@host:6379
+//	store, err := cluster.Dial("redis://user:password@host:6379", nil)
 //	if err != nil {
 //		log.Fatal(err) // the URL is wrong; a store that cannot be reached is no error
 //	}
@@ -16,14 +16,14 @@
 //
 // # When the store is away
 //
-// Everything in the store is soft, and no connection depends on it. An open waits for the store for at most
-// [Options.Timeout]. Once a connection to the store was refused or two calls in a row got no answer, nothing
-// waits any more: each [Limit] goes on by its [Outage] policy, balancing by what was known last, and the
-// configuration stays as it is. A probe every 100 ms finds the store when it is back. What it has forgotten by
-// then is put there again by the next beat, within a second.
+// No connection depends on the store. A connection that opens waits for it for at most
+// [Options.Timeout]. After a refused connection, or two calls in a row without an answer, nothing
+// waits: each [Limit] follows its [Outage] policy, balancing uses what was known last, and the
+// configuration stays. A probe every 100 ms finds the store when it is back. If it has forgotten
+// anything, the next beat of each proxy, within a second, puts it there again.
 //
 // # The store is trusted
 //
-// Whoever may write to the store decides who may connect, and where to. Give the proxies a user of their own
-// there, and TLS.
+// Whoever may write to the store decides who may connect, and to what. Give the proxies a user of
+// their own there, and use TLS. docs/cluster.md shows both.
 package cluster

@@ -14,27 +14,28 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// A Limit bounds what all proxies together let somebody do. Fields that are zero set no bound, but the zero
-// Limit refuses all.
+// A Limit bounds what somebody may do through all proxies together. A field that is zero sets no
+// bound; a negative one refuses all, and so does the zero Limit.
 type Limit struct {
-	Burst int           // most connections opened at once; negative refuses all
-	Every time.Duration // time in which one opening is regained; 0 or less: none ever is
+	Burst int           // most connections opened at once
+	Every time.Duration // time to regain one opening; 0 or less: none is ever regained
 
-	// Open is the most connections open at once. It is exact at the price of one trip to the store for each
-	// that opens. The connections of a proxy that died stop counting after 6 seconds.
+	// Open is the most connections open at once. It is exact: each connection asks the store. When a
+	// proxy dies, its connections stop counting after 6 seconds.
 	Open int
 
-	// BytesPerSecond is for both directions together. Each proxy that could use an even part of it gets one,
-	// and more if others leave some. They tell each other every 100 ms what they could use, so for as long it
-	// may be exceeded when many begin at once. Moving data never waits for the store.
+	// BytesPerSecond is the rate of both directions together. Proxies tell each other every 100 ms,
+	// through the store, how much they could use. Each gets an even part, and more if others leave
+	// some; for 100 ms after one more begins, the rate may be exceeded by that one's part. Moving
+	// data never waits for the store.
 	BytesPerSecond int64
 
-	// Exact has each opening ask the store. Else a proxy borrows as many openings as it used in the last
-	// 100 ms, and gives back what it has not used after as long: a crash loses at most those, for as long as
-	// they take to be regained.
+	// Exact has each connection ask the store. Otherwise a proxy borrows as many openings as it used
+	// in the last 100 ms, and gives back what it does not use for as long. A crash loses what was
+	// borrowed, until that is regained.
 	Exact bool
 
-	// Outage says how to go on while the store is away.
+	// Outage is what to do while the store is away.
 	Outage Outage
 }
 
@@ -42,15 +43,16 @@ type Limit struct {
 type Outage int
 
 const (
-	// Share lets in one part of the limit, in as many as there were proxies. Together they then let in no
-	// more than the limit, and one more Burst at most.
+	// Share gives each of N proxies one part in N of the limit, N being what was known last. All
+	// together stay within the limit, and one Burst more at most.
 	Share Outage = iota
-	// Open lets everything in, and does not slow it.
+	// Open lets everybody in, and slows nothing.
 	Open
-	// Closed refuses every new connection. Those that are open go on, at one part of BytesPerSecond.
+	// Closed refuses new connections. Open ones go on, with one part in N of BytesPerSecond.
 	Closed
 )
 
+// String returns "share", "open" or "closed".
 func (o Outage) String() string {
 	switch o {
 	case Share:
@@ -116,9 +118,9 @@ type trip struct {
 	err  error
 }
 
-// Limit returns what bounds connections by key, which names who is limited: all Limits of this key and these
-// numbers, in all proxies of the cluster, are one. Other numbers begin anew. It makes no call. It is safe for
-// concurrent use and goes into [lbproxy.Conn], or is what a function given to [lbproxy.NewClientLimits] returns.
+// Limit returns a manager for [lbproxy.Conn] or [lbproxy.NewClientLimits]. The key names who is
+// limited. In all proxies of the cluster, managers of the same key and the same numbers are one limit;
+// with other numbers it begins anew. Limit makes no call, and needs no Close.
 func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
 	m := &limiter{store: s, l: l, every: max(l.Every, 0), pace: lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
 	// The script counts whole microseconds, in numbers that are exact up to 2^53.
@@ -140,8 +142,8 @@ func (l *Limit) refuses() bool {
 	return l.Burst < 0 || l.Open < 0 || l.BytesPerSecond < 0 || l.Burst == 0 && l.Open == 0 && l.BytesPerSecond == 0
 }
 
-// Report implements [lbproxy.RateLimitManager]. Only an EventOpen may wait for the store, for no longer than
-// Options.Timeout. It panics on an EventClose that no EventOpen came before.
+// Report implements [lbproxy.RateLimitManager]. Only an EventOpen waits for the store, for at most
+// Options.Timeout. An EventClose without an EventOpen before it panics.
 func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision {
 	switch e.Kind {
 	case lbproxy.EventOpen:

@@ -53,11 +53,11 @@ type Tally struct {
 	Upstreams []Upstream `json:"upstreams"` // by app and address; those with connections only
 }
 
-// Live returns the proxies that are, and what they have open in all. It is cheap: a gateway may call it twice a
-// second.
+// Live returns the live proxies and what all of them together have open. A gateway may well call it
+// twice a second.
 func (s *Store) Live(ctx context.Context) (Tally, error) { return s.live(ctx, "") }
 
-// Tally is Live with what each proxy has open to each upstream, which is as many numbers as that sounds.
+// Tally is Live with what each proxy has open to each upstream, in [Upstream.By].
 func (s *Store) Tally(ctx context.Context) (Tally, error) { return s.live(ctx, "all") }
 
 func (s *Store) live(ctx context.Context, what string) (t Tally, err error) {

@@ -24,28 +24,36 @@ var beatText string
 
 var beatScript = rueidis.NewLuaScript(beatText)
 
-// Self is what a proxy tells the others of itself. Functions are called on each beat, one at a time; nil means that
-// there is nothing to tell.
+// Self describes this proxy to the others. All fields are optional. The functions are called on each
+// beat, one at a time.
 type Self struct {
-	// ID must be another one than every other proxy's: letters in lower case, digits and '-', at most 63. It is
-	// the proxy's name in the gateway's zone. Empty means one made at random.
+	// ID is the proxy's name, also in the gateway's zone: at most 63 lower-case letters, digits and
+	// '-'. No other live proxy may have it. Empty means a random one.
 	ID string
 
-	// Addr is the host that clients find the proxy at: an IP address, or a name for SRV records. If it is empty,
-	// gateways do not name the proxy.
+	// Addr is the host at which clients find the proxy: an IP address, or a name, which only SRV
+	// records have. Gateways do not name a proxy without one.
 	Addr string
 
-	Ports    func() map[string]int                 // where its apps listen
-	Apps     func() map[string]*lbproxy.LBProxyApp // whose connections are told, and that are told of the others
-	Config   func() (version int64, problem string)
-	Capacity int    // connections; gateways send nobody to a proxy that has so many. 0 means no bound
-	Version  string // of the program
+	// Ports returns the port of each app, for SRV records.
+	Ports func() map[string]int
+
+	// Apps returns the apps by their ids. Their connections are counted in the store, and each app
+	// is told of the other proxies by its SetPeers.
+	Apps func() map[string]*lbproxy.LBProxyApp
+
+	// Config returns the version of the configuration in force, and why it is not the store's. It is
+	// [Watch.Running] where there is a Watch.
+	Config func() (version int64, problem string)
+
+	Capacity int    // gateways do not name a proxy with so many connections; 0 means no bound
+	Version  string // of the program, to be shown
 
 	// Interval is the time between beats. A proxy counts as dead after three. 0 means a second.
 	Interval time.Duration
 }
 
-// A Member is this proxy's place in the cluster. All methods are safe for concurrent use.
+// A Member is this proxy's membership in the cluster. All methods are safe for concurrent use.
 type Member struct {
 	store *Store
 	self  Self
@@ -72,19 +80,20 @@ type Member struct {
 // unknown is a count of which the store may or may not have heard.
 const unknown = -1
 
-// A Place is where a [Member] stands among the others.
+// A Place is the place of a [Member] among the others.
 type Place struct {
 	ID           string
-	Index, Count int           // it is number Index, from 0, of Count; Count is 0 before the first answered beat
+	Index, Count int           // number Index, from 0, of Count; Count is 0 until a beat is answered
 	Lag          time.Duration // since the last answered beat, or since Join
 	Err          string        // why the last beat was not answered
 
 	heard time.Time
 }
 
-// Join makes this proxy a member: it beats every second, by which it learns how many others there are and what they
-// have open together, and tells its apps ([lbproxy.LBProxyApp.SetPeers]). It fails only if self is wrong: with the
-// store away it goes on trying. The caller owes a Leave.
+// Join makes this proxy a member. Every second it tells the store what it has open, learns from it
+// how many proxies there are and what all have open, and passes that on to its apps by
+// [lbproxy.LBProxyApp.SetPeers]. Join fails only if self is wrong; while the store is away it goes on
+// trying. The caller must call Leave.
 func (s *Store) Join(self Self) (*Member, error) {
 	self.ID = cmp.Or(self.ID, strings.ToLower(s.id))
 	self.Interval = cmp.Or(self.Interval, time.Second)
@@ -118,7 +127,8 @@ func newMember(s *Store, self Self) *Member {
 		place: Place{ID: self.ID, heard: now}, turn: now.UnixMicro(), bias: map[string]bias{}, told: map[string]told{}}
 }
 
-// Drain makes gateways name this proxy no more. It returns at once.
+// Drain tells gateways not to name this proxy any more. It does not wait for that, and stops nothing
+// else: the proxy should go on accepting for a few seconds.
 func (m *Member) Drain() {
 	m.mu.Lock()
 	m.draining = true
@@ -126,7 +136,7 @@ func (m *Member) Drain() {
 	m.Beat()
 }
 
-// Beat has the next beat come now, for news that should not wait.
+// Beat makes the next beat come now, for news that should not wait.
 func (m *Member) Beat() {
 	select {
 	case m.kick <- struct{}{}:
@@ -134,14 +144,14 @@ func (m *Member) Beat() {
 	}
 }
 
-// Leave ends the beats and takes the proxy out, if the store is there; else its lease runs out. It returns when that
-// is done.
+// Leave ends the beats and takes the proxy out of the store, for which it waits a second at most. If
+// the store is away the lease runs out instead. It may be called more than once.
 func (m *Member) Leave() {
 	m.stop()
 	<-m.over
 }
 
-// Place returns where m stands.
+// Place returns the place of m. It makes no call.
 func (m *Member) Place() Place {
 	m.mu.Lock()
 	defer m.mu.Unlock()

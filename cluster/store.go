@@ -20,44 +20,43 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// ErrAway is what calls return while the store cannot be reached. What they return says why, too.
+// ErrAway is wrapped by the errors of calls while the store cannot be reached. They also say why.
 var ErrAway = errors.New("the store cannot be reached")
 
-// ErrClosed is what calls return after [Store.Close].
+// ErrClosed is returned by calls after [Store.Close].
 var ErrClosed = errors.New("cluster: the store was closed")
 
 // Options change how a [Store] works. A nil *Options and the zero Options mean the defaults.
 type Options struct {
-	// Name is the cluster's. Proxies that share it share everything; one store may serve several clusters.
-	// It may have letters, digits, '.', '_' and '-'. Empty means "lbproxy".
+	// Name is the cluster's name: letters, digits, '.', '_' and '-'. Proxies with the same name share
+	// everything; one server may serve several clusters. Empty means "lbproxy".
 	Name string
 
-	// Timeout is the longest that an open connection waits for the store. 0 means 50 ms.
+	// Timeout is the longest that a connection that opens waits for the store. 0 means 50 ms.
 	Timeout time.Duration
 
-	// TLS is for a store whose URL begins with rediss:// or valkeys://. nil means that its certificate must be
-	// for the URL's host and from one of the system's roots.
+	// TLS is used if the URL begins with rediss:// or valkeys://. nil means that the store's
+	// certificate must be for the URL's host and from one of the system's roots.
 	TLS *tls.Config
 
-	// Peers is how many proxies share the limits for as long as Join has not learned it: with the store away,
-	// [Share] lets in a part of that size. 0 means 1.
+	// Peers is the number of proxies until a [Member] learns it. While the store is away, [Share]
+	// lets each proxy have one part in so many. 0 means 1.
 	Peers int
 
-	// Logger gets a line when the store is lost and when it is found again. nil means slog.Default().
+	// Logger gets a line when the store is lost and when it is back. nil means slog.Default().
 	Logger *slog.Logger
 }
 
 // A Store is a connection to what proxies share. All methods are safe for concurrent use.
-//
-// It is connected exactly while client is not nil. Whoever sees a call fail takes the client out (lose), and
-// starts the one goroutine (probe) that tries every 100 ms to put another one in.
 type Store struct {
+	// It is connected exactly while client is not nil. Whoever sees a call fail takes the client out
+	// (lose), and starts the one goroutine (probe) that tries to put another one in.
+	client  atomic.Pointer[client]
 	name    string // of the cluster
 	id      string // of this Store: whose connections are counted in an open limit
 	addr    string // for errors and logs: without a password
 	opts    Options
 	redis   rueidis.ClientOption
-	client  atomic.Pointer[client]
 	peers   atomic.Int64 // how many proxies share; at least 1
 	limits  flusher
 	serial  atomic.Uint64 // of limiters
@@ -95,8 +94,9 @@ const (
 //	redis://host:26379?master_set=mymaster   Sentinels
 //	unix:///run/redis.sock
 //
-// It fails only if storeURL or opts are wrong. A server that cannot be reached, or refuses the password, is tried
-// again every 100 ms; [Store.Ping] says what is wrong with it. The Store must be closed.
+// It tries once, for a second, to reach the server. If that fails it goes on trying every 100 ms, and
+// [Store.Ping] says what is wrong. Dial itself fails only if storeURL or opts are wrong. The caller
+// must call Close.
 func Dial(storeURL string, opts *Options) (*Store, error) {
 	s := &Store{id: rand.Text()[:12], since: time.Now()}
 	if opts != nil {
@@ -289,7 +289,7 @@ func (s *Store) script(ctx context.Context, timeout time.Duration, script *rueid
 // key returns a key of the cluster's own; all of them are on one node.
 func (s *Store) key(name string) string { return "{" + s.name + "}:" + name }
 
-// Ping makes one trip. Its error says what is wrong with the store, or with how it is reached.
+// Ping makes one trip to the store. Its error says why the store cannot be used, and what to do.
 func (s *Store) Ping(ctx context.Context) error {
 	_, err := s.do(ctx, time.Second, func(ctx context.Context, c rueidis.Client) rueidis.RedisResult {
 		return c.Do(ctx, c.B().Ping().Build())
@@ -357,8 +357,8 @@ func (s *Store) log() *slog.Logger {
 	return slog.Default()
 }
 
-// Close gives back what limits have borrowed, closes the connection and waits until nothing of s is left. It
-// returns nil. Limits go on by their policies.
+// Close gives back what limits have borrowed, closes the connection and waits for all goroutines of
+// s. Members stop beating. Limits that are still in use follow their policies. It returns nil.
 func (s *Store) Close() error {
 	s.limits.stop()
 	s.mu.Lock()
@@ -375,22 +375,23 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Status is how a [Store] is.
+// A Status is the state of a [Store] at one moment.
 type Status struct {
-	Addr      string    // the store's, without a password
-	Connected bool      // else limits go on by their policies
-	Since     time.Time // it is, or is not
-	Err       string    // why it is not
+	Addr      string    // the store's URL, without user and password
+	Connected bool      // false: limits follow their policies
+	Since     time.Time // when it was connected, or lost
+	Err       string    // why it is not connected
 	Peers     int       // how many proxies share the limits
 
-	Calls      uint64 // made so far
-	Failures   uint64 // of those: without a useful answer
-	Timeouts   uint64 // of those: with none in time
-	Alone      uint64 // connections that were let in by a policy, without the store
-	TurnedAway uint64 // and refused
+	// These count since Dial.
+	Calls      uint64 // calls to the store
+	Failures   uint64 // calls that brought no useful answer
+	Timeouts   uint64 // failures because no answer came in time
+	Alone      uint64 // connections let in by a policy, without the store
+	TurnedAway uint64 // connections refused by a policy
 }
 
-// Status returns how s is. It is cheap.
+// Status returns the state of s. It makes no call.
 func (s *Store) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()

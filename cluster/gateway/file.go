@@ -15,12 +15,13 @@ import (
 
 // A File keeps a zone in a file that a DNS server reads. It must not change once it is in use.
 type File struct {
-	Zone   *Zone
-	Path   string
+	Zone   *Zone        // required
+	Path   string       // the file; its folder must exist and be writable
 	Logger *slog.Logger // nil means slog.Default()
 
-	// Then is called after each change of the file, to have the server read it. An error is logged, and it is
-	// called again half a second later.
+	// Then is called after each change of the file, to make the server read it. If it fails the error
+	// is logged, and it is called again half a second later. nil means that the server sees changes
+	// by itself.
 	Then func(context.Context) error
 }
 
@@ -28,8 +29,10 @@ type File struct {
 // others may be named for a while.
 const refresh = 5 * time.Second
 
-// Keep writes the file whenever that names other proxies, at once, and else every 5 s if anything is new, until ctx
-// ends. It returns nil then, and an error if the first file cannot be written.
+// Keep writes the file until ctx ends: at once when other proxies are to be named, and otherwise
+// every 5 s if weights have changed. A server never sees half of a file. With no proxy left, or the
+// store away, the file stays as it is. Keep returns nil when ctx ends, and an error if the zone is
+// wrong or the file cannot be written at the beginning.
 func (f *File) Keep(ctx context.Context, source Source) error {
 	if err := f.Zone.Check(); err != nil {
 		return err

@@ -11,7 +11,7 @@ import (
 // pollEvery is how often the store is asked who is there. A dead proxy is there until its lease of 3 s has ended.
 const pollEvery = 500 * time.Millisecond
 
-// A Source says who is there. A [cluster.Store] is one.
+// A Source knows the live proxies. A [cluster.Store] is one.
 type Source interface {
 	Live(context.Context) (cluster.Tally, error)
 }

@@ -70,6 +70,9 @@ func TestWrongZonesAreRefused(t *testing.T) {
 			t.Errorf("%+v passes", z)
 		}
 	}
+	if (*Zone)(nil).Check() == nil {
+		t.Error("no zone passes")
+	}
 	if err := testZone.Check(); err != nil {
 		t.Error(err)
 	}

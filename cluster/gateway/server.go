@@ -16,8 +16,10 @@ import (
 	"github.com/miekg/dns"
 )
 
-// A Server answers for a zone, and for nothing else. With every proxy dead, or before it has heard of any, it answers
-// SERVFAIL: that no such name exists would be remembered.
+// A Server is an authoritative DNS server for one zone. It refuses all other names, and zone
+// transfers. Before it knows of any proxy, and when all are dead, it answers SERVFAIL, which resolvers
+// do not remember for long. It answers each network (IPv4 /24, IPv6 /56) at most 50 times a second by
+// UDP; beyond that it asks to come by TCP, so that it cannot be used to flood others.
 type Server struct {
 	zone   *Zone
 	source Source
@@ -28,7 +30,8 @@ type Server struct {
 	rates  rates
 }
 
-// Listen returns a server for zone on a UDP and a TCP port of addr, a "host:port". Serve makes it answer.
+// Listen returns a server for zone that listens on addr, a "host:port", by UDP and by TCP. The caller
+// must call Serve. A nil log means slog.Default().
 func Listen(addr string, zone *Zone, source Source, log *slog.Logger) (*Server, error) {
 	if err := zone.Check(); err != nil {
 		return nil, err
@@ -56,10 +59,11 @@ func Listen(addr string, zone *Zone, source Source, log *slog.Logger) (*Server, 
 	return s, nil
 }
 
-// Addr returns where s listens.
+// Addr returns the address at which s listens.
 func (s *Server) Addr() string { return s.udp.LocalAddr().String() }
 
-// Serve answers until ctx ends, and returns nil then.
+// Serve answers until ctx ends, and then returns nil. It closes the ports in any case. It must be
+// called once.
 func (s *Server) Serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

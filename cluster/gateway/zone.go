@@ -1,16 +1,17 @@
-// Package gateway names a cluster's live proxies in DNS, so that clients find one that is there.
+// Package gateway names the live proxies of a cluster in DNS.
 //
-// Every live proxy that is neither draining nor full is named, in random order; that one of them has less to do than
-// another makes no difference. To name only the least loaded ones does harm: for as long as an answer is kept in
-// resolvers, everybody goes to the same few.
+// It names every live proxy that is neither draining nor full, in random order, up to 64 of them. If
+// there is no other it names those too. Load makes no other difference: resolvers keep answers, so if
+// only the least loaded proxies were named, everybody would go to the same few.
 //
-// A zone has these names, with those of the proxies' addresses that are IP addresses:
+// A zone has these names. Proxies whose address is a name have SRV records alone.
 //
-//	ZONE            A and AAAA: where some app is, on any proxy
-//	_APP._tcp.ZONE  SRV: where one app is; the weight is by free capacity
-//	ID.ZONE         A or AAAA: one proxy
+//	ZONE            A, AAAA  all proxies
+//	_APP._tcp.ZONE  SRV      those that serve the app, with its port; the weight is by free capacity
+//	ID.ZONE         A, AAAA  one proxy
 //
-// [Zone.Text] writes them for a DNS server that people run; [Server] is one for those who run none.
+// A [File] keeps the zone in a file, for any DNS server that reads one. A [Server] is a small DNS
+// server of its own.
 package gateway
 
 import (
@@ -36,21 +37,21 @@ const (
 
 // A Zone says how proxies are named. It must not change once it is in use.
 type Zone struct {
-	// Name is the zone's, such as "lb.example.com". It is required.
+	// Name is the zone's name, such as "lb.example.com". It is required.
 	Name string
 
-	// NS are the names of the zone's servers, each perhaps with its address: "ns1.example.com" or
-	// "ns1.lb.example.com=192.0.2.1". An address is needed for a name that is in the zone itself. At least one is
-	// required.
+	// NS are the names of the zone's DNS servers, at least one. One whose name is in the zone itself
+	// needs its address as well: "ns1.example.com", but "ns1.lb.example.com=192.0.2.1".
 	NS []string
 
-	// TTL is for how long resolvers keep an answer, in whole seconds. 0 means 1 second, negative 0 seconds.
+	// TTL is how long resolvers keep an answer, in whole seconds, a day at most. 0 means 1 second,
+	// and negative that they do not keep it.
 	TTL time.Duration
 }
 
-// Check returns what is wrong with z.
+// Check returns an error that says what is wrong with z, or nil.
 func (z *Zone) Check() error {
-	if z.Name == "" {
+	if z == nil || z.Name == "" {
 		return errors.New("gateway: no zone: give its name, such as lb.example.com")
 	}
 	if !hostname(z.Name) {
@@ -197,8 +198,8 @@ func (s *set) answer(m *dns.Msg, size int) {
 	}
 }
 
-// Text returns the zone as a file for a DNS server. The serial must be more than that of the text before, if they are
-// not the same.
+// Text returns the zone as a file for a DNS server. z must have passed Check. A server takes up a
+// change only if the serial is higher than before.
 func (z *Zone) Text(t cluster.Tally, serial uint32) string {
 	return z.set(t, serial).text()
 }
