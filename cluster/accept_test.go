@@ -155,7 +155,8 @@ func TestOpenLimitOutlivesAKilledProcess(t *testing.T) {
 	}
 }
 
-// The store is killed and frozen under load, and comes back. What has to hold is in docs/cluster.md.
+// The store is killed and frozen under load, and comes back. What has to hold is in
+// docs/cluster.md.
 func TestStoreGoesAndComesBack(t *testing.T) {
 	const before, gone, after = time.Second, time.Second, 2 * time.Second
 	for _, how := range []string{"killed", "frozen"} {
@@ -189,7 +190,8 @@ func judge(t *testing.T, o Outage, got share, away, back time.Duration) {
 	const quarter, end = 250 * time.Millisecond, 4 * time.Second
 	t.Logf("%v; longest open %v, %d timeouts; the machine held it up for %v",
 		got.In[:end/quarter], got.Longest, got.Status.Timeouts, got.Late)
-	// Who waits for longer than the timeout waits for the whole outage, or for a connection to fail.
+	// Who waits for longer than the timeout waits for the whole outage, or for a connection to
+	// fail.
 	if most := 500*time.Millisecond + 2*got.Late; got.Longest > most {
 		t.Errorf("an open took %v, want %v at most", got.Longest, most)
 	}
@@ -215,7 +217,8 @@ func judge(t *testing.T, o Outage, got share, away, back time.Duration) {
 	check("after its return", back+500*time.Millisecond, end, 200, 0.2)
 }
 
-// Some proxies see the store and some do not: together they let in no more than the limit and one more burst.
+// Some proxies see the store and some do not: together they let in no more than the limit and one
+// more burst.
 func TestPartition(t *testing.T) {
 	t.Parallel()
 	server := storetest.Redis(t)

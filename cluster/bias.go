@@ -7,9 +7,9 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A bias corrects what an app's own connections do not show: a lasting imbalance between upstreams, such as where
-// proxies know different ones. It follows slowly. Adding the others' counts to one's own does harm: by the time they
-// are known here, all proxies have gone where they were least.
+// A bias corrects what an app's own connections do not show: a lasting imbalance between upstreams,
+// such as where proxies know different ones. It follows slowly. Adding the others' counts to one's
+// own does harm: by the time they are known here, all proxies have gone where they were least.
 type bias map[string]float64 // connections, by address
 
 const (
@@ -18,8 +18,8 @@ const (
 	biasFade = 0.2  // of the bias, a beat, while the store is away
 )
 
-// follow takes a step of so many seconds, by what n proxies together have open. An upstream that is not up is
-// expected to have less, so its bias stays.
+// follow takes a step of so many seconds, by what n proxies together have open. An upstream that is
+// not up is expected to have less, so its bias stays.
 func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) int, n int, seconds float64) {
 	var all, weights float64
 	for _, u := range upstreams {
@@ -57,8 +57,8 @@ func (b bias) fade() {
 	}
 }
 
-// steps returns b in quarters of a connection, the least of them 0. Equal ones have to be equal: ties are what the
-// proxies' different places decide.
+// steps returns b in quarters of a connection, the least of them 0. Equal ones have to be equal:
+// ties are what the proxies' different places decide.
 func (b bias) steps(upstreams []lbproxy.UpstreamStats) map[string]float64 {
 	least := math.Inf(1)
 	for _, u := range upstreams {

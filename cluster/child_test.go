@@ -78,7 +78,8 @@ func child(what string) {
 	s.Close()
 }
 
-// opens asks at a steady rate. Each connection is one goroutine: a slow answer does not slow the others.
+// opens asks at a steady rate. Each connection is one goroutine: a slow answer does not slow the
+// others.
 func (j job) opens(ctx context.Context, m lbproxy.RateLimitManager, s *Store) share {
 	got := share{In: make([]int, int(j.For/(250*time.Millisecond))+80)}
 	var mu sync.Mutex

@@ -52,11 +52,11 @@ func (s *Store) Config(ctx context.Context) (Config, error) {
 	return c, nil
 }
 
-// Put replaces the configuration whose version is from, which is 0 if there is none yet, and returns
-// the new version. If another version is in the store it returns [ErrConflict], so of several that
-// put at once one succeeds. If the store has replicas, Put waits until one of them has the
-// configuration, for a second at most. An error with a version above 0 means that the configuration
-// is in force, but no replica has it.
+// Put replaces the configuration whose version is from, which is 0 if there is none yet, and
+// returns the new version. If another version is in the store it returns [ErrConflict], so of
+// several that put at once one succeeds. If the store has replicas, Put waits until one of them has
+// the configuration, for a second at most. An error with a version above 0 means that the
+// configuration is in force, but no replica has it.
 func (s *Store) Put(ctx context.Context, from int64, text []byte, by string) (version int64, err error) {
 	c := s.client.Load()
 	if c == nil {
@@ -145,10 +145,10 @@ type Watch struct {
 	fromFile string // why what runs is from File; empty when it is the store's
 }
 
-// Watch applies the configuration in the store, and then each newer one until Stop is called. If the
-// store is away, or has no configuration or an older one, it begins with the last good one, from
-// w.File. It fails if there is neither, or neither can be applied. ctx is for the start alone. Without
-// a [Member], whose beats tell of a new version, the store is asked every second.
+// Watch applies the configuration in the store, and then each newer one until Stop is called. If
+// the store is away, or has no configuration or an older one, it begins with the last good one,
+// from w.File. It fails if there is neither, or neither can be applied. ctx is for the start alone.
+// Without a [Member], whose beats tell of a new version, the store is asked every second.
 func (s *Store) Watch(ctx context.Context, w Watcher) (*Watch, error) {
 	if w.Apply == nil {
 		return nil, errors.New("cluster: Watcher.Apply is nil: it is required")

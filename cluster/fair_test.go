@@ -36,8 +36,8 @@ func TestPartOfABandwidthIsLikeABandwidth(t *testing.T) {
 	}
 }
 
-// Two proxies share a bandwidth. On each, downloads get equal shares, those that came later too, and
-// a small request does not wait for them.
+// Two proxies share a bandwidth. On each, downloads get equal shares, those that came later too,
+// and a small request does not wait for them.
 func TestSharedBandwidthIsFair(t *testing.T) {
 	t.Parallel()
 	const rate, proxies, each = 4 << 20, 2, 4

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// A flusher settles what limiters have borrowed, moved and counted: all of them every 100 ms, and those in a hurry
-// at once. It is one goroutine, with a few more while there are calls to make.
+// A flusher settles what limiters have borrowed, moved and counted: all of them every 100 ms, and
+// those in a hurry at once. It is one goroutine, with a few more while there are calls to make.
 type flusher struct {
 	store *Store
 	wake  chan struct{} // has an element when there is somebody in urgent
@@ -125,7 +125,8 @@ func (m *limiter) tick(now time.Time) *call {
 	return c
 }
 
-// due returns the call to make, if any, unless there is one in flight that will do. The caller holds mu.
+// due returns the call to make, if any, unless there is one in flight that will do. The caller
+// holds mu.
 func (m *limiter) due(now time.Time) *call {
 	if m.store.client.Load() == nil {
 		m.moved.Store(0)

@@ -20,8 +20,8 @@ type Limit struct {
 	Burst int           // most connections opened at once
 	Every time.Duration // time to regain one opening; 0 or less: none is ever regained
 
-	// Open is the most connections open at once. It is exact: each connection asks the store. When a
-	// proxy dies, its connections stop counting after 6 seconds.
+	// Open is the most connections open at once. It is exact: each connection asks the store. When
+	// a proxy dies, its connections stop counting after 6 seconds.
 	Open int
 
 	// BytesPerSecond is the rate of both directions together. Proxies tell each other every 100 ms,
@@ -30,9 +30,9 @@ type Limit struct {
 	// data never waits for the store.
 	BytesPerSecond int64
 
-	// Exact has each connection ask the store. Otherwise a proxy borrows as many openings as it used
-	// in the last 100 ms, and gives back what it does not use for as long. A crash loses what was
-	// borrowed, until that is regained.
+	// Exact has each connection ask the store. Otherwise a proxy borrows as many openings as it
+	// used in the last 100 ms, and gives back what it does not use for as long. A crash loses what
+	// was borrowed, until that is regained.
 	Exact bool
 
 	// Outage is what to do while the store is away.
@@ -78,8 +78,9 @@ const (
 
 // A limiter is one proxy's part in a Limit.
 //
-// What it tells the store are changes, any of which may be lost, but for the number of its open connections: that
-// is told again as an absolute number every 2 s and after a call that failed, when no other call is in flight.
+// What it tells the store are changes, any of which may be lost, but for the number of its open
+// connections: that is told again as an absolute number every 2 s and after a call that failed,
+// when no other call is in flight.
 type limiter struct {
 	store  *Store
 	l      Limit
@@ -119,8 +120,8 @@ type trip struct {
 }
 
 // Limit returns a manager for [lbproxy.Conn] or [lbproxy.NewClientLimits]. The key names who is
-// limited. In all proxies of the cluster, managers of the same key and the same numbers are one limit;
-// with other numbers it begins anew. Limit makes no call, and needs no Close.
+// limited. In all proxies of the cluster, managers of the same key and the same numbers are one
+// limit; with other numbers it begins anew. Limit makes no call, and needs no Close.
 func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
 	m := &limiter{store: s, l: l, every: max(l.Every, 0), pace: lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
 	// The script counts whole microseconds, in numbers that are exact up to 2^53.
@@ -157,8 +158,8 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 	if m.l.BytesPerSecond <= 0 {
 		return lbproxy.Decision{}
 	}
-	// The waits are those of a Bandwidth with the whole rate, to which bytes are as many more as this proxy's
-	// part of it is less.
+	// The waits are those of a Bandwidth with the whole rate, to which bytes are as many more as
+	// this proxy's part of it is less.
 	scale := m.scale()
 	if scale == 0 {
 		return lbproxy.Decision{}
@@ -171,7 +172,8 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 	return d
 }
 
-// Idle reports whether another limiter of the same key would serve as well: what was spent is in the store.
+// Idle reports whether another limiter of the same key would serve as well: what was spent is in
+// the store.
 func (m *limiter) Idle() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -264,8 +266,8 @@ func (m *limiter) part() (n, burst int, every time.Duration) {
 	return n, max(m.l.Burst/n, 1), min(m.every, forever/time.Duration(most)) * time.Duration(most)
 }
 
-// settle charges the share for what the store has let in, so that a policy does not give it once more. The caller
-// holds mu.
+// settle charges the share for what the store has let in, so that a policy does not give it once
+// more. The caller holds mu.
 func (m *limiter) settle(now time.Time) {
 	if n := m.used - m.charged; n > 0 && m.l.Burst > 0 {
 		_, burst, every := m.part()
@@ -274,8 +276,8 @@ func (m *limiter) settle(now time.Time) {
 	m.charged = m.used
 }
 
-// batch is how many openings to borrow: as many as were needed lately, but no more than are regained meanwhile
-// and no more than a part of all. The caller holds mu.
+// batch is how many openings to borrow: as many as were needed lately, but no more than are
+// regained meanwhile and no more than a part of all. The caller holds mu.
 func (m *limiter) batch() int {
 	_, burst, _ := m.part()
 	needed := max(m.used, m.before, m.waiting+1)
@@ -285,7 +287,8 @@ func (m *limiter) batch() int {
 	return min(needed, burst, max(int(flushEvery/m.every), 1))
 }
 
-// wait returns when t is over, or false if ctx ended first. The caller holds mu, which is released meanwhile.
+// wait returns when t is over, or false if ctx ended first. The caller holds mu, which is released
+// meanwhile.
 func (m *limiter) wait(ctx context.Context, t *trip) bool {
 	m.waiting++
 	m.mu.Unlock()
@@ -344,8 +347,8 @@ func (m *limiter) moving() {
 	m.activate()
 }
 
-// could is how many bytes a second may be of use: -1, all there are, if nearly all that were allowed were used; 0 if
-// there was nothing to move. It begins a new count. The caller holds mu.
+// could is how many bytes a second may be of use: -1, all there are, if nearly all that were
+// allowed were used; 0 if there was nothing to move. It begins a new count. The caller holds mu.
 func (m *limiter) could(now time.Time) int64 {
 	bytes := m.moved.Swap(0)
 	if bytes == 0 {
@@ -378,7 +381,8 @@ type call struct {
 	refused bool // the answer to a connection that asks
 }
 
-// ask makes a call, with everything that there is to tell. The caller holds mu, which is released meanwhile.
+// ask makes a call, with everything that there is to tell. The caller holds mu, which is released
+// meanwhile.
 func (m *limiter) ask(c *call) error {
 	own := strconv.Itoa(m.change)
 	if c.absolute {
@@ -434,8 +438,9 @@ func (m *limiter) ask(c *call) error {
 	return nil
 }
 
-// hold is how long nothing is asked after the store has said no, or had less than was wanted. A limit that borrows
-// waits for more than the one opening that is regained first: else a flood would have it ask for each.
+// hold is how long nothing is asked after the store has said no, or had less than was wanted. A
+// limit that borrows waits for more than the one opening that is regained first: else a flood would
+// have it ask for each.
 func (m *limiter) hold(c *call, wait time.Duration) time.Duration {
 	if c.exclusive && c.wanted > 0 {
 		wait = max(wait, min(flushEvery, m.every*time.Duration(m.l.Burst)/2))
@@ -463,7 +468,8 @@ func (a *answer) read(values []rueidis.RedisMessage) error {
 	return cmp.Or(err1, err2, err3, err4)
 }
 
-// A bucket is a token bucket whose size is an argument, because it changes with the number of proxies.
+// A bucket is a token bucket whose size is an argument, because it changes with the number of
+// proxies.
 type bucket struct{ full time.Time } // when all will have been regained
 
 func (b *bucket) take(now time.Time, burst int, every time.Duration) bool {

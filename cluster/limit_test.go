@@ -136,7 +136,8 @@ func TestFloodOverTheLimitCostsTheStoreNothing(t *testing.T) {
 			before := s.Status().Calls
 			began := time.Now()
 			count(t, 10_000, m)
-			// Every 100 ms an open limit asks again, and every second the others do. The flusher has its own.
+			// Every 100 ms an open limit asks again, and every second the others do. The flusher
+			// has its own.
 			most := 4 + 2*uint64(time.Since(began)/(100*time.Millisecond))
 			if n := s.Status().Calls - before; n > most {
 				t.Errorf("%s: %d calls in %v of flood, want at most %d", name, n, time.Since(began), most)
@@ -491,7 +492,8 @@ func TestBatch(t *testing.T) {
 	}
 }
 
-// What a proxy had borrowed when it died is lost: one batch, for as long as it takes to be regained.
+// What a proxy had borrowed when it died is lost: one batch, for as long as it takes to be
+// regained.
 func TestCrashLosesOneBatch(t *testing.T) {
 	server := miniredis.RunT(t)
 	at := time.Now()

@@ -24,8 +24,8 @@ var beatText string
 
 var beatScript = rueidis.NewLuaScript(beatText)
 
-// Self describes this proxy to the others. All fields are optional. The functions are called on each
-// beat, one at a time.
+// Self describes this proxy to the others. All fields are optional. The functions are called on
+// each beat, one at a time.
 type Self struct {
 	// ID is the proxy's name, also in the gateway's zone: at most 63 lower-case letters, digits and
 	// '-'. No other live proxy may have it. Empty means a random one.
@@ -42,8 +42,8 @@ type Self struct {
 	// is told of the other proxies by its SetPeers.
 	Apps func() map[string]*lbproxy.LBProxyApp
 
-	// Config returns the version of the configuration in force, and why it is not the store's. It is
-	// [Watch.Running] where there is a Watch.
+	// Config returns the version of the configuration in force, and why it is not the store's. It
+	// is [Watch.Running] where there is a Watch.
 	Config func() (version int64, problem string)
 
 	Capacity int    // gateways do not name a proxy with so many connections; 0 means no bound
@@ -92,8 +92,8 @@ type Place struct {
 
 // Join makes this proxy a member. Every second it tells the store what it has open, learns from it
 // how many proxies there are and what all have open, and passes that on to its apps by
-// [lbproxy.LBProxyApp.SetPeers]. Join fails only if self is wrong; while the store is away it goes on
-// trying. The caller must call Leave.
+// [lbproxy.LBProxyApp.SetPeers]. Join fails only if self is wrong; while the store is away it goes
+// on trying. The caller must call Leave.
 func (s *Store) Join(self Self) (*Member, error) {
 	self.ID = cmp.Or(self.ID, strings.ToLower(s.id))
 	self.Interval = cmp.Or(self.Interval, time.Second)
@@ -127,8 +127,8 @@ func newMember(s *Store, self Self) *Member {
 		place: Place{ID: self.ID, heard: now}, turn: now.UnixMicro(), bias: map[string]bias{}, told: map[string]told{}}
 }
 
-// Drain tells gateways not to name this proxy any more. It does not wait for that, and stops nothing
-// else: the proxy should go on accepting for a few seconds.
+// Drain tells gateways not to name this proxy any more. It does not wait for that, and stops
+// nothing else: the proxy should go on accepting for a few seconds.
 func (m *Member) Drain() {
 	m.mu.Lock()
 	m.draining = true
@@ -144,8 +144,8 @@ func (m *Member) Beat() {
 	}
 }
 
-// Leave ends the beats and takes the proxy out of the store, for which it waits a second at most. If
-// the store is away the lease runs out instead. It may be called more than once.
+// Leave ends the beats and takes the proxy out of the store, for which it waits a second at most.
+// If the store is away the lease runs out instead. It may be called more than once.
 func (m *Member) Leave() {
 	m.stop()
 	<-m.over
@@ -240,8 +240,8 @@ func (m *Member) info(open int) string {
 	return string(text)
 }
 
-// tell makes the calls of a beat. again means that the store did not know this proxy, so that everything has to be
-// told once more.
+// tell makes the calls of a beat. again means that the store did not know this proxy, so that
+// everything has to be told once more.
 func (m *Member) tell(ctx context.Context, info string, counts map[string]int) (again bool, err error) {
 	if m.sent == nil { // nothing, or what another process has left that had the same ID
 		if _, err := m.call(ctx, 0, "", nil); err != nil {
@@ -352,8 +352,8 @@ func (m *Member) learn(at, text string) error {
 	return nil
 }
 
-// countsEvery is how old the sums may be. To make and send them costs too much for every second where there are
-// many proxies or upstreams; then they are needed less often, too.
+// countsEvery is how old the sums may be. To make and send them costs too much for every second
+// where there are many proxies or upstreams; then they are needed less often, too.
 func (m *Member) countsEvery() time.Duration {
 	if m.store.peers.Load() > 200 || len(m.sums) > 2000 {
 		return 5 * m.self.Interval

@@ -76,7 +76,8 @@ sentinel failover-timeout mymaster 3000
 		tally, err := s.Live(t.Context())
 		return errors.Join(err, storetest.Want(len(tally.Proxies) == 1, "not yet"))
 	})
-	// Spends of the last moment may be lost, and nothing more. Without the store it had a part, of one.
+	// Spends of the last moment may be lost, and nothing more. Without the store it had a part, of
+	// one.
 	if in := count(t, 20, l); in < 6 || in > 10 {
 		t.Errorf("%d more let in, of the 6 that are left, or some that are lost", in)
 	}

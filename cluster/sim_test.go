@@ -14,9 +14,10 @@ import (
 
 var simulate = flag.String("simulate", "", "simulate so many proxies and upstreams, such as 1000x10000, with and without the bias")
 
-// A sim has n proxies choose among m upstreams as lbproxy does: the least (open+bias), and of equals the first from the
-// proxy's own place on. Connections come as a Poisson process and last as a bounded Pareto distribution says (alpha
-// 1.5, mean 5 s, at most 1,000 s). Every second each proxy learns what all have open, and its bias follows.
+// A sim has n proxies choose among m upstreams as lbproxy does: the least (open+bias), and of
+// equals the first from the proxy's own place on. Connections come as a Poisson process and last as
+// a bounded Pareto distribution says (alpha 1.5, mean 5 s, at most 1,000 s). Every second each
+// proxy learns what all have open, and its bias follows.
 type sim struct {
 	n, m     int
 	load     float64 // mean open connections of an upstream
@@ -78,7 +79,8 @@ func (s *sim) choose(p int) int {
 	return at
 }
 
-// run returns the highest load of an upstream by the mean, as a mean over half a minute after a minute.
+// run returns the highest load of an upstream by the mean, as a mean over half a minute after a
+// minute.
 func (s *sim) run(seed uint64) float64 {
 	s.rng = rand.New(rand.NewPCG(seed, 1))
 	s.open = make([]int, s.m)

@@ -28,8 +28,8 @@ var ErrClosed = errors.New("cluster: the store was closed")
 
 // Options change how a [Store] works. A nil *Options and the zero Options mean the defaults.
 type Options struct {
-	// Name is the cluster's name: letters, digits, '.', '_' and '-'. Proxies with the same name share
-	// everything; one server may serve several clusters. Empty means "lbproxy".
+	// Name is the cluster's name: letters, digits, '.', '_' and '-'. Proxies with the same name
+	// share everything; one server may serve several clusters. Empty means "lbproxy".
 	Name string
 
 	// Timeout is the longest that a connection that opens waits for the store. 0 means 50 ms.
@@ -49,8 +49,8 @@ type Options struct {
 
 // A Store is a connection to what proxies share. All methods are safe for concurrent use.
 type Store struct {
-	// It is connected exactly while client is not nil. Whoever sees a call fail takes the client out
-	// (lose), and starts the one goroutine (probe) that tries to put another one in.
+	// It is connected exactly while client is not nil. Whoever sees a call fail takes the client
+	// out (lose), and starts the one goroutine (probe) that tries to put another one in.
 	client  atomic.Pointer[client]
 	name    string // of the cluster
 	id      string // of this Store: whose connections are counted in an open limit
@@ -74,7 +74,8 @@ type Store struct {
 	since  time.Time // it is connected, or away
 }
 
-// A client is one connection, or in a Redis Cluster one to each node. It is never reused after an error.
+// A client is one connection, or in a Redis Cluster one to each node. It is never reused after an
+// error.
 type client struct {
 	rueidis.Client
 	late atomic.Int32 // calls in a row that got no answer
@@ -82,8 +83,8 @@ type client struct {
 
 const (
 	probeEvery = 100 * time.Millisecond
-	// maxLate calls in a row without an answer mean that the store is away. One slow call means nothing: on a
-	// busy machine a few in thousands are.
+	// maxLate calls in a row without an answer mean that the store is away. One slow call means
+	// nothing: on a busy machine a few in thousands are.
 	maxLate = 2
 )
 
@@ -94,9 +95,9 @@ const (
 //	redis://host:26379?master_set=mymaster   Sentinels
 //	unix:///run/redis.sock
 //
-// It tries once, for a second, to reach the server. If that fails it goes on trying every 100 ms, and
-// [Store.Ping] says what is wrong. Dial itself fails only if storeURL or opts are wrong. The caller
-// must call Close.
+// It tries once, for a second, to reach the server. If that fails it goes on trying every 100 ms,
+// and [Store.Ping] says what is wrong. Dial itself fails only if storeURL or opts are wrong. The
+// caller must call Close.
 func Dial(storeURL string, opts *Options) (*Store, error) {
 	s := &Store{id: rand.Text()[:12], since: time.Now()}
 	if opts != nil {
@@ -168,8 +169,8 @@ func (s *Store) parse(text string) error {
 	return nil
 }
 
-// connect puts a client in that has just been shown to work, also for writing: a server that is loading its data,
-// or has become a replica, is as good as none.
+// connect puts a client in that has just been shown to work, also for writing: a server that is
+// loading its data, or has become a replica, is as good as none.
 func (s *Store) connect(timeout time.Duration) error {
 	o := s.redis
 	o.Dialer.Timeout = timeout
@@ -235,7 +236,8 @@ func (s *Store) probe() {
 	}
 }
 
-// do makes one call, of at most so long, and counts how it went. Any error means that the caller goes on without.
+// do makes one call, of at most so long, and counts how it went. Any error means that the caller
+// goes on without.
 func (s *Store) do(ctx context.Context, timeout time.Duration, call func(context.Context, rueidis.Client) rueidis.RedisResult) ([]rueidis.RedisMessage, error) {
 	c := s.client.Load()
 	if c == nil {

@@ -19,14 +19,14 @@ type File struct {
 	Path   string       // the file; its folder must exist and be writable
 	Logger *slog.Logger // nil means slog.Default()
 
-	// Then is called after each change of the file, to make the server read it. If it fails the error
-	// is logged, and it is called again half a second later. nil means that the server sees changes
-	// by itself.
+	// Then is called after each change of the file, to make the server read it. If it fails the
+	// error is logged, and it is called again half a second later. nil means that the server sees
+	// changes by itself.
 	Then func(context.Context) error
 }
 
-// refresh is how often the file is written although the same proxies are named: their weights change, and of many
-// others may be named for a while.
+// refresh is how often the file is written although the same proxies are named: their weights
+// change, and of many others may be named for a while.
 const refresh = 5 * time.Second
 
 // Keep writes the file until ctx ends: at once when other proxies are to be named, and otherwise

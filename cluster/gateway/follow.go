@@ -8,7 +8,8 @@ import (
 	"github.com/danielepagano/lbproxy/cluster"
 )
 
-// pollEvery is how often the store is asked who is there. A dead proxy is there until its lease of 3 s has ended.
+// pollEvery is how often the store is asked who is there. A dead proxy is there until its lease of
+// 3 s has ended.
 const pollEvery = 500 * time.Millisecond
 
 // A Source knows the live proxies. A [cluster.Store] is one.
@@ -16,8 +17,8 @@ type Source interface {
 	Live(context.Context) (cluster.Tally, error)
 }
 
-// follow calls f with what source says, twice a second until ctx ends. What cannot be learned does not change
-// anything: the last list stays good, and the log says so.
+// follow calls f with what source says, twice a second until ctx ends. What cannot be learned does
+// not change anything: the last list stays good, and the log says so.
 func follow(ctx context.Context, source Source, log *slog.Logger, f func(cluster.Tally)) {
 	every := time.NewTicker(pollEvery)
 	defer every.Stop()

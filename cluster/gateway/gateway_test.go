@@ -253,7 +253,8 @@ func TestServerGoesOnWithoutTheStore(t *testing.T) {
 	}
 }
 
-// Whoever forges addresses gets no more than so many answers sent there, and the rest as small as the questions.
+// Whoever forges addresses gets no more than so many answers sent there, and the rest as small as
+// the questions.
 func TestAnswersToOneNetworkAreBounded(t *testing.T) {
 	r := rates{seed: maphash.MakeSeed()}
 	now := time.Now()

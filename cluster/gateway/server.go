@@ -17,9 +17,9 @@ import (
 )
 
 // A Server is an authoritative DNS server for one zone. It refuses all other names, and zone
-// transfers. Before it knows of any proxy, and when all are dead, it answers SERVFAIL, which resolvers
-// do not remember for long. It answers each network (IPv4 /24, IPv6 /56) at most 50 times a second by
-// UDP; beyond that it asks to come by TCP, so that it cannot be used to flood others.
+// transfers. Before it knows of any proxy, and when all are dead, it answers SERVFAIL, which
+// resolvers do not remember for long. It answers each network (IPv4 /24, IPv6 /56) at most 50 times
+// a second by UDP; beyond that it asks to come by TCP, so that it cannot be used to flood others.
 type Server struct {
 	zone   *Zone
 	source Source
@@ -30,8 +30,8 @@ type Server struct {
 	rates  rates
 }
 
-// Listen returns a server for zone that listens on addr, a "host:port", by UDP and by TCP. The caller
-// must call Serve. A nil log means slog.Default().
+// Listen returns a server for zone that listens on addr, a "host:port", by UDP and by TCP. The
+// caller must call Serve. A nil log means slog.Default().
 func Listen(addr string, zone *Zone, source Source, log *slog.Logger) (*Server, error) {
 	if err := zone.Check(); err != nil {
 		return nil, err
@@ -182,8 +182,8 @@ func (s *set) has(name string) bool {
 	return false
 }
 
-// rates bounds the answers by UDP to each network: whoever forges where a question came from has no more than that
-// sent there. It has a fixed size; networks that share a place share its rate.
+// rates bounds the answers by UDP to each network: whoever forges where a question came from has no
+// more than that sent there. It has a fixed size; networks that share a place share its rate.
 type rates struct {
 	seed   maphash.Seed
 	places [4096]struct{ second, answers atomic.Int64 }

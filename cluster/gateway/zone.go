@@ -1,8 +1,8 @@
 // Package gateway names the live proxies of a cluster in DNS.
 //
-// It names every live proxy that is neither draining nor full, in random order, up to 64 of them. If
-// there is no other it names those too. Load makes no other difference: resolvers keep answers, so if
-// only the least loaded proxies were named, everybody would go to the same few.
+// It names every live proxy that is neither draining nor full, in random order, up to 64 of them.
+// If there is no other it names those too. Load makes no other difference: resolvers keep answers,
+// so if only the least loaded proxies were named, everybody would go to the same few.
 //
 // A zone has these names. Proxies whose address is a name have SRV records alone.
 //
@@ -40,8 +40,8 @@ type Zone struct {
 	// Name is the zone's name, such as "lb.example.com". It is required.
 	Name string
 
-	// NS are the names of the zone's DNS servers, at least one. One whose name is in the zone itself
-	// needs its address as well: "ns1.example.com", but "ns1.lb.example.com=192.0.2.1".
+	// NS are the names of the zone's DNS servers, at least one. One whose name is in the zone
+	// itself needs its address as well: "ns1.example.com", but "ns1.lb.example.com=192.0.2.1".
 	NS []string
 
 	// TTL is how long resolvers keep an answer, in whole seconds, a day at most. 0 means 1 second,
@@ -185,8 +185,9 @@ func (s *set) add(rr dns.RR) {
 	s.records[h.Name][h.Rrtype] = append(s.records[h.Name][h.Rrtype], rr)
 }
 
-// answer fills in m, which has its question, with records of that name and type: up to 64 at random, and no more than
-// fit into size bytes. Who gets some of many is served as well as who gets all.
+// answer fills in m, which has its question, with records of that name and type: up to 64 at
+// random, and no more than fit into size bytes. Who gets some of many is served as well as who gets
+// all.
 func (s *set) answer(m *dns.Msg, size int) {
 	q := m.Question[0]
 	all := slices.Clone(s.records[strings.ToLower(q.Name)][q.Qtype])

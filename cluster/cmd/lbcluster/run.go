@@ -216,7 +216,8 @@ func (r *runner) ports() map[string]int {
 
 func (r *runner) apps() map[string]*lbproxy.LBProxyApp { return r.server.Apps() }
 
-// hostID is the host's name, as a proxy may be called, and a few letters: there may be several on a host.
+// hostID is the host's name, as a proxy may be called, and a few letters: there may be several on a
+// host.
 func hostID() string {
 	name, _ := os.Hostname()
 	name, _, _ = strings.Cut(strings.ToLower(name), ".")

@@ -203,7 +203,8 @@ func TestRun(t *testing.T) {
 	}
 	lsHas(t, env, "configuration 4")
 
-	// The store dies. Nobody notices, and a proxy that is started goes by the last good configuration.
+	// The store dies. Nobody notices, and a proxy that is started goes by the last good
+	// configuration.
 	held, _, err := enter(p, eastAddr)
 	if err != nil {
 		t.Fatal(err)

@@ -1,6 +1,6 @@
-// Demo tells a short story of two proxies that act as one: a limit holds across both, one of them is killed and its
-// clients find the other, and a new configuration reaches them through the store. Everything is on loopback, and the
-// store is in memory: nothing has to be installed.
+// Demo tells a short story of two proxies that act as one: a limit holds across both, one of them
+// is killed and its clients find the other, and a new configuration reaches them through the store.
+// Everything is on loopback, and the store is in memory: nothing has to be installed.
 //
 //	go run ./examples/demo
 //	go run ./examples/demo -break limit   # sabotage that part: the story notices

@@ -25,7 +25,8 @@ func Each(t *testing.T, f func(t *testing.T, url string)) {
 	t.Run("redis-server", func(t *testing.T) { f(t, Redis(t).URL()) })
 }
 
-// Need skips a test for want of a program, or fails it where LBPROXY_INTEROP=all says that all are there.
+// Need skips a test for want of a program, or fails it where LBPROXY_INTEROP=all says that all are
+// there.
 func Need(t testing.TB, program string) string {
 	t.Helper()
 	path, err := exec.LookPath(program)
@@ -190,7 +191,8 @@ func NewWire(t testing.TB, addr string) *Wire {
 // URL is what cluster.Dial wants.
 func (w *Wire) URL() string { return "redis://" + w.Addr }
 
-// Cut makes w a black hole: connections stay, new ones are accepted, and no byte gets through until Heal.
+// Cut makes w a black hole: connections stay, new ones are accepted, and no byte gets through until
+// Heal.
 func (w *Wire) Cut() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
