@@ -1,12 +1,14 @@
--- One proxy's heartbeat: it renews the lease, takes what is new of the proxy's counts, clears away who has died,
--- and returns what there is to know. Repeating a beat changes nothing. Time is the store's, in milliseconds.
+-- One proxy's heartbeat: it renews the lease, takes what is new of the proxy's counts, clears away
+-- who has died, and returns what there is to know. Repeating a beat changes nothing. Time is the
+-- store's, in milliseconds.
 --
 -- KEYS[1]  {cluster}:live; the others are found by its prefix, so they are on the same node
 -- ARGV     1 prefix   2 id   3 lease, 0 to leave   4 what others are told of the proxy, JSON
 --          5 time of the sums it has   6 how old sums may be   7 config version it runs
 --          8 a number that each call of the proxy has higher than the one before
 --          9… field, n: so many connections of the proxy are open to that upstream
--- returns  {1 if the proxy was not known: then it owes all its counts, its index, how many there are,
+-- returns  {1 if the proxy was not known: then it owes all its counts, its index, how many there
+-- are,
 --           config version, time of the sums, the sums if newer}
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
@@ -47,7 +49,8 @@ if lease == 0 then
 	return {0, 0, redis.call('ZCARD', rank), 0, '0', ''}
 end
 
--- A call that was given up may arrive after the next one, by another connection: what it says is old.
+-- A call that was given up may arrive after the next one, by another connection: what it says is
+-- old.
 if tonumber(redis.call('HGET', turn, id) or 0) > tonumber(ARGV[8]) then
 	return redis.error_reply('LATE a newer beat of this proxy is here')
 end

@@ -79,8 +79,8 @@ if max > 0 then
 		worth = math.max(worth, 6000000)
 	end
 end
--- Who could use less than an even part of the bytes leaves the rest to the others. A proxy is told what it would
--- get if it could use all there are, so that it may grow.
+-- Who could use less than an even part of the bytes leaves the rest to the others. A proxy is told
+-- what it would get if it could use all there are, so that it may grow.
 local part = rate
 if rate > 0 then
 	local could = tonumber(ARGV[11])
