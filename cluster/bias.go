@@ -20,7 +20,8 @@ const (
 
 // follow takes a step of so many seconds, by what n proxies together have open. An upstream that is
 // not up is expected to have less, so its bias stays.
-func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) int, n int, seconds float64) {
+func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) int, n int,
+	seconds float64) {
 	var all, weights float64
 	for _, u := range upstreams {
 		if judged(u) {

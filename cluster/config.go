@@ -36,9 +36,11 @@ func (s *Store) patience() time.Duration { return max(2*time.Second, s.opts.Time
 // Config reads the configuration. If there is none, its Version is 0.
 func (s *Store) Config(ctx context.Context) (Config, error) {
 	var c Config
-	values, err := s.do(ctx, s.patience(), func(ctx context.Context, r rueidis.Client) rueidis.RedisResult {
-		return r.Do(ctx, r.B().Hmget().Key(s.key("config")).Field("version", "text", "by", "at").Build())
-	})
+	read := func(ctx context.Context, r rueidis.Client) rueidis.RedisResult {
+		fields := r.B().Hmget().Key(s.key("config")).Field("version", "text", "by", "at")
+		return r.Do(ctx, fields.Build())
+	}
+	values, err := s.do(ctx, s.patience(), read)
 	if err != nil {
 		return c, err
 	}
@@ -57,7 +59,8 @@ func (s *Store) Config(ctx context.Context) (Config, error) {
 // several that put at once one succeeds. If the store has replicas, Put waits until one of them has
 // the configuration, for a second at most. An error with a version above 0 means that the
 // configuration is in force, but no replica has it.
-func (s *Store) Put(ctx context.Context, from int64, text []byte, by string) (version int64, err error) {
+func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
+) (version int64, err error) {
 	c := s.client.Load()
 	if c == nil {
 		return 0, s.away()
@@ -79,7 +82,8 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string) (ve
 		}
 		version = answer[1]
 		info, err := d.Do(ctx, d.B().Info().Section("replication").Build()).ToString()
-		if err != nil || !strings.Contains(info, "connected_slaves:") || strings.Contains(info, "connected_slaves:0") {
+		if err != nil || !strings.Contains(info, "connected_slaves:") ||
+			strings.Contains(info, "connected_slaves:0") {
 			return nil // there is nobody to wait for
 		}
 		n, err := d.Do(ctx, d.B().Wait().Numreplicas(1).Timeout(1000).Build()).AsInt64()
@@ -160,7 +164,8 @@ func (s *Store) Watch(ctx context.Context, w Watcher) (*Watch, error) {
 	case err == nil && c.Version == 0:
 		err = fmt.Errorf("cluster: store %s: no configuration: put one", s.addr)
 	case err == nil && c.Version < kept.Version:
-		err = fmt.Errorf("cluster: store %s: configuration %d is older than %d, which ran here", s.addr, c.Version, kept.Version)
+		err = fmt.Errorf("cluster: store %s: configuration %d is older than %d, which ran here",
+			s.addr, c.Version, kept.Version)
 	case err == nil:
 		if err = f.apply(c); err != nil {
 			f.failed, f.err = c.Version, err
@@ -175,7 +180,8 @@ func (s *Store) Watch(ctx context.Context, w Watcher) (*Watch, error) {
 			return nil, fmt.Errorf("%w; and %s: %w", err, w.File, e)
 		}
 		f.running, f.fromFile = kept.Version, err.Error()
-		s.log().Warn("cluster: running by the last good configuration", "file", w.File, "version", kept.Version, "err", err)
+		s.log().Warn("cluster: running by the last good configuration", "file", w.File, "version",
+			kept.Version, "err", err)
 	}
 	ctx, f.stop = context.WithCancel(context.WithoutCancel(ctx))
 	go f.run(ctx)
@@ -242,7 +248,8 @@ func (f *Watch) look(ctx context.Context) {
 		f.failed, f.err = c.Version, err
 		f.mu.Unlock()
 		for problem := range strings.SplitSeq(err.Error(), "\n") {
-			f.store.log().Error("cluster: configuration refused, the one that runs stays", "version", c.Version, "by", c.By, "problem", problem)
+			f.store.log().Error("cluster: configuration refused, the one that runs stays",
+				"version", c.Version, "by", c.By, "problem", problem)
 		}
 		return
 	}
@@ -258,7 +265,8 @@ func (f *Watch) apply(c Config) error {
 	f.running, f.failed, f.err, f.fromFile = c.Version, 0, nil, ""
 	f.mu.Unlock()
 	if err := f.w.keep(c); err != nil {
-		f.store.log().Error("cluster: the last good configuration is not kept", "file", f.w.File, "err", err)
+		f.store.log().Error("cluster: the last good configuration is not kept", "file", f.w.File,
+			"err", err)
 	}
 	return nil
 }

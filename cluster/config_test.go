@@ -27,7 +27,8 @@ func TestPut(t *testing.T) {
 			t.Fatal(v, err)
 		}
 		c, err := s.Config(t.Context())
-		if err != nil || c.Version != 1 || string(c.Text) != string(text) || c.By != "ann" || c.At.Before(before) {
+		if err != nil || c.Version != 1 || string(c.Text) != string(text) || c.By != "ann" ||
+			c.At.Before(before) {
 			t.Fatal(c, err)
 		}
 		if _, err := s.Put(t.Context(), 0, text, "bob"); !errors.Is(err, ErrConflict) {
@@ -137,7 +138,9 @@ func TestWatchFollows(t *testing.T) {
 				file := filepath.Join(t.TempDir(), "config.json")
 				s, l := dial(t, url, calm)
 				var f follower
-				if _, err := s.Watch(t.Context(), f.watcher(file)); err == nil || !strings.Contains(err.Error(), "no configuration") || !strings.Contains(err.Error(), file) {
+				if _, err := s.Watch(t.Context(), f.watcher(file)); err == nil ||
+					!strings.Contains(err.Error(), "no configuration") ||
+					!strings.Contains(err.Error(), file) {
 					t.Fatal("neither a configuration nor a file:", err)
 				}
 				put(t, s, "one")
@@ -157,14 +160,17 @@ func TestWatchFollows(t *testing.T) {
 					t.Fatal(err)
 				}
 				put(t, s, "two")
-				storetest.Await(t, "the second is applied", func() error { return f.has("1 one", "2 two") })
+				storetest.Await(t, "the second is applied",
+					func() error { return f.has("1 one", "2 two") })
 
 				put(t, s, "bad three")
 				storetest.Await(t, "the third is refused", func() error {
 					v, problem := w.Running()
-					return storetest.Want(v == 2 && strings.Contains(problem, "version 3: config:1: bad three"), problem)
+					said := strings.Contains(problem, "version 3: config:1: bad three")
+					return storetest.Want(v == 2 && said, problem)
 				})
-				if text := l.String(); !strings.Contains(text, "config:1: bad three") || !strings.Contains(text, "config:2: and more") {
+				if text := l.String(); !strings.Contains(text, "config:1: bad three") ||
+					!strings.Contains(text, "config:2: and more") {
 					t.Error("the log does not say what is wrong:", text)
 				}
 				if text, err := os.ReadFile(file); err != nil || string(text) != "two" {
@@ -172,7 +178,8 @@ func TestWatchFollows(t *testing.T) {
 				}
 
 				put(t, s, "four")
-				storetest.Await(t, "the fourth is applied", func() error { return f.has("1 one", "2 two", "4 four") })
+				storetest.Await(t, "the fourth is applied",
+					func() error { return f.has("1 one", "2 two", "4 four") })
 				storetest.Await(t, "it runs", func() error {
 					v, problem := w.Running()
 					return storetest.Want(v == 4 && problem == "", problem)
@@ -205,7 +212,8 @@ func TestEmptyStoreReplacesNothing(t *testing.T) {
 	if err := g.has("2 two"); err != nil {
 		t.Fatal(err)
 	}
-	if v, problem := w2.Running(); v != 2 || !strings.Contains(problem, "cannot be reached") || !strings.Contains(l.String(), "last good") {
+	if v, problem := w2.Running(); v != 2 || !strings.Contains(problem, "cannot be reached") ||
+		!strings.Contains(l.String(), "last good") {
 		t.Error(v, problem, l)
 	}
 
@@ -228,7 +236,8 @@ func TestEmptyStoreReplacesNothing(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if v, problem := w3.Running(); v != 2 || !strings.Contains(problem, "configuration 1 is older than 2") {
+	if v, problem := w3.Running(); v != 2 ||
+		!strings.Contains(problem, "configuration 1 is older than 2") {
 		t.Error(v, problem)
 	}
 	for _, w := range []*Watch{w, w2, w3} {
@@ -238,7 +247,8 @@ func TestEmptyStoreReplacesNothing(t *testing.T) {
 
 func TestWatchNeedsApply(t *testing.T) {
 	s, _ := dial(t, "redis://"+storetest.FreeAddr(t), nil)
-	if _, err := s.Watch(t.Context(), Watcher{}); err == nil || !strings.Contains(err.Error(), "required") {
+	if _, err := s.Watch(t.Context(), Watcher{}); err == nil ||
+		!strings.Contains(err.Error(), "required") {
 		t.Error(err)
 	}
 }
@@ -267,7 +277,8 @@ func TestLastGoodFileThatSomebodyChanged(t *testing.T) {
 	if err := os.WriteFile(file, []byte("thr"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Watch(t.Context(), w); err == nil || !strings.Contains(err.Error(), "somebody has changed it") {
+	if _, err := s.Watch(t.Context(), w); err == nil ||
+		!strings.Contains(err.Error(), "somebody has changed it") {
 		t.Error(err)
 	}
 }

@@ -32,7 +32,8 @@ func TestPartOfABandwidthIsLikeABandwidth(t *testing.T) {
 		if d := (got.Wait - want.Wait).Abs(); d > want.Wait/10+100*time.Millisecond {
 			t.Fatalf("event %d: wait %v, want %v", i, got.Wait, want.Wait)
 		}
-		e = lbproxy.Event{Kind: lbproxy.EventData, Direction: lbproxy.Download, Bytes: int64(want.Chunk)}
+		e = lbproxy.Event{Kind: lbproxy.EventData, Direction: lbproxy.Download,
+			Bytes: int64(want.Chunk)}
 	}
 }
 
@@ -129,7 +130,8 @@ func TestSharedBandwidthIsFair(t *testing.T) {
 			sum += got[i]
 		}
 		least, most := slices.Min(got)*each/sum, slices.Max(got)*each/sum
-		t.Logf("proxy %d: %.3f of the rate, shares from %.3f to %.3f", p, sum/length().Seconds()/rate, least, most)
+		t.Logf("proxy %d: %.3f of the rate, shares from %.3f to %.3f", p,
+			sum/length().Seconds()/rate, least, most)
 		if least < 0.8 || most > 1.2 {
 			t.Errorf("proxy %d: shares from %.3f to %.3f, want 0.8 to 1.2", p, least, most)
 		}
@@ -139,7 +141,8 @@ func TestSharedBandwidthIsFair(t *testing.T) {
 		slices.Sort(pings[i])
 		medians[i] = pings[i][len(pings[i])/2]
 	}
-	t.Logf("%d pings, medians %v, of one without a limit %v", len(pings[0]), medians[:proxies], medians[proxies])
+	t.Logf("%d pings, medians %v, of one without a limit %v", len(pings[0]), medians[:proxies],
+		medians[proxies])
 	for _, median := range medians[:proxies] {
 		if median > 50*time.Millisecond+4*medians[proxies] {
 			t.Errorf("a ping takes %v", median)

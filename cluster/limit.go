@@ -123,7 +123,8 @@ type trip struct {
 // limited. In all proxies of the cluster, managers of the same key and the same numbers are one
 // limit; with other numbers it begins anew. Limit makes no call, and needs no Close.
 func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
-	m := &limiter{store: s, l: l, every: max(l.Every, 0), pace: lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
+	m := &limiter{store: s, l: l, every: max(l.Every, 0),
+		pace: lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
 	// The script counts whole microseconds, in numbers that are exact up to 2^53.
 	m.every = (m.every + time.Microsecond - 1).Truncate(time.Microsecond)
 	if most := forever / time.Duration(max(l.Burst, 1)); m.every == 0 || m.every > most {
@@ -134,13 +135,15 @@ func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
 		strconv.Itoa(max(l.Open, 0)), strconv.FormatInt(max(l.BytesPerSecond, 0), 10),
 	}
 	m.member = s.id + "." + strconv.FormatUint(s.serial.Add(1), 10)
-	m.keys = []string{fmt.Sprintf("l:{%s:%s:%d/%v/%d/%d}", s.name, key, l.Burst, l.Every, l.Open, l.BytesPerSecond)}
+	m.keys = []string{fmt.Sprintf("l:{%s:%s:%d/%v/%d/%d}",
+		s.name, key, l.Burst, l.Every, l.Open, l.BytesPerSecond)}
 	return m
 }
 
 // refuses reports whether nothing is ever let in.
 func (l *Limit) refuses() bool {
-	return l.Burst < 0 || l.Open < 0 || l.BytesPerSecond < 0 || l.Burst == 0 && l.Open == 0 && l.BytesPerSecond == 0
+	return l.Burst < 0 || l.Open < 0 || l.BytesPerSecond < 0 ||
+		l.Burst == 0 && l.Open == 0 && l.BytesPerSecond == 0
 }
 
 // Report implements [lbproxy.RateLimitManager]. Only an EventOpen waits for the store, for at most
@@ -177,7 +180,8 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 func (m *limiter) Idle() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.lent == 0 && m.open == 0 && m.owed == 0 && m.moved.Load() == 0 && m.change == 0 && m.flying == 0
+	return m.lent == 0 && m.open == 0 && m.owed == 0 && m.moved.Load() == 0 && m.change == 0 &&
+		m.flying == 0
 }
 
 // enter decides on an EventOpen.
@@ -393,7 +397,8 @@ func (m *limiter) ask(c *call) error {
 	owed, could := m.owed, m.could(time.Now())
 	m.change, m.owed = 0, 0
 	args := append([]string{m.member}, m.config[:]...)
-	args = append(args, strconv.Itoa(c.wanted-spare), strconv.Itoa(c.given), strconv.Itoa(owed), own,
+	args = append(args,
+		strconv.Itoa(c.wanted-spare), strconv.Itoa(c.given), strconv.Itoa(owed), own,
 		strconv.Itoa(c.asks), strconv.FormatInt(could, 10))
 	var t *trip
 	if c.exclusive {
@@ -403,7 +408,8 @@ func (m *limiter) ask(c *call) error {
 	}
 	m.flying++
 	m.mu.Unlock()
-	values, err := m.store.script(context.Background(), m.store.opts.Timeout, limitScript, m.keys, args...)
+	values, err := m.store.script(context.Background(), m.store.opts.Timeout, limitScript, m.keys,
+		args...)
 	m.mu.Lock()
 	m.flying--
 	now := time.Now()

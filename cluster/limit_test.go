@@ -79,7 +79,8 @@ func TestLimitIsSharedByProxies(t *testing.T) {
 
 func TestNoLimitAtAllRefusesAll(t *testing.T) {
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), calm)
-	for _, l := range []Limit{{}, {Burst: -1, Open: 1}, {Open: -1}, {BytesPerSecond: -1}, {Outage: Open}} {
+	for _, l := range []Limit{{}, {Burst: -1, Open: 1}, {Open: -1}, {BytesPerSecond: -1},
+		{Outage: Open}} {
 		if open(t, s.Limit("k", l)) {
 			t.Errorf("%+v lets in", l)
 		}
@@ -90,14 +91,16 @@ func TestHugeLimitsDoNotOverflow(t *testing.T) {
 	const huge = 1<<63 - 1
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), calm)
 	for _, l := range []Limit{
-		{Burst: math.MaxInt, Every: huge}, {Burst: 1, Every: huge}, {Burst: math.MaxInt}, {Burst: 1}, {Burst: math.MaxInt, Every: 1},
+		{Burst: math.MaxInt, Every: huge}, {Burst: 1, Every: huge}, {Burst: math.MaxInt},
+		{Burst: 1}, {Burst: math.MaxInt, Every: 1},
 		{Burst: math.MaxInt, Every: huge, Open: math.MaxInt, BytesPerSecond: huge, Exact: true},
 	} {
 		m := s.Limit("k", l)
 		if !open(t, m) {
 			t.Errorf("%+v refuses", l)
 		}
-		if d := m.Report(t.Context(), lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1 << 20}); d.Wait < 0 || d.Wait > time.Second {
+		data := lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1 << 20}
+		if d := m.Report(t.Context(), data); d.Wait < 0 || d.Wait > time.Second {
 			t.Errorf("%+v: wait %v", l, d.Wait)
 		}
 	}
@@ -109,7 +112,8 @@ func TestTimeIsTheStores(t *testing.T) {
 	at := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 	server.SetTime(at)
 	s, _ := dial(t, "redis://"+server.Addr(), calm)
-	for name, l := range map[string]Limit{"leased": {Burst: 2, Every: time.Microsecond}, "exact": {Burst: 2, Every: time.Microsecond, Exact: true}} {
+	for name, l := range map[string]Limit{"leased": {Burst: 2, Every: time.Microsecond},
+		"exact": {Burst: 2, Every: time.Microsecond, Exact: true}} {
 		m := s.Limit(name, l)
 		report(t, m, 1)
 		report(t, m, 1)
@@ -118,7 +122,8 @@ func TestTimeIsTheStores(t *testing.T) {
 		}
 		at = at.Add(time.Microsecond)
 		server.SetTime(at)
-		storetest.Await(t, name+": one is regained", func() error { return storetest.Want(open(t, m), "none") })
+		storetest.Await(t, name+": one is regained",
+			func() error { return storetest.Want(open(t, m), "none") })
 		report(t, m, 0)
 	}
 }
@@ -127,7 +132,8 @@ func TestFloodOverTheLimitCostsTheStoreNothing(t *testing.T) {
 	storetest.Each(t, func(t *testing.T, url string) {
 		s, _ := dial(t, url, calm)
 		for name, l := range map[string]Limit{
-			"leased": {Burst: 3, Every: never}, "exact": {Burst: 3, Every: never, Exact: true}, "open": {Open: 3},
+			"leased": {Burst: 3, Every: never}, "exact": {Burst: 3, Every: never, Exact: true},
+			"open": {Open: 3},
 		} {
 			m := s.Limit(name, l)
 			if in := count(t, 10, m); in != 3 {
@@ -140,7 +146,8 @@ func TestFloodOverTheLimitCostsTheStoreNothing(t *testing.T) {
 			// has its own.
 			most := 4 + 2*uint64(time.Since(began)/(100*time.Millisecond))
 			if n := s.Status().Calls - before; n > most {
-				t.Errorf("%s: %d calls in %v of flood, want at most %d", name, n, time.Since(began), most)
+				t.Errorf("%s: %d calls in %v of flood, want at most %d", name, n, time.Since(began),
+					most)
 			}
 		}
 	})
@@ -192,7 +199,8 @@ func TestOutagePolicies(t *testing.T) {
 	s, _ := dial(t, server.URL(), &Options{Timeout: storetest.Patience, Peers: 5})
 	limits := map[Outage]lbproxy.RateLimitManager{}
 	for _, o := range []Outage{Share, Open, Closed} {
-		limits[o] = s.Limit("k", Limit{Burst: 50, Every: never, Open: 20, BytesPerSecond: 1 << 20, Outage: o})
+		limits[o] = s.Limit("k", Limit{Burst: 50, Every: never, Open: 20, BytesPerSecond: 1 << 20,
+			Outage: o})
 	}
 	away(t, s, server)
 	for o, want := range map[Outage]int{Share: 4, Open: 100, Closed: 0} {
@@ -200,7 +208,8 @@ func TestOutagePolicies(t *testing.T) {
 			t.Errorf("%v: %d let in, want %d", o, in, want)
 		}
 	}
-	for o, want := range map[Outage]time.Duration{Share: 5 * time.Second, Open: 0, Closed: 5 * time.Second} {
+	for o, want := range map[Outage]time.Duration{Share: 5 * time.Second, Open: 0,
+		Closed: 5 * time.Second} {
 		d := limits[o].Report(t.Context(), lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1 << 20})
 		if d.Exceeded || d.Wait > want || d.Wait < want-time.Second {
 			t.Errorf("%v: %v for a mebibyte, want %v", o, d.Wait, want)
@@ -208,7 +217,8 @@ func TestOutagePolicies(t *testing.T) {
 	}
 	status := s.Status()
 	if status.Alone != 104 || status.TurnedAway != 96+100 {
-		t.Errorf("%d let in and %d refused without the store, want 104 and 196", status.Alone, status.TurnedAway)
+		t.Errorf("%d let in and %d refused without the store, want 104 and 196", status.Alone,
+			status.TurnedAway)
 	}
 }
 
@@ -227,7 +237,8 @@ func TestOpenLimitIsExact(t *testing.T) {
 			for range 4 {
 				all.Go(func() {
 					for range 30 {
-						if m.Report(context.Background(), lbproxy.Event{Kind: lbproxy.EventOpen}).Exceeded {
+						asks := lbproxy.Event{Kind: lbproxy.EventOpen}
+						if m.Report(context.Background(), asks).Exceeded {
 							continue
 						}
 						mu.Lock()
@@ -337,7 +348,8 @@ func TestRefusalSpendsNothing(t *testing.T) {
 		})
 		// Another limit refuses what this one has let in.
 		for name, l := range map[string]Limit{
-			"leased": {Burst: 5, Every: never}, "exact": {Burst: 5, Every: never, Exact: true}, "open": {Burst: 5, Every: never, Open: 5},
+			"leased": {Burst: 5, Every: never}, "exact": {Burst: 5, Every: never, Exact: true},
+			"open": {Burst: 5, Every: never, Open: 5},
 		} {
 			m := s.Limit(name, l)
 			both := lbproxy.All(m, new(lbproxy.OpenLimit))
@@ -366,7 +378,9 @@ func TestIdleLimiterMayBeForgotten(t *testing.T) {
 	}
 	m.Report(t.Context(), lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1000})
 	closeOne(t, m)
-	storetest.Await(t, "everything is told", func() error { return storetest.Want(idle(m), "not idle") })
+	storetest.Await(t, "everything is told", func() error {
+		return storetest.Want(idle(m), "not idle")
+	})
 	storetest.Await(t, "the flusher lets go of it", func() error {
 		s.limits.mu.Lock()
 		defer s.limits.mu.Unlock()

@@ -98,15 +98,17 @@ func (s *Store) Join(self Self) (*Member, error) {
 	self.ID = cmp.Or(self.ID, strings.ToLower(s.id))
 	self.Interval = cmp.Or(self.Interval, time.Second)
 	switch {
-	case len(self.ID) > 63 || strings.Trim(self.ID, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" ||
+	case len(self.ID) > 63 || strings.Trim(self.ID, idRunes) != "" ||
 		strings.Trim(self.ID, "-") != self.ID:
 		return nil, fmt.Errorf("cluster: Self.ID %q: want at most 63 lower-case letters, digits and '-', which does not come first or last", self.ID)
 	case self.Addr != "" && !isHost(self.Addr):
 		return nil, fmt.Errorf("cluster: Self.Addr %q: want an IP address or a name, without a port", self.Addr)
 	case self.Interval < 0:
-		return nil, fmt.Errorf("cluster: Self.Interval %v is negative: use 0 for a second", self.Interval)
+		return nil, fmt.Errorf("cluster: Self.Interval %v is negative: use 0 for a second",
+			self.Interval)
 	case self.Capacity < 0:
-		return nil, fmt.Errorf("cluster: Self.Capacity %d is negative: use 0 for no bound", self.Capacity)
+		return nil, fmt.Errorf("cluster: Self.Capacity %d is negative: use 0 for no bound",
+			self.Capacity)
 	}
 	m := newMember(s, self)
 	var ctx context.Context
@@ -121,10 +123,16 @@ func isHost(addr string) bool {
 	return err == nil || !strings.ContainsFunc(addr, func(r rune) bool { return !isNameRune(r) })
 }
 
+const idRunes = "abcdefghijklmnopqrstuvwxyz0123456789-"
+
 func newMember(s *Store, self Self) *Member {
 	now := time.Now()
-	return &Member{store: s, self: self, since: now, kick: make(chan struct{}, 1), over: make(chan struct{}),
-		place: Place{ID: self.ID, heard: now}, turn: now.UnixMicro(), bias: map[string]bias{}, told: map[string]told{}}
+	return &Member{
+		store: s, self: self, since: now, turn: now.UnixMicro(),
+		kick: make(chan struct{}, 1), over: make(chan struct{}),
+		place: Place{ID: self.ID, heard: now},
+		bias:  map[string]bias{}, told: map[string]told{},
+	}
 }
 
 // Drain tells gateways not to name this proxy any more. It does not wait for that, and stops
@@ -222,7 +230,8 @@ func (m *Member) beat(ctx context.Context) {
 }
 
 func (m *Member) info(open int) string {
-	p := Proxy{ID: m.self.ID, Addr: m.self.Addr, Open: open, Capacity: m.self.Capacity, Since: m.since,
+	p := Proxy{ID: m.self.ID, Addr: m.self.Addr, Open: open, Capacity: m.self.Capacity,
+		Since:   m.since,
 		Version: m.self.Version, Lease: 3 * m.self.Interval}
 	if m.self.Ports != nil {
 		p.Ports = m.self.Ports()
@@ -242,7 +251,8 @@ func (m *Member) info(open int) string {
 
 // tell makes the calls of a beat. again means that the store did not know this proxy, so that
 // everything has to be told once more.
-func (m *Member) tell(ctx context.Context, info string, counts map[string]int) (again bool, err error) {
+func (m *Member) tell(ctx context.Context, info string, counts map[string]int,
+) (again bool, err error) {
 	if m.sent == nil { // nothing, or what another process has left that had the same ID
 		if _, err := m.call(ctx, 0, "", nil); err != nil {
 			return false, err
@@ -292,14 +302,16 @@ func (m *Member) tell(ctx context.Context, info string, counts map[string]int) (
 }
 
 // call is one call of beat.lua. A lease of 0 says goodbye.
-func (m *Member) call(ctx context.Context, lease time.Duration, info string, counts []string) (joined bool, err error) {
+func (m *Member) call(ctx context.Context, lease time.Duration, info string, counts []string,
+) (joined bool, err error) {
 	var version int64
 	if m.self.Config != nil {
 		version, _ = m.self.Config()
 	}
 	s := m.store
 	m.turn++
-	args := append([]string{s.key(""), m.self.ID, strconv.FormatInt(lease.Milliseconds(), 10), info, m.sumsAt,
+	args := append([]string{s.key(""), m.self.ID, strconv.FormatInt(lease.Milliseconds(), 10), info,
+		m.sumsAt,
 		strconv.FormatInt(m.countsEvery().Milliseconds(), 10), strconv.FormatInt(version, 10),
 		strconv.FormatInt(m.turn, 10)}, counts...)
 	v, err := s.script(ctx, s.patience(), beatScript, []string{s.key("live")}, args...)
@@ -362,7 +374,8 @@ func (m *Member) countsEvery() time.Duration {
 }
 
 // setPeers tells the apps where this proxy stands, if that is news.
-func (m *Member) setPeers(apps map[string]*lbproxy.LBProxyApp, stats map[string]lbproxy.Stats, place Place) {
+func (m *Member) setPeers(apps map[string]*lbproxy.LBProxyApp, stats map[string]lbproxy.Stats,
+	place Place) {
 	for id, app := range apps {
 		upstreams := stats[id].Upstreams
 		b := m.bias[id]
@@ -381,7 +394,8 @@ func (m *Member) setPeers(apps map[string]*lbproxy.LBProxyApp, stats map[string]
 			continue
 		}
 		if err := app.SetPeers(p); err != nil {
-			m.store.log().Error("cluster: an app does not take what is known of the others", "app", id, "err", err)
+			m.store.log().Error("cluster: an app does not take what is known of the others",
+				"app", id, "err", err)
 		}
 		m.told[id] = told{app, p}
 	}

@@ -21,7 +21,8 @@ import (
 func TestJoinRefusesWrongSelf(t *testing.T) {
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), nil)
 	for _, self := range []Self{
-		{ID: "A"}, {ID: "a b"}, {ID: "-a"}, {ID: "a."}, {ID: strings.Repeat("a", 64)}, {Interval: -1}, {Capacity: -1},
+		{ID: "A"}, {ID: "a b"}, {ID: "-a"}, {ID: "a."}, {ID: strings.Repeat("a", 64)},
+		{Interval: -1}, {Capacity: -1},
 		{Addr: "10.0.0.5:9443"}, {Addr: "a b"},
 	} {
 		if m, err := s.Join(self); err == nil {
@@ -155,7 +156,8 @@ func TestSumsAreWhatIsOpen(t *testing.T) {
 		if testing.Short() {
 			rounds = 200
 		}
-		story(t, "redis://"+server.Addr(), rounds, func(d time.Duration) { now = now.Add(d); server.SetTime(now) })
+		story(t, "redis://"+server.Addr(), rounds,
+			func(d time.Duration) { now = now.Add(d); server.SetTime(now) })
 	})
 	t.Run("redis-server", func(t *testing.T) { // its clock is what it is: nobody is dead in time, so kills say goodbye
 		server := storetest.Redis(t)
@@ -234,7 +236,8 @@ func TestManyCountsAreToldInSeveralCalls(t *testing.T) {
 		f.member("b")
 		storetest.Await(t, "another proxy knows all sums", func() error { // they are a second old, perhaps
 			f.beat("b")
-			return storetest.Want(len(f.live["b"].sums) == 2500, strconv.Itoa(len(f.live["b"].sums)))
+			return storetest.Want(len(f.live["b"].sums) == 2500,
+				strconv.Itoa(len(f.live["b"].sums)))
 		})
 		f.check()
 		clear(f.open["a"])
@@ -334,7 +337,8 @@ func TestPlaceStaysWithoutTheStore(t *testing.T) {
 	server.Kill()
 	for _, m := range members {
 		storetest.Await(t, "beats fail", func() error {
-			return storetest.Want(m.Place().Err != "" && m.Place().Lag > 200*time.Millisecond, "not yet")
+			return storetest.Want(m.Place().Err != "" && m.Place().Lag > 200*time.Millisecond,
+				"not yet")
 		})
 		if p := m.Place(); p.Count != 2 {
 			t.Errorf("%+v, want one of 2", p)
@@ -353,10 +357,11 @@ func TestLiveShowsWhatIsOpen(t *testing.T) {
 		app, addr := newApp(t, 2)
 		s, _ := dial(t, url, calm)
 		m, err := s.Join(Self{
-			ID: "one", Addr: "10.0.0.5", Capacity: 100, Version: "v1", Interval: 20 * time.Millisecond,
-			Ports:  func() map[string]int { return map[string]int{"web": 9443} },
-			Apps:   func() map[string]*lbproxy.LBProxyApp { return map[string]*lbproxy.LBProxyApp{"web": app} },
-			Config: func() (int64, string) { return 7, "too new" },
+			ID: "one", Addr: "10.0.0.5", Capacity: 100, Version: "v1",
+			Interval: 20 * time.Millisecond,
+			Ports:    func() map[string]int { return map[string]int{"web": 9443} },
+			Apps:     func() map[string]*lbproxy.LBProxyApp { return map[string]*lbproxy.LBProxyApp{"web": app} },
+			Config:   func() (int64, string) { return 7, "too new" },
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -378,12 +383,15 @@ func TestLiveShowsWhatIsOpen(t *testing.T) {
 				return fmt.Errorf("%+v", tally)
 			}
 			p := tally.Proxies[0]
-			if p.ID != "one" || p.Addr != "10.0.0.5" || p.Ports["web"] != 9443 || p.Open != 5 || p.Capacity != 100 ||
-				p.Config != 7 || p.Problem != "too new" || p.Version != "v1" || p.Age > storetest.Patience || p.Draining {
+			if p.ID != "one" || p.Addr != "10.0.0.5" || p.Ports["web"] != 9443 || p.Open != 5 ||
+				p.Capacity != 100 ||
+				p.Config != 7 || p.Problem != "too new" || p.Version != "v1" ||
+				p.Age > storetest.Patience || p.Draining {
 				return fmt.Errorf("%+v", p)
 			}
 			a, b := tally.Upstreams[0], tally.Upstreams[1]
-			if a.App != "web" || a.Open+b.Open != 5 || a.By["one"] != a.Open || b.Open < 2 || a.Open < 2 {
+			if a.App != "web" || a.Open+b.Open != 5 || a.By["one"] != a.Open || b.Open < 2 ||
+				a.Open < 2 {
 				return fmt.Errorf("%+v", tally.Upstreams)
 			}
 			return nil
@@ -429,7 +437,9 @@ func TestEmptyStoreIsFilledAgain(t *testing.T) {
 	}
 	storetest.Await(t, "the connection is shown", shown)
 	away(t, s, server)
-	storetest.Await(t, "a beat fails", func() error { return storetest.Want(m.Place().Err != "", "not yet") })
+	storetest.Await(t, "a beat fails", func() error {
+		return storetest.Want(m.Place().Err != "", "not yet")
+	})
 	server.Start()
 	storetest.Await(t, "the connection is shown again", shown)
 	// A configuration that is put now is not one that proxies take for old.
@@ -488,10 +498,12 @@ func TestBiasFollowsALastingImbalanceOnly(t *testing.T) {
 }
 
 func TestWeightsCountInTheBias(t *testing.T) {
-	two := []lbproxy.UpstreamStats{{Addr: "0", Weight: 3, State: lbproxy.StateUp}, {Addr: "1", Weight: 1, State: lbproxy.StateUp}}
+	two := []lbproxy.UpstreamStats{{Addr: "0", Weight: 3, State: lbproxy.StateUp},
+		{Addr: "1", Weight: 1, State: lbproxy.StateUp}}
 	b := bias{}
 	for range 100 {
-		b.follow(two, func(addr string) int { return map[string]int{"0": 300, "1": 100}[addr] }, 2, 1)
+		total := func(addr string) int { return map[string]int{"0": 300, "1": 100}[addr] }
+		b.follow(two, total, 2, 1)
 	}
 	if s := b.steps(two); len(s) != 0 {
 		t.Errorf("loads by weight have made a bias: %v", s)
@@ -511,7 +523,8 @@ func BenchmarkBeat(b *testing.B) {
 				counts := make([]string, 2*changes)
 				for n := 0; pb.Next(); n++ {
 					for i := range changes {
-						counts[2*i], counts[2*i+1] = "app 10.0.0.1:"+strconv.Itoa(i), strconv.Itoa(n%2+1)
+						counts[2*i], counts[2*i+1] = "app 10.0.0.1:"+strconv.Itoa(i),
+							strconv.Itoa(n%2+1)
 					}
 					if _, err := m.call(b.Context(), 3*time.Second, "{}", counts); err != nil {
 						b.Fatal(err)

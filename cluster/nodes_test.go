@@ -15,7 +15,8 @@ import (
 // command gives a server a command that the package has no use for, and returns the answer.
 func command(t *testing.T, server *storetest.Server, words ...string) string {
 	t.Helper()
-	c, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{server.Addr}, DisableCache: true,
+	c, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{server.Addr},
+		DisableCache:      true,
 		ForceSingleClient: true, ClientSetInfo: rueidis.DisableClientSetInfo})
 	if err != nil {
 		t.Fatal(err)
@@ -104,7 +105,8 @@ func TestRedisCluster(t *testing.T) {
 	if err := s.Ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := one.Ping(t.Context()); err != nil && !strings.Contains(err.Error(), "give a second one") {
+	if err := one.Ping(t.Context()); err != nil &&
+		!strings.Contains(err.Error(), "give a second one") {
 		t.Error(err)
 	}
 	for i := range 20 { // on both

@@ -28,7 +28,8 @@ func TestAtScale(t *testing.T) {
 	server := storetest.Redis(t)
 	var all []lbproxy.Upstream
 	for range upstreams {
-		all = append(all, lbproxy.Upstream{Addr: proxytest.Upstream(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })})
+		all = append(all, lbproxy.Upstream{Addr: proxytest.Upstream(t,
+			func(c *net.TCPConn) { io.Copy(io.Discard, c) })})
 	}
 	var apps []*lbproxy.LBProxyApp
 	var addrs []string
@@ -118,7 +119,8 @@ func TestAtScale(t *testing.T) {
 		}
 	}
 	t.Logf("max/mean %.2f (median %.2f, %d samples), of the simulation 1.25; %.1f calls a second by each proxy",
-		ratio, ratios[len(ratios)/2], len(ratios), float64(calls)/time.Since(begin).Seconds()/proxies)
+		ratio, ratios[len(ratios)/2], len(ratios),
+		float64(calls)/time.Since(begin).Seconds()/proxies)
 	if ratio > 1.4 {
 		t.Error("the simulation says 1.25, in slice order 2.08")
 	}

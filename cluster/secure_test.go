@@ -17,14 +17,16 @@ import (
 func TestTLSAndACL(t *testing.T) {
 	ca := proxytest.NewAuthority()
 	dir := t.TempDir()
-	caFile, _ := proxytest.WritePEM(t, dir, "ca", tls.Certificate{Certificate: [][]byte{ca.Cert.Raw}})
+	caFile, _ := proxytest.WritePEM(t, dir, "ca",
+		tls.Certificate{Certificate: [][]byte{ca.Cert.Raw}})
 	certFile, keyFile := proxytest.WritePEM(t, dir, "server", ca.Server())
 	acl := filepath.Join(dir, "users.acl")
 	if err := os.WriteFile(acl, []byte(aclOf(t)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	addr := storetest.FreeAddr(t)
-	storetest.Redis(t, "--tls-port", addr[strings.LastIndexByte(addr, ':')+1:], "--tls-cert-file", certFile, "--tls-key-file", keyFile,
+	storetest.Redis(t, "--tls-port", addr[strings.LastIndexByte(addr, ':')+1:], "--tls-cert-file",
+		certFile, "--tls-key-file", keyFile,
 		"--tls-ca-cert-file", caFile, "--tls-auth-clients", "yes", "--aclfile", acl)
 	client := ca.Client()
 	conf := ca.ClientConfig(&client)
@@ -32,18 +34,21 @@ func TestTLSAndACL(t *testing.T) {
 
 	wrongUser, l := dial(t, url("secret-one"), &Options{TLS: conf})
 	err := wrongUser.Ping(t.Context())
-	if err == nil || !strings.Contains(err.Error(), "WRONGPASS") || strings.Contains(err.Error()+l.String(), "secret-one") {
+	if err == nil || !strings.Contains(err.Error(), "WRONGPASS") ||
+		strings.Contains(err.Error()+l.String(), "secret-one") {
 		t.Error("a wrong password:", err)
 	}
 	stranger, _ := dial(t, url("change-me"), &Options{TLS: &tls.Config{ServerName: "localhost"}})
-	if err := stranger.Ping(t.Context()); err == nil || !strings.Contains(err.Error(), "give the CA") {
+	if err := stranger.Ping(t.Context()); err == nil ||
+		!strings.Contains(err.Error(), "give the CA") {
 		t.Error("a store whose certificate is from elsewhere:", err)
 	}
 	anonymous, _ := dial(t, url("change-me"), &Options{TLS: ca.ClientConfig(nil)})
 	if err := anonymous.Ping(t.Context()); err == nil {
 		t.Error("the store wants a certificate, and there was none")
 	}
-	if _, err := Dial("redis://"+addr, &Options{TLS: conf}); err == nil || !strings.Contains(err.Error(), "use rediss://") {
+	if _, err := Dial("redis://"+addr, &Options{TLS: conf}); err == nil ||
+		!strings.Contains(err.Error(), "use rediss://") {
 		t.Error(err)
 	}
 

@@ -169,7 +169,8 @@ func TestBiasInSimulation(t *testing.T) {
 	biased := base
 	biased.biased = true
 	alone, with, herd := mean(base), mean(biased), mean(slice)
-	t.Logf("%dx%d, load %g: in slice order %.2f, rotated %.2f, rotated with bias %.2f", base.n, base.m, base.load, herd, alone, with)
+	t.Logf("%dx%d, load %g: in slice order %.2f, rotated %.2f, rotated with bias %.2f", base.n,
+		base.m, base.load, herd, alone, with)
 	if with > alone*1.06 || alone > 1.45 || *simulate == "" && herd < 1.8 {
 		t.Errorf("in slice order %.2f, rotated %.2f, with bias %.2f", herd, alone, with)
 	}
@@ -180,7 +181,8 @@ func TestBiasInSimulation(t *testing.T) {
 	biased = base
 	biased.biased = true
 	alone, with = mean(base), mean(biased)
-	t.Logf("the same, load %g, each second proxy knows half: rotated %.2f, with bias %.2f", base.load, alone, with)
+	t.Logf("the same, load %g, each second proxy knows half: rotated %.2f, with bias %.2f",
+		base.load, alone, with)
 	if with > alone*0.95 {
 		t.Errorf("where each second proxy knows half: rotated %.2f, with bias %.2f", alone, with)
 	}

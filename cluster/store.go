@@ -107,11 +107,13 @@ func Dial(storeURL string, opts *Options) (*Store, error) {
 	s.opts.Timeout = cmp.Or(s.opts.Timeout, 50*time.Millisecond)
 	switch {
 	case strings.ContainsFunc(s.name, func(r rune) bool { return !isNameRune(r) }):
-		return nil, fmt.Errorf("cluster: Options.Name %q: want letters, digits, '.', '_' and '-'", s.name)
+		return nil, fmt.Errorf("cluster: Options.Name %q: want letters, digits, '.', '_' and '-'",
+			s.name)
 	case s.opts.Timeout < 0:
 		return nil, fmt.Errorf("cluster: Options.Timeout %v is negative: use 0 for the default of 50ms", s.opts.Timeout)
 	case s.opts.Peers < 0:
-		return nil, fmt.Errorf("cluster: Options.Peers %d is negative: use 0 for the default of 1", s.opts.Peers)
+		return nil, fmt.Errorf("cluster: Options.Peers %d is negative: use 0 for the default of 1",
+			s.opts.Peers)
 	}
 	s.peers.Store(int64(max(s.opts.Peers, 1)))
 	if err := s.parse(storeURL); err != nil {
@@ -123,7 +125,8 @@ func Dial(storeURL string, opts *Options) (*Store, error) {
 	s.err = errors.New("not connected yet")
 	if err := s.connect(max(time.Second, s.opts.Timeout)); err != nil {
 		s.err = err
-		s.log().Warn("cluster: the store is away, trying again", "store", s.addr, "err", s.clean(err))
+		s.log().Warn("cluster: the store is away, trying again",
+			"store", s.addr, "err", s.clean(err))
 		s.running.Go(s.probe)
 	}
 	s.running.Go(s.limits.run)
@@ -139,13 +142,14 @@ func isNameRune(r rune) bool {
 func (s *Store) parse(text string) error {
 	const want = "want redis://user:password@host:6379, or rediss:// for TLS"
 	u, err := url.Parse(text)
-	known := err == nil && slices.Contains([]string{"redis", "rediss", "valkey", "valkeys", "unix"}, u.Scheme)
-	if !known {
+	schemes := []string{"redis", "rediss", "valkey", "valkeys", "unix"}
+	if err != nil || !slices.Contains(schemes, u.Scheme) {
 		return fmt.Errorf("cluster: the store's URL cannot be read (it is not shown for its password): %s", want)
 	}
 	s.addr = (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 	if s.redis, err = rueidis.ParseURL(text); err != nil {
-		return fmt.Errorf("cluster: the store's URL %s: %s", s.addr, s.clean(fmt.Errorf("%w: %s", err, want)))
+		return fmt.Errorf("cluster: the store's URL %s: %s", s.addr,
+			s.clean(fmt.Errorf("%w: %s", err, want)))
 	}
 	o := &s.redis
 	if s.opts.TLS != nil {
@@ -211,7 +215,8 @@ func (s *Store) lose(c *client, why error) {
 	}
 	s.mu.Unlock()
 	if lost {
-		s.log().Warn("cluster: the store is away, limits go on by their policies", "store", s.addr, "err", s.clean(why))
+		s.log().Warn("cluster: the store is away, limits follow their policies",
+			"store", s.addr, "err", s.clean(why))
 	}
 }
 
@@ -236,9 +241,13 @@ func (s *Store) probe() {
 	}
 }
 
+// A caller makes one call.
+type caller = func(context.Context, rueidis.Client) rueidis.RedisResult
+
 // do makes one call, of at most so long, and counts how it went. Any error means that the caller
 // goes on without.
-func (s *Store) do(ctx context.Context, timeout time.Duration, call func(context.Context, rueidis.Client) rueidis.RedisResult) ([]rueidis.RedisMessage, error) {
+func (s *Store) do(ctx context.Context, timeout time.Duration, call caller,
+) ([]rueidis.RedisMessage, error) {
 	c := s.client.Load()
 	if c == nil {
 		return nil, s.away()
@@ -275,14 +284,16 @@ func (s *Store) do(ctx context.Context, timeout time.Duration, call func(context
 func passing(err *rueidis.RedisError) bool {
 	code, _, _ := strings.Cut(err.Error(), " ")
 	switch code {
-	case "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MISCONF", "NOREPLICAS", "NOAUTH":
+	case "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MISCONF",
+		"NOREPLICAS", "NOAUTH":
 		return true
 	}
 	return false
 }
 
 // script is do for a script, all of whose keys are on one node.
-func (s *Store) script(ctx context.Context, timeout time.Duration, script *rueidis.Lua, keys []string, args ...string) ([]rueidis.RedisMessage, error) {
+func (s *Store) script(ctx context.Context, timeout time.Duration, script *rueidis.Lua,
+	keys []string, args ...string) ([]rueidis.RedisMessage, error) {
 	return s.do(ctx, timeout, func(ctx context.Context, c rueidis.Client) rueidis.RedisResult {
 		return script.Exec(ctx, c, keys, args)
 	})
@@ -293,9 +304,10 @@ func (s *Store) key(name string) string { return "{" + s.name + "}:" + name }
 
 // Ping makes one trip to the store. Its error says why the store cannot be used, and what to do.
 func (s *Store) Ping(ctx context.Context) error {
-	_, err := s.do(ctx, time.Second, func(ctx context.Context, c rueidis.Client) rueidis.RedisResult {
+	ping := func(ctx context.Context, c rueidis.Client) rueidis.RedisResult {
 		return c.Do(ctx, c.B().Ping().Build())
-	})
+	}
+	_, err := s.do(ctx, time.Second, ping)
 	return err
 }
 

@@ -83,7 +83,8 @@ func TestDialRefusesWrongOptions(t *testing.T) {
 		if err == nil {
 			s.Close()
 			t.Errorf("%q %+v: no error", c.url, c.opts)
-		} else if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "geheim") {
+		} else if !strings.Contains(err.Error(), c.want) ||
+			strings.Contains(err.Error(), "geheim") {
 			t.Errorf("%q: %v", c.url, err)
 		}
 	}
@@ -114,7 +115,8 @@ func TestWrongPasswordIsAClearErrorAndNowhereShown(t *testing.T) {
 	addr := strings.TrimPrefix(server.URL(), "redis://")
 	s, l := dial(t, "redis://:wrong-one@"+addr, nil)
 	err := s.Ping(t.Context())
-	if err == nil || !strings.Contains(err.Error(), "WRONGPASS") || !strings.Contains(err.Error(), "check the user") {
+	if err == nil || !strings.Contains(err.Error(), "WRONGPASS") ||
+		!strings.Contains(err.Error(), "check the user") {
 		t.Fatal(err)
 	}
 	none, _ := dial(t, "redis://"+addr, nil)
@@ -145,7 +147,8 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		"redis://" + hangsUp:                                "use rediss://",
 	} {
 		s, _ := dial(t, url, nil)
-		if err := s.Ping(t.Context()); !errors.Is(err, ErrAway) || !strings.Contains(err.Error(), want) {
+		if err := s.Ping(t.Context()); !errors.Is(err, ErrAway) ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %s", url, err, want)
 		}
 	}

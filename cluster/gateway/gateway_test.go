@@ -50,7 +50,8 @@ var testZone = &Zone{Name: "LB.test", NS: []string{"ns1.lb.test=192.0.2.53", "ns
 func proxies(n int) (all []cluster.Proxy) {
 	for i := range n {
 		all = append(all, cluster.Proxy{
-			ID: fmt.Sprintf("proxy-%d", i), Addr: fmt.Sprintf("10.0.%d.%d", i/250, i%250+1), Ports: map[string]int{"web": 9443},
+			ID: fmt.Sprintf("proxy-%d", i), Addr: fmt.Sprintf("10.0.%d.%d", i/250, i%250+1),
+			Ports: map[string]int{"web": 9443},
 		})
 	}
 	return all
@@ -58,7 +59,8 @@ func proxies(n int) (all []cluster.Proxy) {
 
 func TestWrongZonesAreRefused(t *testing.T) {
 	for _, z := range []Zone{
-		{}, {Name: "."}, {Name: "a b", NS: []string{"n"}}, {Name: "a.test"}, {Name: "a.test", NS: []string{""}},
+		{}, {Name: "."}, {Name: "a b", NS: []string{"n"}}, {Name: "a.test"},
+		{Name: "a.test", NS: []string{""}},
 		{Name: "a.test", NS: []string{"n=x"}}, {Name: "a.test", NS: []string{"n;$INCLUDE"}},
 		{Name: "a.test", NS: []string{"n"}, TTL: 25 * time.Hour},
 		{Name: "*.test", NS: []string{"n"}}, {Name: "a.test/b", NS: []string{"n"}},
@@ -86,22 +88,27 @@ func TestWhoIsNamed(t *testing.T) {
 	all[3].Addr, all[3].Ports = "2001:db8::1", map[string]int{"web": 1, "not a label": 2}
 	text := testZone.Text(cluster.Tally{Proxies: all}, 7)
 	for _, want := range []string{
-		"lb.test.\t1\tIN\tSOA\tns1.lb.test. hostmaster.lb.test. 7 60 5 86400 1", "lb.test.\t1\tIN\tNS\tns.elsewhere.test.",
-		"ns1.lb.test.\t1\tIN\tA\t192.0.2.53", "\nlb.test.\t1\tIN\tA\t10.0.0.3\n", "\nlb.test.\t1\tIN\tAAAA\t2001:db8::1\n",
-		"_web._tcp.lb.test.\t1\tIN\tSRV\t0 101 9443 proxy-2.lb.test.", "SRV\t0 1001 1 proxy-3.lb.test.", "proxy-0.lb.test.\t1\tIN\tA\t10.0.0.1",
+		"lb.test.\t1\tIN\tSOA\tns1.lb.test. hostmaster.lb.test. 7 60 5 86400 1",
+		"lb.test.\t1\tIN\tNS\tns.elsewhere.test.",
+		"ns1.lb.test.\t1\tIN\tA\t192.0.2.53", "\nlb.test.\t1\tIN\tA\t10.0.0.3\n",
+		"\nlb.test.\t1\tIN\tAAAA\t2001:db8::1\n",
+		"_web._tcp.lb.test.\t1\tIN\tSRV\t0 101 9443 proxy-2.lb.test.",
+		"SRV\t0 1001 1 proxy-3.lb.test.", "proxy-0.lb.test.\t1\tIN\tA\t10.0.0.1",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("not in the zone: %s", want)
 		}
 	}
-	for _, no := range []string{"\nlb.test.\t1\tIN\tA\t10.0.0.1\n", "\nlb.test.\t1\tIN\tA\t10.0.0.2\n", "proxy-0.lb.test.\n", "label"} {
+	for _, no := range []string{"\nlb.test.\t1\tIN\tA\t10.0.0.1\n",
+		"\nlb.test.\t1\tIN\tA\t10.0.0.2\n", "proxy-0.lb.test.\n", "label"} {
 		if strings.Contains(text, no) {
 			t.Errorf("in the zone: %q", no)
 		}
 	}
 	// Better one that drains or is full than none.
 	text = testZone.Text(cluster.Tally{Proxies: all[:2]}, 7)
-	if !strings.Contains(text, "\nlb.test.\t1\tIN\tA\t10.0.0.1\n") || !strings.Contains(text, "\nlb.test.\t1\tIN\tA\t10.0.0.2\n") {
+	if !strings.Contains(text, "\nlb.test.\t1\tIN\tA\t10.0.0.1\n") ||
+		!strings.Contains(text, "\nlb.test.\t1\tIN\tA\t10.0.0.2\n") {
 		t.Error(text)
 	}
 	if t.Failed() {
@@ -110,12 +117,15 @@ func TestWhoIsNamed(t *testing.T) {
 }
 
 func TestProxyKnownByName(t *testing.T) {
-	text := testZone.Text(cluster.Tally{Proxies: []cluster.Proxy{{ID: "a", Addr: "Host.example.com", Ports: map[string]int{"web": 1}}}}, 7)
-	if !strings.Contains(text, "SRV\t0 1001 1 host.example.com.") || strings.Contains(text, "a.lb.test") {
+	text := testZone.Text(cluster.Tally{Proxies: []cluster.Proxy{{ID: "a", Addr: "Host.example.com",
+		Ports: map[string]int{"web": 1}}}}, 7)
+	if !strings.Contains(text, "SRV\t0 1001 1 host.example.com.") ||
+		strings.Contains(text, "a.lb.test") {
 		t.Error(text)
 	}
 	// What is no name names nobody.
-	text = testZone.Text(cluster.Tally{Proxies: []cluster.Proxy{{ID: "a", Addr: "x\n$INCLUDE y", Ports: map[string]int{"web": 1}}}}, 7)
+	text = testZone.Text(cluster.Tally{Proxies: []cluster.Proxy{{ID: "a", Addr: "x\n$INCLUDE y",
+		Ports: map[string]int{"web": 1}}}}, 7)
 	if strings.Contains(text, "INCLUDE") || strings.Contains(text, "SRV") {
 		t.Error(text)
 	}
@@ -148,7 +158,8 @@ func serveUntil(t *testing.T, src Source) (s *Server, stop func()) {
 	return s, stop
 }
 
-func ask(t *testing.T, s *Server, network string, bufsize uint16, name string, kind uint16) *dns.Msg {
+func ask(t *testing.T, s *Server, network string, bufsize uint16, name string,
+	kind uint16) *dns.Msg {
 	t.Helper()
 	m := new(dns.Msg).SetQuestion(name, kind)
 	if bufsize > 0 {
@@ -202,13 +213,15 @@ func TestServer(t *testing.T) {
 		r.Compress = true // as it came
 		few := len(r.Answer) < c.n || c.n < 20 && len(r.Answer) != c.n || len(r.Answer) > most
 		if r.Rcode != c.rcode || few || r.Truncated || r.Len() > 4096 {
-			t.Errorf("%s %d %s %s: %s, %d answers, %d bytes, truncated %v; want %s, %d", c.network, c.bufsize, c.name,
-				dns.TypeToString[c.kind], dns.RcodeToString[r.Rcode], len(r.Answer), r.Len(), r.Truncated, dns.RcodeToString[c.rcode], c.n)
+			t.Errorf("%s %d %s %s: %s, %d answers, %d bytes, truncated %v; want %s, %d", c.network,
+				c.bufsize, c.name,
+				dns.TypeToString[c.kind], dns.RcodeToString[r.Rcode], len(r.Answer), r.Len(),
+				r.Truncated, dns.RcodeToString[c.rcode], c.n)
 		}
 		if c.answering != "" && !strings.Contains(r.Answer[0].String(), c.answering) {
 			t.Errorf("%s: %v", c.name, r.Answer)
 		}
-		if c.network == "udp" && r.Len() > max(int(c.bufsize), 512) || r.Len() > safeSize && c.network == "udp" {
+		if c.network == "udp" && r.Len() > min(max(int(c.bufsize), 512), safeSize) {
 			t.Errorf("%s: %d bytes", c.name, r.Len())
 		}
 		if len(r.Answer) == 0 && r.Rcode != dns.RcodeRefused && len(r.Ns) != 1 {
@@ -241,14 +254,16 @@ func TestServerGoesOnWithoutTheStore(t *testing.T) {
 	src := new(source)
 	src.set(nil, proxies(1)...)
 	s := serve(t, src)
-	storetest.Await(t, "it knows of the proxy", func() error { return storetest.Want(s.now.Load() != nil, "not yet") })
+	storetest.Await(t, "it knows of the proxy",
+		func() error { return storetest.Want(s.now.Load() != nil, "not yet") })
 	src.set(errors.New("away"))
 	asked := s.now.Load()
 	select { // two polls
 	case <-time.After(2*pollEvery + 100*time.Millisecond):
 	case <-t.Context().Done():
 	}
-	if r := ask(t, s, "udp", 0, "lb.test.", dns.TypeA); len(r.Answer) != 1 || s.now.Load() != asked {
+	if r := ask(t, s, "udp", 0, "lb.test.", dns.TypeA); len(r.Answer) != 1 ||
+		s.now.Load() != asked {
 		t.Error(r)
 	}
 }
@@ -283,7 +298,8 @@ func TestAnswersToOneNetworkAreBounded(t *testing.T) {
 	src := new(source)
 	src.set(nil, proxies(64)...)
 	s := serve(t, src)
-	storetest.Await(t, "it knows of proxies", func() error { return storetest.Want(s.now.Load() != nil, "not yet") })
+	storetest.Await(t, "it knows of proxies",
+		func() error { return storetest.Want(s.now.Load() != nil, "not yet") })
 	c, err := net.Dial("udp", s.Addr())
 	if err != nil {
 		t.Fatal(err)
@@ -333,7 +349,8 @@ func TestFileIsWrittenWhenNamesChange(t *testing.T) {
 		t.Error(one)
 	}
 	src.set(nil, proxies(1)...)
-	if two := proxytest.Receive(t, "the second, although the first time it was not read", read); strings.Contains(two, "10.0.0.2") || serial(two) <= serial(one) {
+	two := proxytest.Receive(t, "the second, although the first time it was not read", read)
+	if strings.Contains(two, "10.0.0.2") || serial(two) <= serial(one) {
 		t.Error(two)
 	}
 	src.set(errors.New("away"))

@@ -93,8 +93,10 @@ stub-zone:
 func dnsmasq(t *testing.T, to string) string {
 	addr := storetest.FreeAddr(t)
 	_, port, _ := net.SplitHostPort(addr)
-	daemon(t, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file=", "--user=",
-		"--listen-address=127.0.0.1", "--bind-interfaces", "--port="+port, "--server=/lb.test/"+strings.Replace(to, ":", "#", 1))
+	daemon(t, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv",
+		"--no-hosts", "--pid-file=", "--user=",
+		"--listen-address=127.0.0.1", "--bind-interfaces", "--port="+port,
+		"--server=/lb.test/"+strings.Replace(to, ":", "#", 1))
 	return addr
 }
 
@@ -126,7 +128,8 @@ zone:
 `, strings.Replace(addr, ":", "@", 1), dir, dir, file))
 	daemon(t, "knotd", "-c", conf)
 	reload = func(ctx context.Context) error {
-		out, err := exec.CommandContext(ctx, knotc, "-b", "-s", dir+"/knot.sock", "zone-reload", "lb.test").CombinedOutput()
+		out, err := exec.CommandContext(ctx, knotc, "-b", "-s", dir+"/knot.sock", "zone-reload",
+			"lb.test").CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("knotc: %w: %s", err, out)
 		}
@@ -153,14 +156,16 @@ func TestKilledProxyIsNamedNoMore(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m, err := s.Join(cluster.Self{ID: id, Addr: addr, Ports: func() map[string]int { return map[string]int{"web": 1} }})
+		m, err := s.Join(cluster.Self{ID: id, Addr: addr,
+			Ports: func() map[string]int { return map[string]int{"web": 1} }})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return m, s, wire
 	}
 	var drains, dies func()
-	for id, ip := range map[string]string{"stays": "10.0.0.1", "drains": "10.0.0.2", "dies": "10.0.0.3"} {
+	for id, ip := range map[string]string{"stays": "10.0.0.1", "drains": "10.0.0.2",
+		"dies": "10.0.0.3"} {
 		m, s, wire := join(id, ip)
 		defer s.Close()
 		defer m.Leave()
@@ -253,9 +258,10 @@ func TestGoResolver(t *testing.T) {
 	src := new(source)
 	src.set(nil, proxies(3)...)
 	s := serve(t, src)
-	r := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+	toServer := func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, network, s.Addr())
-	}}
+	}
+	r := net.Resolver{PreferGo: true, Dial: toServer}
 	storetest.Await(t, "SRV records are found", func() error {
 		_, srvs, err := r.LookupSRV(t.Context(), "web", "tcp", "lb.test")
 		if err == nil && (len(srvs) != 3 || srvs[0].Port != 9443) {
@@ -267,7 +273,8 @@ func TestGoResolver(t *testing.T) {
 	if err != nil || len(ips) != 1 || ips[0] != "10.0.0.2" {
 		t.Error(ips, err)
 	}
-	if _, err := r.LookupHost(t.Context(), "nobody.lb.test"); err == nil || !err.(*net.DNSError).IsNotFound {
+	if _, err := r.LookupHost(t.Context(), "nobody.lb.test"); err == nil ||
+		!err.(*net.DNSError).IsNotFound {
 		t.Error(err)
 	}
 }

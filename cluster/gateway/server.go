@@ -69,8 +69,9 @@ func (s *Server) Serve(ctx context.Context) error {
 	defer cancel()
 	servers := []*dns.Server{
 		{PacketConn: s.udp, Handler: dns.HandlerFunc(s.serveUDP), UDPSize: safeSize},
-		{Listener: s.tcp, Handler: dns.HandlerFunc(s.serveTCP), ReadTimeout: 2 * time.Second, WriteTimeout: 2 * time.Second,
-			IdleTimeout: func() time.Duration { return 5 * time.Second }, MaxTCPQueries: 128},
+		{Listener: s.tcp, Handler: dns.HandlerFunc(s.serveTCP), ReadTimeout: 2 * time.Second,
+			WriteTimeout: 2 * time.Second, MaxTCPQueries: 128,
+			IdleTimeout: func() time.Duration { return 5 * time.Second }},
 	}
 	errs := make(chan error, len(servers))
 	var running sync.WaitGroup

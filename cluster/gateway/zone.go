@@ -103,7 +103,8 @@ type set struct {
 
 // set returns the records for t.
 func (z *Zone) set(t cluster.Tally, serial uint32) *set {
-	s := &set{zone: z, origin: dns.CanonicalName(z.Name), records: map[string]map[uint16][]dns.RR{}, seen: map[string]bool{}}
+	s := &set{zone: z, origin: dns.CanonicalName(z.Name), records: map[string]map[uint16][]dns.RR{},
+		seen: map[string]bool{}}
 	first := ""
 	for _, ns := range z.NS {
 		name, addr, _ := strings.Cut(ns, "=")
@@ -138,7 +139,8 @@ func (z *Zone) set(t cluster.Tally, serial uint32) *set {
 		}
 		for app, port := range p.Ports {
 			if name := "_" + app + "._tcp." + s.origin; label("_"+app) && app != "" && port > 0 {
-				s.add(&dns.SRV{Hdr: z.header(strings.ToLower(name), dns.TypeSRV), Port: uint16(port), Target: target, Weight: weight(p)})
+				s.add(&dns.SRV{Hdr: z.header(strings.ToLower(name), dns.TypeSRV),
+					Port: uint16(port), Target: target, Weight: weight(p)})
 			}
 		}
 	}
@@ -148,7 +150,8 @@ func (z *Zone) set(t cluster.Tally, serial uint32) *set {
 // label reports whether l can be in a name: an app's id may be none.
 func label(l string) bool {
 	return l != "" && len(l) < 64 && !strings.ContainsFunc(l, func(r rune) bool {
-		return r != '-' && r != '_' && (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
+		return r != '-' && r != '_' && (r < '0' || r > '9') && (r < 'a' || r > 'z') &&
+			(r < 'A' || r > 'Z')
 	})
 }
 
@@ -212,7 +215,8 @@ func (s *set) text() string {
 		return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) // the SOA record has to be the first
 	}) {
 		kinds := s.records[name]
-		for _, kind := range []uint16{dns.TypeSOA, dns.TypeNS, dns.TypeA, dns.TypeAAAA, dns.TypeSRV} {
+		for _, kind := range []uint16{dns.TypeSOA, dns.TypeNS, dns.TypeA, dns.TypeAAAA,
+			dns.TypeSRV} {
 			if len(kinds[kind]) == 0 {
 				continue
 			}

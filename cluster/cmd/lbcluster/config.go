@@ -69,7 +69,8 @@ func (c *command) get(ctx context.Context, s *cluster.Store) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(c.stderr, "version %d, put by %s at %s\n", conf.Version, conf.By, conf.At.Format("2006-01-02 15:04:05"))
+	fmt.Fprintf(c.stderr, "version %d, put by %s at %s\n", conf.Version, conf.By,
+		conf.At.Format("2006-01-02 15:04:05"))
 	_, err = c.stdout.Write(conf.Text)
 	return err
 }

@@ -51,7 +51,8 @@ func (c *command) list(ctx context.Context, s *cluster.Store, asJSON bool) error
 			first, _, _ := strings.Cut(p.Problem, "\n")
 			config += " (" + printable(first) + ")"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%v ago\n", p.ID, printable(addresses(p)), state, open, config, p.Age.Round(10*time.Millisecond))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%v ago\n", p.ID, printable(addresses(p)), state, open,
+			config, p.Age.Round(10*time.Millisecond))
 	}
 	if len(t.Upstreams) > 0 {
 		fmt.Fprintln(w, "\nAPP\tUPSTREAM\tOPEN\tBY PROXY")
@@ -61,7 +62,8 @@ func (c *command) list(ctx context.Context, s *cluster.Store, asJSON bool) error
 		for _, id := range slices.Sorted(maps.Keys(u.By)) {
 			by = append(by, fmt.Sprintf("%s %d", id, u.By[id]))
 		}
-		fmt.Fprintf(w, "%s\t%s\t%d\t%s\n", printable(u.App), printable(u.Addr), u.Open, strings.Join(by, ", "))
+		fmt.Fprintf(w, "%s\t%s\t%d\t%s\n", printable(u.App), printable(u.Addr), u.Open,
+			strings.Join(by, ", "))
 	}
 	return w.Flush()
 }

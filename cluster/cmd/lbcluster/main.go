@@ -75,7 +75,8 @@ func main() {
 type errCut struct{ error }
 
 // run is main, with everything it touches as an argument. It returns the exit code.
-func run(args []string, getenv func(string) string, signals <-chan os.Signal, stdout, stderr io.Writer) int {
+func run(args []string, getenv func(string) string, signals <-chan os.Signal,
+	stdout, stderr io.Writer) int {
 	c := &command{getenv: getenv, signals: signals, stdout: stdout, stderr: stderr}
 	err := c.run(args)
 	var cut errCut
@@ -124,7 +125,9 @@ func (c *command) run(args []string) error {
 		flags.StringVar(&p.dir, "dir", "", "")
 		flags.BoolVar(&p.unchecked, "unchecked", false, "")
 		want = "CONFIG.json"
-		do = func(ctx context.Context, s *cluster.Store) error { return p.put(ctx, s, flags.Arg(0)) }
+		do = func(ctx context.Context, s *cluster.Store) error {
+			return p.put(ctx, s, flags.Arg(0))
+		}
 	case "get":
 		do = c.get
 	case "run":
@@ -202,12 +205,14 @@ func (c *command) dial(brief bool) (*cluster.Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return cluster.Dial(text, &cluster.Options{Name: c.cluster, Timeout: c.timeout, TLS: conf, Logger: log})
+	return cluster.Dial(text,
+		&cluster.Options{Name: c.cluster, Timeout: c.timeout, TLS: conf, Logger: log})
 }
 
 // tls is what the environment says of TLS to the store; nil if it says nothing.
 func (c *command) tls() (*tls.Config, error) {
-	ca, cert, key := c.getenv("LBPROXY_STORE_CA"), c.getenv("LBPROXY_STORE_CERT"), c.getenv("LBPROXY_STORE_KEY")
+	ca, cert, key := c.getenv("LBPROXY_STORE_CA"), c.getenv("LBPROXY_STORE_CERT"),
+		c.getenv("LBPROXY_STORE_KEY")
 	if ca+cert+key == "" {
 		return nil, nil
 	}

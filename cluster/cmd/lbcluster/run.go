@@ -74,14 +74,16 @@ func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
 	if r.log, err = r.logger(); err != nil {
 		return err
 	}
-	if ip, err := netip.ParseAddr(r.host); r.advertise == "" && (err != nil || !ip.IsUnspecified()) {
+	if ip, err := netip.ParseAddr(r.host); r.advertise == "" &&
+		(err != nil || !ip.IsUnspecified()) {
 		r.advertise = r.host
 	}
 	r.sharing = 1
 	if t, err := s.Live(ctx); err == nil {
 		r.sharing += len(t.Proxies)
 	}
-	watch, err := s.Watch(ctx, cluster.Watcher{File: filepath.Join(r.dir, "config.last-good.json"), Apply: r.apply})
+	file := filepath.Join(r.dir, "config.last-good.json")
+	watch, err := s.Watch(ctx, cluster.Watcher{File: file, Apply: r.apply})
 	if err != nil {
 		return err
 	}
@@ -200,7 +202,8 @@ func adapt(conf *mtlsserver.Config, host string, n int) {
 // limit is for mtlsserver.Options.NewLimit.
 func (r *runner) limit(user, app string, l mtlsserver.Limit) lbproxy.RateLimitManager {
 	return r.store.Limit(strconv.Quote(user)+" "+strconv.Quote(app), cluster.Limit{
-		Burst: l.Burst, Every: l.Every, Open: l.Open, BytesPerSecond: l.BytesPerSecond, Exact: r.exact, Outage: r.policy,
+		Burst: l.Burst, Every: l.Every, Open: l.Open, BytesPerSecond: l.BytesPerSecond,
+		Exact: r.exact, Outage: r.policy,
 	})
 }
 

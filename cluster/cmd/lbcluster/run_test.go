@@ -59,7 +59,8 @@ var listens = regexp.MustCompile(`app "web" listens on (\S+)`)
 // startProxy runs the command run, and returns where the app listens.
 func startProxy(t *testing.T, env map[string]string, p pki, args ...string) (*process, string) {
 	t.Helper()
-	proc := begin(t, env, append([]string{"run", "-dir", p.dir, "-host", "127.0.0.1", "-timeout", "20s"}, args...)...)
+	all := append([]string{"run", "-dir", p.dir, "-host", "127.0.0.1", "-timeout", "20s"}, args...)
+	proc := begin(t, env, all...)
 	var addr string
 	storetest.Await(t, "the proxy listens", func() error {
 		select {
@@ -154,7 +155,8 @@ func TestRun(t *testing.T) {
 	red, blue := named(t, "red"), named(t, "blue")
 
 	code, _, stderr := lbcluster(t, env, "run", "-dir", p.dir)
-	if code != 2 || !strings.Contains(stderr, "no configuration") || !strings.Contains(stderr, "config.last-good.json") {
+	if code != 2 || !strings.Contains(stderr, "no configuration") ||
+		!strings.Contains(stderr, "config.last-good.json") {
 		t.Error("with nothing to run by:", code, stderr)
 	}
 
@@ -245,10 +247,12 @@ func TestRun(t *testing.T) {
 
 func TestAdapt(t *testing.T) {
 	for n, want := range map[int]int{1: 100, 3: 33, 1000: 1} {
-		c := &mtlsserver.Config{Apps: []mtlsserver.App{{Listen: "[::]:9443", Upstreams: []mtlsserver.Upstream{{MaxConns: 100}, {}}}}}
+		c := &mtlsserver.Config{Apps: []mtlsserver.App{{Listen: "[::]:9443",
+			Upstreams: []mtlsserver.Upstream{{MaxConns: 100}, {}}}}}
 		adapt(c, "10.0.0.5", n)
 		app := c.Apps[0]
-		if app.Listen != "10.0.0.5:9443" || app.Upstreams[0].MaxConns != want || app.Upstreams[1].MaxConns != 0 {
+		if app.Listen != "10.0.0.5:9443" || app.Upstreams[0].MaxConns != want ||
+			app.Upstreams[1].MaxConns != 0 {
 			t.Errorf("one of %d proxies: %+v", n, app)
 		}
 	}

@@ -157,7 +157,8 @@ func (s *story) kill() error {
 	if err != nil {
 		return fmt.Errorf("claim: bob comes back by the other proxy: %w", err)
 	}
-	s.say("  After %.1f s the gateway names only the other one, and bob comes back by that.", time.Since(began).Seconds())
+	s.say("  After %.1f s the gateway names only the other one, and bob comes back by that.",
+		time.Since(began).Seconds())
 	if p, err = startProxy(s.ctx, p.id, s.storeURL, s.log, s.sabotage); err != nil {
 		return err
 	}
@@ -167,7 +168,8 @@ func (s *story) kill() error {
 			s.proxies[i] = p
 		}
 	}
-	return s.await("a proxy that is started again is named again", func() string { return differ(s.named(), "east west") })
+	return s.await("a proxy that is started again is named again",
+		func() string { return differ(s.named(), "east west") })
 }
 
 // config: both proxies follow the store.
@@ -179,7 +181,8 @@ func (s *story) config() error {
 	err := s.await("both proxies follow the configuration in the store", func() string {
 		for _, p := range s.proxies {
 			if name, err := p.visit("carol"); err != nil || name != "blue" {
-				return fmt.Sprintf("%s sends carol to %s", p.id, cmp.Or(name, fmt.Sprint("nobody: ", err)))
+				return fmt.Sprintf("%s sends carol to %s", p.id,
+					cmp.Or(name, fmt.Sprint("nobody: ", err)))
 			}
 		}
 		return ""
@@ -238,7 +241,8 @@ func (s *story) openGateway() error {
 	if s.sabotage == "kill" { // it never hears of a death
 		source = &frozen{source: s.store}
 	}
-	d, err := gateway.Listen("127.0.0.1:0", &gateway.Zone{Name: "lb.test", NS: []string{"ns.lb.test=127.0.0.1"}}, source, s.log)
+	zone := &gateway.Zone{Name: "lb.test", NS: []string{"ns.lb.test=127.0.0.1"}}
+	d, err := gateway.Listen("127.0.0.1:0", zone, source, s.log)
 	if err != nil {
 		return err
 	}
@@ -246,9 +250,10 @@ func (s *story) openGateway() error {
 	var serving sync.WaitGroup
 	serving.Go(func() { d.Serve(ctx) })
 	s.later(func() { cancel(); serving.Wait() })
-	r := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+	toGateway := func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, network, d.Addr())
-	}}
+	}
+	r := net.Resolver{PreferGo: true, Dial: toGateway}
 	s.lookup = func(ctx context.Context) ([]*net.SRV, error) {
 		_, srvs, err := r.LookupSRV(ctx, "demo", "tcp", "lb.test")
 		return srvs, err

@@ -15,7 +15,8 @@ func TestMain(m *testing.M) {
 
 func TestDemo(t *testing.T) {
 	for part, claim := range map[string]string{
-		"": "", "limit": "one limit holds across both proxies", "kill": "the gateway names the dead proxy no more",
+		"": "", "limit": "one limit holds across both proxies",
+		"kill":   "the gateway names the dead proxy no more",
 		"config": "both proxies follow the configuration in the store",
 	} {
 		t.Run("break="+part, func(t *testing.T) {
@@ -30,7 +31,8 @@ func TestDemo(t *testing.T) {
 			}
 		})
 	}
-	if code := run(t.Context(), []string{"-break", "x"}, new(strings.Builder), new(strings.Builder)); code != 2 {
+	if code := run(t.Context(), []string{"-break", "x"}, new(strings.Builder),
+		new(strings.Builder)); code != 2 {
 		t.Error("a part that is none: exit", code)
 	}
 }

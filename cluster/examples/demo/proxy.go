@@ -28,7 +28,8 @@ type proxy struct {
 	once     sync.Once
 }
 
-func startProxy(ctx context.Context, id, storeURL string, log *slog.Logger, sabotage string) (*proxy, error) {
+func startProxy(ctx context.Context, id, storeURL string, log *slog.Logger,
+	sabotage string) (*proxy, error) {
 	p := &proxy{id: id}
 	var err error
 	if p.listener, err = lbproxy.Listen("127.0.0.1:0"); err != nil {

@@ -35,7 +35,8 @@ func Need(t testing.TB, program string) string {
 	}
 	if err != nil {
 		if os.Getenv("LBPROXY_INTEROP") == "all" {
-			t.Fatalf("%s is not installed, and LBPROXY_INTEROP=all wants it: apt-get install it", program)
+			t.Fatalf("%s is not installed, and LBPROXY_INTEROP=all wants it: apt-get install it",
+				program)
 		}
 		t.Skipf("%s is not installed", program)
 	}
@@ -55,7 +56,8 @@ func Redis(t testing.TB, args ...string) *Server {
 	t.Helper()
 	Need(t, "redis-server")
 	s := &Server{Addr: FreeAddr(t), t: t}
-	s.args = append([]string{"--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", t.TempDir(),
+	s.args = append([]string{"--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir",
+		t.TempDir(),
 		"--port", s.Addr[strings.LastIndexByte(s.Addr, ':')+1:], "--loglevel", "warning"}, args...)
 	t.Cleanup(s.Kill)
 	s.Start()
@@ -67,7 +69,8 @@ func Sentinel(t testing.TB, conf string) *Server {
 	t.Helper()
 	Need(t, "redis-server")
 	s := &Server{Addr: FreeAddr(t), t: t}
-	conf += fmt.Sprintf("bind 127.0.0.1\nport %s\ndir %s\n", s.Addr[strings.LastIndexByte(s.Addr, ':')+1:], t.TempDir())
+	conf += fmt.Sprintf("bind 127.0.0.1\nport %s\ndir %s\n",
+		s.Addr[strings.LastIndexByte(s.Addr, ':')+1:], t.TempDir())
 	s.args = []string{WriteFile(t, "sentinel.conf", conf), "--sentinel"}
 	t.Cleanup(s.Kill)
 	s.Start()
