@@ -28,7 +28,8 @@ type Config struct {
 }
 
 // ErrConflict is returned by [Store.Put] if somebody else has put a configuration meanwhile.
-var ErrConflict = errors.New("cluster: somebody else has put a configuration meanwhile: read that, and make yours from it")
+var ErrConflict = errors.New("cluster: somebody else has put a configuration meanwhile: " +
+	"read that, and make yours from it")
 
 // patience is how long calls may take that nobody's connection waits for.
 func (s *Store) patience() time.Duration { return max(2*time.Second, s.opts.Timeout) }
@@ -68,7 +69,8 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 	ctx, cancel := context.WithTimeout(ctx, s.patience())
 	defer cancel()
 	var lonely bool
-	err = c.Dedicated(func(d rueidis.DedicatedClient) error { // WAIT is about what its own connection has written
+	// WAIT is about what its own connection has written.
+	err = c.Dedicated(func(d rueidis.DedicatedClient) error {
 		put := d.B().Eval().Script(putText).Numkeys(1).Key(s.key("config")).
 			Arg(strconv.FormatInt(from, 10), string(text), by).Build()
 		answer, err := d.Do(ctx, put).AsIntSlice()
@@ -96,7 +98,8 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 	case err != nil:
 		return version, s.wrap(err)
 	case lonely:
-		return version, fmt.Errorf("cluster: store %s: version %d is in force, but no replica has it: if the store fails now it is lost", s.addr, version)
+		return version, fmt.Errorf("cluster: store %s: version %d is in force, "+
+			"but no replica has it: if the store fails now it is lost", s.addr, version)
 	}
 	return version, nil
 }
@@ -306,7 +309,8 @@ func (w *Watcher) read() (c Config, err error) {
 			return c, nil
 		}
 	}
-	return Config{}, fmt.Errorf("%s: it is not the file that %[1]s.version is about: somebody has changed it", w.File)
+	return Config{}, fmt.Errorf("%s: it is not the file that %[1]s.version is about: "+
+		"somebody has changed it", w.File)
 }
 
 // replace writes a file so that a crash leaves the old one or the new one.

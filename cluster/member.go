@@ -100,9 +100,11 @@ func (s *Store) Join(self Self) (*Member, error) {
 	switch {
 	case len(self.ID) > 63 || strings.Trim(self.ID, idRunes) != "" ||
 		strings.Trim(self.ID, "-") != self.ID:
-		return nil, fmt.Errorf("cluster: Self.ID %q: want at most 63 lower-case letters, digits and '-', which does not come first or last", self.ID)
+		return nil, fmt.Errorf("cluster: Self.ID %q: want at most 63 lower-case letters, "+
+			"digits and '-', which does not come first or last", self.ID)
 	case self.Addr != "" && !isHost(self.Addr):
-		return nil, fmt.Errorf("cluster: Self.Addr %q: want an IP address or a name, without a port", self.Addr)
+		return nil, fmt.Errorf("cluster: Self.Addr %q: want an IP address or a name, "+
+			"without a port", self.Addr)
 	case self.Interval < 0:
 		return nil, fmt.Errorf("cluster: Self.Interval %v is negative: use 0 for a second",
 			self.Interval)

@@ -110,7 +110,8 @@ func Dial(storeURL string, opts *Options) (*Store, error) {
 		return nil, fmt.Errorf("cluster: Options.Name %q: want letters, digits, '.', '_' and '-'",
 			s.name)
 	case s.opts.Timeout < 0:
-		return nil, fmt.Errorf("cluster: Options.Timeout %v is negative: use 0 for the default of 50ms", s.opts.Timeout)
+		return nil, fmt.Errorf("cluster: Options.Timeout %v is negative: "+
+			"use 0 for the default of 50ms", s.opts.Timeout)
 	case s.opts.Peers < 0:
 		return nil, fmt.Errorf("cluster: Options.Peers %d is negative: use 0 for the default of 1",
 			s.opts.Peers)
@@ -144,7 +145,8 @@ func (s *Store) parse(text string) error {
 	u, err := url.Parse(text)
 	schemes := []string{"redis", "rediss", "valkey", "valkeys", "unix"}
 	if err != nil || !slices.Contains(schemes, u.Scheme) {
-		return fmt.Errorf("cluster: the store's URL cannot be read (it is not shown for its password): %s", want)
+		return errors.New("cluster: the store's URL cannot be read " +
+			"(it is not shown for its password): " + want)
 	}
 	s.addr = (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 	if s.redis, err = rueidis.ParseURL(text); err != nil {
@@ -154,22 +156,29 @@ func (s *Store) parse(text string) error {
 	o := &s.redis
 	if s.opts.TLS != nil {
 		if o.TLSConfig == nil {
-			return fmt.Errorf("cluster: the store's URL %s: it is not for TLS, but Options.TLS is set: use rediss://", s.addr)
+			return fmt.Errorf("cluster: the store's URL %s: "+
+				"it is not for TLS, but Options.TLS is set: use rediss://", s.addr)
 		}
 		name := o.TLSConfig.ServerName
 		o.TLSConfig = s.opts.TLS.Clone()
 		o.TLSConfig.ServerName = cmp.Or(o.TLSConfig.ServerName, name)
 	}
 	o.ClientName = cmp.Or(o.ClientName, "lbproxy")
-	o.ClientSetInfo = rueidis.DisableClientSetInfo // Redis 7.0 does not know it, nor do its ACLs
-	o.DisableCache = true                          // nothing is read twice
-	o.DisableRetry = true                          // who waits is a client that wants to be served: the policy answers
-	o.AlwaysPipelining = true                      // or a call that is given up would take the connection with it
-	o.PipelineMultiplex = -1                       // one connection: it is up or it is not, and calls stay in order
+	// Redis 7.0 and its ACLs do not know CLIENT SETINFO.
+	o.ClientSetInfo = rueidis.DisableClientSetInfo
+	// Nothing is read twice.
+	o.DisableCache = true
+	// A client waits to be served, so the policy answers it.
+	o.DisableRetry = true
+	// Otherwise a call that is given up would take the connection with it.
+	o.AlwaysPipelining = true
+	// There is one connection: it is up or it is not, and calls stay in order.
+	o.PipelineMultiplex = -1
 	o.ForceSingleClient = o.Sentinel.MasterSet == "" && len(o.InitAddress) == 1
 	o.Sentinel.TopologyRefreshInterval = 5 * time.Second
 	o.Dialer.KeepAlive = time.Second
-	o.ConnWriteTimeout = 2 * time.Second // a silent connection is given up then, if nobody has called meanwhile
+	// A silent connection is given up then, if nobody has called meanwhile.
+	o.ConnWriteTimeout = 2 * time.Second
 	return nil
 }
 

@@ -1,5 +1,5 @@
-// Command lbcluster runs several mtlsservers as one: it puts a configuration into the store that they share, runs
-// them by it, shows them, and names them in DNS.
+// Command lbcluster runs several mtlsservers as one: it puts a configuration into the store that
+// they share, runs them by it, shows them, and names them in DNS.
 //
 //	lbcluster put [-from N] [-dir DIR | -unchecked] CONFIG.json
 //	lbcluster get
@@ -30,28 +30,34 @@ import (
 	"github.com/danielepagano/lbproxy/cluster"
 )
 
-const usage = `lbcluster runs several mtlsservers as one, by what they share in a Redis or Valkey server.
+const usage = `lbcluster runs several mtlsservers as one. They share a Redis or Valkey server.
 
   lbcluster put [-from N] [-dir DIR | -unchecked] CONFIG.json
-        check a configuration, as for a proxy whose files are in DIR (default: where CONFIG.json is), and put it in
-        force; with -from only if version N still is
+        check a configuration, as for a proxy whose files are in DIR (default: the
+        folder of CONFIG.json), and put it in force; with -from only if version N
+        still is
   lbcluster get
         print the configuration in force
-  lbcluster run -dir DIR [-host ADDR] [-advertise ADDR] [-id NAME] [-capacity N] [-outage share|open|closed]
-                [-exact] [-timeout 50ms] [-lame 3s] [-log json|text] [-v]
-        serve by it; certificates and keys are in DIR, where the last good configuration is kept, too
+  lbcluster run -dir DIR [-host ADDR] [-advertise ADDR] [-id NAME] [-capacity N]
+                [-outage share|open|closed] [-exact] [-timeout 50ms] [-lame 3s]
+                [-log json|text] [-v]
+        serve by it; DIR has the certificates and keys, and the last good
+        configuration is kept there
         -host       replaces the host in each "listen"
-        -advertise  where clients find this proxy, for gateways (default: that of -host)
-        -id         its name, unlike any other's (default: made from the host's name)
-        -capacity   connections; gateways send nobody to a proxy that has so many
-        -outage     what limits do while the store is away: let in this proxy's share, everybody, or nobody
-        -exact      have each connection ask the store for its user's limit, instead of borrowing ahead
+        -advertise  where clients find this proxy, for gateways (default: -host)
+        -id         its name, which no other proxy has (default: made from the host's)
+        -capacity   gateways do not name a proxy with so many connections
+        -outage     while the store is away, let in this proxy's share (default),
+                    everybody (open) or nobody (closed)
+        -exact      ask the store for each connection, instead of borrowing ahead
         -timeout    the longest that a connection waits for the store (default 50ms)
-        -lame       how long to go on accepting after SIGTERM, for gateways and resolvers to forget this proxy
+        -lame       how long to go on accepting after SIGTERM (default 3s), until
+                    gateways and resolvers have forgotten this proxy
   lbcluster ls [-json]
         show proxies and upstreams
   lbcluster zone -zone NAME -ns NAME[=ADDR] -out FILE [-then COMMAND] [-ttl 1s]
-        keep a zone file for a DNS server that names the live proxies; run COMMAND whenever it has changed
+        keep a zone file, for a DNS server, that names the live proxies; run COMMAND
+        whenever it has changed
   lbcluster dns -zone NAME -listen ADDR [-ns NAME[=ADDR]] [-ttl 1s]
         be such a DNS server
 
@@ -185,14 +191,16 @@ func (c *command) dial(brief bool) (*cluster.Store, error) {
 	text := c.storeURL
 	if u, err := url.Parse(text); err == nil && u.User != nil {
 		if _, secret := u.User.Password(); secret {
-			return nil, errors.New("-store has a password in it, which everybody can see in a list of processes: put it into LBPROXY_STORE")
+			return nil, errors.New("-store has a password in it, which everybody can see in a list " +
+				"of processes: put it into LBPROXY_STORE")
 		}
 	}
 	if text == "" {
 		text = c.getenv("LBPROXY_STORE")
 	}
 	if text == "" {
-		return nil, errors.New("no store: set LBPROXY_STORE, such as redis://user:password@host:6379")
+		return nil, errors.New("no store: " +
+			"set LBPROXY_STORE, such as redis://user:password@host:6379")
 	}
 	log, err := c.logger()
 	if err != nil {

@@ -69,7 +69,8 @@ func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
 		return fmt.Errorf("-outage %q: want share, open or closed", r.outage)
 	}
 	if _, _, err := net.SplitHostPort(r.host); err == nil {
-		return fmt.Errorf("-host %q: want an address or a name, without a port: that is the configuration's", r.host)
+		return fmt.Errorf("-host %q: want an address or a name, without a port: "+
+			"that is the configuration's", r.host)
 	}
 	if r.log, err = r.logger(); err != nil {
 		return err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -118,15 +119,26 @@ func (s *Server) Freeze() { stop(s.cmd.Process) }
 // Thaw is SIGCONT.
 func (s *Server) Thaw() { resume(s.cmd.Process) }
 
-// FreeAddr returns an address of 127.0.0.1 that was free a moment ago.
+// taken are the ports that FreeAddr has returned.
+var taken sync.Map
+
+// FreeAddr returns an address of 127.0.0.1 that was free a moment ago, and that no other call
+// returns. The port is below those that the kernel hands out: one of a server that is killed, and
+// started again later, is not given to somebody else meanwhile.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 1000 {
+		addr := fmt.Sprintf("127.0.0.1:%d", 11000+rand.IntN(20000))
+		if _, known := taken.LoadOrStore(addr, true); known {
+			continue
+		}
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
 
 // Patience is more than anything takes that a test waits for.
