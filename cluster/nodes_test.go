@@ -88,12 +88,14 @@ sentinel failover-timeout mymaster 3000
 func TestRedisCluster(t *testing.T) {
 	t.Parallel()
 	var nodes [2]*storetest.Server
+	var host, port, bus string // of the last one
 	for i, slots := range [][]string{{"0", "8191"}, {"8192", "16383"}} {
-		nodes[i] = storetest.Redis(t, "--cluster-enabled", "yes")
+		_, bus, _ = strings.Cut(storetest.FreeAddr(t), ":")
+		nodes[i] = storetest.Redis(t, "--cluster-enabled", "yes", "--cluster-port", bus)
+		host, port, _ = strings.Cut(nodes[i].Addr, ":")
 		command(t, nodes[i], append([]string{"CLUSTER", "ADDSLOTSRANGE"}, slots...)...)
 	}
-	host, port, _ := strings.Cut(nodes[1].Addr, ":")
-	command(t, nodes[0], "CLUSTER", "MEET", host, port)
+	command(t, nodes[0], "CLUSTER", "MEET", host, port, bus)
 	for _, n := range nodes {
 		storetest.Await(t, "the cluster has come together", func() error {
 			info := command(t, n, "CLUSTER", "INFO")
