@@ -35,7 +35,7 @@ func startProxy(ctx context.Context, id, storeURL string, log *slog.Logger,
 	if p.listener, err = lbproxy.Listen("127.0.0.1:0"); err != nil {
 		return nil, err
 	}
-	if p.store, err = cluster.Dial(storeURL, &cluster.Options{Logger: log}); err != nil {
+	if p.store, err = cluster.Dial(storeURL, &cluster.Options{Timeout: patience, Logger: log}); err != nil {
 		return nil, err
 	}
 	p.watch, err = p.store.Watch(ctx, cluster.Watcher{Apply: func(c cluster.Config) error {
