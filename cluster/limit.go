@@ -89,6 +89,8 @@ type limiter struct {
 	member string        // what its connections are counted under: no two limiters have the same
 	config [4]string     // arguments of the script that are the same in every call
 
+	perByte float64 // 1/BytesPerSecond
+
 	pace  lbproxy.Bandwidth
 	moved atomic.Int64 // bytes since told
 	rate  atomic.Int64 // bytes a second that may be, as the store has said; 0: it has not
@@ -124,7 +126,8 @@ type trip struct {
 // limit; with other numbers it begins anew. Limit makes no call, and needs no Close.
 func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
 	m := &limiter{store: s, l: l, every: max(l.Every, 0),
-		pace: lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
+		perByte: 1 / float64(max(l.BytesPerSecond, 1)),
+		pace:    lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
 	// The script counts whole microseconds, in numbers that are exact up to 2^53.
 	m.every = (m.every + time.Microsecond - 1).Truncate(time.Microsecond)
 	if most := forever / time.Duration(max(l.Burst, 1)); m.every == 0 || m.every > most {
@@ -162,16 +165,17 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 		return lbproxy.Decision{}
 	}
 	// The waits are those of a Bandwidth with the whole rate, to which bytes are as many more as
-	// this proxy's part of it is less.
-	scale := m.scale()
-	if scale == 0 {
+	// this proxy's share of it is less.
+	share := m.bytesShare()
+	if share == 0 {
 		return lbproxy.Decision{}
 	}
 	if n := e.Bytes; n > 0 && m.moved.Add(n) == n {
 		m.moving()
 	}
-	d := m.pace.Report(ctx, lbproxy.Event{Kind: e.Kind, Bytes: int64(float64(e.Bytes) * scale)})
-	d.Chunk = max(int(float64(d.Chunk)/scale), 512)
+	bytes := int64(float64(e.Bytes) / share)
+	d := m.pace.Report(ctx, lbproxy.Event{Kind: e.Kind, Bytes: bytes})
+	d.Chunk = max(int(float64(d.Chunk)*share), 512)
 	return d
 }
 
@@ -328,16 +332,16 @@ func (m *limiter) leave(refused bool) {
 	}
 }
 
-// scale is how many bytes of the whole rate one of this proxy's is, or 0 if there is no bound now.
-func (m *limiter) scale() float64 {
-	if m.store.client.Load() == nil {
-		if m.l.Outage == Open {
-			return 0
-		}
-	} else if rate := m.rate.Load(); rate > 0 {
-		return float64(m.l.BytesPerSecond) / float64(rate)
+// bytesShare is this proxy's part of BytesPerSecond, or 0 if there is no bound now. What the store
+// has said holds until the next tick, even if it has gone meanwhile.
+func (m *limiter) bytesShare() float64 {
+	if rate := m.rate.Load(); rate > 0 {
+		return float64(rate) * m.perByte
 	}
-	return float64(m.store.peers.Load()) // an even part
+	if m.l.Outage == Open && m.store.client.Load() == nil {
+		return 0
+	}
+	return 1 / float64(m.store.peers.Load()) // an even part
 }
 
 // moving is called for the first bytes since the store was told.
