@@ -71,7 +71,8 @@ func TestFourProcessesShareALimit(t *testing.T) {
 				if float64(in) > allowed*1.01 || float64(in) < least {
 					t.Errorf("%d let in, of %.0f", in, allowed)
 				}
-				if most := uint64(15 * (length().Seconds() + 1)); !exact && calls > most {
+				// A tick every 100 ms may give back, and after a refusal nobody asks for as long.
+				if most := uint64(20 * (length().Seconds() + 1)); !exact && calls > most {
 					t.Errorf("%d calls by one proxy, want at most %d", calls, most)
 				}
 			})

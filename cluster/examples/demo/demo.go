@@ -209,7 +209,7 @@ func (s *story) await(claim string, check func() string) error {
 		case s.ctx.Err() != nil:
 			return s.ctx.Err()
 		case time.Now().After(end):
-			return fmt.Errorf("claim: %s\n  That is not so: %s.", claim, wrong)
+			return fmt.Errorf("claim: %s\n  That is not so: %s", claim, wrong)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
