@@ -21,6 +21,9 @@ func TestDemo(t *testing.T) {
 	} {
 		t.Run("break="+part, func(t *testing.T) {
 			t.Parallel()
+			if testing.Short() && part == "config" {
+				t.Skip("it waits for the longest")
+			}
 			var stdout, stderr strings.Builder
 			code := run(t.Context(), []string{"-break", part}, &stdout, &stderr)
 			switch {
