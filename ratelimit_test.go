@@ -526,6 +526,30 @@ func TestBandwidthSharesATurn(t *testing.T) {
 	}
 }
 
+// A stream has its share from its first piece on: it is counted when it opens.
+func TestBandwidthCountsAStreamWhenItOpens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &Bandwidth{BytesPerSecond: 1e6} // 20,000 bytes in a turn
+		b.streams, b.since, b.paid = 1, time.Now(), time.Now()
+		b.Report(t.Context(), Event{Kind: EventOpen})
+		if d := b.Report(t.Context(), Event{Kind: EventData, Bytes: 10_000}); d.Chunk != 10_000 || d.Wait != 10*time.Millisecond {
+			t.Errorf("beside another stream: %+v", d)
+		}
+	})
+}
+
+// Waits without an end do not overflow the count of streams.
+func TestBandwidthCountsEndlessWaits(t *testing.T) {
+	b, start := &Bandwidth{BytesPerSecond: 1}, time.Unix(0, 0)
+	b.streams, b.since, b.paid = 1, start, start
+	for range 4 {
+		d := b.move(start, math.MaxInt64)
+		if d.Wait <= 0 || b.streams < 1 || b.waits < 0 {
+			t.Errorf("%+v, %v streams, waits of %v", d, b.streams, b.waits)
+		}
+	}
+}
+
 func TestBandwidthSpansDirectionsAndConnections(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &Bandwidth{BytesPerSecond: 1000}
