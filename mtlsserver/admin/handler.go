@@ -156,34 +156,11 @@ func (h *handler) stats() Stats {
 
 // readyz says whether every app can serve clients.
 func (h *handler) readyz(w http.ResponseWriter, _ *http.Request) {
-	if problems := h.stats().problems(); len(problems) > 0 {
+	if problems := h.stats().Problems(); len(problems) > 0 {
 		text(w, http.StatusServiceUnavailable, strings.Join(problems, "\n")+"\n")
 		return
 	}
 	text(w, http.StatusOK, "ready\n")
-}
-
-// problems are why the apps are not ready.
-func (s Stats) problems() (all []string) {
-	if s.NotReady != "" {
-		all = append(all, s.NotReady)
-	}
-	current := 0
-	for _, a := range s.Apps {
-		if !a.Current {
-			continue
-		}
-		current++
-		if !slices.ContainsFunc(a.Upstreams, func(u Upstream) bool {
-			return u.State == lbproxy.StateUp && !u.Drain && !u.Removed
-		}) {
-			all = append(all, "app "+clean(a.ID)+": no upstream is up")
-		}
-	}
-	if current == 0 {
-		all = append(all, "there are no apps")
-	}
-	return all
 }
 
 func text(w http.ResponseWriter, code int, s string) {

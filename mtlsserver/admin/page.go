@@ -36,7 +36,7 @@ type view struct {
 // page shows what all apps do. Tables are cut to one page of rows each.
 func (h *handler) page(w http.ResponseWriter, r *http.Request) {
 	v := view{Stats: h.stats()}
-	v.Problems = v.problems()
+	v.Problems = v.Stats.Problems()
 	v.UserCount = len(v.Users)
 	v.From, _ = strconv.Atoi(r.FormValue("from"))
 	v.From = max(v.From, 0)

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"math"
+	"slices"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
@@ -85,6 +86,29 @@ type Certificate struct {
 
 // Days returns how many days c is still valid; negative if it has expired.
 func (c Certificate) Days() int { return int(math.Floor(time.Until(c.NotAfter).Hours() / 24)) }
+
+// Problems returns why clients cannot be served, as /readyz says it; none means ready.
+func (s Stats) Problems() (all []string) {
+	if s.NotReady != "" {
+		all = append(all, s.NotReady)
+	}
+	current := 0
+	for _, a := range s.Apps {
+		if !a.Current {
+			continue
+		}
+		current++
+		if !slices.ContainsFunc(a.Upstreams, func(u Upstream) bool {
+			return u.State == lbproxy.StateUp && !u.Drain && !u.Removed
+		}) {
+			all = append(all, "app "+clean(a.ID)+": no upstream is up")
+		}
+	}
+	if current == 0 {
+		all = append(all, "there are no apps")
+	}
+	return all
+}
 
 // Conns is what /api/conns answers.
 type Conns struct {

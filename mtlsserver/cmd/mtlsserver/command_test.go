@@ -59,7 +59,13 @@ func echo(t *testing.T, name string) string {
 
 // setUp makes a folder by init, whose app web leads to an echo. Its port is any that is free.
 func setUp(t *testing.T) (dir, config string) {
-	dir = filepath.Join(t.TempDir(), "pki")
+	t.Helper()
+	return setUpIn(t, filepath.Join(t.TempDir(), "pki"))
+}
+
+func setUpIn(t *testing.T, folder string) (dir, config string) {
+	t.Helper()
+	dir = folder
 	must(t, "init", dir)
 	config = filepath.Join(dir, "config.json")
 	replace(t, config, "127.0.0.1:9443", "127.0.0.1:0", "127.0.0.1:8001", echo(t, "web"), `, {"addr": "127.0.0.1:8002"}`, "")
@@ -292,7 +298,7 @@ func contents(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	all := map[string]string{}
 	err := fs.WalkDir(os.DirFS(dir), ".", func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
+		if err != nil || d.IsDir() || d.Type() == fs.ModeSocket {
 			return err
 		}
 		text, err := os.ReadFile(filepath.Join(dir, path))
@@ -510,7 +516,7 @@ func TestSerial(t *testing.T) {
 }
 
 func TestUsage(t *testing.T) {
-	for _, args := range []string{"-h", "--help", "help", "init -h", "init dir -h", "issue -h", "renew -h", "revoke -h", "rotate -h", "users -h", "version -h", "serial -help", "check -h", "run -config x -h"} {
+	for _, args := range []string{"-h", "--help", "help", "init -h", "init dir -h", "issue -h", "renew -h", "revoke -h", "rotate -h", "users -h", "status -h", "reload -h", "version -h", "serial -help", "check -h", "run -config x -h"} {
 		if code, stdout, stderr := try(strings.Fields(args)...); code != 0 || stdout != usage || stderr != "" {
 			t.Errorf("%s: exit code %d, %q, %q", args, code, stdout, stderr)
 		}
@@ -536,6 +542,10 @@ func TestUsage(t *testing.T) {
 		{"rotate", "mtlsserver rotate: -dir is missing"},
 		{"rotate -dir d now", `mtlsserver rotate: unexpected argument "now"`},
 		{"users", "mtlsserver users: -config is missing"},
+		{"status", "mtlsserver status: -config is missing"},
+		{"status -config no.json", "mtlsserver status: open no.json: "},
+		{"reload", "mtlsserver reload: -config is missing"},
+		{"reload -config no.json now", `mtlsserver reload: unexpected argument "now"`},
 		{"version 2", `mtlsserver version: unexpected argument "2"`},
 		{"serial", "mtlsserver serial: CERT.pem is missing"},
 		{"serial no.pem", "mtlsserver serial: "},

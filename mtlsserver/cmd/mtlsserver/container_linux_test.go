@@ -60,7 +60,7 @@ func TestContainer(t *testing.T) {
 	if err := os.MkdirAll(etc, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Chmod(root, 0o755); err != nil {
+	if err := errors.Join(os.Chmod(root, 0o755), os.Chmod(etc, 0o700), os.Chown(etc, 65532, 65532)); err != nil {
 		t.Fatal(err)
 	}
 	user := &syscall.Credential{Uid: 65532, Gid: 65532}
@@ -95,6 +95,9 @@ func TestContainer(t *testing.T) {
 		c, _, err := dial(dir, "alice", addr)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if said := must(t, "status", "-config", filepath.Join(etc, "config.json")); !has(said, "ready…web…up") {
+			t.Errorf("status: %s", said)
 		}
 		p := &process{errs: errs}
 		cmd.Process.Signal(syscall.SIGHUP)

@@ -9,6 +9,8 @@
 //	mtlsserver serial CERT.pem
 //	mtlsserver check -config FILE
 //	mtlsserver run -config FILE [-log json|text] [-v]
+//	mtlsserver status -config FILE
+//	mtlsserver reload -config FILE
 //	mtlsserver version
 //
 // mtlsserver -h says what each does. What a configuration may have in it is that of [mtlsserver.Config], in JSON; the
@@ -63,11 +65,18 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
   mtlsserver run -config FILE [-log json|text] [-v]
         serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a
         second one ends at once
+  mtlsserver status -config FILE
+        ask the running server, by the admin of its configuration, and print
+        its apps, upstreams, users and certificates
+  mtlsserver reload -config FILE
+        have the running server reload, by the same way, and print what has
+        changed (+ added, - removed, ~ changed) or why it has refused
   mtlsserver version
         print how this program was built
 
 It exits 0 when all went well; 1 when a drain, or a second signal, had to cut
-connections; 2 when the command line, the configuration or an address is wrong.
+connections, a status is not ready, or a reload was refused; 2 when the command
+line, the configuration or an address is wrong, or no server can be asked.
 `
 
 func main() {
@@ -101,15 +110,15 @@ func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage)
 		return 0
 	}
-	if errors.Is(err, errCut) {
-		return 1 // the log says it
+	if errors.Is(err, errSaid) {
+		return 1
 	}
 	fmt.Fprintln(stderr, err)
 	return 2
 }
 
-// errCut means that connections were cut when the server stopped.
-var errCut = errors.New("connections were cut")
+// errSaid means that what went wrong has been said already, in the log or in the output.
+var errSaid = errors.New("it has been said")
 
 func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
@@ -155,6 +164,12 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 	case "users":
 		config := flags.String("config", "", required)
 		do = func(string) error { return users(*config, stdout) }
+	case "status":
+		config := flags.String("config", "", required)
+		do = func(string) error { return status(*config, stdout) }
+	case "reload":
+		config := flags.String("config", "", required)
+		do = func(string) error { return reload(*config, stdout, stderr) }
 	case "version":
 		do = func(string) error { fmt.Fprintln(stdout, buildInfo()); return nil }
 	case "serial":
@@ -312,7 +327,7 @@ func (s *server) serve() error {
 		case err := <-done:
 			if err != nil {
 				s.log.Warn("stopped", "err", err)
-				return errCut
+				return errSaid
 			}
 			s.log.Info("stopped")
 			return nil

@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy/mtlsserver"
+	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
 const (
@@ -39,9 +40,12 @@ const firstConfig = `{
      "upstreams": [{"addr": "127.0.0.1:8001"}, {"addr": "127.0.0.1:8002"}],
      "healthCheck": {"interval": "5s", "timeout": "2s"}}
   ],
-  "users": []
+  "users": []%s
 }
 `
+
+const firstAdmin = `,
+  "admin": {"socket": "admin.sock"}`
 
 // serverTemplate is what a server certificate for hosts has in it, besides those of this machine.
 func serverTemplate(hosts []string, life time.Duration) (*x509.Certificate, error) {
@@ -86,13 +90,33 @@ func initialize(dir string, hosts []string, stdout io.Writer) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	if err := writeNew(dir, slices.Concat(caFiles, serverFiles, []file{{name: "config.json", text: []byte(firstConfig)}})); err != nil {
+	config := file{name: "config.json", text: fmt.Appendf(nil, firstConfig, firstAdmin)}
+	unfit := checkSocket(dir)
+	if unfit != nil {
+		config.text = fmt.Appendf(nil, firstConfig, "")
+	}
+	if err := writeNew(dir, slices.Concat(caFiles, serverFiles, []file{config})); err != nil {
 		return fmt.Errorf("%w: nothing is ever overwritten, name a new folder", err)
 	}
 	fmt.Fprintf(stdout, `Made a CA (whoever has ca.key can make users), a server certificate and config.json in %[1]s. Next:
   mtlsserver issue -dir %[1]s -name alice -apps web
   mtlsserver run -config %[2]s
 `, dir, filepath.Join(dir, "config.json"))
+	if unfit != nil {
+		fmt.Fprintf(stdout, "There is no admin in it, as its socket cannot be there: %v.\n", unfit)
+	}
+	return nil
+}
+
+// checkSocket returns why the socket of firstAdmin cannot be in dir.
+func checkSocket(dir string) error {
+	path, err := filepath.Abs(filepath.Join(dir, "admin.sock"))
+	if err != nil {
+		return err
+	}
+	for _, err := range (admin.Listen{Socket: path}).Check() {
+		return err.Err
+	}
 	return nil
 }
 

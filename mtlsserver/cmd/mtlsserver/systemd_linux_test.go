@@ -287,6 +287,7 @@ func TestListensAt(t *testing.T) {
 // systemd restarts a service; clients wait in the socket's queue meanwhile.
 func TestTenUpgradesCutNobody(t *testing.T) {
 	dir, config := setUp(t)
+	replace(t, config, firstAdmin, "") // its socket is one server's at a time
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
 	m := newManager(t)
 	addr := m.listen(t, "web")
