@@ -122,12 +122,11 @@ func (s *Server) adminHandler(c *Config, m *materials) http.Handler {
 	}
 	if s.onReload != nil {
 		opts.Reload = func() (any, error) {
-			select {
+			select { // before, New may not have returned yet
 			case <-s.running:
-				return s.onReload()
-			default: // New has not returned yet
-				return nil, errors.New("not running yet: ask again")
+			case <-s.closing.Done():
 			}
+			return s.onReload()
 		}
 	}
 	return admin.Handler(s.currentApps, opts)

@@ -168,6 +168,37 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 	l.awaitStats(t, "nobody there", func(s admin.Stats) bool { return len(s.Users) == 0 && s.Apps[0].Open == 0 })
 }
 
+// A reload that is asked for between New and Run is done when the server runs.
+func TestReloadByAdminWaitsForRun(t *testing.T) {
+	l := newLab(t, withAdmin(t))
+	config := *l.config
+	config.Admin = &Admin{Socket: l.config.Admin.Socket + "2"}
+	s, err := New(&config, &Options{
+		Logger: l.server.log, Reload: func() (Changes, error) { return Changes{Ended: 7}, nil },
+	})
+	must(t, err)
+	c, err := net.Dial("unix", config.Admin.Socket)
+	must(t, err)
+	defer c.Close()
+	_, err = io.WriteString(c, "POST /api/reload HTTP/1.0\r\n\r\n")
+	must(t, err)
+	early := &lab{config: &config}
+	if code, _ := early.ask(t, "GET", "/healthz"); code != 200 { // which came after it
+		t.Errorf("healthz before Run: %d", code)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	ran := make(chan error, 1)
+	go func() { ran <- s.Run(ctx) }()
+	answer, err := io.ReadAll(c)
+	must(t, err)
+	if text := string(answer); !strings.Contains(text, " 200 OK") || !strings.Contains(text, `"ended":7`) {
+		t.Errorf("the answer is %q", text)
+	}
+	stop()
+	must(t, <-ran)
+}
+
 func TestAdminIsThereBeforeTheAppsAndAfterThem(t *testing.T) {
 	l := newLab(t, withAdmin(t))
 	config := *l.config

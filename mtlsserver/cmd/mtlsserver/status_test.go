@@ -19,6 +19,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
@@ -72,6 +73,10 @@ func TestStatus(t *testing.T) {
 	notReady("not ready: app web: no upstream is up\n…up,drain")
 	s.signals <- syscall.SIGTERM
 	s.await(t, `"msg":"draining"`)
+	proxytest.Eventually(t, "it is draining", func() bool {
+		_, stdout, _ := try("status", "-config", config)
+		return strings.Contains(stdout, "draining")
+	})
 	notReady("not ready: draining\n")
 	code, stdout, stderr := try("reload", "-config", config)
 	if code != 1 || stdout != "" || stderr != "too late to reload: the server is stopping\n" {
@@ -105,6 +110,9 @@ func TestReload(t *testing.T) {
 	if said := must(t, "reload", "-config", config); said != "Reloaded, and ended 1 connections.\n  users  -alice\n" {
 		t.Errorf("reload says %q", said)
 	}
+	proxytest.Eventually(t, "nobody is connected", func() bool {
+		return !strings.Contains(must(t, "status", "-config", config), "\nalice ")
+	})
 	if said := must(t, "reload", "-config", config); said != "Reloaded, and ended 0 connections.\n  nothing has changed\n" {
 		t.Errorf("reload says %q", said)
 	}
