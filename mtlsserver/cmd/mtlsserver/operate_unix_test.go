@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // A page of docs/ is followed in a folder in place of /etc/mtlsserver.
@@ -63,7 +65,7 @@ func needs(t *testing.T, programs ...string) {
 // serve runs commands the last of which is mtlsserver run, until the test ends.
 func (f *follower) serve(t *testing.T, text string) (cmd *exec.Cmd, addr string, errs lines) {
 	t.Helper()
-	cmd = f.command(t, strings.Replace(text, "mtlsserver run", "exec mtlsserver run", 1))
+	cmd = f.command(t, regexp.MustCompile(`(?m)^\S*mtlsserver run`).ReplaceAllString(text, "exec $0"))
 	errs = make(lines, 10_000)
 	cmd.Stderr = errs
 	stdout, err := cmd.StdoutPipe()
@@ -130,6 +132,9 @@ func TestOperate(t *testing.T) {
 	if said := f.run(t, pick(t, &steps, "--cacert")); !strings.HasSuffix(said, "ok\n") {
 		t.Errorf("curl: %s", said)
 	}
+	proxytest.Eventually(t, "curl's connection is over", func() bool {
+		return !strings.Contains(must(t, "status", "-config", config), "\nalice ")
+	})
 	alice, _, err := dial(dir, "alice", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -196,6 +201,53 @@ func TestOperate(t *testing.T) {
 	replace(t, config, "127.0.0.1:9090", "127.0.0.1:0") // it may be taken
 	must(t, "check", "-config", config)
 	must(t, "reload", "-config", config)
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+}
+
+// The README's commands for the server are run, in another folder and at other ports than it names,
+// and with another upstream than Python's.
+func TestREADME(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it builds the program")
+	}
+	needs(t, "curl")
+	folder, err := os.MkdirTemp("", "lb") // a socket's path must be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(folder) })
+	readme, err := os.ReadFile(filepath.Join(root(t), "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	steps := blocks(t, "../README.md")
+	const python = "python3 -m http.server -b 127.0.0.1 8001 & # something to reach\n"
+	ports := "sed -e s/:9443/:0/ -e s/127.0.0.1:8001/" + echo(t, "HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nok") +
+		"/ /tmp/lb/config.json >/tmp/lb/new\ncat /tmp/lb/new >/tmp/lb/config.json\n"
+	text := pick(t, &steps, "mtlsserver init")
+	if !has(text, python+"…mtlsserver init /tmp/lb\n…mtlsserver issue") {
+		t.Fatalf("the commands are\n%s", text)
+	}
+	text = strings.NewReplacer(python, "", "init /tmp/lb\n", "init /tmp/lb\n"+ports).Replace(text)
+	bin := filepath.Join(folder, "bin") + "/"
+	f := &follower{path: os.Getenv("PATH"), work: root(t), inPlace: []string{
+		"go build", "go build -buildvcs=false", " bin/", " " + bin, "\nbin/", "\n" + bin, "exec bin/", "exec " + bin,
+		"/tmp/lb", filepath.Join(folder, "lb"),
+	}}
+	cmd, addr, _ := f.serve(t, text)
+	f.inPlace = append(f.inPlace, "localhost:9443", addr)
+	inline := regexp.MustCompile("`((?:curl|bin/mtlsserver) [^`]+)`").FindAllStringSubmatch(string(readme), -1)
+	if len(inline) != 2 {
+		t.Fatalf("beside the block there are %q, want curl and status", inline)
+	}
+	for i, want := range []string{"ok\n", "ready\n…web …127.0.0.1:8002"} {
+		if said := f.run(t, " "+strings.ReplaceAll(inline[i][1], "\n", " ")); !has(said, want) {
+			t.Errorf("%s: %s, want %q", inline[i][1], said, want)
+		}
+	}
 	cmd.Process.Signal(syscall.SIGTERM)
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("it ended with %v", err)
