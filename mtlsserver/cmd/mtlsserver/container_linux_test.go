@@ -99,6 +99,7 @@ func TestContainer(t *testing.T) {
 		if said := must(t, "status", "-config", filepath.Join(etc, "config.json")); !has(said, "ready…web…up") {
 			t.Errorf("status: %s", said)
 		}
+		must(t, "check", "-config", filepath.Join(etc, "config.json")) // root may, also beside the socket
 		p := &process{errs: errs}
 		cmd.Process.Signal(syscall.SIGHUP)
 		p.await(t, `"msg":"reloaded"`)

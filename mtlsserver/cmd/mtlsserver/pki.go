@@ -256,7 +256,8 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 		remove(i.dir, files)
 		return err
 	}
-	fmt.Fprintf(stdout, "%s, and entered user %q with serial %s in %s.\nA server that is running takes it up at SIGHUP.\n",
+	fmt.Fprintf(stdout, "%s, and entered user %q with serial %s in %s.\n"+
+		"A server that is running takes it up by mtlsserver reload, or at SIGHUP.\n",
 		made, i.name, user.Serials[0].Serial, config)
 	return nil
 }

@@ -52,7 +52,8 @@ func addCA(dir string, stdout io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(stdout, "Made %s and %s, and added the CA to %s.\n"+
-		"New certificates are signed by it. A server that is running takes it up at SIGHUP.\n",
+		"New certificates are signed by it. "+
+		"A server that is running takes it up by mtlsserver reload, or at SIGHUP.\n",
 		filepath.Join(dir, stem+".pem"), filepath.Join(dir, stem+".key"), config)
 	return nil
 }
@@ -119,7 +120,8 @@ func dropCA(dir, file string, stdout io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(stdout, "Removed the CA %q and %d serials from %s. Its files stay.\n"+
-		"A server that is running ends the connections of its certificates at SIGHUP.\n",
+		"A server that is running ends the connections of its certificates "+
+		"by mtlsserver reload, or at SIGHUP.\n",
 		file, serials, config)
 	return nil
 }

@@ -94,7 +94,9 @@ func upstreamRows(apps []admin.App, now time.Time) [][]string {
 func userRows(users []admin.User) [][]string {
 	rows := [][]string{{"USER", "APP", "OPEN"}}
 	for _, u := range users[:min(len(users), mostUsers)] {
-		rows = append(rows, []string{short(plain(u.Name), 40), short(plain(u.App), 20), fmt.Sprint(u.Open)})
+		rows = append(rows, []string{
+			short(plain(u.Name), 40), short(plain(u.App), 20), fmt.Sprint(u.Open),
+		})
 	}
 	return rows
 }
