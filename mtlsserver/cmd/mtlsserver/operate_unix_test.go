@@ -160,13 +160,20 @@ func TestOperate(t *testing.T) {
 	(&ended{bob}).verify(t, true)
 	(&ended{alice}).verify(t, false)
 
-	if said := f.run(t, pick(t, &steps, "mtlsserver status")); !has(said, "ready\n…alice …web …1\n…ready\n…lbproxy_open_connections…") ||
+	if said := f.run(t, pick(t, &steps, "mtlsserver status")); !has(said, "ready\n…alice …web …1\n…lbproxy_open_connections…") ||
 		!has(said, `"user":"alice","upstream":"`+upstream) {
 		t.Errorf("watching: %s", said)
 	}
-	said = f.run(t, pick(t, &steps, "/api/drain"))
-	if !has(said, `{}…{"conns":[{"app":"web",…"user":"alice"…{}…{"ended":1}`) {
-		t.Errorf("drain and end: %s", said)
+	if said := f.run(t, pick(t, &steps, "/api/drain")); !has(said, `{}…{"conns":[{"app":"web",…"user":"alice"…]}`) {
+		t.Errorf("drain: %s", said)
+	}
+	if code, stdout, _ := try("status", "-config", config); code != 1 || !has(stdout, "not ready: app web: no upstream is up\n…up,drain") {
+		t.Errorf("while it is drained: %d\n%s", code, stdout)
+	}
+	f.run(t, pick(t, &steps, "/api/undrain"))
+	must(t, "status", "-config", config)
+	if said := f.run(t, pick(t, &steps, "/api/end")); !has(said, `{"ended":1}`) {
+		t.Errorf("end: %s", said)
 	}
 	(&ended{alice}).verify(t, true)
 
