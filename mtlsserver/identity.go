@@ -53,6 +53,16 @@ const (
 	Revoked            Reason = "revoked"               // by a reload: the user, serial, app or right is gone, or the CA
 )
 
+// allReasons are the constants above. Each is a metric from the start, so that the first refusal is
+// an increase.
+var allReasons = []Reason{
+	TooManyHandshakes, TooManyFromAddress, HandshakeTimeout, HandshakeTooLarge, NoProxyHeader, NotTLS,
+	OldTLS, WrongServerName, NoCertificate, BadCertificate, UnknownExtension, WeakSignature, UnknownCA,
+	NotYetValid, Expired, NotDirect, IsCA, BadKeyUsage, BadExtKeyUsage, WeakKey, BadSerial,
+	UnknownSerial, OtherCertificate, AppNotAllowed, NoProof, ClientGone, ClientAlert, HandshakeFailed,
+	AppRemoved, Revoked,
+}
+
 // String returns the reason's word.
 func (r Reason) String() string { return string(r) }
 

@@ -3,9 +3,14 @@ package mtlsserver
 import (
 	"bytes"
 	"crypto/tls"
+	"fmt"
 	"io"
 	"net"
+	"os"
+	"regexp"
 	"runtime"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -13,15 +18,32 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-var reasons = map[Reason]bool{
-	TooManyHandshakes: true, TooManyFromAddress: true, HandshakeTimeout: true, HandshakeTooLarge: true, NotTLS: true,
-	OldTLS: true, NoCertificate: true, BadCertificate: true, UnknownCA: true, NotYetValid: true, Expired: true,
-	NotDirect: true, WrongServerName: true, UnknownExtension: true, WeakSignature: true, OtherCertificate: true, IsCA: true, BadKeyUsage: true, BadExtKeyUsage: true, WeakKey: true, BadSerial: true,
-	UnknownSerial: true, AppNotAllowed: true, NoProof: true, ClientGone: true, ClientAlert: true, HandshakeFailed: true,
-	AppRemoved: true, Revoked: true,
-	Reason(lbproxy.EndDone): true, Reason(lbproxy.EndRateLimited): true, Reason(lbproxy.EndNoUpstream): true,
-	Reason(lbproxy.EndDialFailed): true, Reason(lbproxy.EndClientError): true, Reason(lbproxy.EndClientClosed): true, Reason(lbproxy.EndUpstreamError): true,
-	Reason(lbproxy.EndIdleTimeout): true, Reason(lbproxy.EndCanceled): true, Reason(lbproxy.EndClosed): true,
+// reasons are the words that a line may have.
+var reasons = append([]Reason{
+	Reason(lbproxy.EndDone), Reason(lbproxy.EndRateLimited), Reason(lbproxy.EndNoUpstream),
+	Reason(lbproxy.EndDialFailed), Reason(lbproxy.EndClientError), Reason(lbproxy.EndClientClosed),
+	Reason(lbproxy.EndUpstreamError), Reason(lbproxy.EndIdleTimeout), Reason(lbproxy.EndCanceled),
+	Reason(lbproxy.EndClosed),
+}, allReasons...)
+
+// A reason that is missing in allReasons would be no metric until it is the first time.
+func TestAllReasonsAreMetricsFromTheStart(t *testing.T) {
+	source, err := os.ReadFile("identity.go")
+	must(t, err)
+	l := newLab(t, withAdmin(t))
+	_, metrics := l.ask(t, "GET", "/metrics")
+	declared := regexp.MustCompile(` Reason += "(.+)"`).FindAllStringSubmatch(string(source), -1)
+	for _, match := range declared {
+		if want := fmt.Sprintf("mtlsserver_refused_total{reason=%q} 0\n", match[1]); !strings.Contains(metrics, want) {
+			t.Errorf("the metrics lack %s", want)
+		}
+	}
+	if len(declared) == 0 || len(declared) != len(allReasons) {
+		t.Errorf("%d reasons are declared, %d in allReasons", len(declared), len(allReasons))
+	}
+	if _, page := l.ask(t, "GET", "/"); strings.Contains(page, "Refused clients") {
+		t.Error("the page has refused clients, and there are none")
+	}
 }
 
 // Clients of all kinds come while apps are replaced behind their listeners, users come and go, and in the end the server
@@ -81,7 +103,7 @@ func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
 		if e["msg"] == "connection" {
 			lines[e["client"]]++
 		}
-		if e["msg"] == "connection" && !reasons[Reason(e["reason"])] {
+		if e["msg"] == "connection" && !slices.Contains(reasons, Reason(e["reason"])) {
 			t.Errorf("line %v: its reason is not of the set", e)
 		}
 	}

@@ -108,6 +108,9 @@ func New(c *Config, opts *Options) (*Server, error) {
 		open:     map[userApp]int{},
 		denied:   map[Reason]uint64{},
 	}
+	for _, reason := range allReasons {
+		s.denied[reason] = 0
+	}
 	if s.limits.make == nil {
 		s.limits.make = func(_, _ string, l Limit) lbproxy.RateLimitManager { return l.manager() }
 	}

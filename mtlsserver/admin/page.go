@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"fmt"
 	"html/template"
+	"maps"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -37,6 +38,8 @@ type view struct {
 func (h *handler) page(w http.ResponseWriter, r *http.Request) {
 	v := view{Stats: h.stats()}
 	v.Problems = v.Stats.Problems()
+	v.Refused = maps.Clone(v.Refused)
+	maps.DeleteFunc(v.Refused, func(_ string, n uint64) bool { return n == 0 })
 	v.UserCount = len(v.Users)
 	v.From, _ = strconv.Atoi(r.FormValue("from"))
 	v.From = max(v.From, 0)
