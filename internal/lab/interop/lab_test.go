@@ -241,7 +241,12 @@ type end struct{ reason, detail string }
 // startBasic starts examples/basic in front of upstreams.
 func startBasic(t *testing.T, upstreams ...string) *proxy {
 	t.Helper()
-	args := []string{"-v", "-listen", "127.0.0.1:0"}
+	return startBasicWith(t, []string{"-v"}, upstreams...)
+}
+
+func startBasicWith(t *testing.T, flags []string, upstreams ...string) *proxy {
+	t.Helper()
+	args := append([]string{"-listen", "127.0.0.1:0"}, flags...)
 	for _, u := range upstreams {
 		args = append(args, "-upstream", u)
 	}

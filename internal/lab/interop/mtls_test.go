@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -37,9 +38,9 @@ func startMTLS(t *testing.T, closeNotify, upstream string) *mtls {
 	return startApps(t, nil, app)
 }
 
-// startApps starts mtlsserver with handshake and apps as in config.json. Alice may use all of apps;
-// the first is the one that its clients use.
-func startApps(t *testing.T, handshake object, apps ...object) *mtls {
+// startApps starts mtlsserver with apps, and more, as in config.json. Alice may use all of apps; the
+// first is the one that its clients use.
+func startApps(t *testing.T, more object, apps ...object) *mtls {
 	t.Helper()
 	var ids []string
 	for _, app := range apps {
@@ -54,9 +55,7 @@ func startApps(t *testing.T, handshake object, apps ...object) *mtls {
 	proxytest.Must(t, json.Unmarshal(text, &config))
 	config["apps"] = apps
 	config["users"].([]any)[0].(object)["apps"] = ids
-	if handshake != nil {
-		config["handshake"] = handshake
-	}
+	maps.Copy(config, more)
 	text, err = json.Marshal(config)
 	proxytest.Must(t, err)
 	path := write(t, dir, "config.json", string(text))

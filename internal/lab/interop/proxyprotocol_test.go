@@ -332,7 +332,7 @@ func TestLimitsGoByThePROXYHeadersAddress(t *testing.T) {
 			c.RateLimit = limits.For(c.ClientAddr.(*net.TCPAddr).IP.String())
 			return nil
 		}))
-	m := startApps(t, object{"maxPerAddress": 1, "timeout": "1m"}, object{
+	m := startApps(t, object{"handshake": object{"maxPerAddress": 1, "timeout": "1m"}}, object{
 		"id": "web", "listen": "127.0.0.1:0", "acceptProxy": []string{"127.0.0.1/32"},
 		"upstreams": []object{{"addr": o.addr}},
 	})
