@@ -213,7 +213,8 @@ func (b *tab) screenshot(name string) []byte {
 	png, err := base64.StdEncoding.DecodeString(shot.Data)
 	proxytest.Must(b.t, err)
 	if dir := os.Getenv("LBPROXY_SCREENSHOTS"); dir != "" {
-		write(b.t, dir, strings.ReplaceAll(name, " ", "-")+".png", string(png))
+		name = strings.NewReplacer("/", "-", " ", "-", ",", "").Replace(name)
+		write(b.t, dir, name+".png", string(png))
 	}
 	return png
 }
