@@ -276,7 +276,8 @@ func TestSumsStayTrue(t *testing.T) {
 	}
 	page := get(t, h, "/")
 	for _, want := range []string{
-		fmt.Sprintf("<dt>Accepted</dt><dd>%d</dd>", app.Accepted), fmt.Sprintf("<dt>done</dt><dd>%v</dd>", n),
+		fmt.Sprintf(`<dt>Accepted</dt><dd><data value="%d">`, app.Accepted),
+		fmt.Sprintf(`<dt>done</dt><dd><data value="%v">`, n),
 	} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page lacks %s", want)

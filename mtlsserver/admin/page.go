@@ -10,13 +10,15 @@ import (
 	"net/url"
 	"strconv"
 	"time"
+
+	"github.com/danielepagano/lbproxy"
 )
 
 //go:embed page.html
 var pageHTML string
 
 var pages = template.Must(template.New("").Funcs(template.FuncMap{
-	"clean": clean, "bytes": formatBytes,
+	"clean": clean, "bytes": formatBytes, "count": formatCount, "age": age,
 	"time": func(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05Z") },
 	"add":  func(a, b int) int { return a + b },
 }).Parse(pageHTML))
@@ -27,6 +29,7 @@ const rowsPerPage = 100 // of each table
 type view struct {
 	Stats
 	Problems  []string
+	Warnings  []string
 	From      int // the index of the first row of each table
 	More      bool
 	Query     url.Values
@@ -38,6 +41,7 @@ type view struct {
 func (h *handler) page(w http.ResponseWriter, r *http.Request) {
 	v := view{Stats: h.stats()}
 	v.Problems = v.Stats.Problems()
+	v.Warnings = v.warnings()
 	v.Refused = maps.Clone(v.Refused)
 	maps.DeleteFunc(v.Refused, func(_ string, n uint64) bool { return n == 0 })
 	v.UserCount = len(v.Users)
@@ -79,14 +83,64 @@ func render(w http.ResponseWriter, name string, v view) {
 	_, _ = w.Write(b.Bytes())
 }
 
-func formatBytes(n uint64) string {
+// warnings are what needs a look although the apps are ready.
+func (s Stats) warnings() (all []string) {
+	for _, a := range s.Apps {
+		used, up := 0, 0
+		for _, u := range a.Upstreams {
+			if !u.Drain && !u.Removed {
+				used++
+				up += int(one(u.State == lbproxy.StateUp))
+			}
+		}
+		if a.Current && 0 < up && up < used {
+			all = append(all, fmt.Sprintf("App %s: %d of %d upstreams up", clean(a.ID), up, used))
+		}
+	}
+	for _, c := range s.Certificates {
+		if days := c.Days(); days < 0 {
+			all = append(all, fmt.Sprintf("Certificate %s has expired", clean(c.Key)))
+		} else if days < 30 {
+			all = append(all, fmt.Sprintf("Certificate %s expires in %d days", clean(c.Key), days))
+		}
+	}
+	return all
+}
+
+// formatBytes keeps the exact number, for programs.
+func formatBytes(n uint64) template.HTML {
 	value, unit := float64(n), 0
 	for value >= 1000 && unit < 5 {
 		value /= 1000
 		unit++
 	}
-	if unit == 0 {
-		return fmt.Sprint(n, " B")
+	text := fmt.Sprint(n, " B")
+	if unit > 0 {
+		text = fmt.Sprintf("%.1f %cB", value, " kMGTP"[unit])
 	}
-	return fmt.Sprintf("%.1f %cB", value, " kMGTP"[unit])
+	return template.HTML(fmt.Sprintf(`<data value="%d">%s</data>`, n, text))
+}
+
+// formatCount puts a comma between thousands.
+func formatCount(n any) template.HTML {
+	digits := fmt.Sprint(n)
+	text := digits
+	for i := len(digits) - 3; i > 0; i -= 3 {
+		text = text[:i] + "," + text[i:]
+	}
+	return template.HTML(`<data value="` + digits + `">` + text + "</data>")
+}
+
+// age is the time from then to now in its two largest units.
+func age(now, then time.Time) string {
+	s := int(max(now.Sub(then), 0) / time.Second)
+	switch {
+	case s < 60:
+		return fmt.Sprintf("%d s", s)
+	case s < 3600:
+		return fmt.Sprintf("%d min %d s", s/60, s%60)
+	case s < 86400:
+		return fmt.Sprintf("%d h %d min", s/3600, s/60%60)
+	}
+	return fmt.Sprintf("%d d %d h", s/86400, s/3600%24)
 }

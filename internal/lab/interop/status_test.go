@@ -138,7 +138,7 @@ const rowsScript = `[...document.querySelectorAll("tr[data-upstream]")].map((row
 	upstream: row.dataset.upstream,
 	state: row.querySelector(".state").className,
 	says: row.querySelector(".state").textContent,
-	total: Number(row.querySelector(".total").textContent),
+	total: Number(row.querySelector(".total data").value),
 }))`
 
 func (b *tab) rows() (rows []row) {

@@ -22,7 +22,8 @@
     const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
     line.setAttribute("points", points.join(" "));
     svg.replaceChildren(line);
-    document.getElementById(name).textContent = short(values[values.length - 1]);
+    document.getElementById(name).textContent =
+      short(values[values.length - 1]) + ", peak " + short(Math.max(...values));
   };
 
   const curves = async () => {
