@@ -150,7 +150,8 @@ func TestNumbersAreThoseOfTheClients(t *testing.T) {
 			if o.mtls == nil {
 				return
 			}
-			samples := parseMetrics(t, o.fetch(t, "metrics"))
+			samples, err := o.metrics()
+			proxytest.Must(t, err)
 			if n := samples[`mtlsserver_refused_total{reason="no-certificate"}`]; n != float64(y.refused.Load()) {
 				t.Errorf("%v were refused without certificate, want %d", n, y.refused.Load())
 			}
@@ -185,8 +186,10 @@ func (o *operated) numbersOfAPI(t *testing.T) numbers {
 
 func (o *operated) numbersOfMetrics(t *testing.T) numbers {
 	t.Helper()
+	samples, err := o.metrics()
+	proxytest.Must(t, err)
 	n := numbers{}
-	for name, value := range parseMetrics(t, o.fetch(t, "metrics")) {
+	for name, value := range samples {
 		for prefix, key := range map[string]string{
 			"lbproxy_open_connections{":                                       "open",
 			"lbproxy_accepted_connections_total{":                             "accepted",
@@ -229,8 +232,7 @@ func (b *tab) numbers() (n numbers) {
 }
 
 // parseMetrics returns the samples of a text, by name and labels.
-func parseMetrics(t *testing.T, text string) map[string]float64 {
-	t.Helper()
+func parseMetrics(text string) (map[string]float64, error) {
 	samples := map[string]float64{}
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
@@ -239,10 +241,20 @@ func parseMetrics(t *testing.T, text string) map[string]float64 {
 		}
 		i := strings.LastIndexByte(line, ' ')
 		value, err := strconv.ParseFloat(line[i+1:], 64)
-		proxytest.Must(t, err)
+		if err != nil {
+			return nil, err
+		}
 		samples[line[:i]] = value
 	}
-	return samples
+	return samples, nil
+}
+
+func (o *operated) metrics() (map[string]float64, error) {
+	text, err := o.get("metrics")
+	if err != nil {
+		return nil, err
+	}
+	return parseMetrics(text)
 }
 
 // watchCounters scrapes until the test ends. No counter may fall or vanish.
@@ -252,7 +264,11 @@ func (o *operated) watchCounters(t *testing.T) {
 	go func() {
 		defer close(ended)
 		for last := map[string]float64{}; ; {
-			now := parseMetrics(t, o.fetch(t, "metrics"))
+			now, err := o.metrics()
+			if err != nil {
+				t.Error(err)
+				return
+			}
 			for name, n := range last {
 				if got, ok := now[name]; !ok || got < n {
 					t.Errorf("%s was %v, and is %v (%v)", name, n, got, ok)

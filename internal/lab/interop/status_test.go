@@ -81,18 +81,25 @@ func (m *mtls) change(t *testing.T, path string) {
 	}
 }
 
-// fetch returns what a path of the status page's server answers.
-func (o *operated) fetch(t *testing.T, path string) string {
-	t.Helper()
+// get returns what a path of the status page's server answers.
+func (o *operated) get(path string) (string, error) {
 	r, err := http.Get(o.url + path)
-	proxytest.Must(t, err)
+	if err != nil {
+		return "", err
+	}
 	defer r.Body.Close()
 	body, err := io.ReadAll(r.Body)
-	proxytest.Must(t, err)
-	if r.StatusCode != http.StatusOK {
-		t.Fatalf("%s: %s %s", path, r.Status, body)
+	if err == nil && r.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s %s", path, r.Status, body)
 	}
-	return string(body)
+	return string(body), err
+}
+
+func (o *operated) fetch(t *testing.T, path string) string {
+	t.Helper()
+	body, err := o.get(path)
+	proxytest.Must(t, err)
+	return body
 }
 
 // load has five clients who stay and three who come and go until the test ends.
