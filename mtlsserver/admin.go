@@ -48,8 +48,8 @@ func (r *report) admin(listens map[string]string) (token string) {
 	if a.Token != "" || r.config.doc.Has("admin.token") {
 		text := r.file("admin.token", a.Token, true)
 		if token = strings.TrimSpace(string(text)); text != nil && len(token) < 16 {
-			r.add("admin.token", "%q: only %d characters: make one of 16 or more, such as by openssl rand -hex 16",
-				a.Token, len(token))
+			r.add("admin.token", "%q: only %d characters: make one of 16 or more, "+
+				"such as by openssl rand -hex 16", a.Token, len(token))
 		}
 	}
 	return token

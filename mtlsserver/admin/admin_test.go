@@ -62,7 +62,9 @@ func listOf(apps ...*lbproxy.LBProxyApp) func() []*lbproxy.LBProxyApp {
 }
 
 // ask sends a request to h, by default as curl on the same machine would.
-func ask(h http.Handler, method, target string, change ...func(*http.Request)) *httptest.ResponseRecorder {
+func ask(
+	h http.Handler, method, target string, change ...func(*http.Request),
+) *httptest.ResponseRecorder {
 	r := httptest.NewRequest(method, target, nil)
 	r.Host = "127.0.0.1:9090"
 	for _, f := range change {
@@ -149,7 +151,8 @@ func fallen(t testing.TB, before, now map[string]float64) {
 	for name, value := range before {
 		bare, _, _ := strings.Cut(name, "{")
 		switch {
-		case !strings.HasSuffix(bare, "_total") && !strings.HasSuffix(bare, "_count") && !strings.HasSuffix(bare, "_bucket"):
+		case !strings.HasSuffix(bare, "_total") && !strings.HasSuffix(bare, "_count") &&
+			!strings.HasSuffix(bare, "_bucket"):
 		case now[name] < value:
 			t.Errorf("%s fell from %v to %v", name, value, now[name])
 		}
@@ -217,7 +220,8 @@ func TestSumsStayTrue(t *testing.T) {
 		case 1:
 			proxytest.Must(t, current.Load().SetUpstreams([]lbproxy.Upstream{{Addr: a}}))
 		case 3:
-			proxytest.Must(t, current.Load().SetUpstreams([]lbproxy.Upstream{{Addr: b, Weight: 2}, {Addr: a}}))
+			upstreams := []lbproxy.Upstream{{Addr: b, Weight: 2}, {Addr: a}}
+			proxytest.Must(t, current.Load().SetUpstreams(upstreams))
 		case 5:
 			replace(b)
 		case 7:
@@ -256,7 +260,8 @@ func TestSumsStayTrue(t *testing.T) {
 		upstreams.Received += u.Received
 	}
 	// A client that was cut may have had bytes moved.
-	if ends != app.Accepted || upstreams.Received != app.Received || upstreams.Sent != app.Sent || app.Received < size*uint64(n) {
+	if ends != app.Accepted || upstreams.Received != app.Received ||
+		upstreams.Sent != app.Sent || app.Received < size*uint64(n) {
 		t.Errorf("API: accepted %d, ends %d; received %d, by upstreams %d; sent %d, by upstreams %d",
 			app.Accepted, ends, app.Received, upstreams.Received, app.Sent, upstreams.Sent)
 	}

@@ -33,7 +33,8 @@ func crowd(t testing.TB, upstreams, conns int) *lbproxy.LBProxyApp {
 	for i := range conns {
 		_, accepted := net.Pipe()
 		go func() {
-			_, _ = app.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: fmt.Sprint("user", i)})
+			c := &lbproxy.Conn{Client: accepted, ClientID: fmt.Sprint("user", i)}
+			_, _ = app.ServeConn(context.Background(), c)
 			ended <- true
 		}()
 	}
@@ -82,7 +83,9 @@ func BenchmarkConnection(b *testing.B) {
 			if name == "recorded" {
 				opts = new(admin.Recorder).Record("web", opts)
 			}
-			app := newApp(b, "web", opts, proxytest.Upstream(b, func(c *net.TCPConn) { _, _ = io.WriteString(c, "x") }))
+			app := newApp(b, "web", opts, proxytest.Upstream(b, func(c *net.TCPConn) {
+				_, _ = io.WriteString(c, "x")
+			}))
 			addr := serve(b, app)
 			for b.Loop() {
 				c, err := net.Dial("tcp", addr)

@@ -14,7 +14,9 @@ import (
 
 // The handler can be mounted in any mux. Whoever reaches it there can read it.
 func ExampleHandler() {
-	app, err := lbproxy.New("web", []lbproxy.Upstream{{Addr: "10.0.0.1:80"}, {Addr: "10.0.0.2:80", Drain: true}}, nil)
+	app, err := lbproxy.New("web", []lbproxy.Upstream{
+		{Addr: "10.0.0.1:80"}, {Addr: "10.0.0.2:80", Drain: true},
+	}, nil)
 	if err != nil {
 		log.Fatal(err)
 	}

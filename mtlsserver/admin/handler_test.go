@@ -40,7 +40,9 @@ func changeable(apps ...*lbproxy.LBProxyApp) (http.Handler, *logBuffer) {
 			}
 			return nil
 		},
-		Reload: func() (any, error) { return nil, errors.New("config.json:3: apps: none\nconfig.json:4: users: none") },
+		Reload: func() (any, error) {
+			return nil, errors.New("config.json:3: apps: none\nconfig.json:4: users: none")
+		},
 	}), log
 }
 
@@ -165,7 +167,8 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 	}
 	for query, want := range map[string]int{
 		"": 10, "?app=web": 8, "?app=nobody": 0, "?user=user1": 5, "?user=user1&app=db": 1,
-		"?upstream=" + addr: 8, "?client=" + clients[3].LocalAddr().String(): 1, "?limit=0": 10, "?offset=-1": 10,
+		"?upstream=" + addr: 8, "?client=" + clients[3].LocalAddr().String(): 1,
+		"?limit=0": 10, "?offset=-1": 10,
 		"?offset=9": 1, "?offset=10": 0, "?offset=99999999999999999999": 0,
 	} {
 		if got := conns(query); len(got.Conns) != want || got.Next != 0 {
@@ -188,7 +191,8 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 	}
 	one := conns("?app=db&user=user0").Conns[0]
 	if one.App != "db" || one.User != "user0" || one.Upstream != other || one.State != lbproxy.ConnOpen ||
-		one.Client != clients[8].LocalAddr().String() || time.Since(one.Since) > time.Hour || one.Sent == 0 || one.Received == 0 {
+		one.Client != clients[8].LocalAddr().String() || time.Since(one.Since) > time.Hour ||
+		one.Sent == 0 || one.Received == 0 {
 		t.Errorf("%+v", one)
 	}
 	page := get(t, h, "/conns?user=user0&app=db")
@@ -270,7 +274,8 @@ func TestPageKeepsItsPolicy(t *testing.T) {
 		if w.Code != 200 || !strings.HasPrefix(csp, "default-src 'none';") || strings.Contains(csp, "unsafe") {
 			t.Errorf("%s: %d, policy %q", path, w.Code, csp)
 		}
-		for _, bad := range []string{"style=", "<style", "onclick", "onload", "javascript:", "http://", "https://", "innerHTML", "eval("} {
+		for _, bad := range []string{"style=", "<style", "onclick", "onload", "javascript:", "http://", "https://",
+			"innerHTML", "eval("} {
 			body := strings.ReplaceAll(w.Body.String(), "http://www.w3.org/2000/svg", "")
 			if strings.Contains(body, bad) {
 				t.Errorf("%s has %q", path, bad)
@@ -286,18 +291,24 @@ func TestPageKeepsItsPolicy(t *testing.T) {
 func fullInfo(name string) func() admin.Info {
 	return func() admin.Info {
 		return admin.Info{
-			Refused:      map[string]uint64{name: 3, "unknown-ca": 5},
-			Users:        []admin.User{{Name: name, App: name, Open: 2}, {Name: "bob", App: "web", Open: 1}},
-			Certificates: []admin.Certificate{{Key: name, File: name, Subject: name, NotAfter: time.Now().Add(29*24*time.Hour + time.Minute)}},
+			Refused: map[string]uint64{name: 3, "unknown-ca": 5},
+			Users:   []admin.User{{Name: name, App: name, Open: 2}, {Name: "bob", App: "web", Open: 1}},
+			Certificates: []admin.Certificate{{
+				Key: name, File: name, Subject: name,
+				NotAfter: time.Now().Add(29*24*time.Hour + time.Minute),
+			}},
 		}
 	}
 }
 
 func TestMetricsAreAsPrometheusWantsThem(t *testing.T) {
 	recorder := &admin.Recorder{}
-	app := newApp(t, "web", recorder.Record("web", nil), proxytest.Upstream(t, proxytest.Echo), proxytest.RefusingAddr(t))
+	app := newApp(t, "web", recorder.Record("web", nil),
+		proxytest.Upstream(t, proxytest.Echo), proxytest.RefusingAddr(t))
 	proxytest.Must(t, proxytest.Ping(proxytest.Dial(t, serve(t, app))))
-	h := admin.Handler(listOf(app), &admin.Options{Recorder: recorder, Info: fullInfo("alice \"the\\ admin\"\n")})
+	h := admin.Handler(listOf(app), &admin.Options{
+		Recorder: recorder, Info: fullInfo("alice \"the\\ admin\"\n"),
+	})
 	text := get(t, h, "/metrics")
 	promtool(t, text)
 	all := metrics(t, text)
@@ -315,7 +326,8 @@ func TestMetricsAreAsPrometheusWantsThem(t *testing.T) {
 			t.Errorf("%s is %v, %t, want %v", name, got, ok, want)
 		}
 	}
-	promtool(t, get(t, admin.Handler(listOf(), &admin.Options{Info: func() admin.Info { return admin.Info{} }}), "/metrics"))
+	nothing := func() admin.Info { return admin.Info{} }
+	promtool(t, get(t, admin.Handler(listOf(), &admin.Options{Info: nothing}), "/metrics"))
 }
 
 // Health checks are not clients' dials.
@@ -347,7 +359,8 @@ func TestUsersInMetricsAreBounded(t *testing.T) {
 	for i := range 5000 {
 		users = append(users, admin.User{Name: fmt.Sprint("user", i), App: "web", Open: 2})
 	}
-	h := admin.Handler(listOf(), &admin.Options{Info: func() admin.Info { return admin.Info{Users: users} }})
+	info := func() admin.Info { return admin.Info{Users: users} }
+	h := admin.Handler(listOf(), &admin.Options{Info: info})
 	all := metrics(t, get(t, h, "/metrics"))
 	n := 0
 	for name := range all {
@@ -358,10 +371,12 @@ func TestUsersInMetricsAreBounded(t *testing.T) {
 	if sum := sumOf(all, "mtlsserver_user_connections{"); n != 1001 || sum != 10000 {
 		t.Errorf("%d series with a sum of %v, want 1001 and 10000", n, sum)
 	}
-	if page := get(t, h, "/"); strings.Count(page, "<tr>") != 101 || !strings.Contains(page, "from=100") {
+	if page := get(t, h, "/"); strings.Count(page, "<tr>") != 101 ||
+		!strings.Contains(page, "from=100") {
 		t.Errorf("the page has %d rows, want 100 and a link to more", strings.Count(page, "<tr>")-1)
 	}
-	if page := get(t, h, "/?from=4950"); strings.Count(page, "<tr>") != 51 || strings.Contains(page, "Further") {
+	if page := get(t, h, "/?from=4950"); strings.Count(page, "<tr>") != 51 ||
+		strings.Contains(page, "Further") {
 		t.Errorf("the last page has %d rows, want 50 and no link to more", strings.Count(page, "<tr>")-1)
 	}
 }
@@ -379,7 +394,9 @@ func FuzzNames(f *testing.F) {
 			return
 		}
 		app := newApp(t, name, &lbproxy.Options{
-			DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New(name) },
+			DialContext: func(context.Context, string, string) (net.Conn, error) {
+				return nil, errors.New(name)
+			},
 		}, "127.0.0.1:1", "127.0.0.1:2")
 		_ = app.SetUpstreams([]lbproxy.Upstream{{Addr: name + ":80"}, {Addr: "127.0.0.1:1"}}) // if it can be one
 		_, accepted := net.Pipe()
@@ -392,7 +409,9 @@ func FuzzNames(f *testing.F) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			_, _ = waiting.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: name, ClientAddr: named(name)})
+			_, _ = waiting.ServeConn(context.Background(), &lbproxy.Conn{
+				Client: accepted, ClientID: name, ClientAddr: named(name),
+			})
 		}()
 		defer func() {
 			client.Close()
@@ -440,13 +459,16 @@ func TestHugeBodyIsNotRead(t *testing.T) {
 			r.Body, r.ContentLength = io.NopCloser(body), length
 		})
 		if body.read > most || w.Code/100 != 4 {
-			t.Errorf("length %d: %d bytes were read, want at most %d; %d %s", length, body.read, most, w.Code, w.Body)
+			t.Errorf("length %d: %d bytes were read, want at most %d; %d %s",
+				length, body.read, most, w.Code, w.Body)
 		}
 	}
 	s := start(t, admin.Listen{Addr: "127.0.0.1:0"}, h)
 	for _, head := range []string{"Content-Length: 1073741824", "Transfer-Encoding: chunked"} {
 		c := proxytest.Dial(t, s.Addr().String())
-		_, err := fmt.Fprintf(c, "POST /api/end HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\nAuthorization: Bearer %s\r\n%s\r\n\r\n", token, head)
+		_, err := fmt.Fprintf(c, "POST /api/end HTTP/1.1\r\nHost: localhost\r\n"+
+			"Content-Type: application/x-www-form-urlencoded\r\n"+
+			"Authorization: Bearer %s\r\n%s\r\n\r\n", token, head)
 		proxytest.Must(t, err)
 		answered := make(chan string, 1)
 		go func() {

@@ -36,14 +36,17 @@ func TestPastIsBoundedAndKeepsItsSums(t *testing.T) {
 		}
 	}
 	if accepted != apps || total != apps+upstreams || len(all) > maxGone+1 {
-		t.Errorf("%d apps with sums of %d and %d, want %d and %d", len(all), accepted, total, apps, apps+upstreams)
+		t.Errorf("%d apps with sums of %d and %d, want %d and %d",
+			len(all), accepted, total, apps, apps+upstreams)
 	}
 }
 
 // An app that is not current any more is kept for a minute; its counts are kept for ever.
 func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 	r, now := &Recorder{}, time.Now()
-	fails := func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no dial here") }
+	fails := func(context.Context, string, string) (net.Conn, error) {
+		return nil, errors.New("no dial here")
+	}
 	for i := range 20 {
 		upstreams := []lbproxy.Upstream{{Addr: fmt.Sprintf("10.0.0.%d:80", i)}}
 		app, err := lbproxy.New("web", upstreams, &lbproxy.Options{DialContext: fails})
@@ -62,8 +65,10 @@ func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 	}{{0, 20}, {keepApp, 20}, {time.Second, 0}, {time.Hour, 0}} {
 		now = now.Add(step.after)
 		apps := r.stats(nil, now).Apps
-		if len(apps) != 1 || apps[0].Current || len(apps[0].gone) != 20 || apps[0].Gone.Total != 20 || len(r.seen) != step.kept {
-			t.Errorf("after %v: %d kept, %+v, want %d and the counts of 20 upstreams", step.after, len(r.seen), apps, step.kept)
+		if len(apps) != 1 || apps[0].Current || len(apps[0].gone) != 20 ||
+			apps[0].Gone.Total != 20 || len(r.seen) != step.kept {
+			t.Errorf("after %v: %d kept, %+v, want %d and the counts of 20 upstreams",
+				step.after, len(r.seen), apps, step.kept)
 		}
 	}
 }
@@ -91,12 +96,14 @@ func TestAppWithAConnectionIsKept(t *testing.T) {
 	for r.stats(nil, now).Apps[0].Upstreams == nil { // a row while it has the connection
 		time.Sleep(time.Millisecond)
 	}
-	if apps := r.stats(nil, now.Add(time.Hour)).Apps; apps[0].Open != 1 || !apps[0].Upstreams[0].Removed || len(r.all(nil)) != 1 {
+	if apps := r.stats(nil, now.Add(time.Hour)).Apps; apps[0].Open != 1 ||
+		!apps[0].Upstreams[0].Removed || len(r.all(nil)) != 1 {
 		t.Errorf("after an hour: %+v", apps)
 	}
 	conn.Abort(nil)
 	<-done
-	if apps := r.stats(nil, now.Add(2*time.Hour)).Apps; len(r.seen) != 0 || apps[0].Open != 0 || apps[0].Ends[lbproxy.EndCanceled] != 1 {
+	if apps := r.stats(nil, now.Add(2*time.Hour)).Apps; len(r.seen) != 0 ||
+		apps[0].Open != 0 || apps[0].Ends[lbproxy.EndCanceled] != 1 {
 		t.Errorf("after its end: %d kept, %+v", len(r.seen), apps)
 	}
 	app.Close()
@@ -110,7 +117,8 @@ func TestHistoryIsBounded(t *testing.T) {
 		r.stats(nil, now)
 	}
 	got := r.stats(nil, now).History
-	if len(got) != maxSamples || got[0].Time.Before(now.Add(-maxSamples*sampleEvery)) || now.Sub(got[maxSamples-1].Time) >= sampleEvery {
+	if len(got) != maxSamples || got[0].Time.Before(now.Add(-maxSamples*sampleEvery)) ||
+		now.Sub(got[maxSamples-1].Time) >= sampleEvery {
 		t.Errorf("%d samples from %v to %v, at %v", len(got), got[0].Time, got[len(got)-1].Time, now)
 	}
 }

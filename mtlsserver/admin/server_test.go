@@ -64,7 +64,8 @@ func TestSocketMayChangeThings(t *testing.T) {
 	if runtime.GOOS == "linux" {
 		log.await(t, fmt.Sprintf("user %d, process %d", os.Getuid(), os.Getpid()))
 	}
-	if code, body := curl(t, socket, "GET", "/metrics"); code != 200 || !strings.Contains(body, "lbproxy_build_info") {
+	if code, body := curl(t, socket, "GET", "/metrics"); code != 200 ||
+		!strings.Contains(body, "lbproxy_build_info") {
 		t.Errorf("metrics: %d %s", code, body)
 	}
 	info, err := os.Stat(socket)
@@ -72,7 +73,8 @@ func TestSocketMayChangeThings(t *testing.T) {
 	if mode := info.Mode().Perm(); mode != 0o600 && runtime.GOOS != "windows" {
 		t.Errorf("the socket's mode is %#o, want 0600", mode)
 	}
-	if _, err := admin.Serve(admin.Listen{Socket: socket}, h); err == nil || !strings.Contains(err.Error(), "another server answers there") {
+	if _, err := admin.Serve(admin.Listen{Socket: socket}, h); err == nil ||
+		!strings.Contains(err.Error(), "another server answers there") {
 		t.Errorf("a second server: %v", err)
 	}
 	s.Close()
@@ -115,7 +117,8 @@ func TestBusySocketIsNotReplaced(t *testing.T) {
 			defer c.Close()
 		}
 	}
-	if _, err := admin.Serve(admin.Listen{Socket: socket}, http.NotFoundHandler()); err == nil || !strings.Contains(err.Error(), "another server answers there") {
+	if _, err := admin.Serve(admin.Listen{Socket: socket}, http.NotFoundHandler()); err == nil ||
+		!strings.Contains(err.Error(), "another server answers there") {
 		t.Errorf("beside a busy server: %v", err)
 	}
 }
@@ -256,7 +259,8 @@ func TestOtherMachinesSeeHealthAndMetricsAlone(t *testing.T) {
 	ip := ownAddress(t)
 	s := start(t, admin.Listen{Addr: net.JoinHostPort(ip, "0"), Anywhere: true}, h)
 	for path, want := range map[string]int{
-		"/healthz": 200, "/readyz": 200, "/metrics": 200, "/": 403, "/conns": 403, "/api/stats": 403, "/api/conns": 403,
+		"/healthz": 200, "/readyz": 200, "/metrics": 200,
+		"/": 403, "/conns": 403, "/api/stats": 403, "/api/conns": 403,
 		"//metrics": 403, "/static/style.css": 403,
 	} {
 		r, err := http.NewRequest("GET", "http://"+s.Addr().String()+path, nil)

@@ -62,8 +62,8 @@ func (y *tally) stranger(addr string, config *tls.Config) error {
 	return nil
 }
 
-// Page, metrics and API agree with the clients' own counts, and nothing that counts ever falls, over
-// a reload, an app that is replaced and an upstream that is removed while clients come and go.
+// Page, metrics and API agree with the clients' own counts, and no counter ever falls, over a
+// reload, an app that is replaced and an upstream that is removed while clients come and go.
 func TestNumbersAreThoseOfTheClients(t *testing.T) {
 	for _, program := range []string{"basic", "mtlsserver"} {
 		t.Run(program, func(t *testing.T) {
@@ -152,11 +152,13 @@ func TestNumbersAreThoseOfTheClients(t *testing.T) {
 			}
 			samples, err := o.metrics()
 			proxytest.Must(t, err)
-			if n := samples[`mtlsserver_refused_total{reason="no-certificate"}`]; n != float64(y.refused.Load()) {
-				t.Errorf("%v were refused without certificate, want %d", n, y.refused.Load())
-			}
-			if n := samples[`mtlsserver_user_connections{user="alice",app="web"}`]; n != held {
-				t.Errorf("alice has %v, want %d", n, held)
+			for name, want := range map[string]int64{
+				`mtlsserver_refused_total{reason="no-certificate"}`:   y.refused.Load(),
+				`mtlsserver_user_connections{user="alice",app="web"}`: held,
+			} {
+				if samples[name] != float64(want) {
+					t.Errorf("%s is %v, want %d", name, samples[name], want)
+				}
 			}
 		})
 	}

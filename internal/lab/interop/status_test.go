@@ -331,7 +331,8 @@ func TestBrowserSeesViolationsOfThePolicy(t *testing.T) {
 	o := startOperated(t, "basic", proxytest.Upstream(t, proxytest.Echo))
 	b.open(o.url)
 	b.wantQuiet()
-	b.eval(`document.head.append(Object.assign(document.createElement("script"), {text: "1"})), 1`, new(int))
+	b.eval(`document.head.append(
+		Object.assign(document.createElement("script"), {text: "1"})), 1`, new(int))
 	var seen []string
 	proxytest.Eventually(t, "the policy refuses a script", func() bool {
 		seen = append(seen, b.takeComplaints()...)
