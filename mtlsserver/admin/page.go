@@ -44,7 +44,11 @@ func (h *handler) page(w http.ResponseWriter, r *http.Request) {
 	v.Warnings = v.warnings()
 	v.Refused = maps.Clone(v.Refused)
 	maps.DeleteFunc(v.Refused, func(_ string, n uint64) bool { return n == 0 })
-	v.UserCount = len(v.Users)
+	users := map[string]bool{}
+	for _, u := range v.Users {
+		users[u.Name] = true
+	}
+	v.UserCount = len(users)
 	v.From, _ = strconv.Atoi(r.FormValue("from"))
 	v.From = max(v.From, 0)
 	v.Users = cut(&v, v.Users)

@@ -29,6 +29,16 @@ func TestPageSaysFirstWhatNeedsALook(t *testing.T) {
 	wantPart(t, get(t, h, "/"), `class="bad">app web: no upstream is up. `+certificates)
 }
 
+func TestUserOfTwoAppsIsOneUser(t *testing.T) {
+	h := admin.Handler(listOf(), &admin.Options{Info: func() admin.Info {
+		return admin.Info{Users: []admin.User{
+			{Name: "alice", App: "web", Open: 2}, {Name: "alice", App: "db", Open: 1},
+			{Name: "bob", App: "web", Open: 1},
+		}}
+	}})
+	wantPart(t, get(t, h, "/"), "(2 with connections)")
+}
+
 func TestPageWritesNumbersForPeopleAndPrograms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := admin.Handler(listOf(newApp(t, "web", nil, "10.0.0.1:80")), &admin.Options{
