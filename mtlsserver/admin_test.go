@@ -150,7 +150,8 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 	}
 	_, page := l.ask(t, "GET", "/")
 	for _, want := range []string{
-		fmt.Sprintf("<dt>Accepted</dt><dd>%d</dd>", done+refused+1), fmt.Sprintf("<dt>no-certificate</dt><dd>%d</dd>", refused),
+		fmt.Sprintf(`<dt>Accepted</dt><dd><data value="%d">`, done+refused+1),
+		fmt.Sprintf(`<dt>no-certificate</dt><dd><data value="%d">`, refused),
 		`<a href="conns?user=alice&amp;app=web">alice</a>`,
 	} {
 		if !strings.Contains(page, want) {

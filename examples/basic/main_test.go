@@ -451,7 +451,7 @@ func TestStatusPage(t *testing.T) {
 	}
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	for path, want := range map[string]string{
-		"":        "<dt>Accepted</dt><dd>2</dd>",
+		"":        `<dt>Accepted</dt><dd><data value="2">`,
 		"metrics": `lbproxy_dial_duration_seconds_count{app="basic"} 2`,
 	} {
 		answer, err := client.Get(url + path)
