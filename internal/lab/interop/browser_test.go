@@ -44,18 +44,18 @@ type message struct {
 // newTab starts a headless Chromium, which ends with the test.
 func newTab(t *testing.T) *tab {
 	t.Helper()
+	program := need(t, "chromium", "chromium")
 	theirIn, in, err := os.Pipe()
 	proxytest.Must(t, err)
 	out, theirOut, err := os.Pipe()
 	proxytest.Must(t, err)
-	// In this order cleanup ends Chromium, which ends its side of the pipes, and then waits.
 	b := &tab{t: t, in: in, ended: make(chan struct{}), waiting: map[int]chan message{}}
-	t.Cleanup(func() {
+	t.Cleanup(func() { // after that of start, which ends Chromium
 		in.Close()
 		<-b.ended
 		out.Close()
 	})
-	cmd := exec.Command(need(t, "chromium", "chromium"), "--headless=new", "--no-sandbox",
+	cmd := exec.Command(program, "--headless=new", "--no-sandbox",
 		"--disable-gpu", "--disable-background-networking", "--hide-scrollbars",
 		"--user-data-dir="+folder(t), "--remote-debugging-pipe", "about:blank")
 	cmd.ExtraFiles = []*os.File{theirIn, theirOut} // 3 and 4

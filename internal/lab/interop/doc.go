@@ -5,6 +5,7 @@
 //
 //	go test ./interop                       what is installed; the rest is skipped by name
 //	LBPROXY_INTEROP=all go test ./interop   a missing program is a failure
+//	LBPROXY_SCREENSHOTS=DIR go test ./interop -run StatusPage   keeps pictures of the pages in DIR
 //
 // The programs are those of the Debian packages postgresql, redis-server, redis-tools, iperf3,
 // iperf, openssh-server, openssh-client, rsync, nginx-light, libnginx-mod-stream, haproxy, varnish,
