@@ -154,15 +154,6 @@ func (b *tab) rows() (rows []row) {
 	return rows
 }
 
-func (b *tab) awaitRows(what string, ok func([]row) bool) (rows []row) {
-	b.t.Helper()
-	proxytest.Eventually(b.t, what, func() bool {
-		rows = b.rows()
-		return ok(rows)
-	})
-	return rows
-}
-
 // wantQuiet fails the test if the page complained: of a fault in its script, a request that failed
 // or something that its policy forbids.
 func (b *tab) wantQuiet() {
@@ -187,15 +178,19 @@ func TestStatusPageInABrowser(t *testing.T) {
 				b.size(1200, 800)
 				b.open(o.url)
 
-				// update waits for what the page does by itself with a script.
-				update := func() {
-					if !script {
-						b.open(o.url)
-					}
+				// With a script the page updates itself; without one it is opened again.
+				awaitRows := func(what string, ok func([]row) bool) (rows []row) {
+					t.Helper()
+					proxytest.Eventually(t, what, func() bool {
+						if !script {
+							b.open(o.url)
+						}
+						rows = b.rows()
+						return ok(rows)
+					})
+					return rows
 				}
-				rows := b.awaitRows("two upstreams are up, one is down", func(rows []row) bool {
-					update()
-					rows = b.rows()
+				rows := awaitRows("two upstreams are up, one is down", func(rows []row) bool {
 					return len(rows) == 3 && rows[0].State == "state up" &&
 						rows[1].State == "state up" && rows[2].State == "state down"
 				})
@@ -204,8 +199,7 @@ func TestStatusPageInABrowser(t *testing.T) {
 						t.Errorf("row %d is of %s %s", i, rows[i].App, rows[i].Upstream)
 					}
 				}
-				b.awaitRows("totals grow", func(now []row) bool {
-					update()
+				awaitRows("totals grow", func(now []row) bool {
 					return now[0].Total > rows[0].Total && now[1].Total > rows[1].Total
 				})
 				if script {
@@ -220,15 +214,11 @@ func TestStatusPageInABrowser(t *testing.T) {
 				if o.mtls != nil {
 					at := "?app=web&upstream=" + good[1]
 					o.mtls.change(t, "drain"+at)
-					b.awaitRows("it drains", func([]row) bool {
-						update()
-						return b.rows()[1].Says == "up, draining"
+					awaitRows("it drains", func(rows []row) bool {
+						return rows[1].Says == "up, draining"
 					})
 					o.mtls.change(t, "undrain"+at)
-					b.awaitRows("it drains no more", func([]row) bool {
-						update()
-						return b.rows()[1].Says == "up"
-					})
+					awaitRows("it drains no more", func(rows []row) bool { return rows[1].Says == "up" })
 				}
 				b.wantReadable("status")
 				b.wantLinksByKeyboard()
