@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
@@ -120,5 +122,14 @@ func TestHistoryIsBounded(t *testing.T) {
 	if len(got) != maxSamples || got[0].Time.Before(now.Add(-maxSamples*sampleEvery)) ||
 		now.Sub(got[maxSamples-1].Time) >= sampleEvery {
 		t.Errorf("%d samples from %v to %v, at %v", len(got), got[0].Time, got[len(got)-1].Time, now)
+	}
+}
+
+// An upstream may be gone after its connections were counted and before their bytes were.
+func TestPageShowsBytesOfUpstreamsGoneWithoutConnections(t *testing.T) {
+	w := httptest.NewRecorder()
+	render(w, "status", view{Stats: Stats{Apps: []App{{ID: "web", Gone: Upstream{Received: 5}}}}})
+	if want := `<data value="5">5 B</data> received.`; !strings.Contains(w.Body.String(), want) {
+		t.Errorf("the page lacks %s:\n%s", want, w.Body)
 	}
 }
