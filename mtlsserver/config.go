@@ -9,18 +9,20 @@ import (
 	"github.com/danielepagano/lbproxy/internal/strictjson"
 )
 
-// A Config says what a [Server] serves and to whom. Load and Parse read one from JSON; it may as
-// well be made in Go. Marshalled to JSON it can be read again.
+// A Config says what a [Server] serves and to whom. Load and Parse read one from JSON; a program
+// may also build one. Parse reads back the JSON that json.Marshal makes of it.
 type Config struct {
 	TLS          Files         `json:"tls"`
 	Apps         []App         `json:"apps"`
 	Users        []User        `json:"users"`
-	DefaultLimit *Limit        `json:"defaultLimit,omitzero"` // of users who have no Limit; nil means none
+	DefaultLimit *Limit        `json:"defaultLimit,omitzero"` // for users without a Limit; nil: none
 	Handshake    Handshake     `json:"handshake,omitzero"`
-	DrainTimeout time.Duration `json:"drainTimeout,omitzero"` // how long a drain waits for connections; 0 means 30 seconds
 
-	// LogAdmissions adds a line to the log when a client has been let in. Without, a connection
-	// is in the log when it is over.
+	// DrainTimeout bounds how long a drain waits for connections to end. 0 means 30 seconds.
+	DrainTimeout time.Duration `json:"drainTimeout,omitzero"`
+
+	// LogAdmissions logs a line when a client is admitted, besides the line that every connection
+	// gets when it has ended.
 	LogAdmissions bool `json:"logAdmissions,omitzero"`
 
 	Admin *Admin `json:"admin,omitzero"` // the status page and its API; nil means none
@@ -32,11 +34,10 @@ type Config struct {
 	source
 }
 
-// A source is the text that a Config was parsed from. The zero source is that of a Config made in
-// Go.
+// A source is the text that a Config was parsed from. It is zero for a Config built in Go.
 type source struct {
-	file string // for problems
-	dir  string // what paths are relative to
+	file string // named in problems
+	dir  string // the folder of relative paths
 	doc  *strictjson.Doc
 }
 
@@ -46,24 +47,25 @@ type Files struct {
 	Cert string `json:"cert"`
 	Key  string `json:"key"`
 
-	// CA are the issuers of all clients, one certificate a file. With more than one, every serial
-	// of a user must say which it is of, so that the same serial by another issuer is nobody. In
-	// JSON a single file may be written without the list.
+	// CA are the files of the CAs that issue clients' certificates, one certificate a file. With
+	// more than one CA every UserSerial must name its own, because another CA may issue the same
+	// serial. In JSON a single file may be written without the list.
 	CA []string `json:"ca" strictjson:"single"`
 }
 
-// An App is a service that is listened for and forwarded to upstreams.
+// An App is a service: an address to listen on, and the upstreams that its connections go to. Zero
+// timeouts mean the defaults of lbproxy.Options.
 type App struct {
 	ID          string        `json:"id"`
-	Listen      string        `json:"listen"`               // "host:port"; port 0 is any free one
-	MaxConns    int           `json:"maxConns,omitzero"`    // connections at once, handshakes included; 0 means no bound
-	IdleTimeout time.Duration `json:"idleTimeout,omitzero"` // 0 means the default of lbproxy.Options, as for the next two
+	Listen      string        `json:"listen"`            // "host:port"; port 0 is any free one
+	MaxConns    int           `json:"maxConns,omitzero"` // handshakes included; 0 means no bound
+	IdleTimeout time.Duration `json:"idleTimeout,omitzero"`
 	DialTimeout time.Duration `json:"dialTimeout,omitzero"`
 	FailTimeout time.Duration `json:"failTimeout,omitzero"`
 
-	// CloseNotify says what becomes of a client that closes its connection without TLS's
-	// close_notify: "required" (empty means that), "idle" or "optional". See
-	// lbproxy.CloseNotify.
+	// CloseNotify says how to treat a client that closes its connection without TLS's
+	// close_notify: "required", "idle" or "optional", as lbproxy.CloseNotify has them. Empty means
+	// "required".
 	CloseNotify string `json:"closeNotify,omitzero"`
 
 	// AcceptProxy are the networks, such as "10.0.0.0/8", of balancers in front of this one. They
@@ -75,10 +77,11 @@ type App struct {
 	Upstreams   []Upstream   `json:"upstreams"`
 }
 
-// AppTLS is what an app demands of its clients' TLS.
+// AppTLS are an app's requirements for its clients' TLS.
 type AppTLS struct {
-	// ServerName is the name that clients must mean. A client that asks for another one (SNI) is
-	// refused: it was led here from another app. One that names none is not. Empty means any.
+	// ServerName is the server name (SNI) that clients may ask for. A client that asks for another
+	// one is refused, because it has been led here from another app; a client without SNI is not.
+	// Empty means any.
 	ServerName string `json:"serverName,omitzero"`
 }
 
@@ -87,11 +90,11 @@ type AppTLS struct {
 type HealthCheck struct {
 	Interval time.Duration `json:"interval,omitzero"`
 	Timeout  time.Duration `json:"timeout,omitzero"`
-	Rise     int           `json:"rise,omitzero"` // successful checks in a row that bring an upstream up
-	Fall     int           `json:"fall,omitzero"` // failed checks in a row that bring it down
+	Rise     int           `json:"rise,omitzero"` // successes in a row that bring an upstream up
+	Fall     int           `json:"fall,omitzero"` // failures in a row that bring it down
 }
 
-// An Upstream is an lbproxy.Upstream as it is written in a file.
+// An Upstream is an lbproxy.Upstream in the form of a configuration file.
 type Upstream struct {
 	Addr          string       `json:"addr"`
 	Weight        int          `json:"weight,omitzero"`
@@ -101,9 +104,9 @@ type Upstream struct {
 	TLS           *UpstreamTLS `json:"tls,omitzero"`           // nil means plain TCP
 }
 
-// UpstreamTLS makes the server speak TLS to an upstream, which must prove to be ServerName (empty:
-// the host of Addr) by a certificate from CA (empty: the system's roots). Cert and Key, if set,
-// prove the server to it.
+// UpstreamTLS makes the server speak TLS to an upstream. The upstream's certificate must be for
+// ServerName (empty means the host of Addr) and issued by CA (empty means the system's roots). Cert
+// and Key, if set, authenticate the server to the upstream.
 type UpstreamTLS struct {
 	CA         string `json:"ca,omitzero"`
 	Cert       string `json:"cert,omitzero"`
@@ -115,16 +118,19 @@ type UpstreamTLS struct {
 type User struct {
 	Name      string           `json:"name"`
 	Serials   []UserSerial     `json:"serials"`
-	Apps      []string         `json:"apps"`               // ids of those that may be reached
-	Limit     *Limit           `json:"limit,omitzero"`     // shared by all apps; nil means the Config's DefaultLimit
-	AppLimits map[string]Limit `json:"appLimits,omitzero"` // by app id; each is for that app alone
+	Apps      []string         `json:"apps"`               // ids of the apps that they may reach
+	Limit     *Limit           `json:"limit,omitzero"`     // all apps together; nil: DefaultLimit
+	AppLimits map[string]Limit `json:"appLimits,omitzero"` // by app id; each for that app alone
 }
 
 // A UserSerial names a certificate of a user. In JSON it may be the serial alone.
 type UserSerial struct {
-	Serial     string `json:"serial" strictjson:"short"` // in any form that ParseSerial takes
-	CA         string `json:"ca,omitzero"`               // the KeyID of its issuer; may be empty if there is one CA
-	CertSHA256 string `json:"certSHA256,omitzero"`       // if set, the certificate's SHA-256 in hex: no other one is it
+	Serial string `json:"serial" strictjson:"short"` // in any form that ParseSerial takes
+	CA     string `json:"ca,omitzero"`               // its issuer's KeyID; empty means the only CA
+
+	// CertSHA256, if set, is the SHA-256 of the certificate in hex. Another certificate with the
+	// same serial is then refused.
+	CertSHA256 string `json:"certSHA256,omitzero"`
 }
 
 // A Limit bounds what a user does. Zero fields set no bound; Burst and Every go together.
@@ -135,28 +141,28 @@ type Limit struct {
 	BytesPerSecond int64         `json:"bytesPerSecond,omitzero"` // both directions together
 }
 
-// Handshake bounds what clients may use before it is known who they are. A client needs a place
-// from its first byte on. When all places are taken, the handshake that has lasted longest gives
-// its place up, among those of the address (IPv6: network) that has most. Before its first byte a
-// client costs a socket; 16,384 may be silent at once.
+// Handshake bounds the resources of clients that have not authenticated yet. A client holds a place
+// from its first byte to the end of its handshake. When all places are taken, a newcomer gets the
+// place of the oldest handshake of the address (IPv6: network) that holds most places. A client
+// that has sent nothing costs a socket; 16,384 of them may wait.
 type Handshake struct {
-	Timeout       time.Duration `json:"timeout,omitzero"`       // from accept to the end of the handshake; 0 means 10 seconds
-	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0 means 256
-	MaxPerAddress int           `json:"maxPerAddress,omitzero"` // of those for one address (IPv6: /64); 0 means 16
-	MaxBytes      int           `json:"maxBytes,omitzero"`      // bytes read from a client; 0 means 16384
+	Timeout       time.Duration `json:"timeout,omitzero"`       // counted from accept; 0: 10 seconds
+	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0: 256
+	MaxPerAddress int           `json:"maxPerAddress,omitzero"` // an address or IPv6 /64; 0: 16
+	MaxBytes      int           `json:"maxBytes,omitzero"`      // read from a client; 0: 16384
 }
 
-// Admin says where package admin's page, metrics and API are served. They are there before the
-// apps and until the last connection has ended.
+// Admin says where package admin serves its page, metrics and API. It serves before the apps do,
+// and until the last connection has ended.
 type Admin struct {
-	Listen string `json:"listen,omitzero"` // "127.0.0.1:9090": to read; empty means nowhere
-	Socket string `json:"socket,omitzero"` // a Unix socket, to read and to change; empty means none
+	Listen string `json:"listen,omitzero"` // "127.0.0.1:9090", read-only; empty means none
+	Socket string `json:"socket,omitzero"` // a Unix socket, read and write; empty means none
 
-	// Token is a file that others cannot read. What is in it, 16 characters or more, permits
-	// changes to requests to Listen that have it as their bearer token. Empty means none.
+	// Token names a file that others cannot read. It holds 16 characters or more; a request to
+	// Listen with that bearer token may change things. Empty means that no request may.
 	Token string `json:"token,omitzero"`
 
-	// Hosts are names by which Listen may be asked, besides localhost and IP addresses.
+	// Hosts are host names that requests to Listen may have, besides localhost and IP addresses.
 	Hosts []string `json:"hosts,omitzero"`
 }
 
@@ -168,11 +174,11 @@ func (l Limit) MarshalJSON() ([]byte, error)       { return strictjson.Encode(l)
 func (h Handshake) MarshalJSON() ([]byte, error)   { return strictjson.Encode(h) }
 func (h HealthCheck) MarshalJSON() ([]byte, error) { return strictjson.Encode(h) }
 
-// Load reads the Config in a file of JSON and checks it with the files that it names. It fails
-// with all problems there are, a line each: syntax, unknown keys, keys written twice, values of the
-// wrong type, and what Validate finds, except for certificates that are out of date. Those are for
-// [New] and [Server.Reload] to judge. Durations are written as Go's ("10s"), paths are relative to
-// the file.
+// Load reads a Config from a JSON file and checks it together with the files that it names. The
+// error lists all problems, a line each: syntax, unknown keys, duplicate keys, values of the wrong
+// type, and whatever Validate finds. Only certificates that are out of date are no error: [New] and
+// [Server.Reload] judge them. Durations are written as in Go ("10s"); paths are relative to the
+// file.
 func Load(path string) (*Config, error) {
 	text, err := readFile(path, false)
 	if err != nil {
@@ -185,8 +191,8 @@ func Load(path string) (*Config, error) {
 	return Parse(path, dir, text)
 }
 
-// Parse is Load for a text that is not in a file. Problems begin with name, and dir is the folder
-// that paths are relative to.
+// Parse is like Load for a text in memory. Each line of the error begins with name; relative paths
+// start at dir.
 func Parse(name, dir string, text []byte) (*Config, error) {
 	c := &Config{source: source{file: name, dir: dir}}
 	doc, problems := strictjson.Decode(text, c)
@@ -206,8 +212,8 @@ func Parse(name, dir string, text []byte) (*Config, error) {
 	return c, nil
 }
 
-// Validate reads the files that c names and returns all problems, a line each, also certificates
-// that are out of date.
+// Validate checks c together with the files that it names. The error lists all problems, a line
+// each, certificates that are out of date included.
 func (c *Config) Validate() error {
 	r := &report{config: c}
 	r.check()
@@ -222,7 +228,8 @@ func (c *Config) Certificates() ([]Certificate, error) {
 	return m.certificates, r.err()
 }
 
-// A Certificate is one that a Config names: the server's, a CA, or one for upstreams.
+// A Certificate describes a certificate that a Config names: the server's, a CA's, or one for
+// upstreams.
 type Certificate struct {
 	Key       string // where the Config names it, such as "tls.cert"
 	File      string
@@ -233,13 +240,15 @@ type Certificate struct {
 	text [32]byte // the SHA-256 of the file
 }
 
-// outOfDate says what is wrong with c's dates, if anything.
+// outOfDate describes why c is not valid at a time, and what to do; empty if it is valid.
 func (c *Certificate) outOfDate(now time.Time) string {
 	switch {
 	case now.Before(c.NotBefore):
-		return fmt.Sprintf("not valid before %s: wait, or set the clock", c.NotBefore.UTC().Format(time.RFC3339))
+		from := c.NotBefore.UTC().Format(time.RFC3339)
+		return fmt.Sprintf("not valid before %s: wait, or set the clock", from)
 	case now.After(c.NotAfter):
-		return fmt.Sprintf("expired at %s: make a new one", c.NotAfter.UTC().Format(time.RFC3339))
+		until := c.NotAfter.UTC().Format(time.RFC3339)
+		return fmt.Sprintf("expired at %s: make a new one", until)
 	}
 	return ""
 }

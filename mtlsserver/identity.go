@@ -15,42 +15,51 @@ import (
 	"time"
 )
 
-// A Reason says in a word what became of a connection. The set is closed: these, and every
-// [lbproxy.EndReason].
+// A Reason names how a connection ended, in one word. The constants and the values of
+// [lbproxy.EndReason] are all there are.
 type Reason string
 
 const (
-	// The client is not known, and nothing it said is proved.
-	TooManyHandshakes  Reason = "too-many-handshakes"   // made way for another (Handshake.MaxConcurrent)
+	// The handshake made way for another one (Handshake.MaxConcurrent).
+	TooManyHandshakes Reason = "too-many-handshakes"
+
 	TooManyFromAddress Reason = "too-many-from-address" // Handshake.MaxPerAddress
 	HandshakeTimeout   Reason = "handshake-timeout"     // Handshake.Timeout
 	HandshakeTooLarge  Reason = "handshake-too-large"   // Handshake.MaxBytes
-	NoProxyHeader      Reason = "no-proxy-header"       // a trusted peer sent no proper PROXY header (App.AcceptProxy)
-	NotTLS             Reason = "not-tls"               // what came first is not TLS
-	OldTLS             Reason = "old-tls"               // before 1.3
-	WrongServerName    Reason = "wrong-server-name"     // the client wants another server (App.TLS.ServerName)
-	NoCertificate      Reason = "no-certificate"        // the client presents none
-	BadCertificate     Reason = "bad-certificate"       // cannot be parsed, as with a negative serial
-	UnknownExtension   Reason = "unknown-extension"     // has a critical extension that is not known here
-	WeakSignature      Reason = "weak-signature"        // signed by SHA-1 or worse
-	UnknownCA          Reason = "unknown-ca"            // self-signed, or by an issuer that is no CA of ours
-	NotYetValid        Reason = "not-yet-valid"         // its date is in the future
-	Expired            Reason = "expired"               // also if it expired while its connection was open
-	NotDirect          Reason = "not-direct"            // issued below the CA: serials are unique to an issuer
-	IsCA               Reason = "is-ca"                 // a certificate that may sign others is no client
-	BadKeyUsage        Reason = "bad-key-usage"         // no digitalSignature
-	BadExtKeyUsage     Reason = "bad-ext-key-usage"     // does not list clientAuth
-	WeakKey            Reason = "weak-key"              // not RSA of 2048 bits or more, P-256, P-384, P-521, or Ed25519
-	BadSerial          Reason = "bad-serial"            // not positive, or more than 20 octets
-	UnknownSerial      Reason = "unknown-serial"        // of no user
-	OtherCertificate   Reason = "other-certificate"     // the serial is listed for another certificate
-	AppNotAllowed      Reason = "app-not-allowed"       // the user may not reach this app
-	NoProof            Reason = "no-proof"              // the client does not hold the certificate's key
-	ClientGone         Reason = "client-gone"           // ended the connection before its handshake was done
-	ClientAlert        Reason = "client-alert"          // refused the server, as when it does not trust its certificate
-	HandshakeFailed    Reason = "handshake-failed"      // otherwise
-	AppRemoved         Reason = "app-removed"           // by a reload, before the handshake was done
-	Revoked            Reason = "revoked"               // by a reload: the user, serial, app or right is gone, or the CA
+
+	// A trusted peer sent no valid PROXY protocol header (App.AcceptProxy).
+	NoProxyHeader Reason = "no-proxy-header"
+
+	NotTLS          Reason = "not-tls"           // the first bytes are not TLS
+	OldTLS          Reason = "old-tls"           // TLS before 1.3
+	WrongServerName Reason = "wrong-server-name" // see AppTLS.ServerName
+
+	// The certificate is missing, or it is not one that this server accepts from clients.
+	NoCertificate    Reason = "no-certificate"    // the client presents none
+	BadCertificate   Reason = "bad-certificate"   // cannot be parsed, as with a negative serial
+	UnknownExtension Reason = "unknown-extension" // has a critical extension that is not known here
+	WeakSignature    Reason = "weak-signature"    // signed with SHA-1 or worse
+	UnknownCA        Reason = "unknown-ca"        // self-signed, or issued by another CA
+	NotYetValid      Reason = "not-yet-valid"     // its date is in the future
+	Expired          Reason = "expired"           // at the handshake, or later
+	NotDirect        Reason = "not-direct"        // issued by an intermediate CA
+	IsCA             Reason = "is-ca"             // it may sign other certificates
+	BadKeyUsage      Reason = "bad-key-usage"     // no digitalSignature
+	BadExtKeyUsage   Reason = "bad-ext-key-usage" // does not list clientAuth
+	WeakKey          Reason = "weak-key"          // below RSA 2048 or P-256, or unknown
+	BadSerial        Reason = "bad-serial"        // not positive, or more than 20 octets
+
+	UnknownSerial    Reason = "unknown-serial"    // no user has this serial
+	OtherCertificate Reason = "other-certificate" // the serial is listed for another certificate
+	AppNotAllowed    Reason = "app-not-allowed"   // the user may not reach this app
+
+	NoProof         Reason = "no-proof"         // the client does not hold the certificate's key
+	ClientGone      Reason = "client-gone"      // the client left before the handshake was done
+	ClientAlert     Reason = "client-alert"     // the client refused, as for our certificate
+	HandshakeFailed Reason = "handshake-failed" // any other failure
+
+	AppRemoved Reason = "app-removed" // by a reload, before the handshake was done
+	Revoked    Reason = "revoked"     // by a reload that removed the user, serial, app, right or CA
 )
 
 // allReasons are the constants above. Each is a metric from the start, so that the first refusal is
@@ -66,13 +75,13 @@ var allReasons = []Reason{
 // String returns the reason's word.
 func (r Reason) String() string { return string(r) }
 
-// A Refusal is the error that says why a client is refused, or its connection ended.
+// A Refusal is the error for a client that is refused, or whose connection the server has ended.
 type Refusal struct {
 	Reason Reason
 	Err    error // details; may be nil
 
-	// What the client claims, without proof: its certificate, if it was parsed, and the name of
-	// the user whose certificate that would be, if there is one.
+	// Claim is the certificate that the client presented, if it could be parsed. User is the name
+	// of the user who holds it, if there is one. The client may not have proved either.
 	Claim *Claim
 	User  string
 }
@@ -89,23 +98,24 @@ func (r *Refusal) Unwrap() error { return r.Err }
 // A Claim is what a certificate says about its holder.
 type Claim struct {
 	Cert   *x509.Certificate
-	Serial Serial // of Cert; empty if that is not valid
-	CA     string // the KeyID of Cert's issuer; empty if that is no CA of ours
+	Serial Serial // Cert's; empty if it is not valid
+	CA     string // the KeyID of Cert's issuer; empty if Authenticator.CAs lacks the issuer
 }
 
-// KeyID returns the SHA-256 of a certificate's public key (its SubjectPublicKeyInfo) in hex. It
-// names a CA in a user's serials, and stays the same when the CA is renewed with its key.
+// KeyID returns the SHA-256 of a certificate's public key (its SubjectPublicKeyInfo) in hex. A
+// user's serials name their CA by it. It stays the same when the CA is renewed with its key.
 func KeyID(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
 	return hex.EncodeToString(sum[:])
 }
 
-// Users knows who holds which certificate. Lookup returns the user and true, or false if there is
-// none. If the serial is a user's and the certificate is not, it may return that user and false.
+// Users is a store of the holders of certificates. Lookup returns the user and true, or false if
+// there is none. For a serial that is listed with another certificate it may return that user and
+// false.
 //
-// Lookup is called during handshakes, by clients that have proved nothing yet, so it must answer
-// from memory. It must be safe for concurrent use. The User it returns must not change; a later
-// call may return another one.
+// Handshakes call Lookup before the client has proved anything, so it must answer from memory. It
+// must be safe for concurrent use. The User it returns must not change; a later call may return
+// another one.
 type Users interface {
 	Lookup(Claim) (*User, bool)
 }
@@ -123,29 +133,30 @@ func (u StaticUsers) Lookup(c Claim) (*User, bool) {
 type Identity struct {
 	User    *User
 	Serial  Serial
-	Expires time.Time // when the certificate does, or its CA
+	Expires time.Time // when the certificate or its CA expires, whichever is first
 
 	claim Claim
 	ca    *x509.Certificate
 }
 
-// An Authenticator decides who a client is and what it may reach. It serves any listener whose
-// tls.Config has RequireAnyClientCert (or RequireAndVerifyClientCert), MinVersion VersionTLS13 and
-// SessionTicketsDisabled: Identify refuses resumed sessions, so clients with tickets would be
-// refused by turns.
+// An Authenticator identifies clients by their certificates and decides what they may reach. Use it
+// with a tls.Config that has RequireAnyClientCert, MinVersion VersionTLS13 and
+// SessionTicketsDisabled: Identify refuses resumed sessions, so without the last every second
+// connection of a client with tickets would fail.
 //
-// Identify verifies the certificate itself, against CAs alone. RequireAndVerifyClientCert makes
-// crypto/tls verify it as well, which lets anybody spend 30 ms of CPU by a chain of their own.
+// Identify verifies the certificate itself, against CAs alone. RequireAndVerifyClientCert works as
+// well, but then crypto/tls verifies it too, and anybody can make that cost 30 ms of CPU by sending
+// a long chain.
 type Authenticator struct {
 	CAs   []*x509.Certificate // each issues clients' certificates; a Claim says which did
 	Users Users
 }
 
-// Identify returns who the client of a connection is, if it may reach app; else the error is a
-// [*Refusal]. It depends on its arguments and the time alone and keeps nothing, so that it may be
-// called in tls.Config.VerifyConnection, which tells the client of a refusal by an alert. There
-// the client has not proved yet that it holds the certificate's key: act upon an Identity only
-// when the handshake is done, and decide anew for each connection.
+// Identify returns the identity of a connection's client if it may reach app. Otherwise it returns
+// a [*Refusal]. The result depends on the arguments and the time alone, so that Identify may be
+// called in tls.Config.VerifyConnection, whose error crypto/tls sends to the client as an alert. At
+// that point the client has not yet proved that it holds the certificate's key: act upon an
+// Identity only when the handshake is done, and call Identify for each connection.
 func (a *Authenticator) Identify(cs tls.ConnectionState, app string) (*Identity, error) {
 	switch {
 	case cs.Version != tls.VersionTLS13:
@@ -158,7 +169,8 @@ func (a *Authenticator) Identify(cs tls.ConnectionState, app string) (*Identity,
 	leaf := cs.PeerCertificates[0]
 	claim := Claim{Cert: leaf}
 	claim.Serial, _ = SerialOf(leaf)
-	if i := slices.IndexFunc(a.CAs, func(ca *x509.Certificate) bool { return issues(ca, leaf) }); i >= 0 {
+	isIssuer := func(ca *x509.Certificate) bool { return issues(ca, leaf) }
+	if i := slices.IndexFunc(a.CAs, isIssuer); i >= 0 {
 		claim.CA = KeyID(a.CAs[i])
 	}
 	ca, reason, err := a.verify(leaf, cs.PeerCertificates[1:])
@@ -178,19 +190,23 @@ func (a *Authenticator) Identify(cs tls.ConnectionState, app string) (*Identity,
 	return a.authorize(claim, ca, app)
 }
 
-// recheck returns who the client of an earlier Identity is now, if it may still reach app. The
-// signature is not verified again: a CA of the same name and key would find it as good as then.
+// recheck returns the current identity of a client that Identify has accepted, if it may still
+// reach app. It does not verify the signature again: a CA of the same name and key would accept it.
 func (a *Authenticator) recheck(id *Identity, app string) (*Identity, error) {
 	for _, ca := range a.CAs {
-		if bytes.Equal(ca.RawSubject, id.ca.RawSubject) && bytes.Equal(ca.RawSubjectPublicKeyInfo, id.ca.RawSubjectPublicKeyInfo) {
+		sameName := bytes.Equal(ca.RawSubject, id.ca.RawSubject)
+		sameKey := bytes.Equal(ca.RawSubjectPublicKeyInfo, id.ca.RawSubjectPublicKeyInfo)
+		if sameName && sameKey {
 			return a.authorize(id.claim, ca, app)
 		}
 	}
 	return nil, &Refusal{Reason: UnknownCA, Claim: &id.claim}
 }
 
-// authorize looks up the user of a certificate that ca has issued.
-func (a *Authenticator) authorize(claim Claim, ca *x509.Certificate, app string) (*Identity, error) {
+// authorize looks up the user of a certificate that ca has issued, and checks the user's apps.
+func (a *Authenticator) authorize(
+	claim Claim, ca *x509.Certificate, app string,
+) (*Identity, error) {
 	user, ok := a.Users.Lookup(claim)
 	switch {
 	case user == nil:
@@ -210,17 +226,22 @@ func (a *Authenticator) authorize(claim Claim, ca *x509.Certificate, app string)
 // issues reports whether leaf names ca as its issuer.
 func issues(ca, leaf *x509.Certificate) bool { return bytes.Equal(ca.RawSubject, leaf.RawIssuer) }
 
-// verify returns the CA that has issued leaf itself, or why there is none. Of the client's other
-// certificates no signature is checked but one, by our CA's key: it costs the client nothing to
-// send a chain that takes long.
-func (a *Authenticator) verify(leaf *x509.Certificate, others []*x509.Certificate) (ca *x509.Certificate, _ Reason, err error) {
+// verify returns the CA that has issued leaf directly, or the reason why none has. It checks at
+// most one signature among the client's other certificates, and with our CA's key: a long chain
+// costs the client nothing to send, but would cost the server much to verify.
+func (a *Authenticator) verify(
+	leaf *x509.Certificate, others []*x509.Certificate,
+) (ca *x509.Certificate, _ Reason, err error) {
 	switch now := time.Now(); {
 	case len(leaf.UnhandledCriticalExtensions) > 0:
-		return nil, UnknownExtension, fmt.Errorf("critical extension %v", leaf.UnhandledCriticalExtensions[0])
+		id := leaf.UnhandledCriticalExtensions[0]
+		return nil, UnknownExtension, fmt.Errorf("critical extension %v", id)
 	case now.Before(leaf.NotBefore):
-		return nil, NotYetValid, fmt.Errorf("valid from %s", leaf.NotBefore.UTC().Format(time.RFC3339))
+		from := leaf.NotBefore.UTC().Format(time.RFC3339)
+		return nil, NotYetValid, fmt.Errorf("valid from %s", from)
 	case now.After(leaf.NotAfter):
-		return nil, Expired, fmt.Errorf("expired at %s", leaf.NotAfter.UTC().Format(time.RFC3339))
+		until := leaf.NotAfter.UTC().Format(time.RFC3339)
+		return nil, Expired, fmt.Errorf("expired at %s", until)
 	}
 	err = errors.New("no CA of this server has its issuer's name")
 	for _, ca := range a.CAs {
@@ -230,7 +251,10 @@ func (a *Authenticator) verify(leaf *x509.Certificate, others []*x509.Certificat
 		if slices.Contains(weakSignatures, leaf.SignatureAlgorithm) {
 			return nil, WeakSignature, fmt.Errorf("signed with %v", leaf.SignatureAlgorithm)
 		}
-		_, err = leaf.Verify(x509.VerifyOptions{Roots: poolOf(ca), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+		_, err = leaf.Verify(x509.VerifyOptions{
+			Roots:     poolOf(ca),
+			KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		})
 		if err == nil {
 			return ca, "", nil
 		}
@@ -248,7 +272,8 @@ var weakSignatures = []x509.SignatureAlgorithm{
 	x509.MD2WithRSA, x509.MD5WithRSA, x509.SHA1WithRSA, x509.DSAWithSHA1, x509.ECDSAWithSHA1,
 }
 
-// invalidReason names what is wrong with a certificate that the CA has signed, or with the CA.
+// invalidReason returns the reason to refuse a certificate that the CA has signed, but that
+// crypto/x509 finds invalid. The CA itself may be the one that is out of date.
 func invalidReason(invalid x509.CertificateInvalidError) Reason {
 	switch invalid.Reason {
 	case x509.IncompatibleUsage:
@@ -262,7 +287,7 @@ func invalidReason(invalid x509.CertificateInvalidError) Reason {
 	return NotDirect
 }
 
-// certified reports whether leaf's issuer is among others, and a CA of ours has signed one of them.
+// certified reports whether leaf's issuer is among others, and one of a.CAs has signed one of them.
 func (a *Authenticator) certified(leaf *x509.Certificate, others []*x509.Certificate) bool {
 	if !slices.ContainsFunc(others, func(c *x509.Certificate) bool { return issues(c, leaf) }) {
 		return false
@@ -277,7 +302,7 @@ func (a *Authenticator) certified(leaf *x509.Certificate, others []*x509.Certifi
 	return false
 }
 
-// usable says what is wrong with a certificate as a client's, if anything.
+// usable returns the reason why leaf cannot be a client's certificate; empty if it can.
 func usable(leaf *x509.Certificate) Reason {
 	switch {
 	case leaf.IsCA, leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:

@@ -34,7 +34,8 @@ func awaitByte(c net.Conn) error {
 	var b [1]byte
 	return raw.Read(func(fd uintptr) bool {
 		for {
-			// What was there before the first wait causes no event any more, so it must be looked for.
+			// What was there before the first wait causes no event any more, so it must be looked
+			// for.
 			_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK)
 			if err != syscall.EINTR {
 				return err != syscall.EAGAIN

@@ -9,12 +9,14 @@ import (
 	"strings"
 )
 
-// A Serial is a certificate's serial number in canonical form: lower-case hex without leading zeros.
+// A Serial is a certificate's serial number in canonical form: lower-case hex without leading
+// zeros.
 type Serial string
 
 const maxOctets = 20 // RFC 5280, section 4.1.2.2
 
-// SerialOf returns the serial of cert. It fails if that is not positive or has more than 20 octets.
+// SerialOf returns the serial of cert. It fails if the serial is not positive or has more than 20
+// octets.
 func SerialOf(cert *x509.Certificate) (Serial, error) {
 	n := cert.SerialNumber
 	switch {
@@ -26,9 +28,9 @@ func SerialOf(cert *x509.Certificate) (Serial, error) {
 	return Serial(n.Text(16)), nil
 }
 
-// ParseSerial reads a serial as tools print it: in hex, with or without 0x in front and colons between the octets
-// ("openssl x509 -serial" and "-text"), or in decimal after "dec:". Digits alone are refused where the two readings
-// differ.
+// ParseSerial reads a serial as tools print it: in hex, with or without a leading 0x and colons
+// between the octets ("openssl x509 -serial" and "-text"), or in decimal after "dec:". A number of
+// decimal digits only is refused, unless hex and decimal mean the same.
 func ParseSerial(text string) (Serial, error) {
 	wrong := func(format string, args ...any) (Serial, error) {
 		return "", fmt.Errorf("serial %.60q: "+format, append([]any{text}, args...)...)
@@ -44,7 +46,8 @@ func ParseSerial(text string) (Serial, error) {
 		digits, marked = strings.Join(octets, ""), true
 	}
 	if len(digits) > most {
-		return wrong("too long: want at most %d octets, which are %d hex digits", maxOctets, 2*maxOctets)
+		return wrong("too long: want at most %d octets, which are %d hex digits",
+			maxOctets, 2*maxOctets)
 	}
 	n, ok := new(big.Int).SetString(digits, base)
 	decimal, either := new(big.Int).SetString(digits, 10)
@@ -56,7 +59,8 @@ func ParseSerial(text string) (Serial, error) {
 	case n.BitLen() > 8*maxOctets:
 		return wrong("too long: want at most %d octets", maxOctets)
 	case either && !marked && decimal.Cmp(n) != 0:
-		return wrong("write 0x%s if it is hex, dec:%s (which is 0x%x) if it is decimal", digits, digits, decimal)
+		return wrong("write 0x%s if it is hex, dec:%s (which is 0x%x) if it is decimal",
+			digits, digits, decimal)
 	}
 	return Serial(n.Text(16)), nil
 }
