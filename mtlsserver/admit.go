@@ -15,23 +15,23 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A session is a connection, from when it is accepted until its line is in the log.
+// A session is a connection from its accept until its line is in the log.
 type session struct {
 	conn *lbproxy.Conn
 	app  string
-	id   atomic.Pointer[Identity] // nil until the client has proved it; a reload may renew it
+	id   atomic.Pointer[Identity] // nil until the handshake is done; a reload may replace it
 
-	release func() // its limits; nil until it has them
+	release func() // releases its limits; nil until it has them
 }
 
-// admit is each connection's way in.
+// admit is the AdmitFunc of p's app.
 func (p *proxy) admit(ctx context.Context, c *lbproxy.Conn) error {
 	l := &session{conn: c, app: p.conf.ID}
 	c.OnDone = func(r lbproxy.Result) { p.server.done(l, r) }
 	return p.authenticate(ctx, c, l)
 }
 
-// authenticate makes the handshake and decides whether the client is let in.
+// authenticate performs the handshake and decides whether the client may connect.
 func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) error {
 	s := p.server
 	id, err := p.handshake(ctx, c, s.current.Load())
@@ -43,10 +43,10 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	s.live[l] = struct{}{}
 	s.open[userApp{id.User.Name, l.app}]++
 	s.liveMu.Unlock()
-	// A reload that came before this could not end the session, so it is judged by the snapshot
-	// that is current now; one that comes after it can.
+	// A reload during the handshake did not find the session among the live ones, so judge it by
+	// the snapshot that is current now. A later reload will find it.
 	snap := s.current.Load()
-	if snap.proxies[l.app] == nil { // else p has the upstreams of snap, or of a later one
+	if snap.proxies[l.app] == nil { // otherwise p has the upstreams of snap or of a later one
 		return &Refusal{Reason: AppRemoved}
 	}
 	if err := snap.judge(l); err != nil {
@@ -61,8 +61,8 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	return nil
 }
 
-// handshake makes c a TLS connection whose client has proved who it is, or says why not, to the
-// client as well.
+// handshake makes c a TLS connection with an authenticated client. If it fails, it has told the
+// client by an alert, where TLS allows that.
 func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) (*Identity, error) {
 	app := snap.apps[p.conf.ID]
 	if app == nil {
@@ -73,11 +73,13 @@ func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) 
 			return nil, &Refusal{Reason: NoProxyHeader, Err: err}
 		}
 	}
-	var id *Identity // as the certificate says; it is proved when the handshake is done
+	var id *Identity // claimed by the certificate; proved when the handshake is done
 	config := app.tls.Clone()
 	config.VerifyConnection = func(cs tls.ConnectionState) (err error) {
-		if want := app.serverName; want != "" && cs.ServerName != "" && !strings.EqualFold(cs.ServerName, want) {
-			return &Refusal{Reason: WrongServerName, Err: fmt.Errorf("the client wants %.100q", cs.ServerName)}
+		got, want := cs.ServerName, app.serverName
+		if got != "" && want != "" && !strings.EqualFold(got, want) {
+			err := fmt.Errorf("the client wants %.100q", got)
+			return &Refusal{Reason: WrongServerName, Err: err}
 		}
 		id, err = snap.auth.Identify(cs, p.conf.ID)
 		return err
@@ -94,7 +96,8 @@ func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) 
 	return id, nil
 }
 
-// handshake makes c's client speak TLS. It waits for the client's first byte, then for a place.
+// handshake waits for the first byte of c's client, then for a place, and performs the TLS
+// handshake. All of it has to end within g.Timeout.
 func (g *gate) handshake(
 	ctx context.Context, c *lbproxy.Conn, config *tls.Config,
 ) (t *lbproxy.TLSConn, err error) {
@@ -104,7 +107,7 @@ func (g *gate) handshake(
 		return nil, &Refusal{Reason: ClientGone, Err: err}
 	}
 	v := g.wait(raw, addrOf(clientAddr(c)))
-	returned := false // else the goroutine has ended: a user store may call runtime.Goexit
+	returned := false // remains false if the caller's Users panic or call runtime.Goexit
 	defer func() {
 		late := errors.Is(err, os.ErrDeadlineExceeded)
 		if cut := g.leave(v, late); cut != nil && (err == nil || late) {
@@ -118,7 +121,9 @@ func (g *gate) handshake(
 	return t, err
 }
 
-func (g *gate) handshakeInside(ctx context.Context, v *visit, deadline time.Time, config *tls.Config) (*lbproxy.TLSConn, error) {
+func (g *gate) handshakeInside(
+	ctx context.Context, v *visit, deadline time.Time, config *tls.Config,
+) (*lbproxy.TLSConn, error) {
 	if err := awaitByte(v.raw); err != nil {
 		return nil, refusalOf(err, tls.ConnectionState{})
 	}
@@ -132,14 +137,16 @@ func (g *gate) handshakeInside(ctx context.Context, v *visit, deadline time.Time
 	}
 	refusal := refusalOf(err, c.ConnectionState())
 	switch refusal.Reason {
-	case HandshakeTimeout, HandshakeTooLarge, NotTLS, ClientGone, ClientAlert: // crypto/tls has sent no alert
+	case HandshakeTimeout, HandshakeTooLarge, NotTLS, ClientGone, ClientAlert:
+		// crypto/tls has sent no alert that the client could read.
 	default:
 		linger(v.raw)
 	}
 	return nil, refusal
 }
 
-// clientAddr is where c's client is, behind a trusted PROXY peer as that says.
+// clientAddr returns the address of c's client: the one in the PROXY protocol header if a trusted
+// peer has sent one, else the address of the connection.
 func clientAddr(c *lbproxy.Conn) net.Addr {
 	if c.ClientAddr != nil {
 		return c.ClientAddr
@@ -147,8 +154,8 @@ func clientAddr(c *lbproxy.Conn) net.Addr {
 	return c.Client.RemoteAddr()
 }
 
-// linger lets a refused client read the alert that says so, before a reset that may throw away
-// what is on its way.
+// linger gives a refused client time to read its alert. The reset that follows would otherwise
+// discard an alert that is still on its way.
 func linger(raw net.Conn) {
 	if c, ok := raw.(interface{ CloseWrite() error }); ok && c.CloseWrite() == nil {
 		raw.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
@@ -156,44 +163,53 @@ func linger(raw net.Conn) {
 	}
 }
 
-// A failure is how a handshake failed.
+// A failure is the error of a handshake, with the facts that tell failures apart.
 type failure struct {
 	error
-	op   string // of the net.OpError, if it is one: crypto/tls has "remote error" and "local error"
+	op   string // of a net.OpError; crypto/tls uses "remote error" and "local error"
 	text string
-	cert bool // the client's certificate was found good before
+	cert bool // VerifyConnection has accepted the client's certificate
 }
 
-// failures say which reason the first failure that matches has. For some crypto/tls has no value,
-// only a text; nothing but the word in the log depends on that.
+func (f *failure) is(target error) bool { return errors.Is(f.error, target) }
+
+func (f *failure) notTLS() bool {
+	_, ok := errors.AsType[tls.RecordHeaderError](f.error)
+	return ok
+}
+
+// failures map a failure to the reason of the first entry that matches. crypto/tls exports no value
+// for some errors, so they are recognized by their text; only the reason in the log depends on it.
 var failures = []struct {
 	match  func(f *failure) bool
 	reason Reason
 }{
-	{func(f *failure) bool { _, ok := errors.AsType[tls.RecordHeaderError](f.error); return ok }, NotTLS},
-	{func(f *failure) bool { return errors.Is(f.error, lbproxy.ErrHandshakeSize) }, HandshakeTooLarge},
-	{func(f *failure) bool { return errors.Is(f.error, os.ErrDeadlineExceeded) }, HandshakeTimeout},
+	{(*failure).notTLS, NotTLS},
+	{func(f *failure) bool { return f.is(lbproxy.ErrHandshakeSize) }, HandshakeTooLarge},
+	{func(f *failure) bool { return f.is(os.ErrDeadlineExceeded) }, HandshakeTimeout},
 	{func(f *failure) bool { return f.op == "remote error" || f.alertInTheClear() }, ClientAlert},
-	{func(f *failure) bool { return f.op == "local error" }, HandshakeFailed}, // against the protocol
+	{func(f *failure) bool { return f.op == "local error" }, HandshakeFailed}, // broken protocol
 	{func(f *failure) bool { return f.op != "" }, ClientGone},
-	{func(f *failure) bool { return errors.Is(f.error, io.EOF) || errors.Is(f.error, io.ErrUnexpectedEOF) }, ClientGone},
+	{func(f *failure) bool { return f.is(io.EOF) || f.is(io.ErrUnexpectedEOF) }, ClientGone},
 	{func(f *failure) bool { return f.cert }, NoProof},
-	{func(f *failure) bool { return strings.HasPrefix(f.text, "tls: client didn't provide a certificate") }, NoCertificate},
-	{func(f *failure) bool { return strings.HasPrefix(f.text, "tls: failed to parse client certificate") }, BadCertificate},
-	{func(f *failure) bool {
-		return strings.HasPrefix(f.text, "tls: client offered only unsupported versions")
-	}, OldTLS},
+	{textBegins("tls: client didn't provide a certificate"), NoCertificate},
+	{textBegins("tls: failed to parse client certificate"), BadCertificate},
+	{textBegins("tls: client offered only unsupported versions"), OldTLS},
 }
 
-// alertInTheClear reports whether the client sent an alert that is not encrypted, as OpenSSL does
-// when it refuses the server's certificate. crypto/tls tries to decrypt it.
+func textBegins(prefix string) func(*failure) bool {
+	return func(f *failure) bool { return strings.HasPrefix(f.text, prefix) }
+}
+
+// alertInTheClear reports whether the client sent an unencrypted alert, as OpenSSL does when it
+// refuses the server's certificate. crypto/tls tries to decrypt it and reports a bad MAC.
 func (f *failure) alertInTheClear() bool {
 	return f.op == "local error" && !f.cert && strings.HasSuffix(f.text, "bad record MAC")
 }
 
-// refusalOf says why a handshake failed.
+// refusalOf returns the Refusal for the error of a handshake.
 func refusalOf(err error, cs tls.ConnectionState) *Refusal {
-	if refusal, ok := errors.AsType[*Refusal](err); ok { // by VerifyConnection
+	if refusal, ok := errors.AsType[*Refusal](err); ok { // from VerifyConnection
 		return refusal
 	}
 	f := &failure{error: err, text: err.Error(), cert: len(cs.PeerCertificates) > 0}

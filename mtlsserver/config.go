@@ -12,11 +12,11 @@ import (
 // A Config says what a [Server] serves and to whom. Load and Parse read one from JSON; a program
 // may also build one. Parse reads back the JSON that json.Marshal makes of it.
 type Config struct {
-	TLS          Files         `json:"tls"`
-	Apps         []App         `json:"apps"`
-	Users        []User        `json:"users"`
-	DefaultLimit *Limit        `json:"defaultLimit,omitzero"` // for users without a Limit; nil: none
-	Handshake    Handshake     `json:"handshake,omitzero"`
+	TLS          Files     `json:"tls"`
+	Apps         []App     `json:"apps"`
+	Users        []User    `json:"users"`
+	DefaultLimit *Limit    `json:"defaultLimit,omitzero"` // of users without a Limit
+	Handshake    Handshake `json:"handshake,omitzero"`
 
 	// DrainTimeout bounds how long a drain waits for connections to end. 0 means 30 seconds.
 	DrainTimeout time.Duration `json:"drainTimeout,omitzero"`
@@ -136,7 +136,7 @@ type UserSerial struct {
 // A Limit bounds what a user does. Zero fields set no bound; Burst and Every go together.
 type Limit struct {
 	Burst          int           `json:"burst,omitzero"`          // connections opened at once,
-	Every          time.Duration `json:"every,omitzero"`          // and the time in which one more is regained
+	Every          time.Duration `json:"every,omitzero"`          // and the time to regain one
 	Open           int           `json:"open,omitzero"`           // connections open at once
 	BytesPerSecond int64         `json:"bytesPerSecond,omitzero"` // both directions together
 }
@@ -146,7 +146,7 @@ type Limit struct {
 // place of the oldest handshake of the address (IPv6: network) that holds most places. A client
 // that has sent nothing costs a socket; 16,384 of them may wait.
 type Handshake struct {
-	Timeout       time.Duration `json:"timeout,omitzero"`       // counted from accept; 0: 10 seconds
+	Timeout       time.Duration `json:"timeout,omitzero"`       // from accept on; 0: 10s
 	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0: 256
 	MaxPerAddress int           `json:"maxPerAddress,omitzero"` // an address or IPv6 /64; 0: 16
 	MaxBytes      int           `json:"maxBytes,omitzero"`      // read from a client; 0: 16384

@@ -14,20 +14,20 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A line waits to be written to a Server's Logger.
+// A line is one that waits to be written to a Server's Logger.
 type line struct {
 	level slog.Level
 	text  string
 	attrs []slog.Attr
 }
 
-// say queues a line for the log. Nobody waits for a Logger that blocks: see logqueue.
+// say queues a line for the log. It never waits for a Logger that blocks: see logqueue.
 func (s *Server) say(level slog.Level, text string, attrs ...slog.Attr) {
 	s.lines.Add(line{level, text, attrs})
 }
 
 func (s *Server) write(l line) {
-	defer func() { _ = recover() }() // nobody is left to tell what a Logger panics with
+	defer func() { _ = recover() }() // a Logger that panics cannot be reported to the log
 	s.log.LogAttrs(context.Background(), l.level, l.text, l.attrs...)
 }
 
@@ -35,7 +35,8 @@ func (s *Server) writeDropped(n uint64) {
 	s.write(line{slog.LevelError, "log lines were dropped", []slog.Attr{slog.Uint64("lines", n)}})
 }
 
-// done writes the line of a connection. The connection and its place are gone by then.
+// done logs a connection that has ended. Its place and its limits are free before the line is
+// queued.
 func (s *Server) done(l *session, r lbproxy.Result) {
 	s.countOut(l, r)
 	if l.release != nil {
@@ -49,21 +50,29 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 	switch {
 	case refused:
 		r.Err = refusal.Err
-	case r.End == lbproxy.EndNoUpstream, r.End == lbproxy.EndDialFailed, r.End == lbproxy.EndUpstreamError:
+	case r.End == lbproxy.EndNoUpstream,
+		r.End == lbproxy.EndDialFailed,
+		r.End == lbproxy.EndUpstreamError:
 		level = slog.LevelWarn
 	}
-	attrs := l.attrs()
-	attrs = append(attrs, slog.String("reason", string(reason)), slog.Duration("duration", r.Duration))
-	if id := l.id.Load(); id != nil {
-		attrs = append(attrs, slog.String("user", id.User.Name), slog.String("serial", string(id.Serial)))
+	attrs := append(l.attrs(),
+		slog.String("reason", string(reason)),
+		slog.Duration("duration", r.Duration))
+	id := l.id.Load()
+	if id != nil {
+		attrs = append(attrs, id.attrs()...)
 	} else if refused {
 		attrs = append(attrs, refusal.claimed()...)
 	}
-	if r.End != lbproxy.EndNotAdmitted && l.id.Load() != nil {
-		attrs = append(attrs, slog.String("upstream", r.Upstream), slog.Int64("sent", r.Sent), slog.Int64("received", r.Received))
+	if id != nil && r.End != lbproxy.EndNotAdmitted {
+		attrs = append(attrs,
+			slog.String("upstream", r.Upstream),
+			slog.Int64("sent", r.Sent),
+			slog.Int64("received", r.Received))
 	}
 	if r.Err != nil {
-		attrs = append(attrs, slog.String("detail", clean(strings.ReplaceAll(r.Err.Error(), "\n", "; "), 200)))
+		detail := strings.ReplaceAll(r.Err.Error(), "\n", "; ")
+		attrs = append(attrs, slog.String("detail", clean(detail, 200)))
 	}
 	if r.End == lbproxy.EndNotAdmitted && !s.refusals.allow(reason, time.Now()) {
 		return
@@ -71,7 +80,7 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 	s.say(level, "connection", attrs...)
 }
 
-// countOut takes a connection out of those that are live, and counts it if it was refused.
+// countOut removes a connection from the live ones, and counts it if it was refused.
 func (s *Server) countOut(l *session, r lbproxy.Result) {
 	_, refused := errors.AsType[*Refusal](r.Err)
 	reason := reasonOf(l, r)
@@ -90,30 +99,39 @@ func (s *Server) countOut(l *session, r lbproxy.Result) {
 	}
 }
 
-// reasonOf returns the word for the end of a connection.
+// reasonOf returns the Reason for the end of a connection.
 func reasonOf(l *session, r lbproxy.Result) Reason {
-	refusal, refused := errors.AsType[*Refusal](r.Err)
-	switch {
-	case refused:
+	if refusal, ok := errors.AsType[*Refusal](r.Err); ok {
 		return refusal.Reason
-	case r.End == lbproxy.EndNotAdmitted, r.End == lbproxy.EndCanceled && l.id.Load() == nil: // a hook panicked
+	}
+	panicked := r.End == lbproxy.EndCanceled && l.id.Load() == nil // in admit
+	if panicked || r.End == lbproxy.EndNotAdmitted {
 		return HandshakeFailed
 	}
 	return Reason(r.End)
 }
 
-// admitted writes that a client has been let in.
+// admitted logs that a client has been admitted.
 func (s *Server) admitted(l *session) {
-	id := l.id.Load()
-	s.say(slog.LevelInfo, "admitted", append(l.attrs(), slog.String("user", id.User.Name), slog.String("serial", string(id.Serial)))...)
+	s.say(slog.LevelInfo, "admitted", append(l.attrs(), l.id.Load().attrs()...)...)
 }
 
 func (l *session) attrs() []slog.Attr {
-	return []slog.Attr{slog.String("app", l.app), slog.String("client", clientAddr(l.conn).String())}
+	return []slog.Attr{
+		slog.String("app", l.app),
+		slog.String("client", clientAddr(l.conn).String()),
+	}
 }
 
-// claimed is what a refused client says of itself. Names are quoted and cut short: the client may
-// have made its certificate itself.
+func (id *Identity) attrs() []slog.Attr {
+	return []slog.Attr{
+		slog.String("user", id.User.Name),
+		slog.String("serial", string(id.Serial)),
+	}
+}
+
+// claimed returns the unproven claims of a refused client as log attributes. Names are quoted and
+// cut short: anybody can make a certificate with any name.
 func (r *Refusal) claimed() (attrs []slog.Attr) {
 	if r.Claim == nil {
 		return nil
@@ -129,7 +147,8 @@ func (r *Refusal) claimed() (attrs []slog.Attr) {
 	return attrs
 }
 
-// clean is the beginning of a text, without what a log cannot bear: a peer may have a word in it.
+// clean returns the beginning of a text with '?' for every character that cannot be printed. A peer
+// may have chosen part of the text.
 func clean(text string, most int) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
@@ -139,22 +158,22 @@ func clean(text string, most int) string {
 	}, fmt.Sprintf("%.*s", most, text))
 }
 
-// refusals bounds how many refused connections a second have a line, for each reason.
+// refusals bounds the log lines about refused connections, per second and reason.
 type refusals struct {
-	most int // negative: no bound
+	most int // lines a second for each reason; negative: no bound
 
 	mu      sync.Mutex
 	seconds map[Reason]*second
 }
 
-// A second is the latest one in which there was a refusal for a reason.
+// A second counts the refusals for a reason in the latest second that had any.
 type second struct {
 	began    time.Time
 	lines    int
-	withheld int // since they were told last
+	withheld int // since take was called last
 }
 
-// allow reports whether a refusal may have a line. If not it is counted.
+// allow reports whether a refusal may have a line of its own. Otherwise it counts the refusal.
 func (r *refusals) allow(reason Reason, now time.Time) bool {
 	if r.most < 0 {
 		return true
@@ -176,7 +195,7 @@ func (r *refusals) allow(reason Reason, now time.Time) bool {
 	return true
 }
 
-// take returns how many refusals had no line, for each reason, and forgets them.
+// take returns the number of refusals without a line, for each reason, and starts again at zero.
 func (r *refusals) take() map[Reason]int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -189,14 +208,17 @@ func (r *refusals) take() map[Reason]int {
 	return counts
 }
 
-// sayWithheld writes how many refusals had no line of their own.
+// sayWithheld logs the number of refusals that had no line of their own.
 func (s *Server) sayWithheld() {
 	for reason, n := range s.refusals.take() {
-		s.say(slog.LevelInfo, "connections refused without a line each", slog.String("reason", string(reason)), slog.Int("connections", n))
+		s.say(slog.LevelInfo, "connections refused without a line each",
+			slog.String("reason", string(reason)),
+			slog.Int("connections", n))
 	}
 }
 
-// An appLog passes on what lbproxy says about an app, and not what it says about connections.
+// An appLog passes on lbproxy's records about an app and drops those about connections: done logs
+// them.
 type appLog struct{ slog.Handler }
 
 func (h appLog) Enabled(ctx context.Context, level slog.Level) bool {
