@@ -19,11 +19,11 @@ import (
 //	           ▼                               ▼ its address      ▼
 //	         the oldest is cut               refused            one of the heaviest is cut
 //
-// Silent clients cost a socket and a goroutine each. Those who have said something and whose
-// address has all its places wait in the order they came. A newcomer is never refused because
-// others hold all places: one of those, of the network that holds most, makes way.
+// A silent client costs a socket and a goroutine. A client that has sent something queues while its
+// address holds all the places it may have. A full gate never refuses a newcomer: the oldest
+// handshake of the network that holds most places makes way for it.
 type gate struct {
-	Handshake // without zeros
+	Handshake // every field is set
 
 	mu       sync.Mutex
 	networks map[netip.Prefix]*network // those with visits or misses
@@ -37,40 +37,43 @@ const (
 	maxMisses  = 16384
 )
 
-// A network is an IPv4 address, or an IPv6 /64 or /48. A visit belongs to the /64 (near), where
-// places are counted, and to the /48 (wide), which a single attacker may have whole. Both are the
-// same for IPv4.
+// A network is an IPv4 address, or an IPv6 /64 or /48. An IPv6 visit belongs to a /64 (near), which
+// MaxPerAddress is for, and to a /48 (wide), all of which a single attacker may own. For IPv4 both
+// are the address.
 type network struct {
 	prefix netip.Prefix
-	refs   int      // visits and misses that have it
+	refs   int      // from visits and misses
 	inside int      // visits with a place
-	missed int      // handshakes that lost their place or ran out of time lately
-	queue  []*visit // of the near network: those whose first byte has come, oldest first
+	missed int      // recent handshakes that lost their place or ran out of time
+	queue  []*visit // near networks only: visits that have sent a byte, oldest first
 }
 
-// weight is how much n holds. What it lost counts too: a network of which each address opens one
-// slow handshake, and again whenever that is cut, must not push out those who are new.
+// weight returns how many places n holds or has recently lost. Lost ones count because each address
+// of a network may open one slow handshake, and another when that is cut; without them such a
+// network would weigh little and push newcomers out.
 func (n *network) weight() int { return n.inside + n.missed }
 
-// A miss is a handshake that came to nothing after it had a place.
+// A miss is a handshake that had a place and failed to finish.
 type miss struct {
 	near, wide *network
 	at         time.Time
 }
 
-// A visit is a connection at the gate. Its fields belong to gate.mu.
+// A visit is a connection at the gate. gate.mu guards its fields.
 type visit struct {
 	raw        net.Conn
 	near, wide *network
 	element    *list.Element // of waiting or inside; nil when cut or gone
 	placed     bool          // it is or was inside
 	ready      chan struct{} // closed when it gets a place, or is cut while it waits for one
-	cut        bool          // it made way: its deadline has passed
+	cut        bool          // it made way for another visit
 }
 
-func newGate(h Handshake) *gate { return &gate{Handshake: h, networks: map[netip.Prefix]*network{}} }
+func newGate(h Handshake) *gate {
+	return &gate{Handshake: h, networks: map[netip.Prefix]*network{}}
+}
 
-// wait begins a visit. Every visit is owed a leave.
+// wait begins a visit, which the caller must end by leave.
 func (g *gate) wait(raw net.Conn, from netip.Addr) *visit {
 	near, wide := networksOf(from)
 	v := &visit{raw: raw, ready: make(chan struct{})}
@@ -88,11 +91,11 @@ func (g *gate) wait(raw net.Conn, from netip.Addr) *visit {
 	return v
 }
 
-// enter gets a place for v, which has said something, or says why there is none. It waits while
-// v's address has all its places, until ctx ends or the deadline.
+// enter gets a place for v, which has sent its first byte. It waits while v's address holds all its
+// places, until ctx or the deadline ends. The error is the Refusal for v.
 func (g *gate) enter(ctx context.Context, v *visit, deadline time.Time) error {
 	g.mu.Lock()
-	if len(v.near.queue) >= 4*g.MaxPerAddress { // they would not get one soon
+	if len(v.near.queue) >= 4*g.MaxPerAddress { // too long a queue to reach a place in time
 		g.mu.Unlock()
 		return &Refusal{Reason: TooManyFromAddress}
 	}
@@ -120,7 +123,7 @@ func (g *gate) enter(ctx context.Context, v *visit, deadline time.Time) error {
 	}
 }
 
-// verdict returns the error of a visit that was cut.
+// verdict returns a Refusal if v was cut, else nil.
 func (g *gate) verdict(v *visit) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -130,8 +133,8 @@ func (g *gate) verdict(v *visit) error {
 	return nil
 }
 
-// leave ends v. If it missed its end, by a timeout, that counts against its network for as long as
-// a handshake may take. The error is that of a visit that was cut.
+// leave ends v and returns its verdict. A visit that missed its end, by a timeout, counts against
+// its networks for g.Timeout.
 func (g *gate) leave(v *visit, missed bool) error {
 	g.mu.Lock()
 	if missed && v.placed && !v.cut {
@@ -149,7 +152,8 @@ func (g *gate) leave(v *visit, missed bool) error {
 	return g.verdict(v)
 }
 
-// promote gives places to those that wait for one of n's, and returns those that must make way.
+// promote gives places to the queue of n as far as MaxPerAddress allows. It returns the visits that
+// are cut for that; the caller wakes them without the lock.
 func (g *gate) promote(n *network) (losers []*visit) {
 	for len(n.queue) > 0 && n.inside < g.MaxPerAddress {
 		v := n.queue[0]
@@ -168,24 +172,32 @@ func (g *gate) promote(n *network) (losers []*visit) {
 	return losers
 }
 
-// heaviest returns the oldest visit inside of the network that holds most.
+// heaviest returns the oldest visit with a place among those of the heaviest /48, and in it of the
+// heaviest /64.
 func (g *gate) heaviest() (v *visit) {
 	for e := g.inside.Front(); e != nil; e = e.Next() {
 		other := e.Value.(*visit)
-		if v == nil || cmp.Or(cmp.Compare(other.wide.weight(), v.wide.weight()), cmp.Compare(other.near.weight(), v.near.weight())) > 0 {
+		if v == nil || other.heavier(v) {
 			v = other
 		}
 	}
 	return v
 }
 
-// drop cuts v out. The caller wakes it without the lock.
+func (v *visit) heavier(than *visit) bool {
+	return cmp.Or(
+		cmp.Compare(v.wide.weight(), than.wide.weight()),
+		cmp.Compare(v.near.weight(), than.near.weight()),
+	) > 0
+}
+
+// drop cuts v. The caller wakes it after it has released the lock.
 func (g *gate) drop(v *visit) {
 	v.cut = true
 	g.remove(v)
 }
 
-// remove takes v out of the list it is in, if any.
+// remove removes v from waiting, its queue or inside.
 func (g *gate) remove(v *visit) {
 	switch {
 	case v.element == nil:
@@ -202,7 +214,7 @@ func (g *gate) remove(v *visit) {
 	v.element = nil
 }
 
-// count adds n to the places of v's networks.
+// count adds n to the number of places that v's networks hold.
 func (v *visit) count(n int) {
 	v.near.inside += n
 	if v.wide != v.near {
@@ -210,13 +222,13 @@ func (v *visit) count(n int) {
 	}
 }
 
-// wake makes the goroutine of a visit that was cut notice. It may be called for nil.
+// wake interrupts the goroutine of a visit that was cut. A nil v is ignored.
 func (v *visit) wake() {
 	if v == nil {
 		return
 	}
 	v.raw.SetDeadline(time.Unix(1, 0))
-	if !v.placed { // nobody else closes it any more
+	if !v.placed { // otherwise promote has closed it
 		close(v.ready)
 	}
 }
@@ -227,7 +239,7 @@ func wakeAll(visits []*visit) {
 	}
 }
 
-// network returns the network of a prefix, and owes it a release.
+// network returns the network of a prefix and counts a reference, which release drops.
 func (g *gate) network(p netip.Prefix) *network {
 	n := g.networks[p]
 	if n == nil {
@@ -244,7 +256,7 @@ func (g *gate) release(n *network) {
 	}
 }
 
-// miss counts a handshake that came to nothing.
+// miss counts v against its networks until forget drops it.
 func (g *gate) miss(v *visit) {
 	g.misses = append(g.misses, miss{v.near, v.wide, time.Now()})
 	for _, n := range []*network{v.near, v.wide} {
@@ -256,7 +268,7 @@ func (g *gate) miss(v *visit) {
 	}
 }
 
-// forget forgets misses that are as old as a handshake may get, and the oldest of too many.
+// forget drops misses older than g.Timeout, and the oldest ones if there are more than maxMisses.
 func (g *gate) forget(now time.Time) {
 	for len(g.misses) > 0 && (len(g.misses) > maxMisses || now.Sub(g.misses[0].at) > g.Timeout) {
 		m := g.misses[0]
@@ -278,8 +290,8 @@ func addrOf(a net.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// networksOf returns the networks of an address: itself for IPv4, the /64 and the /48 for IPv6, in
-// which a client chooses the rest.
+// networksOf returns the networks of an address: the address itself for IPv4, its /64 and /48 for
+// IPv6, where a client may choose the other bits.
 func networksOf(ip netip.Addr) (near, wide netip.Prefix) {
 	if ip.Is4() {
 		near = netip.PrefixFrom(ip, 32)

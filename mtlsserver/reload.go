@@ -9,16 +9,15 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// Reload replaces the configuration by c, which must not be changed afterwards. If anything is
-// wrong with c or with a file that it names, or an address cannot be bound, nothing changes. A
-// certificate in force that has expired is no reason to refuse c, if its file is the same: users
-// can always be removed.
+// Reload replaces the configuration by c, which must not change afterwards. If there is a problem
+// with c or with a file that it names, or if an address cannot be bound, nothing changes. An
+// expired certificate that is in force already is no problem while its file is the same, so that
+// users can always be removed.
 //
-// Connections that c does not allow are being reset when Reload returns. All others live on, and
-// so do listeners whose app and address are the same, what users have spent of limits that are the
-// same, and the counts of upstreams. Changed limits, timeouts and health checks are for
-// connections that begin from now on; those in their handshake get the new upstreams. Reload logs
-// what has changed and returns it.
+// Reload resets the connections that c does not allow. All others go on, and so do listeners with
+// the same app and address, the state of unchanged limits, and the counters of upstreams. Changed
+// limits, timeouts and health checks apply to new connections; connections in their handshake get
+// the new upstreams. Reload logs the changes and returns them.
 func (s *Server) Reload(c *Config) (Changes, error) {
 	changes, err := s.reload(c)
 	if err == nil {
@@ -78,16 +77,16 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 	return changes, nil
 }
 
-// install makes snap the snapshot in force, starts the proxies that are new, and closes the
-// listeners of those that are gone.
+// install makes snap the current snapshot, starts new proxies, and closes the listeners of removed
+// ones.
 func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closing.Err() != nil {
 		return ErrServerClosed
 	}
-	// Before any user of the new snapshot is let in, also for apps that were replaced: a connection
-	// may still be in its handshake there, and must not get on to the old upstreams.
+	// Set the upstreams before the snapshot admits anybody, and for replaced proxies too: a
+	// connection in its handshake there must not reach upstreams that c has removed.
 	byID := map[string][]lbproxy.Upstream{}
 	for i, conf := range snap.config.Apps {
 		byID[conf.ID] = upstreams[i]
@@ -95,7 +94,7 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 	for p := range s.proxies {
 		if now := byID[p.conf.ID]; now != nil {
 			if err := p.app.SetUpstreams(now); err != nil {
-				panic(err) // check has found them valid
+				panic(err) // check has validated them
 			}
 		}
 	}
@@ -112,12 +111,12 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 			p.listener.Close()
 		}
 	}
-	// Nobody waits here: one of them may be answering the request that reloads.
+	// Do not wait: one of the old admins may be answering the request for this reload.
 	s.watching.Go(func() { closeAdmins(old.admins, snap.admins) })
 	return nil
 }
 
-// discard closes the proxies that are not among the old ones.
+// discard closes the proxies that a failed reload has made.
 func discard(proxies, old map[string]*proxy) {
 	for id, p := range proxies {
 		if p != old[id] {
@@ -127,17 +126,17 @@ func discard(proxies, old map[string]*proxy) {
 	}
 }
 
-// A proxy is an app behind its listener. Another one takes over when its options change.
+// A proxy is an app and its listener. A reload that changes the app's options replaces the proxy.
 type proxy struct {
 	server   *Server
-	conf     App // what proxyOptions leaves of it
+	conf     App // from proxyOptions
 	app      *lbproxy.LBProxyApp
 	listener *share
-	served   chan struct{} // closed when no connection is accepted any more
+	served   chan struct{} // closed when Serve has returned
 }
 
-// drain ends p when its connections have ended, or at once when ctx does. What has been accepted
-// is served, so Shutdown, which resets what it finds in Serve's hands, comes after that.
+// drain closes p when its connections have ended, or at once when ctx ends. It waits for Serve
+// first, because Shutdown resets a connection that is accepted but not yet served.
 func (p *proxy) drain(ctx context.Context) {
 	p.listener.Close()
 	select {
@@ -149,14 +148,17 @@ func (p *proxy) drain(ctx context.Context) {
 	}
 }
 
-// proxyOptions returns a without what a proxy looks up in the snapshot.
+// proxyOptions returns a without the fields that a proxy looks up in the current snapshot. Changes
+// of those need no new proxy.
 func (a App) proxyOptions() App {
 	a.Upstreams, a.TLS, a.CloseNotify, a.AcceptProxy = nil, nil, "", nil
 	return a
 }
 
-// proxyFor returns the proxy of an app: the old one if it can go on, else a new one.
-func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream, old map[string]*proxy) (*proxy, error) {
+// proxyFor returns the proxy of an app: the old one if its options are the same, else a new one.
+func (s *Server) proxyFor(
+	conf App, upstreams []lbproxy.Upstream, old map[string]*proxy,
+) (*proxy, error) {
 	conf = conf.proxyOptions()
 	if p := old[conf.ID]; p != nil && reflect.DeepEqual(p.conf, conf) {
 		return p, nil
@@ -175,24 +177,36 @@ func (s *Server) proxyFor(conf App, upstreams []lbproxy.Upstream, old map[string
 
 func (a App) options(log *slog.Logger) *lbproxy.Options {
 	opts := &lbproxy.Options{
-		IdleTimeout: a.IdleTimeout, DialTimeout: a.DialTimeout, FailTimeout: a.FailTimeout, MaxConns: a.MaxConns,
-		Logger: slog.New(appLog{log.Handler()}),
+		IdleTimeout: a.IdleTimeout,
+		DialTimeout: a.DialTimeout,
+		FailTimeout: a.FailTimeout,
+		MaxConns:    a.MaxConns,
+		Logger:      slog.New(appLog{log.Handler()}),
 	}
 	if hc := a.HealthCheck; hc != nil {
-		opts.HealthCheck = &lbproxy.HealthCheck{Interval: hc.Interval, Timeout: hc.Timeout, Rise: hc.Rise, Fall: hc.Fall}
+		opts.HealthCheck = &lbproxy.HealthCheck{
+			Interval: hc.Interval,
+			Timeout:  hc.Timeout,
+			Rise:     hc.Rise,
+			Fall:     hc.Fall,
+		}
 	}
 	return opts
 }
 
-// lbproxy returns u for an lbproxy.LBProxyApp, but for its TLS.
+// lbproxy returns u as an lbproxy.Upstream without TLS, which upstreamTLS reads from files.
 func (u *Upstream) lbproxy() lbproxy.Upstream {
 	return lbproxy.Upstream{
-		Addr: u.Addr, Weight: u.Weight, MaxConns: u.MaxConns, Drain: u.Drain, ProxyProtocol: u.ProxyProtocol,
+		Addr:          u.Addr,
+		Weight:        u.Weight,
+		MaxConns:      u.MaxConns,
+		Drain:         u.Drain,
+		ProxyProtocol: u.ProxyProtocol,
 	}
 }
 
-// listen returns a share of the port at conf's address: of one that is bound already, by the same
-// app or one that gives it up, or of a new one.
+// listen returns a share of the port at conf's address. A port that the same app, or an app that
+// gives up the address, has bound already is shared; otherwise listen binds a new one.
 func (s *Server) listen(conf App, old map[string]*proxy) (*share, error) {
 	for id, p := range old {
 		if p.conf.Listen == conf.Listen && (id == conf.ID || portOf(conf.Listen) != 0) {
@@ -203,17 +217,17 @@ func (s *Server) listen(conf App, old map[string]*proxy) (*share, error) {
 }
 
 // start makes p serve as soon as the server runs, until p's listener is closed and its last
-// connection has ended. The caller holds mu.
+// connection has ended. The caller holds s.mu.
 func (s *Server) start(p *proxy) {
-	if s.current.Load().admin != nil { // else nobody would have the recorder forget it
+	if s.current.Load().admin != nil { // otherwise the recorder would never forget p.app
 		s.recorder.Track(p.app)
 	}
 	s.serving.Go(func() {
 		select {
 		case <-s.running:
-		case <-s.closing.Done(): // then Serve closes the listener, and returns
+		case <-s.closing.Done(): // Serve will close the listener and return
 		}
-		_ = p.app.Serve(p.listener, p.admit) // its error only says that it was stopped
+		_ = p.app.Serve(p.listener, p.admit) // the error only says that p was stopped
 		close(p.served)
 		p.app.Shutdown(context.Background())
 		s.mu.Lock()

@@ -22,34 +22,33 @@ var ErrServerClosed = errors.New("mtlsserver: server closed")
 
 // Options change how a server works. A nil *Options and the zero Options mean the defaults.
 type Options struct {
-	// Logger gets one line for each connection, when it is over, what lbproxy says about
-	// upstreams, and warnings. Lines are written by a goroutine of their own, so a Logger that
-	// blocks holds nothing up: 4,096 lines wait, more are dropped and counted. nil means
-	// slog.Default().
+	// Logger gets a line for each connection that has ended, lbproxy's lines about upstreams, and
+	// warnings. A separate goroutine writes them, so that a Logger that blocks delays no
+	// connection: up to 4,096 lines wait, more are dropped and counted. nil means slog.Default().
 	Logger *slog.Logger
 
-	// RefusalLines is how many refused connections a second, for each Reason, have a line of their
-	// own. The others are counted in one. 0 means 10, negative means all of them.
+	// RefusalLines bounds the refused connections that get a line of their own, per second and
+	// Reason. One more line counts the others. 0 means 10, negative means no bound.
 	RefusalLines int
 
-	// Users, if set, takes the place of Config.Users, which must be empty. Call Server.Recheck
-	// when users have changed.
+	// Users, if set, replaces Config.Users, which must be empty. Call Server.Recheck after users
+	// have changed.
 	Users Users
 
-	// NewLimit returns what bounds a user's connections to one app, or to all of them together
-	// (app is empty); nil sets no bound. It is called once for each limit of a configuration, and
-	// again only when the limit has changed. For users of a store of your own it is called when
-	// they connect, and again after their limit was idle. It must not call the Server. A nil
-	// NewLimit keeps limits in memory.
+	// NewLimit returns the manager that enforces a user's limit for one app, or for all apps
+	// together if app is empty; nil sets no bound. It is called once for each limit of a
+	// configuration, and again only when the limit has changed. With Options.Users it is called
+	// when a user connects, and again after the limit was idle. It must not call the Server. If
+	// NewLimit is nil, limits are kept in memory.
 	NewLimit func(user, app string, l Limit) lbproxy.RateLimitManager
 
-	// Listen returns the listener of an app whose address is addr, also when a reload has changed
-	// that. The Server closes it. It must have the method SetDeadline, as listeners of package net
-	// have. It must not call the Server. nil means lbproxy.Listen.
+	// Listen returns the listener for an app's address, at the start and when a reload has changed
+	// the address. The Server closes it. The listener must have a SetDeadline method, as those of
+	// package net have. Listen must not call the Server. nil means lbproxy.Listen.
 	Listen func(app, addr string) (net.Listener, error)
 
-	// Reload is called when an administrator asks for a reload (see Config.Admin). It is expected
-	// to call Server.Reload with a new Config. nil means that this is not offered.
+	// Reload is called when an administrator asks for a reload (see Config.Admin). It should call
+	// Server.Reload with a new Config. If it is nil, administrators cannot reload.
 	Reload func() (Changes, error)
 }
 
@@ -66,30 +65,30 @@ type Server struct {
 	bind     func(app, addr string) (net.Listener, error)
 	current  atomic.Pointer[snapshot]
 	running  chan struct{}   // closed by Run
-	closing  context.Context // ends when the server is stopped,
-	close    func()          // by this, which is called under mu
-	cut      atomic.Int64    // connections of users that a drain or Close had to cut
-	serving  sync.WaitGroup  // nothing is added when the server has been stopped, but by stop itself
+	closing  context.Context // ends when the server is stopped
+	close    func()          // ends closing; called under mu
+	cut      atomic.Int64    // users' connections that a drain or Close has cut
+	serving  sync.WaitGroup  // once closing has ended, only stop adds to it
 
-	over     context.Context // ends when the server has been stopped and nothing is served any more,
-	end      func()          // by this
+	over     context.Context // ends when the server is stopped and every connection has ended
+	end      func()          // ends over
 	watching sync.WaitGroup
 
-	reloading sync.Mutex              // held by Reload: one at a time
-	drains    map[appUpstreamKey]bool // what administrators have set; guarded by reloading
+	reloading sync.Mutex              // held by reload, so that only one runs at a time
+	drains    map[appUpstreamKey]bool // set by administrators; guarded by reloading
 
-	mu      sync.Mutex // guards what follows; held over no I/O and no hook
+	mu      sync.Mutex // guards ran and proxies; not held over I/O or hooks
 	ran     bool
-	proxies map[*proxy]struct{} // those current, and those replaced until their last connection has ended
+	proxies map[*proxy]struct{} // the current ones, and replaced ones that still have connections
 
 	liveMu sync.Mutex
 	live   map[*session]struct{}
-	open   map[userApp]int   // of live
+	open   map[userApp]int   // live sessions by user and app
 	denied map[Reason]uint64 // connections ended by a Refusal
 }
 
-// New returns a server for c, which must not be changed afterwards. Its listeners are bound and its
-// health checks have begun; Run serves. If Run is not called, Close must be.
+// New returns a server for c, which must not change afterwards. New binds the listeners and starts
+// the health checks; Run serves. A server that is not run must be closed.
 func New(c *Config, opts *Options) (*Server, error) {
 	if opts == nil {
 		opts = &Options{}
@@ -128,7 +127,7 @@ func New(c *Config, opts *Options) (*Server, error) {
 	return s, nil
 }
 
-// Addrs returns where each app listens, by its id.
+// Addrs returns the address that each app listens on, by the app's id.
 func (s *Server) Addrs() map[string]net.Addr {
 	addrs := map[string]net.Addr{}
 	for id, p := range s.current.Load().proxies {
@@ -137,7 +136,7 @@ func (s *Server) Addrs() map[string]net.Addr {
 	return addrs
 }
 
-// Apps returns what serves each app now, by its id. A reload may replace one.
+// Apps returns the lbproxy app that serves each App, by its id. A reload may replace it.
 func (s *Server) Apps() map[string]*lbproxy.LBProxyApp {
 	apps := map[string]*lbproxy.LBProxyApp{}
 	for id, p := range s.current.Load().proxies {
@@ -151,9 +150,9 @@ func (s *Server) Certificates() []Certificate {
 	return append([]Certificate(nil), s.current.Load().certificates...)
 }
 
-// Run serves until ctx ends. Then it stops accepting and waits for connections to end by
-// themselves, for Config.DrainTimeout at most, and cuts those that are left. Close ends it at once.
-// It returns nil if no connection was cut, else an error. It can be called only once.
+// Run serves until ctx ends. Then it drains: it stops accepting, waits up to Config.DrainTimeout
+// for connections to end, and cuts the rest. Close ends Run at once. Run returns nil if it has cut
+// no connection, else an error. It can be called only once.
 func (s *Server) Run(ctx context.Context) error {
 	s.mu.Lock()
 	ran, closed := s.ran, s.closing.Err() != nil
@@ -182,14 +181,16 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
-// Close stops the server, cuts every connection without waiting for any peer, and returns when all
-// is over and the log is written, or after a second if that blocks. It returns nil.
+// Close stops the server and cuts every connection without waiting for any peer. It returns when
+// all connections have ended and the log is written, or a second later if the Logger blocks. The
+// error is always nil.
 func (s *Server) Close() error {
 	s.stop(func(p *proxy) { p.app.Close() })
 	return nil
 }
 
-// stop makes s take nothing more, calls end for each proxy, and returns when all is over.
+// stop makes s reject new proxies, calls end for each proxy, and returns when all connections have
+// ended and the log is written.
 func (s *Server) stop(end func(*proxy)) {
 	s.mu.Lock()
 	s.close()
@@ -209,8 +210,8 @@ func (s *Server) stop(end func(*proxy)) {
 	_ = s.lines.Flush(ctx)
 }
 
-// Recheck judges all live connections again, by the users that there are now, and ends those that
-// are not allowed any more. It returns how many.
+// Recheck looks up the user of every live connection again and ends the connections that are no
+// longer allowed. It returns their number.
 func (s *Server) Recheck() int { return s.sweep(s.current.Load().judge) }
 
 // sweep ends the sessions for which verdict returns an error.
@@ -230,8 +231,8 @@ func (s *Server) sweep(verdict func(*session) error) (ended int) {
 	return ended
 }
 
-// watch does what has to be done now and then, until nothing is served any more. It goes by the
-// wall clock, which may be set, and which goes on while the machine sleeps.
+// watch does the periodic work until every connection has ended. It reads the wall clock and not
+// the monotonic one: certificates expire by the wall clock, which runs on while the machine sleeps.
 func (s *Server) watch() {
 	every := time.NewTicker(time.Second / 2)
 	defer every.Stop()
@@ -273,7 +274,7 @@ func (s *Server) endExpired(now time.Time) {
 	}
 }
 
-// warnOfExpiry writes which certificates in force expire within 30 days, or have expired.
+// warnOfExpiry logs each certificate in force that has expired or expires within 30 days.
 func (s *Server) warnOfExpiry() {
 	for _, c := range s.current.Load().certificates {
 		left := time.Until(c.NotAfter)
@@ -284,7 +285,11 @@ func (s *Server) warnOfExpiry() {
 		if left < 0 {
 			text = "certificate has expired"
 		}
-		s.say(slog.LevelWarn, text, slog.String("key", c.Key), slog.String("file", c.File),
-			slog.String("subject", clean(c.Subject, 200)), slog.Time("not_after", c.NotAfter), slog.Int("days_left", int(left.Hours()/24)))
+		s.say(slog.LevelWarn, text,
+			slog.String("key", c.Key),
+			slog.String("file", c.File),
+			slog.String("subject", clean(c.Subject, 200)),
+			slog.Time("not_after", c.NotAfter),
+			slog.Int("days_left", int(left.Hours()/24)))
 	}
 }
