@@ -7,23 +7,24 @@ import (
 	"strings"
 )
 
-// Changes are what a reload has changed.
+// Changes are the effects of a reload.
 type Changes struct {
 	Users        Change `json:"users"`        // names
 	Apps         Change `json:"apps"`         // ids
 	Upstreams    Change `json:"upstreams"`    // "app/addr"
-	Certificates Change `json:"certificates"` // where the Config names them, such as "tls.cert"
-	Ended        int    `json:"ended"`        // connections that are not allowed any more
+	Certificates Change `json:"certificates"` // keys in the Config, such as "tls.cert"
+	Ended        int    `json:"ended"`        // connections ended as no longer allowed
 }
 
-// A Change names what was added, removed and changed, in the order of the configuration.
+// A Change lists the names of added, removed and changed things, in the configuration's order.
 type Change struct {
 	Added   []string `json:"added,omitempty"`
 	Removed []string `json:"removed,omitempty"`
 	Changed []string `json:"changed,omitempty"`
 }
 
-// String returns the change as in "+alice -bob ~carol"; the names after the first 20 are counted.
+// String returns the change in the form "+alice -bob ~carol". It shows 20 names and counts the
+// rest.
 func (c Change) String() string {
 	var all []string
 	for _, part := range []struct {
@@ -41,12 +42,17 @@ func (c Change) String() string {
 	return strings.Join(all, " ")
 }
 
-// attrs are the log attributes of what has changed.
+// attrs returns the changes as log attributes, without those that are empty.
 func (c Changes) attrs() (attrs []slog.Attr) {
 	for _, part := range []struct {
 		key    string
 		change Change
-	}{{"users", c.Users}, {"apps", c.Apps}, {"upstreams", c.Upstreams}, {"certificates", c.Certificates}} {
+	}{
+		{"users", c.Users},
+		{"apps", c.Apps},
+		{"upstreams", c.Upstreams},
+		{"certificates", c.Certificates},
+	} {
 		if text := part.change.String(); text != "" {
 			attrs = append(attrs, slog.String(part.key, text))
 		}
@@ -62,6 +68,8 @@ func changesOf(old, now *snapshot) (c Changes) {
 	}
 	user := func(u User) string { return u.Name }
 	app := func(a App) string { return a.ID }
+	upstream := func(u appUpstream) string { return u.app + "/" + u.Addr }
+	certificate := func(c Certificate) string { return c.Key }
 	c.Users = diff(was.Users, now.config.Users, user)
 	withoutUpstreams := func(apps []App) (all []App) {
 		for _, a := range apps {
@@ -71,8 +79,8 @@ func changesOf(old, now *snapshot) (c Changes) {
 		return all
 	}
 	c.Apps = diff(withoutUpstreams(was.Apps), withoutUpstreams(now.config.Apps), app)
-	c.Upstreams = diff(upstreamsOf(was), upstreamsOf(now.config), func(u appUpstream) string { return u.app + "/" + u.Addr })
-	c.Certificates = diff(certificatesOf(old), certificatesOf(now), func(c Certificate) string { return c.Key })
+	c.Upstreams = diff(upstreamsOf(was), upstreamsOf(now.config), upstream)
+	c.Certificates = diff(certificatesOf(old), certificatesOf(now), certificate)
 	return c
 }
 
@@ -90,8 +98,8 @@ func upstreamsOf(c *Config) (all []appUpstream) {
 	return all
 }
 
-// certificatesOf returns the certificates of a snapshot without their files' names, which may
-// change while the files stay.
+// certificatesOf returns the certificates of a snapshot without the names of their files: a file
+// that was only renamed is no change.
 func certificatesOf(n *snapshot) (all []Certificate) {
 	for _, c := range n.certificates {
 		c.File = ""

@@ -7,24 +7,25 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// limits are the RateLimitManagers of users. They last from one snapshot to the next.
+// limits hold the RateLimitManagers of users. An unchanged limit keeps its manager over reloads,
+// and so what users have spent of it.
 type limits struct {
 	make func(user, app string, l Limit) lbproxy.RateLimitManager
 
-	mu   sync.Mutex // not held over make or a manager's methods
+	mu   sync.Mutex // not held while calling make or a manager
 	kept map[limitKey]*keptLimit
 }
 
-// A limitKey is what a manager is for. It has the Limit itself, so that a changed one begins anew.
+// A limitKey identifies a limit. It includes the Limit, so that a changed one gets a new manager.
 type limitKey struct {
-	user, app string // app is empty where all apps share it
+	user, app string // app is empty for a limit of all apps together
 	limit     Limit
 }
 
 type keptLimit struct {
-	lbproxy.RateLimitManager     // nil: no limit
-	refs                     int // sessions that have it, and the configuration
-	configured               bool
+	lbproxy.RateLimitManager      // nil: no limit
+	refs                     int  // one for each session, and one while it is configured
+	configured               bool // in the current configuration
 }
 
 // keysOf returns the keys of u's limits for an app.
@@ -38,9 +39,11 @@ func keysOf(u *User, app string, defaultLimit *Limit) (keys []limitKey) {
 	return keys
 }
 
-// of returns what bounds u's connections to app, nil if nothing does, and what says that the
-// session is over.
-func (l *limits) of(u *User, app string, defaultLimit *Limit) (m lbproxy.RateLimitManager, release func()) {
+// of returns the manager for a session of u with app, nil if there is no limit. The caller must
+// call release when the session has ended.
+func (l *limits) of(
+	u *User, app string, defaultLimit *Limit,
+) (m lbproxy.RateLimitManager, release func()) {
 	var each []lbproxy.RateLimitManager
 	var all []*keptLimit
 	for _, key := range keysOf(u, app, defaultLimit) {
@@ -62,7 +65,7 @@ func (l *limits) of(u *User, app string, defaultLimit *Limit) (m lbproxy.RateLim
 	}
 }
 
-// take returns the limit of a key, a new one if there is none, and counts a reference.
+// take returns the limit of a key and counts a reference. It makes the limit if there is none.
 func (l *limits) take(key limitKey) *keptLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -71,7 +74,7 @@ func (l *limits) take(key limitKey) *keptLimit {
 		l.mu.Unlock()
 		m := l.make(key.user, key.app, key.limit)
 		l.mu.Lock()
-		if k = l.kept[key]; k == nil { // else somebody was quicker
+		if k = l.kept[key]; k == nil { // otherwise another call has made it meanwhile
 			k = &keptLimit{RateLimitManager: m}
 			l.kept[key] = k
 		}
@@ -80,8 +83,8 @@ func (l *limits) take(key limitKey) *keptLimit {
 	return k
 }
 
-// configure makes the limits of users, and returns what makes them those that are configured, if
-// it is called with true; those that were are forgotten. It must be called once.
+// configure makes the limits of users. The caller must call done once: done(true) makes them the
+// configured ones and forgets those of the last configuration; done(false) undoes configure.
 func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit bool)) {
 	now := map[*keptLimit]bool{}
 	for i := range users {
@@ -118,8 +121,8 @@ func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit 
 	}
 }
 
-// forgetIdle forgets limits that no session has and nobody would miss. Users of a caller's store
-// may come and go.
+// forgetIdle forgets the limits that no session uses and that are back in their initial state.
+// Without it, limits of a caller's Users would stay for ever.
 func (l *limits) forgetIdle() {
 	l.mu.Lock()
 	var unused []limitKey
@@ -141,7 +144,7 @@ func (l *limits) forgetIdle() {
 	}
 }
 
-// manager keeps a limit in memory.
+// manager returns a manager that keeps the limit in memory.
 func (l Limit) manager() lbproxy.RateLimitManager {
 	var each []lbproxy.RateLimitManager
 	if l.Open > 0 {

@@ -9,29 +9,29 @@ import (
 	"time"
 )
 
-// A port is a listening socket that passes from one share to the next, so that a reload neither
-// binds it again nor loses what waits in its queue. One share accepts at a time. To have it stop,
-// the socket gets a deadline that has passed, which wakes Accept and closes nothing.
+// A port is a listening socket that one share after the other accepts from, so that a reload
+// neither binds the address again nor loses connections in the listen queue. A deadline in the past
+// wakes the share that is accepting, without closing the socket.
 //
-// (Shares cannot have duplicates of the descriptor: File sets the original to block for a moment,
-// and an Accept that begins then is not ended by Close.)
+// (Duplicates of the descriptor, one a share, do not work: File puts the original into blocking
+// mode for a moment, and Close does not end an Accept that begins then.)
 type port struct {
 	deadlineListener
 	turn chan struct{} // holds an element while no share accepts
 
 	mu        sync.Mutex // held over SetDeadline, which does not wait
-	shares    int        // not closed yet
-	accepting *share     // the one whose Accept may be waiting
+	shares    int        // open ones
+	accepting *share     // the share whose Accept may be waiting
 	left      net.Conn   // accepted for a share that was closed meanwhile
 }
 
-// A deadlineListener is what a port needs of a *net.TCPListener.
+// A deadlineListener has the methods of a *net.TCPListener that a port needs.
 type deadlineListener interface {
 	net.Listener
 	SetDeadline(time.Time) error
 }
 
-// bind returns the first share of a new port, whose listener listen returns.
+// bind calls listen and returns the first share of the listener's port.
 func bind(listen func(app, addr string) (net.Listener, error), app, addr string) (*share, error) {
 	l, err := listen(app, addr)
 	if err != nil {
@@ -61,7 +61,7 @@ func (p *port) share() *share {
 	return &share{port: p, closed: make(chan struct{})}
 }
 
-// A share is a listener on a port that other shares may be listening on.
+// A share is a listener on a port that other shares may use too.
 type share struct {
 	*port
 	once   sync.Once
@@ -87,11 +87,11 @@ func (s *share) Accept() (net.Conn, error) {
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return c, err
-		} // else the deadline was for the share before
+		} // otherwise the deadline was meant for the previous share
 	}
 }
 
-// begin makes s the share that accepts, or returns a connection that was left for it.
+// begin makes s the accepting share, or returns the connection that the previous one left.
 func (s *share) begin() (c net.Conn, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -105,9 +105,9 @@ func (s *share) begin() (c net.Conn, err error) {
 	return c, nil
 }
 
-// end ends what begin began, and reports whether Accept returns what it has. If s was closed
-// meanwhile, it leaves c to the next share. If there is none, c is still for s: the socket may have
-// been handed over by another process, which keeps it open, and then no client may be lost.
+// end undoes begin and reports whether Accept should return c. If s was closed meanwhile, end
+// leaves c to the next share. Without a next share Accept returns c even so: the socket may be open
+// in another process too, where the clients behind c are served, so c must not be lost either.
 func (s *share) end(c net.Conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -131,7 +131,7 @@ func (s *share) isClosed() bool {
 	}
 }
 
-// Close ends Accept. When the last share is closed the socket is, too.
+// Close ends Accept. The last share to be closed closes the socket.
 func (s *share) Close() error {
 	s.once.Do(func() {
 		s.mu.Lock()
@@ -148,7 +148,7 @@ func (s *share) Close() error {
 	return nil
 }
 
-// reset closes a connection as the system does with those in the queue of a socket that is closed.
+// reset resets a connection, as the system resets those in the queue of a socket that is closed.
 func reset(c net.Conn) {
 	if t, ok := c.(interface{ SetLinger(int) error }); ok {
 		t.SetLinger(0)

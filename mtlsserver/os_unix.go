@@ -13,19 +13,18 @@ func ownedByRoot(info fs.FileInfo) bool {
 	return ok && stat.Uid == 0
 }
 
-// readOnly reports whether a folder is in a file system that nobody can write to, whatever its
-// mode is.
+// readOnly reports whether a folder is in a read-only file system. Its mode does not matter then.
 func readOnly(folder string) bool {
 	const write = 2
 	return syscall.Access(folder, write) == syscall.EROFS
 }
 
-// awaitByte waits until c has something to read, its end or an error included, or its deadline has
-// passed. Meanwhile c has no buffer.
+// awaitByte waits until c has a byte, its end or an error to read, or until its deadline. A client
+// that sends nothing costs no buffer meanwhile.
 func awaitByte(c net.Conn) error {
 	sc, ok := c.(syscall.Conn)
 	if !ok {
-		return nil // a wrapper: the handshake will wait
+		return nil // not a socket: the handshake will wait
 	}
 	raw, err := sc.SyscallConn()
 	if err != nil {

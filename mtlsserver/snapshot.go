@@ -10,23 +10,24 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
-// A snapshot is everything that a connection is judged by. It does not change.
+// A snapshot holds everything that decides about a connection. It is immutable; a reload replaces
+// it.
 type snapshot struct {
 	config        *Config
 	auth          Authenticator
 	apps          map[string]*appRules
-	proxies       map[string]*proxy // what serves each app
+	proxies       map[string]*proxy // by app id
 	certificates  []Certificate
 	defaultLimit  *Limit
 	logAdmissions bool
 	gate          *gate
 	drain         time.Duration
-	upstreams     [][]lbproxy.Upstream // of each of config's apps
+	upstreams     [][]lbproxy.Upstream // by index of config.Apps
 	admins        map[admin.Listen]*admin.Server
-	admin         http.Handler // what they serve
+	admin         http.Handler // served by admins
 }
 
-// appRules are what connections to an app are judged by.
+// appRules decide about connections to an app.
 type appRules struct {
 	tls         *tls.Config
 	serverName  string
@@ -34,8 +35,11 @@ type appRules struct {
 	acceptProxy lbproxy.AdmitFunc // nil: no peer is trusted to send PROXY headers
 }
 
-// newSnapshot returns the snapshot of c, with what goes on of the old one.
-func newSnapshot(c *Config, m *materials, users Users, proxies map[string]*proxy, old *snapshot) *snapshot {
+// newSnapshot returns the snapshot of c. It keeps the gate of old, and so the handshakes that the
+// gate counts, if c has the same Handshake.
+func newSnapshot(
+	c *Config, m *materials, users Users, proxies map[string]*proxy, old *snapshot,
+) *snapshot {
 	n := &snapshot{
 		config:        c,
 		auth:          Authenticator{CAs: m.cas, Users: users},
@@ -58,14 +62,17 @@ func newSnapshot(c *Config, m *materials, users Users, proxies map[string]*proxy
 	}
 	for i, app := range c.Apps {
 		rules := &appRules{tls: &tls.Config{
-			MinVersion: tls.VersionTLS13,
-			ClientAuth: tls.RequireAnyClientCert, // Identify verifies it, for less
-			ClientCAs:  poolOf(m.cas...),         // tells clients which of their certificates to present
+			MinVersion:   tls.VersionTLS13,
+			ClientAuth:   tls.RequireAnyClientCert, // Identify verifies it at less cost
+			ClientCAs:    poolOf(m.cas...),         // clients choose their certificate by it
+			Certificates: []tls.Certificate{m.server},
 
-			Certificates:           []tls.Certificate{m.server},
-			SessionTicketsDisabled: true, // a ticket would prove for ever what was true when it was made
+			// A ticket would keep a client authenticated after its user was removed.
+			SessionTicketsDisabled: true,
 
-			DynamicRecordSizingDisabled: true, // small records cost more than the first byte gains on a link worth balancing
+			// Small records make the first byte arrive sooner on a slow link, but on the links
+			// of a load balancer they only cost more.
+			DynamicRecordSizingDisabled: true,
 		}}
 		if app.TLS != nil {
 			rules.serverName = app.TLS.ServerName
@@ -79,8 +86,8 @@ func newSnapshot(c *Config, m *materials, users Users, proxies map[string]*proxy
 	return n
 }
 
-// judge returns an error if nobody may have l, which was let in earlier, any more. Otherwise l's
-// Identity is as the snapshot has it.
+// judge returns an error if n does not allow l, which an earlier snapshot admitted. Otherwise it
+// sets l's Identity to the one that n has.
 func (n *snapshot) judge(l *session) error {
 	was := l.id.Load()
 	id, err := n.auth.recheck(was, l.app)
