@@ -21,7 +21,7 @@ import (
 type report struct {
 	config   *Config
 	problems strictjson.Problems
-	certs    []Certificate // those read so far
+	certs    []Certificate // read so far
 }
 
 // add adds a problem with the value at key.
@@ -29,7 +29,7 @@ func (r *report) add(key, format string, args ...any) {
 	r.problems.Add(r.config.doc, key, format, args...)
 }
 
-// err returns the problems, a line each; nil if there are none.
+// err returns an error with a line for each problem; nil if there are none.
 func (r *report) err() error {
 	var errs []error
 	for _, p := range r.problems {
@@ -42,8 +42,8 @@ func (r *report) err() error {
 	return errors.Join(errs...)
 }
 
-// dates adds a problem for each certificate that is out of date, unless its file is in force as it
-// is. Those it returns.
+// dates adds a problem for each certificate that is out of date, unless the same file is in force
+// already. It returns the latter.
 func (r *report) dates(inForce []Certificate) (expired []Certificate) {
 	now := time.Now()
 	for _, c := range r.certs {
@@ -60,18 +60,18 @@ func (r *report) dates(inForce []Certificate) (expired []Certificate) {
 	return expired
 }
 
-// Materials are what a Config's files and texts stand for.
+// materials are the parsed contents of a Config and of its files.
 type materials struct {
 	cas          []*x509.Certificate
 	server       tls.Certificate
-	upstreams    [][]lbproxy.Upstream // of each of Config.Apps
-	proxies      [][]netip.Prefix     // AcceptProxy of each
+	upstreams    [][]lbproxy.Upstream // by index of Config.Apps
+	proxies      [][]netip.Prefix     // App.AcceptProxy, by the same index
 	users        listed
 	certificates []Certificate
 	adminToken   string
 }
 
-// listed are the users of a Config, by the certificates that they hold.
+// listed implements Users for the users of a Config.
 type listed map[certKey]listedUser
 
 type certKey struct {
@@ -81,7 +81,7 @@ type certKey struct {
 
 type listedUser struct {
 	user   *User
-	sha256 string // of the certificate; empty: of any with that serial
+	sha256 string // of the certificate; empty accepts any with that serial
 }
 
 // Lookup implements [Users].
@@ -90,8 +90,8 @@ func (l listed) Lookup(c Claim) (*User, bool) {
 	return u.user, ok && (u.sha256 == "" || u.sha256 == digestOf(c.Cert.Raw))
 }
 
-// check reads what the Config names and returns what it all stands for. That is of use only if
-// there are no problems.
+// check checks the Config together with the files that it names, and returns their contents. The
+// result is incomplete if there are problems.
 func (r *report) check() *materials {
 	c, m := r.config, &materials{users: listed{}}
 	m.server = r.pair("tls", c.TLS.Cert, c.TLS.Key, x509.ExtKeyUsageServerAuth)
@@ -109,7 +109,8 @@ func (r *report) check() *materials {
 		}
 		switch n := portOf(app.Listen); {
 		case n < 0:
-			r.add(key+".listen", `%q: want host:port, such as "127.0.0.1:9443", port 0 for any that is free`, app.Listen)
+			r.add(key+".listen", `%q: want host:port, such as "127.0.0.1:9443", `+
+				`port 0 for any that is free`, app.Listen)
 		case n != 0:
 			r.unique(listens, key+".listen", app.Listen)
 		}
@@ -136,9 +137,10 @@ func (r *report) check() *materials {
 	return m
 }
 
-// clients says what is wrong with what an app demands of its clients.
+// clients checks an app's requirements for its clients. server is the server's certificate.
 func (r *report) clients(key string, app *App, server *x509.Certificate) {
-	if _, ok := closeNotifies[app.CloseNotify]; !ok || app.CloseNotify == "" && r.config.doc.Has(key+".closeNotify") {
+	_, known := closeNotifies[app.CloseNotify]
+	if !known || app.CloseNotify == "" && r.config.doc.Has(key+".closeNotify") {
 		r.add(key+".closeNotify", `%q: want "required", "idle" or "optional"`, app.CloseNotify)
 	}
 	if app.TLS == nil {
@@ -148,7 +150,8 @@ func (r *report) clients(key string, app *App, server *x509.Certificate) {
 	if name := app.TLS.ServerName; name == "" {
 		r.add(key, "empty: give a name, or remove tls for any")
 	} else if server != nil && server.VerifyHostname(name) != nil {
-		r.add(key, "%q: the certificate in tls.cert is not for it: want a name that it has, or make one that has this", name)
+		r.add(key, "%q: the certificate in tls.cert is not for this name: "+
+			"want a name that it has, or make one that has this", name)
 	}
 }
 
@@ -158,7 +161,7 @@ var closeNotifies = map[string]lbproxy.CloseNotify{
 	"idle": lbproxy.CloseNotifyIdle, "optional": lbproxy.CloseNotifyOptional,
 }
 
-// prefixes reads networks whose PROXY headers are believed.
+// prefixes parses the networks in an app's AcceptProxy.
 func (r *report) prefixes(key string, texts []string) (all []netip.Prefix) {
 	if len(texts) == 0 && r.config.doc.Has(key) {
 		r.add(key, `none: give a network, such as "10.0.0.0/8", or remove it`)
@@ -167,7 +170,8 @@ func (r *report) prefixes(key string, texts []string) (all []netip.Prefix) {
 		p, err := netip.ParsePrefix(text)
 		switch key := fmt.Sprintf("%s[%d]", key, i); {
 		case err != nil:
-			r.add(key, `%q: want a network, such as "10.0.0.0/8", or "10.0.0.1/32" for one address`, text)
+			r.add(key, `%q: want a network, such as "10.0.0.0/8", `+
+				`or "10.0.0.1/32" for one address`, text)
 		case p.Bits() == 0:
 			r.add(key, "%q: want fewer than all addresses: anybody could claim to be anyone", text)
 		default:
@@ -177,8 +181,8 @@ func (r *report) prefixes(key string, texts []string) (all []netip.Prefix) {
 	return all
 }
 
-// portOf returns the port of a "host:port", 0 if that is any free one, or -1 if the text is not
-// of that form.
+// portOf returns the port of a "host:port", or -1 if the text does not have that form. Port 0
+// stands for any free one.
 func portOf(listen string) int {
 	host, port, err := net.SplitHostPort(listen)
 	n, portErr := net.LookupPort("tcp", port)
@@ -188,7 +192,7 @@ func portOf(listen string) int {
 	return n
 }
 
-// upstreams asks lbproxy what is wrong with those of an app.
+// upstreams converts the upstreams of an app and lets lbproxy.New check them.
 func (r *report) upstreams(key string, upstreams []Upstream) (all []lbproxy.Upstream) {
 	valid := func(key, prefix string, upstreams ...lbproxy.Upstream) {
 		if _, err := lbproxy.New("-", upstreams, nil); err != nil {
@@ -201,14 +205,15 @@ func (r *report) upstreams(key string, upstreams []Upstream) (all []lbproxy.Upst
 		if u.TLS != nil {
 			one.TLS = r.upstreamTLS(key+".tls", u.TLS)
 		}
-		r.positive(key, u) // first: to lbproxy 0 is right, which must not be written here
+		r.positive(key, u) // lbproxy allows 0; here a written 0 is a mistake
 		if u.ProxyProtocol > 2 {
-			r.add(key+".proxyProtocol", "%d: want 1 or 2, or leave it out for none", u.ProxyProtocol)
+			r.add(key+".proxyProtocol", "%d: want 1 or 2, or leave it out for none",
+				u.ProxyProtocol)
 		}
 		valid(key, "upstream 0: ", one)
 		all = append(all, one)
 	}
-	valid(key, "", all...) // what it finds if each is right: two have the same Addr, or there are none
+	valid(key, "", all...) // finds two upstreams with the same Addr, and an empty list
 	return all
 }
 
@@ -224,12 +229,13 @@ func (r *report) upstreamTLS(key string, t *UpstreamTLS) *tls.Config {
 		}
 	}
 	if t.Cert != "" || t.Key != "" || written(key+".cert") || written(key+".key") {
-		conf.Certificates = []tls.Certificate{r.pair(key, t.Cert, t.Key, x509.ExtKeyUsageClientAuth)}
+		pair := r.pair(key, t.Cert, t.Key, x509.ExtKeyUsageClientAuth)
+		conf.Certificates = []tls.Certificate{pair}
 	}
 	return conf
 }
 
-// cas reads the issuers of clients.
+// cas reads the CAs that issue clients' certificates.
 func (r *report) cas() (cas []*x509.Certificate) {
 	files := r.config.TLS.CA
 	if len(files) == 0 {
@@ -244,7 +250,8 @@ func (r *report) cas() (cas []*x509.Certificate) {
 		if ca == nil {
 			continue
 		}
-		if same := slices.IndexFunc(cas, func(other *x509.Certificate) bool { return KeyID(other) == KeyID(ca) }); same >= 0 {
+		sameKey := func(other *x509.Certificate) bool { return KeyID(other) == KeyID(ca) }
+		if same := slices.IndexFunc(cas, sameKey); same >= 0 {
 			r.add(key, "%q: has the key of %q: keep one of the two", file, files[same])
 		}
 		cas = append(cas, ca)
@@ -252,8 +259,11 @@ func (r *report) cas() (cas []*x509.Certificate) {
 	return cas
 }
 
-// serial enters a certificate of a user, unless it is wrong or somebody's already.
-func (r *report) serial(key string, s UserSerial, user *User, m *materials, seen map[certKey]string) {
+// serial adds a certificate of a user to m.users, unless it is invalid or listed already. seen maps
+// each certificate to the key where it was listed first.
+func (r *report) serial(
+	key string, s UserSerial, user *User, m *materials, seen map[certKey]string,
+) {
 	serial, err := ParseSerial(s.Serial)
 	if err != nil {
 		r.add(key, "%v", err)
@@ -261,7 +271,8 @@ func (r *report) serial(key string, s UserSerial, user *User, m *materials, seen
 	}
 	pin, ok := parseDigest(s.CertSHA256)
 	if s.CertSHA256 != "" && !ok {
-		r.add(key+".certSHA256", "%.80q: want the 64 hex digits that openssl x509 -fingerprint -sha256 prints", s.CertSHA256)
+		r.add(key+".certSHA256", "%.80q: want the 64 hex digits that "+
+			"openssl x509 -fingerprint -sha256 prints", s.CertSHA256)
 	}
 	at := certKey{serial: serial}
 	ids := make([]string, len(m.cas))
@@ -270,13 +281,15 @@ func (r *report) serial(key string, s UserSerial, user *User, m *materials, seen
 	}
 	switch id, ok := parseDigest(s.CA); {
 	case s.CA == "" && len(ids) > 1:
-		r.add(key, `%q: its CA is missing, and there are %d: write {"serial": %[1]q, "ca": "…"} with what mtlsserver serial CA.pem prints`, s.Serial, len(ids))
+		r.add(key, `%q: its CA is missing, and there are %d: write {"serial": %[1]q, "ca": "…"} `+
+			`with what mtlsserver serial CA.pem prints`, s.Serial, len(ids))
 	case s.CA == "" && len(ids) == 1:
 		at.ca = ids[0]
 	case s.CA != "" && !ok:
 		r.add(key+".ca", "%.80q: want the 64 hex digits that mtlsserver serial CA.pem prints", s.CA)
 	case s.CA != "" && len(ids) > 0 && !slices.Contains(ids, id):
-		r.add(key+".ca", "%.80q: no CA in tls.ca has that key: add its file there, or remove the serial", s.CA)
+		r.add(key+".ca", "%.80q: no CA in tls.ca has that key: "+
+			"add its file there, or remove the serial", s.CA)
 	default:
 		at.ca = id
 	}
@@ -288,10 +301,10 @@ func (r *report) serial(key string, s UserSerial, user *User, m *materials, seen
 	m.users[at] = listedUser{user, pin}
 }
 
-// rights says what is wrong with what u may do. The keys of ids are the apps there are.
+// rights checks the apps and limits of a user. The keys of ids are the ids of all apps.
 func (r *report) rights(key string, u *User, ids map[string]string) {
 	if len(u.Serials) == 0 {
-		r.add(key+".serials", "none: give that of the user's certificate, or remove the user")
+		r.add(key+".serials", "none: give the serial of the user's certificate, or remove the user")
 	}
 	if len(u.Apps) == 0 {
 		r.add(key+".apps", "none: give the id of one at least, or remove the user")
@@ -326,8 +339,8 @@ func (r *report) limit(key string, l Limit) {
 	}
 }
 
-// positive refuses negative numbers and durations in a struct, and zeros that are written: zero
-// values are defaults.
+// positive adds a problem for each negative number or duration in a struct, and for each zero that
+// the text spells out: a written 0 would mean the default, which surprises.
 func (r *report) positive(key string, of any) {
 	for f, v := range reflect.ValueOf(of).Fields() {
 		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
@@ -338,10 +351,11 @@ func (r *report) positive(key string, of any) {
 	}
 }
 
-// unique refuses an empty value and one in seen, which says where; any other it puts there.
+// unique adds a problem for an empty value, and for one that another key has already. seen maps
+// each value to its first key.
 func (r *report) unique(seen map[string]string, key, value string) {
 	if first, twice := seen[value]; twice {
-		r.add(key, "%q is that of %s already: change one of the two", value, first)
+		r.add(key, "%q is already used by %s: change one of the two", value, first)
 	} else if value == "" {
 		r.add(key, "missing: give one")
 	} else {

@@ -17,8 +17,10 @@ import (
 	"strings"
 )
 
-// pair reads a certificate and its key, which must be good for usage.
-func (r *report) pair(key, certFile, keyFile string, usage x509.ExtKeyUsage) (pair tls.Certificate) {
+// pair reads a certificate that must be good for usage, and its key.
+func (r *report) pair(
+	key, certFile, keyFile string, usage x509.ExtKeyUsage,
+) (pair tls.Certificate) {
 	certText, keyText := r.file(key+".cert", certFile, false), r.file(key+".key", keyFile, true)
 	if certText == nil || keyText == nil {
 		return pair
@@ -28,19 +30,22 @@ func (r *report) pair(key, certFile, keyFile string, usage x509.ExtKeyUsage) (pa
 	case leaf == nil:
 		return pair
 	case !slices.Contains(leaf.ExtKeyUsage, usage):
-		r.add(key+".cert", "%q: its extended key usage lacks %v: make one that has it", certFile, usage)
+		r.add(key+".cert", "%q: its extended key usage lacks %v: make one that has it",
+			certFile, usage)
 	case usage == x509.ExtKeyUsageServerAuth && len(leaf.DNSNames)+len(leaf.IPAddresses) == 0:
-		r.add(key+".cert", "%q: it names no host (subjectAltName), so no client would take it: make one that does", certFile)
+		r.add(key+".cert", "%q: it names no host (subjectAltName), so no client would accept it: "+
+			"make one that does", certFile)
 	}
 	pair, err := tls.X509KeyPair(certText, keyText)
 	if err != nil {
-		r.add(key+".key", "%q: %v: want the key of the certificate in %q, not encrypted", keyFile, err, certFile)
+		r.add(key+".key", "%q: %v: want the key of the certificate in %q, not encrypted",
+			keyFile, err, certFile)
 	}
 	return pair
 }
 
-// ca reads a file that holds the certificate of an authority and nothing else. x509.CertPool would
-// silently skip whatever else is in a file, such as a broken block.
+// ca reads a file that must hold the certificate of a CA and nothing else. x509.CertPool would
+// silently skip anything else, such as a broken block.
 func (r *report) ca(key, path string) *x509.Certificate {
 	text := r.file(key, path, false)
 	if text == nil {
@@ -53,7 +58,8 @@ func (r *report) ca(key, path string) *x509.Certificate {
 	return cert
 }
 
-// certificate returns the first certificate in a file's text, or the only one, and notes its dates.
+// certificate returns the first certificate in a file's text and records it for dates. If only is
+// set, the text must hold nothing else.
 func (r *report) certificate(key, path string, text []byte, only bool) *x509.Certificate {
 	cert, err := certificate(text, only)
 	if err != nil {
@@ -61,8 +67,12 @@ func (r *report) certificate(key, path string, text []byte, only bool) *x509.Cer
 		return nil
 	}
 	r.certs = append(r.certs, Certificate{
-		Key: key, File: path, Subject: cert.Subject.String(), NotBefore: cert.NotBefore, NotAfter: cert.NotAfter,
-		text: sha256.Sum256(text),
+		Key:       key,
+		File:      path,
+		Subject:   cert.Subject.String(),
+		NotBefore: cert.NotBefore,
+		NotAfter:  cert.NotAfter,
+		text:      sha256.Sum256(text),
 	})
 	return cert
 }
@@ -70,11 +80,16 @@ func (r *report) certificate(key, path string, text []byte, only bool) *x509.Cer
 func certificate(text []byte, only bool) (*x509.Certificate, error) {
 	text = bytes.TrimSpace(text)
 	block, rest := pem.Decode(text)
+	is := block != nil && block.Type == "CERTIFICATE"
+	// pem.Decode skips text before the block, and blocks that it cannot decode.
+	alone := is && len(block.Headers) == 0 && len(rest) == 0 &&
+		bytes.HasPrefix(text, []byte("-----BEGIN CERTIFICATE-----")) &&
+		bytes.Count(text, []byte("-----BEGIN")) == 1
 	switch {
-	case only && (block == nil || block.Type != "CERTIFICATE" || len(block.Headers) > 0 || len(rest) > 0 ||
-		!bytes.HasPrefix(text, []byte("-----BEGIN CERTIFICATE-----")) || bytes.Count(text, []byte("-----BEGIN")) > 1):
-		return nil, errors.New("want exactly one CERTIFICATE block in PEM and nothing else: openssl x509 -in FILE prints one")
-	case block == nil || block.Type != "CERTIFICATE":
+	case only && !alone:
+		return nil, errors.New("want exactly one CERTIFICATE block in PEM and nothing else: " +
+			"openssl x509 -in FILE prints one")
+	case !is:
 		return nil, errors.New("want a certificate in PEM")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
@@ -97,15 +112,15 @@ func digestOf(der []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// file returns the text of a file, whose path is relative to that of the Config. If it cannot be
-// had, that is a problem, and file returns nil.
+// file returns the text of a file whose path is relative to the Config's folder. If the file cannot
+// be read, it adds a problem and returns nil.
 func (r *report) file(key, path string, secret bool) []byte {
 	switch {
 	case path == "":
 		r.add(key, "missing: name its file")
 		return nil
 	case strings.Contains(path, "-----BEGIN"):
-		r.add(key, "want the name of a file, got what belongs into one")
+		r.add(key, "want the name of a file, got its content")
 		return nil
 	case !filepath.IsAbs(path):
 		path = filepath.Join(r.config.dir, path)
@@ -118,12 +133,12 @@ func (r *report) file(key, path string, secret bool) []byte {
 	return text
 }
 
-// readFile reads a regular file of sane size that other users of the machine cannot write or
-// replace, nor read if it is secret. Where mode bits do not say that, it is not looked at.
+// readFile reads a regular file of at most 8 MiB. It fails if other users of the machine can write
+// or replace the file, or read a secret one. Windows has no mode bits that would tell.
 func readFile(path string, secret bool) ([]byte, error) {
 	info, err := os.Stat(path)
 	switch {
-	case err != nil: // as ReadFile's would be
+	case err != nil: // ReadFile reports the error
 	case !info.Mode().IsRegular(): // opening a pipe would wait
 		return nil, fmt.Errorf("%q: not a file: name one", path)
 	case info.Size() > 8<<20:
@@ -140,25 +155,31 @@ func readFile(path string, secret bool) ([]byte, error) {
 	return text, nil
 }
 
-// checkModes refuses a file that others could have written. Others are all users but the owner and
-// the group. A secret file may not be open to its group, either, unless root owns it and the group
-// may only read: that is how Kubernetes mounts secrets for a process that is not root.
+// checkModes returns an error for a file that others, neither the owner nor the group, can write or
+// replace. A secret file must also be closed to others and to the group, with one exception: the
+// group may read a file that root owns, because Kubernetes mounts secrets that way for processes
+// that are not root.
 func checkModes(path string, info fs.FileInfo, secret bool) error {
 	mode := info.Mode().Perm()
 	switch {
-	case secret && mode&0o077 != 0 && !(mode&0o037 == 0 && ownedByRoot(info)):
-		return fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", path, mode)
+	case secret && mode&0o077 != 0 && (mode&0o037 != 0 || !ownedByRoot(info)):
+		return fmt.Errorf("%q: mode %#o gives others access to the key: chmod 600 it", path, mode)
 	case mode&0o002 != 0:
 		return fmt.Errorf("%q: mode %#o lets others write it: chmod o-w it", path, mode)
 	}
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return nil // reading it says why
+		return nil // ReadFile reports the error
 	}
 	for _, folder := range []string{filepath.Dir(path), filepath.Dir(real)} {
 		info, err := os.Stat(folder)
-		if err == nil && info.Mode().Perm()&0o002 != 0 && info.Mode()&fs.ModeSticky == 0 && !readOnly(folder) {
-			return fmt.Errorf("%q: others may replace it, as the folder %q has mode %#o: chmod o-w the folder", path, folder, info.Mode().Perm())
+		if err != nil {
+			continue
+		}
+		mode, sticky := info.Mode().Perm(), info.Mode()&fs.ModeSticky != 0
+		if mode&0o002 != 0 && !sticky && !readOnly(folder) {
+			return fmt.Errorf("%q: others may replace it, as the folder %q has mode %#o: "+
+				"chmod o-w the folder", path, folder, mode)
 		}
 	}
 	return nil

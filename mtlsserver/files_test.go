@@ -16,7 +16,8 @@ import (
 	"time"
 )
 
-// A file that is taken for a CA has exactly the block of that certificate, so that no tool reads another one from it.
+// A file that is taken for a CA has exactly the block of that certificate, so that no tool reads
+// another one from it.
 func FuzzPEM(f *testing.F) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -75,7 +76,7 @@ func TestReadFile(t *testing.T) {
 		{0o600, true, 0o755, ""},
 		{0o400, true, 0o700, ""},
 		{0o700, true, 0o755, ""},
-		{0o604, true, 0o755, "mode 0604 lets others at the key: chmod 600 it"},
+		{0o604, true, 0o755, "mode 0604 gives others access to the key: chmod 600 it"},
 		{0o620, true, 0o755, "mode 0620"},
 		{0o660, true, 0o755, "mode 0660"},
 		{0o644, false, 0o755, ""},

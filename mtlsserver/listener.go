@@ -106,8 +106,8 @@ func (s *share) begin() (c net.Conn, err error) {
 }
 
 // end undoes begin and reports whether Accept should return c. If s was closed meanwhile, end
-// leaves c to the next share. Without a next share Accept returns c even so: the socket may be open
-// in another process too, where the clients behind c are served, so c must not be lost either.
+// leaves c to the next share. Without a next share Accept returns c: another process may have
+// passed on the socket and keep it open, and then a restart must not lose any client.
 func (s *share) end(c net.Conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

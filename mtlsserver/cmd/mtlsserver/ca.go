@@ -38,7 +38,7 @@ func loadCA(dir string) (ca *tls.Certificate, among int, err error) {
 		return nil, 0, err
 	}
 	if mode := info.Mode().Perm(); runtime.GOOS != "windows" && mode&0o077 != 0 {
-		return nil, 0, fmt.Errorf("%q: mode %#o lets others at the key: chmod 600 it", key, mode)
+		return nil, 0, fmt.Errorf("%q: mode %#o gives others access to the key: chmod 600 it", key, mode)
 	}
 	return &pair, among, nil
 }

@@ -309,7 +309,7 @@ func TestBadConfigurations(t *testing.T) {
 			"config.json:7: apps[1].id: missing: give one",
 			`config.json:10: users[0].apps[1]: there is no app "db": want one of ["web"]`}},
 		{name: "duplicate app", edit: `"id": "db">"id": "web"`, want: []string{
-			`config.json:7: apps[1].id: "web" is that of apps[0].id already: change one`,
+			`config.json:7: apps[1].id: "web" is already used by apps[0].id: change one`,
 			`users[0].apps[1]: there is no app "db"`}},
 		{name: "no listen", edit: `"listen": "127.0.0.1:0"`, want: []string{
 			`config.json:4: apps[0].listen: "": want host:port, such as "127.0.0.1:9443"`}},
@@ -326,7 +326,7 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "same listen twice",
 			edit: `127.0.0.1:0…127.0.0.1:0>127.0.0.1:9443…127.0.0.1:9443`, want: []string{
 				`config.json:7: apps[1].listen: ` +
-					`"127.0.0.1:9443" is that of apps[0].listen already: change one`}},
+					`"127.0.0.1:9443" is already used by apps[0].listen: change one`}},
 		{name: "no upstreams", edit: `[{"addr": "127.0.0.1:5432"}]>[]`, want: []string{
 			`config.json:7: apps[1].upstreams: no upstreams: give at least one`}},
 		{name: "upstreams left out", edit: `, "upstreams": [{"addr": "127.0.0.1:5432"}]`,
@@ -382,11 +382,11 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "same user twice", edit: `"bob">"alice"`,
 			want: []string{
 				`config.json:13: users[1].name: ` +
-					`"alice" is that of users[0].name already: change one`}},
+					`"alice" is already used by users[0].name: change one`}},
 		{name: "user without serials", edit: `["0b"]>[]`,
 			want: []string{
 				"config.json:13: users[1].serials: none: " +
-					"give that of the user's certificate, or remove the user"}},
+					"give the serial of the user's certificate, or remove the user"}},
 		{name: "user without apps", edit: `["web"]}>[]}`,
 			want: []string{"config.json:13: users[1].apps: none: give the id of one at least"}},
 		{name: "unknown app", edit: `["web"]}>["web", "mail"]}`,
@@ -396,7 +396,7 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "same app twice", edit: `["web"]}>["web", "web"]}`,
 			want: []string{
 				`config.json:13: users[1].apps[1]: ` +
-					`"web" is that of users[1].apps[0] already: change one`}},
+					`"web" is already used by users[1].apps[0]: change one`}},
 		{name: "same serial, as hex", edit: `"0b">"3a0f"`,
 			want: []string{
 				`config.json:13: users[1].serials[0]: ` +
@@ -482,7 +482,7 @@ func TestBadConfigurations(t *testing.T) {
 			want: []string{`config.json:2: tls.key: "…no.key": no such file`}},
 		{name: "the key itself", edit: `"server.key">` +
 			fmt.Sprintf("%q", pems()["server.key"]), want: []string{
-			`config.json:2: tls.key: want the name of a file, got what belongs into one`}},
+			`config.json:2: tls.key: want the name of a file, got its content`}},
 		{name: "a folder for a key", edit: `"server.key">"."`,
 			want: []string{`config.json:2: tls.key: "…": not a file: name one`}},
 		{name: "key for all to read", spoil: func(t *testing.T, dir string) {
@@ -493,7 +493,7 @@ func TestBadConfigurations(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, want: []string{
-			`config.json:2: tls.key: "…server.key": mode 0644 lets others at the key: ` +
+			`config.json:2: tls.key: "…server.key": mode 0644 gives others access to the key: ` +
 				`chmod 600 it`}},
 		{name: "key of another certificate", spoil: swap("server.key", other.key), want: []string{
 			`config.json:2: tls.key: "…server.key": tls: ` +
@@ -578,7 +578,7 @@ func TestBadConfigurations(t *testing.T) {
 			edit: `127.0.0.1:0…"drainTimeout">127.0.0.1:9443…"admin": {"listen": ` +
 				`"127.0.0.1:9443"}, "drainTimeout"`, want: []string{
 				`config.json:16: admin.listen: ` +
-					`"127.0.0.1:9443" is that of apps[0].listen already: change one`}},
+					`"127.0.0.1:9443" is already used by apps[0].listen: change one`}},
 		{name: "admin host with a port",
 			edit: `"drainTimeout">"admin": {"listen": "127.0.0.1:0", "hosts": ` +
 				`["lb", "lb:80"]}, "drainTimeout"`, want: []string{
@@ -632,7 +632,7 @@ func TestBadConfigurations(t *testing.T) {
 					}
 				}
 			}, want: []string{
-				`config.json:16: admin.token: "…token": mode 06…lets others at the key: ` +
+				`config.json:16: admin.token: "…token": mode 06…gives others access to the key: ` +
 					`chmod 600 it`}},
 		{name: "admin's port in use", edit: `"drainTimeout">"admin": {"listen": "` +
 			taken.Addr().String() + `"}, "drainTimeout"`, want: []string{

@@ -93,7 +93,7 @@ func TestIssueRefusesACAKeyThatOthersCanRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, _, stderr := try("issue", "-dir", dir, "-name", "alice", "-apps", "web")
-	if code != 2 || !strings.Contains(stderr, "ca.key\": mode 0644 lets others at the key: chmod 600 it") {
+	if code != 2 || !strings.Contains(stderr, "ca.key\": mode 0644 gives others access to the key: chmod 600 it") {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
 }

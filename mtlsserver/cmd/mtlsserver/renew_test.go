@@ -92,7 +92,7 @@ func TestRenewThatFails(t *testing.T) {
 		{"no configuration", nil, func(dir string) { os.Remove(filepath.Join(dir, "config.json")) }, "config.json\": no such file"},
 		{"a certificate for no app", []string{"-host", "b.example.org"}, func(dir string) {
 			replace(t, filepath.Join(dir, "config.json"), `"upstreams": [`, `"tls": {"serverName": "a.example.org"}, "upstreams": [`)
-		}, `apps[0].tls.serverName: "a.example.org": the certificate in tls.cert is not for it`},
+		}, `apps[0].tls.serverName: "a.example.org": the certificate in tls.cert is not for this name`},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "pki")
