@@ -15,9 +15,9 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// loadCA returns the CA that signs in dir, and how many its config.json names: it is the last one of
-// tls.ca, or ca.pem if there is no config.json. Others must not be able to read its key, which is
-// in the file beside it.
+// loadCA returns the CA that signs in dir, and the number of CAs in dir's config.json. It is the
+// last CA in tls.ca, or ca.pem if there is no config.json; its key is in the file beside it. loadCA
+// fails if others can read the key.
 func loadCA(dir string) (ca *tls.Certificate, among int, err error) {
 	path := filepath.Join(dir, "ca.pem")
 	config, err := mtlsserver.Load(filepath.Join(dir, "config.json"))
@@ -38,15 +38,16 @@ func loadCA(dir string) (ca *tls.Certificate, among int, err error) {
 		return nil, 0, err
 	}
 	if mode := info.Mode().Perm(); runtime.GOOS != "windows" && mode&0o077 != 0 {
-		return nil, 0, fmt.Errorf("%q: mode %#o gives others access to the key: chmod 600 it", key, mode)
+		return nil, 0, fmt.Errorf("%q: mode %#o gives others access to the key: chmod 600 it",
+			key, mode)
 	}
 	return &pair, among, nil
 }
 
-// keyBeside returns where the key of a certificate is.
+// keyBeside returns the path of the key that belongs to a certificate's file.
 func keyBeside(path string) string { return strings.TrimSuffix(path, filepath.Ext(path)) + ".key" }
 
-// within returns a path that a configuration in dir names.
+// within resolves a path in a configuration that is in dir.
 func within(dir, path string) string {
 	if filepath.IsAbs(path) {
 		return path
@@ -71,7 +72,8 @@ func readCertificate(path string) (*x509.Certificate, error) {
 	return cert, nil
 }
 
-// userSerial returns what the list of a user has for a certificate that ca, of so many, has issued.
+// userSerial returns the entry for a certificate that ca has issued. The entry names the CA if
+// there is more than one.
 func userSerial(serial string, ca *x509.Certificate, among int) mtlsserver.UserSerial {
 	if among < 2 {
 		return mtlsserver.UserSerial{Serial: serial}

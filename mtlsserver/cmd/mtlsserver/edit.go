@@ -25,18 +25,18 @@ type document struct {
 	edits  []replacement
 }
 
-// A replacement puts text in the place of what is from one offset to another.
+// A replacement replaces the bytes from one offset to another by text.
 type replacement struct {
 	from, to int
 	text     string
 }
 
-// patience is how long edit waits for others who change the configuration; less in tests.
+// patience bounds how long edit waits for another command to finish its edit. Tests shorten it.
 var patience = 20 * time.Second
 
-// edit changes a config file, or what that is a link to. Others see the file as it was or as it
-// will be. While somebody else edits it, edit waits, for 20 seconds at most. A change that leaves
-// the configuration with problems is an error, and the file stays as it was.
+// edit changes a config file, or the file that it links to, atomically. It waits up to patience for
+// another command that edits the file. If change fails or leaves the configuration with problems,
+// the file stays unchanged.
 func edit(config string, change func(*document) error) error {
 	path, err := filepath.EvalSymlinks(config)
 	if err != nil {
@@ -53,7 +53,8 @@ func edit(config string, change func(*document) error) error {
 		f, err = os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
 	}
 	if err != nil {
-		return fmt.Errorf("%w: another command edits it, or was cut off: then remove that file", err)
+		return fmt.Errorf("%w: another command edits it, or was cut off: then remove that file",
+			err)
 	}
 	err = rewrite(f, config, info, change)
 	if err = errors.Join(err, f.Close()); err == nil {
@@ -65,7 +66,7 @@ func edit(config string, change func(*document) error) error {
 	return err
 }
 
-// rewrite writes to f what change makes of a config file, and gives f that file's owner and mode.
+// rewrite writes the changed text of a config file to f, and gives f the file's owner and mode.
 func rewrite(f *os.File, path string, info fs.FileInfo, change func(*document) error) error {
 	config, err := mtlsserver.Load(path)
 	if err != nil {
@@ -76,7 +77,7 @@ func rewrite(f *os.File, path string, info fs.FileInfo, change func(*document) e
 		return err
 	}
 	doc, problems := strictjson.Decode(text, &mtlsserver.Config{})
-	if len(problems) > 0 { // somebody else has written it since
+	if len(problems) > 0 { // the file has changed since Load
 		return fmt.Errorf("%s:%d: %s", path, problems[0].Line, problems[0])
 	}
 	d := &document{Doc: doc, config: config, text: text}
@@ -95,7 +96,7 @@ func rewrite(f *os.File, path string, info fs.FileInfo, change func(*document) e
 	return errors.Join(err, keepOwner(f, info), f.Chmod(info.Mode().Perm()), f.Sync())
 }
 
-// edited returns the text with all edits made. Every other byte is as it was.
+// edited returns the text with all edits applied and every other byte unchanged.
 func (d *document) edited() []byte {
 	slices.SortFunc(d.edits, func(a, b replacement) int { return a.from - b.from })
 	var text []byte
@@ -113,7 +114,7 @@ func (d *document) replace(path, text string) {
 	d.edits = append(d.edits, replacement{from, to, text})
 }
 
-// insert adds an item to the list at a path, and end before the ] if the list was empty.
+// insert appends an item to the list at a path. If the list was empty, end follows the item.
 func (d *document) insert(path, item, end string) {
 	_, to, _ := d.Span(path)
 	at := len(bytes.TrimRight(d.text[:to-1], " \t\r\n"))
@@ -123,7 +124,7 @@ func (d *document) insert(path, item, end string) {
 	d.edits = append(d.edits, replacement{at, at, item + end})
 }
 
-// remove removes an item of the list at a path, with a comma beside it.
+// remove removes an item from the list at a path, together with a comma next to it.
 func (d *document) remove(path string, i int) {
 	span := func(i int) (from, to int, ok bool) { return d.Span(fmt.Sprintf("%s[%d]", path, i)) }
 	from, to, _ := span(i)
@@ -141,13 +142,13 @@ func (d *document) value(path string) string {
 	return string(d.text[from:to])
 }
 
-// user returns the place of the user of that name in the list, or -1.
+// user returns the index of the user with that name, or -1.
 func (d *document) user(name string) int {
 	return slices.IndexFunc(d.config.Users, func(u mtlsserver.User) bool { return u.Name == name })
 }
 
-// enter puts a user, whose only certificate ca has issued, into a config file. If there is one of
-// that name, who must have the same apps, the serial is added.
+// enter adds a user to a config file; ca has issued the user's only certificate. If the file has a
+// user of that name, with the same apps, it adds the serial to that user.
 func enter(u mtlsserver.User, ca *x509.Certificate, config string) error {
 	return edit(config, func(d *document) error {
 		u.Serials[0] = userSerial(u.Serials[0].Serial, ca, len(d.config.TLS.CA))
@@ -160,8 +161,8 @@ func enter(u mtlsserver.User, ca *x509.Certificate, config string) error {
 		want := slices.Sorted(slices.Values(u.Apps))
 		got := slices.Sorted(slices.Values(d.config.Users[i].Apps))
 		if !slices.Equal(want, got) {
-			return fmt.Errorf("-apps: user %q has apps %q, not %q: change that in the configuration first",
-				u.Name, got, want)
+			return fmt.Errorf("-apps: user %q has apps %q, not %q: "+
+				"change that in the configuration first", u.Name, got, want)
 		}
 		serial, err := strictjson.Encode(u.Serials[0])
 		d.insert(fmt.Sprintf("users[%d].serials", i), " "+string(serial), "")
@@ -169,8 +170,8 @@ func enter(u mtlsserver.User, ca *x509.Certificate, config string) error {
 	})
 }
 
-// keepSerials replaces the list of a user's serials by what keep returns for each; empty for none.
-// It returns how many are left.
+// keepSerials replaces each serial of a user by the text that keep returns for it, or removes the
+// serial if that is empty. It returns the number of serials that are left.
 func (d *document) keepSerials(user int, keep func(i int, text string) string) int {
 	list := fmt.Sprintf("users[%d].serials", user)
 	var kept []string

@@ -13,8 +13,8 @@
 //	mtlsserver reload -config FILE
 //	mtlsserver version
 //
-// mtlsserver -h says what each does. What a configuration may have in it is that of [mtlsserver.Config], in JSON; the
-// lines of the log are described in that package, too.
+// mtlsserver -h says what each command does. A configuration is a [mtlsserver.Config] in JSON.
+// Package mtlsserver also describes the lines of the log.
 package main
 
 import (
@@ -81,8 +81,11 @@ line, the configuration or an address is wrong, or no server can be asked.
 
 func main() {
 	signals := make(chan os.Signal)
-	if len(os.Args) < 2 || os.Args[1] != "serial" { // that may wait for what it is to read; no other leaves things half done
-		// A signal that finds no room is lost: one to reload may be, beside another; of those to end it, two count.
+	// The command serial may wait for a pipe to read, so signals end it; the others would leave
+	// files half written.
+	if len(os.Args) < 2 || os.Args[1] != "serial" {
+		// A signal is lost if its channel is full: one pending reload stands for all, but the first
+		// two signals to end each have an effect.
 		reloads, ends := make(chan os.Signal, 1), make(chan os.Signal, 2)
 		signal.Notify(reloads, syscall.SIGHUP)
 		signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
@@ -97,7 +100,7 @@ func main() {
 			}
 		}()
 	}
-	signal.Ignore(syscall.SIGPIPE) // that nobody reads the log any more is no reason to end
+	signal.Ignore(syscall.SIGPIPE) // go on serving when nobody reads the log any more
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
 }
 
@@ -126,7 +129,7 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 	}
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	var do func(arg string) error
-	want := "" // the name of the argument, if there is to be one
+	want := "" // the name of the command's argument, if it takes one
 	switch args[0] {
 	case "init":
 		var hosts list
@@ -207,7 +210,7 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 			if *format != "json" && *format != "text" {
 				return fmt.Errorf("mtlsserver run: -log %q: want json or text", *format)
 			}
-			// Nobody waits for whoever reads the log: not connections, and not signals.
+			// A reader of the log that stalls must delay neither connections nor signals.
 			queue := logqueue.NewWriter(stderr, func(n uint64) []byte {
 				var b bytes.Buffer
 				logger(&b).Error("log lines were dropped", "lines", n)
@@ -230,13 +233,14 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 	if err != nil {
 		return fmt.Errorf("mtlsserver %s: %w: mtlsserver -h helps", args[0], err)
 	}
-	if err = do(arg); err == nil || args[0] == "check" || args[0] == "run" { // their problems begin with the file's name
-		return err
+	err = do(arg)
+	if err == nil || args[0] == "check" || args[0] == "run" {
+		return err // it begins with the name of a file
 	}
 	return fmt.Errorf("mtlsserver %s: %w", args[0], err)
 }
 
-// seconds makes a number of seconds of a duration, which slog would write in nanoseconds.
+// seconds replaces a duration by its number of seconds; slog would write nanoseconds.
 func seconds(_ []string, a slog.Attr) slog.Attr {
 	if a.Value.Kind() == slog.KindDuration {
 		a.Value = slog.Float64Value(a.Value.Duration().Seconds())
@@ -246,9 +250,9 @@ func seconds(_ []string, a slog.Attr) slog.Attr {
 
 const required = "required"
 
-// parse reads flags, and one argument before, between or after them if one is wanted.
+// parse reads flags, and an argument named want, if any, before, between or after them.
 func parse(flags *flag.FlagSet, args []string, want string) (arg string, err error) {
-	flags.SetOutput(io.Discard) // the error says it
+	flags.SetOutput(io.Discard) // the error says it all
 	for len(args) > 0 && err == nil {
 		err = flags.Parse(args)
 		if args = flags.Args(); err == nil && len(args) > 0 {
@@ -393,7 +397,7 @@ func firstLine(err error) string {
 	return line
 }
 
-// explain says what to do about an address that cannot be had.
+// explain adds a remedy to the error of an address that cannot be bound.
 func (s *server) explain(err error) error {
 	if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "listen" {
 		return err
@@ -404,12 +408,13 @@ func (s *server) explain(err error) error {
 	case unknown || errors.Is(err, syscall.EADDRNOTAVAIL):
 		remedy = "change that app's listen to an address of this machine"
 	case errors.Is(err, os.ErrPermission):
-		remedy = "change that app's listen to a port that this user may bind, such as one above 1023"
+		remedy = "change that app's listen to a port that this user may bind, " +
+			"such as one above 1023"
 	}
 	return fmt.Errorf("%s: %w: %s", s.config, err, remedy)
 }
 
-// printSerial prints what a configuration has for a certificate.
+// printSerial prints the serial of a certificate, or the KeyID of a CA's, for a configuration.
 func printSerial(path string, stdout io.Writer) error {
 	cert, err := readCertificate(path)
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"syscall"
 )
 
-// keepOwner gives f, which is to replace a file, the owner and group of that.
+// keepOwner gives f the owner and group of the file that it will replace.
 func keepOwner(f *os.File, replaced fs.FileInfo) error {
 	info, err := f.Stat()
 	if err != nil {
@@ -20,7 +20,8 @@ func keepOwner(f *os.File, replaced fs.FileInfo) error {
 		return nil
 	}
 	if err := f.Chown(int(was.Uid), int(was.Gid)); err != nil {
-		return fmt.Errorf("%w: only the owner of %s, or root, can change it without taking it from its owner or group", err, replaced.Name())
+		return fmt.Errorf("%w: only the owner of %s, or root, can change it without "+
+			"taking it from its owner or group", err, replaced.Name())
 	}
 	return nil
 }

@@ -29,7 +29,7 @@ import (
 const (
 	day        = 24 * time.Hour
 	caLife     = 3650 * day
-	serverLife = 824 // days; some clients take no more than 825, and NotBefore is an hour ago
+	serverLife = 824 // days; some clients accept 825 at most, and NotBefore is an hour ago
 	clientLife = 365 // days, unless -days says otherwise
 )
 
@@ -47,7 +47,7 @@ const firstConfig = `{
 const firstAdmin = `,
   "admin": {"socket": "admin.sock"}`
 
-// serverTemplate is what a server certificate for hosts has in it, besides those of this machine.
+// serverTemplate returns the template of a server certificate for hosts and for localhost.
 func serverTemplate(hosts []string, life time.Duration) (*x509.Certificate, error) {
 	template := &x509.Certificate{
 		Subject: pkix.Name{CommonName: "mtlsserver"}, NotAfter: time.Now().Add(life),
@@ -58,7 +58,8 @@ func serverTemplate(hosts []string, life time.Duration) (*x509.Certificate, erro
 		if ip := net.ParseIP(host); ip != nil {
 			template.IPAddresses = append(template.IPAddresses, ip)
 		} else if host == "" || strings.ContainsAny(host, "/@: ") {
-			return nil, fmt.Errorf("-host %q: want host names or addresses, separated by commas", host)
+			return nil, fmt.Errorf("-host %q: want host names or addresses, separated by commas",
+				host)
 		} else {
 			template.DNSNames = append(template.DNSNames, host)
 		}
@@ -73,7 +74,7 @@ func caTemplate(name string) *x509.Certificate {
 	}
 }
 
-// initialize makes what a server needs, in a folder that has none of it.
+// initialize makes a CA, a server certificate and a config.json in a folder that has none of them.
 func initialize(dir string, hosts []string, stdout io.Writer) error {
 	template, err := serverTemplate(hosts, serverLife*day)
 	if err != nil {
@@ -98,7 +99,8 @@ func initialize(dir string, hosts []string, stdout io.Writer) error {
 	if err := writeNew(dir, slices.Concat(caFiles, serverFiles, []file{config})); err != nil {
 		return fmt.Errorf("%w: nothing is ever overwritten, name a new folder", err)
 	}
-	fmt.Fprintf(stdout, `Made a CA (whoever has ca.key can make users), a server certificate and config.json in %[1]s. Next:
+	fmt.Fprintf(stdout, "Made a CA (whoever has ca.key can make users), a server certificate "+
+		"and config.json in %[1]s. Next:"+`
   mtlsserver issue -dir %[1]s -name alice -apps web
   mtlsserver run -config %[2]s
 `, dir, filepath.Join(dir, "config.json"))
@@ -120,16 +122,18 @@ func checkSocket(dir string) error {
 	return nil
 }
 
-// A file is one to be made. If its name ends in .pem it is for all to read.
+// A file is one that a command will write. Everybody may read it if its name ends in .pem.
 type file struct {
 	name string
 	text []byte
-	like string // a file whose owner it gets, if there is one: the server may be another user's
+	like string // it gets the owner of this file, since the server may run as another user
 }
 
-// sign makes a key, and a certificate for it that is issued by ca or, if that is nil, by itself. It
-// returns them and their files.
-func sign(stem string, template *x509.Certificate, ca *tls.Certificate) (*tls.Certificate, []file, error) {
+// sign makes a key and a certificate for it. The issuer is ca, or the certificate itself if ca is
+// nil. sign returns both and their files, the key's first.
+func sign(
+	stem string, template *x509.Certificate, ca *tls.Certificate,
+) (*tls.Certificate, []file, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, nil, err
@@ -150,22 +154,27 @@ func sign(stem string, template *x509.Certificate, ca *tls.Certificate) (*tls.Ce
 	return &pair, []file{{name: stem + ".key", text: keyText}, cert}, err
 }
 
-// certify makes the certificate of a key, and returns its file.
-func certify(stem string, template *x509.Certificate, key crypto.PublicKey, ca *tls.Certificate) (file, error) {
-	var err error
-	if template.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 128)); err != nil {
+// certify makes a certificate for a key and returns its file. It completes the template.
+func certify(
+	stem string, template *x509.Certificate, key crypto.PublicKey, ca *tls.Certificate,
+) (file, error) {
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 128))
+	if err != nil {
 		return file{}, err
 	}
+	template.SerialNumber = serial
 	template.NotBefore = time.Now().Add(-time.Hour) // clocks differ
 	template.BasicConstraintsValid = true
 	if template.NotAfter.After(ca.Leaf.NotAfter) {
 		template.NotAfter = ca.Leaf.NotAfter
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, ca.Leaf, key, ca.PrivateKey)
-	return file{name: stem + ".pem", text: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}, err
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	return file{name: stem + ".pem", text: text}, err
 }
 
-// readRequest returns the key of a certificate request in PEM whose holder has proved to have it.
+// readRequest returns the public key of a certificate request in PEM. The request's signature
+// proves that its holder has the private key.
 func readRequest(path string) (crypto.PublicKey, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -173,7 +182,8 @@ func readRequest(path string) (crypto.PublicKey, error) {
 	}
 	block, _ := pem.Decode(text)
 	if block == nil || block.Type != "CERTIFICATE REQUEST" {
-		return nil, fmt.Errorf("%s: want a certificate request in PEM, as openssl req -new makes it", path)
+		return nil, fmt.Errorf("%s: want a certificate request in PEM, "+
+			"as openssl req -new makes it", path)
 	}
 	request, err := x509.ParseCertificateRequest(block.Bytes)
 	if err == nil {
@@ -193,7 +203,8 @@ func writeNew(dir string, files []file) error {
 			mode = 0o644
 		}
 		made := files[:i]
-		f, err := os.OpenFile(filepath.Join(dir, file.name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+		path := filepath.Join(dir, file.name)
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 		if err == nil {
 			made = files[:i+1]
 			_, err = f.Write(file.text)
@@ -216,11 +227,11 @@ func remove(dir string, files []file) {
 	}
 }
 
-// An issuer is what the command issue was told.
+// An issuer holds the flags of the command issue.
 type issuer struct {
 	dir, name string
 	apps      list
-	csr       string // a request to sign; empty: a key is made
+	csr       string // the file of a request to sign; empty: make a key
 	days      int    // the certificate's life
 	print     bool
 }
@@ -248,7 +259,7 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 		made += " and " + filepath.Join(i.dir, stem) + ".key"
 	}
 	if i.print {
-		fmt.Fprintln(stderr, made+".") // stdout is for the entry alone
+		fmt.Fprintln(stderr, made+".") // stdout gets the entry and nothing else
 		return json.NewEncoder(stdout).Encode(user)
 	}
 	config := filepath.Join(i.dir, "config.json")
@@ -262,12 +273,16 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 	return nil
 }
 
-// create makes the certificate and, unless there is a request, its key, under the first name that is
-// free, also when others do the same.
-func (i *issuer) create(ca *tls.Certificate) (stem string, serial mtlsserver.Serial, files []file, err error) {
+// create makes the certificate and, unless there is a request, its key. It writes them under the
+// first free name.
+func (i *issuer) create(
+	ca *tls.Certificate,
+) (stem string, serial mtlsserver.Serial, files []file, err error) {
 	template := &x509.Certificate{
-		Subject: pkix.Name{CommonName: i.name}, NotAfter: time.Now().Add(time.Duration(i.days) * day),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		Subject:     pkix.Name{CommonName: i.name},
+		NotAfter:    time.Now().Add(time.Duration(i.days) * day),
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}
 	var key crypto.PublicKey
 	if i.csr != "" {
@@ -290,9 +305,11 @@ func (i *issuer) create(ca *tls.Certificate) (stem string, serial mtlsserver.Ser
 	return stem, serial, files, err
 }
 
-// writeFree writes the files that make returns for a stem, under the first of stem, stem-2 and so on
-// that is free, also when others do the same.
-func writeFree(dir, name string, make func(stem string) ([]file, error)) (stem string, files []file, err error) {
+// writeFree writes the files that make returns for a stem: the first of name, name-2, name-3 and so
+// on that is free. Other commands may do the same at the same time.
+func writeFree(
+	dir, name string, make func(stem string) ([]file, error),
+) (stem string, files []file, err error) {
 	stem = name
 	for n := 2; ; n++ {
 		if exists(dir, stem+".pem") || exists(dir, stem+".key") {

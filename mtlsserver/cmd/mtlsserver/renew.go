@@ -10,15 +10,15 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// A renewal is what the command renew was told.
+// A renewal holds the flags of the command renew.
 type renewal struct {
 	dir   string
-	hosts list // empty: the names of the certificate that there is
+	hosts list // empty: the names in the current certificate
 	days  int
 }
 
-// renew makes a new server certificate and key, and enters their names in config.json. Both are in
-// force from one moment on, and the old files stay.
+// renew makes a new server certificate and key, and names both files in config.json at once. It
+// keeps the old files.
 func (r *renewal) renew(stdout io.Writer) error {
 	if r.days < 1 || r.days > serverLife {
 		return fmt.Errorf("-days %d: want 1 to %d: some clients refuse what is valid for longer",
@@ -69,6 +69,7 @@ func (r *renewal) renew(stdout io.Writer) error {
 		"A server that is running takes them up by mtlsserver reload, or at SIGHUP.\n"+
 		"The old ones are still in %s and %s.\n",
 		filepath.Join(r.dir, stem+".pem"), filepath.Join(r.dir, stem+".key"),
-		template.NotAfter.UTC().Format(time.DateOnly), config, within(r.dir, old.Cert), within(r.dir, old.Key))
+		template.NotAfter.UTC().Format(time.DateOnly), config,
+		within(r.dir, old.Cert), within(r.dir, old.Key))
 	return nil
 }

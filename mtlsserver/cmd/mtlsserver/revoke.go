@@ -9,7 +9,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// revoke takes a user out of config.json, or one serial of the user's if that is not empty.
+// revoke removes a user from config.json, or only the given serial of the user if it is not empty.
 func revoke(dir, name, serial string, stdout io.Writer) error {
 	config := filepath.Join(dir, "config.json")
 	var want mtlsserver.Serial
@@ -24,8 +24,8 @@ func revoke(dir, name, serial string, stdout io.Writer) error {
 	err := edit(config, func(d *document) error {
 		i := d.user(name)
 		if i < 0 {
-			return fmt.Errorf("-name %q: no such user in %s: mtlsserver users -config %[2]s lists them",
-				name, config)
+			return fmt.Errorf("-name %q: no such user in %s: "+
+				"mtlsserver users -config %[2]s lists them", name, config)
 		}
 		all := d.config.Users[i].Serials
 		left := d.keepSerials(i, func(j int, text string) string {

@@ -13,8 +13,8 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// addCA makes a CA beside those of config.json, which signs from now on. The old ones stay in
-// force, so each serial is given the id of its CA.
+// addCA makes a CA and adds it to config.json; it signs new certificates from now on. The old CAs
+// stay in force, so addCA adds the CA's id to every serial that has none.
 func addCA(dir string, stdout io.Writer) error {
 	config := filepath.Join(dir, "config.json")
 	c, err := mtlsserver.Load(config)
@@ -26,8 +26,9 @@ func addCA(dir string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	// A name of its own, for clients choose their certificate by the names of CAs.
-	template := caTemplate("mtlsserver CA " + time.Now().UTC().Format("2006-01-02T15:04:05.000000000"))
+	// The name must be unique, because clients choose their certificate by the names of CAs.
+	now := time.Now().UTC().Format("2006-01-02T15:04:05.000000000")
+	template := caTemplate("mtlsserver CA " + now)
 	stem, files, err := writeFree(dir, "ca", func(stem string) ([]file, error) {
 		_, files, err := sign(stem, template, nil)
 		if err == nil {
@@ -58,7 +59,7 @@ func addCA(dir string, stdout io.Writer) error {
 	return nil
 }
 
-// nameCA says of each serial that says nothing that it is of the CA with that KeyID.
+// nameCA adds the CA with that KeyID to every serial that names none.
 func (d *document) nameCA(id string) (err error) {
 	for i, user := range d.config.Users {
 		d.keepSerials(i, func(j int, text string) string {
@@ -77,8 +78,8 @@ func (d *document) nameCA(id string) (err error) {
 	return err
 }
 
-// dropCA takes a CA out of config.json, and the serials that are of it. It fails if a user would
-// have none left.
+// dropCA removes a CA and all its serials from config.json. It fails if a user would be left
+// without a serial.
 func dropCA(dir, file string, stdout io.Writer) error {
 	config := filepath.Join(dir, "config.json")
 	serials := 0
@@ -126,12 +127,12 @@ func dropCA(dir, file string, stdout io.Writer) error {
 	return nil
 }
 
-// keyIDOf returns a KeyID, which may be written as tools print digests, in the form of
+// keyIDOf converts a KeyID as tools print digests, in upper case or with colons, to the form of
 // [mtlsserver.KeyID].
 func keyIDOf(text string) string { return strings.ToLower(strings.ReplaceAll(text, ":", "")) }
 
 // quoted returns a list of texts in JSON.
 func quoted(texts []string) string {
-	list, _ := json.Marshal(texts) // texts cannot fail
+	list, _ := json.Marshal(texts) // strings always marshal
 	return string(list)
 }

@@ -12,11 +12,12 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// handed are the sockets that the service manager has handed over, in place of those that the
-// server would bind itself.
+// handed are the sockets that the service manager has passed on. The server uses them instead of
+// binding its own.
 type handed []systemd.Socket
 
-// of returns the socket of an app: the one named by its id, or else the one at its address.
+// of returns the socket of an app: the one with the app's id as its name, or the one at its
+// address.
 func (h handed) of(app, addr string) (systemd.Socket, bool) {
 	i := slices.IndexFunc(h, func(s systemd.Socket) bool { return s.Name == app })
 	if i < 0 {
@@ -28,7 +29,7 @@ func (h handed) of(app, addr string) (systemd.Socket, bool) {
 	return h[i], true
 }
 
-// listen is for mtlsserver.Options.
+// listen is the Listen of mtlsserver.Options.
 func (h handed) listen(app, addr string) (net.Listener, error) {
 	if s, ok := h.of(app, addr); ok {
 		return s.Listen()
@@ -36,7 +37,7 @@ func (h handed) listen(app, addr string) (net.Listener, error) {
 	return lbproxy.Listen(addr)
 }
 
-// unused returns an error that names the sockets that are of no app of c, and what to do.
+// unused returns an error that names the sockets that no app of c uses, and a remedy.
 func (h handed) unused(c *mtlsserver.Config) error {
 	used := map[int]string{}
 	ids := map[string]bool{}
@@ -59,22 +60,24 @@ func (h handed) unused(c *mtlsserver.Config) error {
 	if len(all) == 0 {
 		return nil
 	}
-	return fmt.Errorf("no app for descriptor %s: set FileDescriptorName= of its socket unit to one of %q "+
-		"that has no other, or ListenStream= to that app's listen",
+	return fmt.Errorf("no app for descriptor %s: set FileDescriptorName= of its socket unit "+
+		"to one of %q that has no other, or ListenStream= to that app's listen",
 		strings.Join(all, ", "), slices.Sorted(maps.Keys(ids)))
 }
 
-// listensAt reports whether a socket at one address is what listening at a "host:port" would make.
+// listensAt reports whether listening on addr, a "host:port", would make a socket at the address
+// at.
 func listensAt(at net.Addr, addr string) bool {
 	is, ok := at.(*net.TCPAddr)
 	want, err := net.ResolveTCPAddr("tcp", addr)
 	if !ok || err != nil || is.Port != want.Port {
 		return false
 	}
-	return is.IP.Equal(want.IP) || is.IP.IsUnspecified() && (want.IP == nil || want.IP.IsUnspecified())
+	wantAny := want.IP == nil || want.IP.IsUnspecified()
+	return is.IP.Equal(want.IP) || is.IP.IsUnspecified() && wantAny
 }
 
-// notify tells the service manager, if there is one, how the server does.
+// notify tells the service manager, if there is one, the server's state.
 func (s *server) notify(states ...string) {
 	if err := systemd.Notify(states...); err != nil {
 		s.log.Warn("the service manager could not be told", "err", err)

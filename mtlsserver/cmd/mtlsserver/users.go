@@ -13,14 +13,14 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// A certKey tells certificates apart. The CA is empty where there is only one.
+// A certKey identifies a certificate.
 type certKey struct {
-	ca     string
+	ca     string // its KeyID
 	serial mtlsserver.Serial
 }
 
-// users prints a table of the users of a config file, a line for each certificate. When one expires
-// is known if its file is beside the config file, where issue puts it.
+// users prints a table of the users of a config file, a line for each certificate. It knows when a
+// certificate expires if the certificate is in the config file's folder, where issue puts it.
 func users(config string, stdout io.Writer) error {
 	c, err := mtlsserver.Load(config)
 	if err != nil {
@@ -51,14 +51,15 @@ func users(config string, stdout io.Writer) error {
 			if t, ok := expiry[certKey{ca, serial}]; ok {
 				until = t.UTC().Format(time.DateOnly)
 			}
+			apps := plain(strings.Join(u.Apps, ","))
 			fmt.Fprintf(w, "%s\t0x%s\t%s\t%s\t%s\t%s\n",
-				plain(u.Name), serial, plain(cas[ca]), until, plain(strings.Join(u.Apps, ",")), limits(c, &u))
+				plain(u.Name), serial, plain(cas[ca]), until, apps, limits(c, &u))
 		}
 	}
 	return w.Flush()
 }
 
-// plain is a text without what would break a table or act upon a terminal.
+// plain quotes a text that would break the table's columns or control a terminal.
 func plain(text string) string {
 	quoted := fmt.Sprintf("%q", text)
 	if quoted == `"`+text+`"` && text != "" && !strings.Contains(text, " ") {
@@ -67,11 +68,10 @@ func plain(text string) string {
 	return quoted
 }
 
-// expiries returns when the certificates that are in a folder, and that one of the issuers has
-// signed, expire.
+// expiries returns the expiry of each certificate in a folder that one of the issuers has signed.
 func expiries(dir string, issuers []*x509.Certificate) map[certKey]time.Time {
 	all := map[certKey]time.Time{}
-	files, _ := filepath.Glob(filepath.Join(dir, "*.pem")) // what cannot be read is not known
+	files, _ := filepath.Glob(filepath.Join(dir, "*.pem")) // unreadable ones are left out
 	for _, path := range files {
 		cert, err := readCertificate(path)
 		if err != nil {
@@ -88,7 +88,7 @@ func expiries(dir string, issuers []*x509.Certificate) map[certKey]time.Time {
 	return all
 }
 
-// limits returns those that are in force for u, in a word each.
+// limits describes the limits of u, in a word each.
 func limits(c *mtlsserver.Config, u *mtlsserver.User) string {
 	var all []string
 	add := func(where string, l *mtlsserver.Limit) {

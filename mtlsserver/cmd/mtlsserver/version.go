@@ -5,7 +5,7 @@ import (
 	"runtime/debug"
 )
 
-// A build is what is known of how the program was built. Revision is empty if it was not built in a
+// A build describes how the program was built. The revision is empty if it was not built in a
 // checkout.
 type build struct {
 	version, revision, goVersion string
@@ -34,7 +34,8 @@ func buildInfo() (b build) {
 
 // String returns the line that the command version prints.
 func (b build) String() string {
-	text := "mtlsserver " + b.version + " " + b.goVersion + " " + runtime.GOOS + "/" + runtime.GOARCH
+	text := "mtlsserver " + b.version + " " + b.goVersion +
+		" " + runtime.GOOS + "/" + runtime.GOARCH
 	if b.revision != "" {
 		text += " " + b.revision
 	}
