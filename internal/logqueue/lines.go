@@ -9,7 +9,7 @@ import (
 // Lines is a Queue of log records, each for the slog.Handler of its logger.
 type Lines struct {
 	queue Queue[line]
-	last  line // written last; belongs to the goroutine that writes
+	last  line // the last one written; belongs to the writing goroutine
 }
 
 type line struct {
@@ -18,7 +18,7 @@ type line struct {
 	record  slog.Record
 }
 
-// NewLines returns a Lines. Dropped lines are reported to the handler that was used last.
+// NewLines returns a Lines. It reports dropped lines to the handler of the last line.
 func NewLines() *Lines {
 	q := new(Lines)
 	q.queue.Write = func(l line) {
@@ -26,14 +26,16 @@ func NewLines() *Lines {
 		l.write()
 	}
 	q.queue.Dropped = func(n uint64) {
-		q.last.record = slog.NewRecord(time.Now(), slog.LevelError, "lbproxy: log lines were dropped", 0)
+		q.last.record = slog.NewRecord(time.Now(), slog.LevelError,
+			"lbproxy: log lines were dropped", 0)
 		q.last.record.AddAttrs(slog.Uint64("lines", n))
 		q.last.write()
 	}
 	return q
 }
 
-// write hands the line to its handler. If that panics, nobody is left to tell.
+// write passes the line to its handler. It ignores a panic, which it could only report to the same
+// handler.
 func (l *line) write() {
 	defer func() { _ = recover() }()
 	_ = l.handler.Handle(l.ctx, l.record)
@@ -43,7 +45,7 @@ func (l *line) write() {
 func (q *Lines) Add(
 	ctx context.Context, l *slog.Logger, level slog.Level, msg string, attrs func() []slog.Attr,
 ) {
-	defer func() { _ = recover() }() // l.Enabled is somebody else's
+	defer func() { _ = recover() }() // l.Enabled is the caller's code and may panic
 	if !l.Enabled(ctx, level) {
 		return
 	}
@@ -52,7 +54,7 @@ func (q *Lines) Add(
 	q.queue.Add(line{ctx, l.Handler(), record})
 }
 
-// Flush waits until the lines that were added are written, for d at most.
+// Flush waits until the lines added so far are written, but no longer than d.
 func (q *Lines) Flush(d time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	defer cancel()

@@ -1,4 +1,4 @@
-// Package logqueue keeps a log that nobody reads from holding up whoever writes to it.
+// Package logqueue queues log lines, so that a log that nobody reads does not block its writers.
 package logqueue
 
 import (
@@ -8,14 +8,14 @@ import (
 	"sync"
 )
 
-// MaxLines is how many lines wait. Further ones are dropped and counted.
+// MaxLines is the most lines that wait. Further lines are dropped and counted.
 const MaxLines = 4096
 
-// A Queue hands lines to Write, in order, on a goroutine of its own that lives while lines wait.
-// Add never waits for it. The fields must be set before the first Add.
+// A Queue passes lines to Write, in order, on a goroutine that runs while lines wait. Add never
+// waits for Write. The fields must be set before the first Add.
 type Queue[T any] struct {
 	Write   func(line T)   // may block
-	Dropped func(n uint64) // reports that n lines were dropped; it may block, too
+	Dropped func(n uint64) // reports that n lines were dropped; may block
 
 	mu      sync.Mutex
 	lines   []T
@@ -54,9 +54,9 @@ func (q *Queue[T]) run() {
 	returned = true
 }
 
-// next returns what writes the next line; nil if none is left. Dropped lines are reported when all
-// that waited have been written, or as many as can wait: not with each line, while they are
-// written more slowly than they come.
+// next returns a function that writes the next line; nil if none is left. It reports dropped lines
+// when the queue is empty, or after MaxLines lines, and not before each line: while lines come
+// faster than they are written, that would double them.
 func (q *Queue[T]) next() func() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -70,7 +70,7 @@ func (q *Queue[T]) next() func() {
 		return nil
 	}
 	line := q.lines[0]
-	clear(q.lines[:1]) // do not keep what is written
+	clear(q.lines[:1]) // let the written line be collected
 	q.lines = q.lines[1:]
 	q.written++
 	return func() { q.Write(line) }
@@ -92,7 +92,7 @@ func (q *Queue[T]) Flush(ctx context.Context) error {
 	}
 }
 
-// Close is Flush, and lines that come later are dropped.
+// Close is like Flush, and drops all lines that are added later.
 func (q *Queue[T]) Close(ctx context.Context) error {
 	q.mu.Lock()
 	q.closed = true
@@ -100,11 +100,11 @@ func (q *Queue[T]) Close(ctx context.Context) error {
 	return q.Flush(ctx)
 }
 
-// A Writer is a Queue of what slog's handlers write: one line at a time.
+// A Writer is a Queue for the output of slog's handlers, which write one line at a time.
 type Writer struct{ queue Queue[[]byte] }
 
-// NewWriter returns a Writer to w. Errors of w are ignored, as slog ignores them. Once lines could
-// be written again, w gets what report makes of the number of lines that were dropped.
+// NewWriter returns a Writer to w. It ignores errors of w, as slog does. After lines were dropped
+// and w takes lines again, it writes the text that report returns for their number.
 func NewWriter(w io.Writer, report func(n uint64) []byte) *Writer {
 	return &Writer{Queue[[]byte]{
 		Write:   func(line []byte) { w.Write(line) },
@@ -118,6 +118,5 @@ func (w *Writer) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// Close waits until all lines have been written, or until ctx ends. Lines that come later are
-// dropped.
+// Close waits until all lines have been written, or until ctx ends. It drops lines that come later.
 func (w *Writer) Close(ctx context.Context) error { return w.queue.Close(ctx) }

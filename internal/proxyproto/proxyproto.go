@@ -10,31 +10,32 @@ import (
 	"strconv"
 )
 
-// A Header is what one side tells the other. The zero Header says that nothing is known.
+// A Header is the content of a PROXY protocol header. The zero Header says that the client is
+// unknown.
 type Header struct {
-	// Local says that the sender speaks for itself, as a health check does. The receiver then uses
-	// the addresses of the connection. The other fields do not count.
+	// Local says that the sender connects on its own behalf, as a health check does. The receiver
+	// then uses the addresses of the connection and ignores the other fields.
 	Local bool
 
-	// Source and Dest are the client's address and the one that it connected to. If either is not
-	// valid, both are unknown, as for clients that do not come by TCP. Zones are not transmitted.
+	// Source is the client's address, Dest the address that it connected to. If either is invalid,
+	// both are unknown, as for clients that do not use TCP. Zones are not transmitted.
 	// Read returns IPv4-mapped IPv6 addresses as IPv4.
 	Source, Dest netip.AddrPort
 
 	// TLS and ClientID are sent by AppendV2, if the addresses are known. Read ignores them.
-	TLS      *TLS   // what is known of the client's TLS; nil: it speaks none
+	TLS      *TLS   // nil: the client does not speak TLS
 	ClientID string // sent as type 0xE0, unless it is empty or longer than MaxValue
 }
 
-// TLS is what a header says of the client's TLS, in the way of HAProxy's send-proxy-v2-ssl-cn.
+// TLS describes the client's TLS connection, as HAProxy's send-proxy-v2-ssl-cn does.
 type TLS struct {
 	Version  uint16 // as in tls.ConnectionState
 	Verified bool   // the client has a certificate and it was verified
 	CN       string // the common name in its certificate; left out if longer than MaxValue
 }
 
-// MaxValue is the most bytes that AppendV2 sends of a name. A longer name is left out rather than
-// cut, because part of a name may be somebody else's.
+// MaxValue is the longest name in bytes that AppendV2 sends. It leaves out a longer name instead of
+// cutting it, because the beginning of a name may be another client's name.
 const MaxValue = 1 << 10
 
 const (
@@ -58,8 +59,8 @@ const (
 	clientCertSession = 0x04 // or on an earlier one of the session
 )
 
-// AppendV1 appends h in version 1 to b: a line of text. It is "PROXY UNKNOWN" unless both addresses
-// are known and of one family.
+// AppendV1 appends h in version 1, a line of text, to b. The line is "PROXY UNKNOWN" unless both
+// addresses are known and of the same family.
 func (h *Header) AppendV1(b []byte) []byte {
 	source, dest, ok := h.addresses()
 	if !ok || source.Addr().Is4() != dest.Addr().Is4() {
@@ -77,9 +78,9 @@ func (h *Header) AppendV1(b []byte) []byte {
 	return append(b, "\r\n"...)
 }
 
-// AppendV2 appends h in version 2 to b. It is a LOCAL header, which says nothing else, unless both
-// addresses are known. If one of them is IPv4 and one is IPv6, both are sent as IPv6, IPv4-mapped.
-// What it appends is less than 4 KiB, which nginx takes at most.
+// AppendV2 appends h in version 2 to b. Unless both addresses are known it appends a LOCAL header
+// without addresses. If one address is IPv4 and one is IPv6, it sends the IPv4 one as IPv4-mapped.
+// The header is shorter than 4 KiB, the most that nginx accepts.
 func (h *Header) AppendV2(b []byte) []byte {
 	b = append(b, signatureV2...)
 	source, dest, ok := h.addresses()
@@ -122,7 +123,7 @@ func (t *TLS) append(b []byte) []byte {
 	return appendName(b, typeTLSCN, t.CN)
 }
 
-// versionName returns the name that OpenSSL, and so HAProxy, has for a version of TLS.
+// versionName returns OpenSSL's name for a version of TLS, which HAProxy sends too.
 func versionName(version uint16) string {
 	switch version {
 	case tls.VersionTLS10:
@@ -137,7 +138,7 @@ func versionName(version uint16) string {
 	return tls.VersionName(version)
 }
 
-// appendName appends s as a value, if it is neither empty nor too long.
+// appendName appends s as a value, unless it is empty or longer than MaxValue.
 func appendName(b []byte, kind byte, s string) []byte {
 	if s == "" || len(s) > MaxValue {
 		return b
@@ -151,7 +152,7 @@ func appendValue(b []byte, kind byte, value []byte) []byte {
 	return append(b, value...)
 }
 
-// addresses returns the addresses as they are sent, and whether there are any.
+// addresses returns the addresses to send, and whether both are known.
 func (h *Header) addresses() (source, dest netip.AddrPort, ok bool) {
 	if h.Local || !h.Source.IsValid() || !h.Dest.IsValid() {
 		return source, dest, false

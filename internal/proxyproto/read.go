@@ -16,16 +16,15 @@ const (
 	maxV2 = 2*108 + 4<<10 // bytes after the first 16: the longest addresses, and 4 KiB of values
 )
 
-// addressesLength is how many bytes the addresses and ports of each family of version 2 take.
+// addressesLength is the length in bytes of the addresses and ports, for each family of version 2.
 var addressesLength = [4]int{0, 2*4 + 2*2, 2*16 + 2*2, 2 * 108}
 
-// Read reads one header, of either version, from r. It takes no byte beyond the header, so whatever
-// follows is still to be read from r. It returns an error as soon as what it has read cannot be the
-// beginning of a header, with the offending bytes quoted, and wraps r's error if r fails. It does
-// not bound the time: r may have a deadline.
+// Read reads one header, of either version, from r. It reads no byte beyond the header. As soon as
+// the bytes read cannot begin a header, it returns an error that quotes them. If r fails, it wraps
+// r's error. Read has no timeout of its own: set a deadline on r.
 func Read(r io.Reader) (*Header, error) {
 	b := make([]byte, 0, maxV1)
-	for len(b) < len(signatureV2) { // no header is shorter than that
+	for len(b) < len(signatureV2) { // every header is at least as long
 		n, err := io.ReadAtLeast(r, b[len(b):len(signatureV2)], 1)
 		if err != nil {
 			return nil, cut(b, err)
@@ -41,13 +40,13 @@ func Read(r io.Reader) (*Header, error) {
 	return readV2(r, b)
 }
 
-// agree reports whether b and signature are the same as far as both go.
+// agree reports whether b and signature are equal up to the length of the shorter one.
 func agree(b []byte, signature string) bool {
 	n := min(len(b), len(signature))
 	return string(b[:n]) == signature[:n]
 }
 
-// cut returns the error for a header that ends in b, because of err.
+// cut returns the error for a header of which err has left only b.
 func cut(b []byte, err error) error {
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
@@ -65,7 +64,7 @@ func readMore(r io.Reader, b []byte, n int) ([]byte, error) {
 	return b, nil
 }
 
-// readV1 reads the rest of the line that b begins.
+// readV1 reads the rest of a header of version 1 that begins with b.
 func readV1(r io.Reader, b []byte) (*Header, error) {
 	for seen := 0; !bytes.HasSuffix(b, []byte("\r\n")); {
 		for ; seen < len(b); seen++ {
@@ -89,7 +88,7 @@ func readV1(r io.Reader, b []byte) (*Header, error) {
 	line := string(b[:len(b)-2])
 	rest := strings.TrimPrefix(line, signatureV1)
 	if rest == "UNKNOWN" || strings.HasPrefix(rest, "UNKNOWN ") {
-		return new(Header), nil // whatever follows is to be ignored
+		return new(Header), nil // the protocol says to ignore the rest of the line
 	}
 	h, err := parseV1(strings.Split(rest, " "))
 	if err != nil {
@@ -121,7 +120,7 @@ func parseV1(fields []string) (*Header, error) {
 	return &Header{Source: ends[0], Dest: ends[1]}, nil
 }
 
-// readV2 reads what follows the signature in b.
+// readV2 reads the rest of a header of version 2 after its signature b.
 func readV2(r io.Reader, b []byte) (*Header, error) {
 	b, err := readMore(r, b, 4)
 	if err != nil {
@@ -130,13 +129,15 @@ func readV2(r io.Reader, b []byte) (*Header, error) {
 	command, family, length := b[12], b[13], int(binary.BigEndian.Uint16(b[14:]))
 	switch {
 	case command != commandLocal && command != commandProxy:
-		return nil, fmt.Errorf("PROXY header: version and command %#02x, want 0x20 or 0x21", command)
+		return nil, fmt.Errorf("PROXY header: version and command %#02x, want 0x20 or 0x21",
+			command)
 	case family>>4 > 3 || family&0xF > 2:
 		return nil, fmt.Errorf("PROXY header: %#02x is no address family and protocol", family)
 	case length > maxV2:
 		return nil, fmt.Errorf("PROXY header: length %d, want at most %d", length, maxV2)
 	case command == commandProxy && length < addressesLength[family>>4]:
-		return nil, fmt.Errorf("PROXY header: length %d, want at least %d for family and protocol %#02x",
+		return nil, fmt.Errorf("PROXY header: length %d, "+
+			"want at least %d for family and protocol %#02x",
 			length, addressesLength[family>>4], family)
 	}
 	body, err := readMore(r, make([]byte, 0, length), length)
@@ -148,7 +149,10 @@ func readV2(r io.Reader, b []byte) (*Header, error) {
 	}
 	switch family {
 	case familyTCP4:
-		return &Header{Source: addrPort(body[:4], body[8:]), Dest: addrPort(body[4:8], body[10:])}, nil
+		return &Header{
+			Source: addrPort(body[:4], body[8:]),
+			Dest:   addrPort(body[4:8], body[10:]),
+		}, nil
 	case familyTCP6:
 		source, dest := addrPort(body[:16], body[32:]), addrPort(body[16:32], body[34:])
 		return &Header{Source: source, Dest: dest}, nil

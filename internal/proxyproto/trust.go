@@ -7,13 +7,13 @@ import (
 	"net/netip"
 )
 
-// Trust is the set of peers whose headers are believed. NewTrust makes one; the zero value trusts
-// nobody. It is safe for concurrent use.
+// Trust is a set of peers whose headers are believed. The zero value trusts nobody. It is safe for
+// concurrent use.
 type Trust struct{ prefixes []netip.Prefix }
 
 // NewTrust returns a Trust of the peers in prefixes. A prefix of IPv4-mapped addresses stands for
-// the IPv4 addresses. It is an error to trust nobody, or everybody of a family: whoever is trusted
-// can claim any address.
+// the IPv4 addresses. NewTrust fails if prefixes is empty, or if one of them has all addresses of a
+// family: a trusted peer can claim any address.
 func NewTrust(prefixes []netip.Prefix) (Trust, error) {
 	if len(prefixes) == 0 {
 		return Trust{}, errors.New("no prefix of trusted peers")
@@ -38,7 +38,7 @@ func NewTrust(prefixes []netip.Prefix) (Trust, error) {
 // Contains reports whether addr, as a conn's RemoteAddr returns it, is trusted. An address without
 // an IP, such as that of a Unix socket, is not.
 func (t Trust) Contains(addr net.Addr) bool {
-	a := plain(AddrPort(addr)).Addr() // prefixes have no zones, and do not contain addresses with one
+	a := plain(AddrPort(addr)).Addr() // a prefix contains no address with a zone
 	for _, p := range t.prefixes {
 		if p.Contains(a) {
 			return true
@@ -47,14 +47,14 @@ func (t Trust) Contains(addr net.Addr) bool {
 	return false
 }
 
-// AddrPort returns the address and port of addr, for a Header. It is the zero AddrPort if addr is
-// nil or none of TCP.
+// AddrPort returns the address and port of addr, for a Header. It returns the zero AddrPort if addr
+// is nil or not a TCP address.
 func AddrPort(addr net.Addr) netip.AddrPort {
 	switch a := addr.(type) {
 	case nil:
 		return netip.AddrPort{}
 	case *net.TCPAddr:
-		return a.AddrPort() // also of a nil one
+		return a.AddrPort() // zero for a nil *net.TCPAddr
 	}
 	switch addr.Network() {
 	case "tcp", "tcp4", "tcp6":

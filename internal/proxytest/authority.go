@@ -24,7 +24,7 @@ type Authority struct {
 	Key  crypto.Signer
 }
 
-// An Option changes a template before it is signed: its serial, its dates, its key usages.
+// An Option changes a certificate's template before it is signed.
 type Option func(*x509.Certificate)
 
 // Serial sets the serial number.
@@ -65,13 +65,13 @@ func (a *Authority) Client(options ...Option) tls.Certificate {
 	return a.Issue(ClientTemplate(options...), NewKey())
 }
 
-// Issue signs template for key. Its Leaf is set, and its chain is the leaf alone.
+// Issue signs template for key. The result has a Leaf, and a chain of one certificate.
 func (a *Authority) Issue(template *x509.Certificate, key crypto.Signer) tls.Certificate {
 	leaf := sign(template, a.Cert, key.Public(), a.Key)
 	return tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key, Leaf: leaf}
 }
 
-// Pool returns a pool with a alone.
+// Pool returns a pool that holds a's certificate only.
 func (a *Authority) Pool() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(a.Cert)
@@ -127,17 +127,17 @@ func WritePEM(t testing.TB, dir, name string, cert tls.Certificate) (certFile, k
 	return certFile, keyFile
 }
 
-// TLS returns the authority's certificate as WritePEM takes it, without its key.
+// TLS returns the authority's certificate without its key, for WritePEM.
 func (a *Authority) TLS() tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{a.Cert.Raw}, Leaf: a.Cert}
 }
 
-// ClientTemplate returns the template of a client's certificate that is as it should be.
+// ClientTemplate returns the template of a valid client certificate.
 func ClientTemplate(options ...Option) *x509.Certificate {
 	return apply(template("client", x509.ExtKeyUsageClientAuth), options)
 }
 
-// ServerTemplate returns the template of a server's certificate that is as it should be.
+// ServerTemplate returns the template of a valid server certificate.
 func ServerTemplate(options ...Option) *x509.Certificate {
 	c := template("server", x509.ExtKeyUsageServerAuth)
 	c.DNSNames = []string{"localhost"}
@@ -153,7 +153,7 @@ func caTemplate(name string, options []Option) *x509.Certificate {
 
 var serials atomic.Int64
 
-// template has dates that suit the clock of synctest, too, which begins in 2000.
+// template returns a template whose dates also suit synctest, whose clock begins in 2000.
 func template(name string, usage ...x509.ExtKeyUsage) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(1000 + serials.Add(1)), Subject: pkix.Name{CommonName: name},

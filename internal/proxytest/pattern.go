@@ -9,18 +9,18 @@ import (
 )
 
 // A Pattern is an endless stream of bytes. Each byte is a function of the pattern and its offset,
-// so that a byte that is lost, doubled, changed or in the wrong stream is found and named.
+// so that Check finds a byte that is lost, doubled, changed or from another stream.
 type Pattern uint64
 
-// noise is what all patterns are windows of. Its size is a prime, so that bytes that were moved by
-// the size of any buffer do not look right.
+// noise holds the bytes that all patterns are windows of. Its size is a prime, so that bytes that
+// were displaced by the size of a buffer differ.
 var noise = sync.OnceValue(func() []byte {
 	b := make([]byte, 1<<22-3)
 	rand.NewChaCha8([32]byte{'p'}).Read(b)
 	return b
 })
 
-// Mix returns a value for x such that neighbours get values that are far apart.
+// Mix returns a hash of x: the values of neighbours are unrelated.
 func Mix(x uint64) uint64 { // the finalizer of splitmix64
 	x += 0x9e3779b97f4a7c15
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
@@ -28,8 +28,8 @@ func Mix(x uint64) uint64 { // the finalizer of splitmix64
 	return x ^ x>>31
 }
 
-// At returns bytes of the stream from offset on: n of them or, where the noise begins again, fewer,
-// but at least one if n is positive. The caller must not change them.
+// At returns bytes of the stream from offset on: n, or fewer at the end of the noise, but at least
+// one if n is positive. The caller must not change them.
 func (p Pattern) At(offset int64, n int) []byte {
 	noise := noise()
 	size := int64(len(noise))
@@ -37,8 +37,8 @@ func (p Pattern) At(offset int64, n int) []byte {
 	return noise[from:min(from+int64(n), size)]
 }
 
-// Check returns an error that names the first byte of b that is not the stream's, if b was received
-// at offset.
+// Check compares b, received at offset, with the stream. The error names the first byte that
+// differs.
 func (p Pattern) Check(offset int64, b []byte) error {
 	for len(b) > 0 {
 		want := p.At(offset, len(b))
@@ -55,7 +55,7 @@ func (p Pattern) Check(offset int64, b []byte) error {
 	return nil
 }
 
-// Send writes the first n bytes of the stream, and returns how many w took.
+// Send writes the first n bytes of the stream to w, and returns the number of bytes written.
 func (p Pattern) Send(w io.Writer, n int64) (sent int64, err error) {
 	for sent < n && err == nil {
 		var m int
@@ -65,8 +65,8 @@ func (p Pattern) Send(w io.Writer, n int64) (sent int64, err error) {
 	return sent, err
 }
 
-// Receive reads r to its end. It returns how many bytes came, and an error if one of them was wrong
-// or if the end was not clean.
+// Receive reads r to its end and returns the number of bytes. It returns an error if a byte differs
+// from the stream, or if r ends with an error.
 func (p Pattern) Receive(r io.Reader) (n int64, err error) {
 	b := make([]byte, 64<<10)
 	for {
@@ -83,7 +83,8 @@ func (p Pattern) Receive(r io.Reader) (n int64, err error) {
 	}
 }
 
-// Exactly reads r to its end, which must be clean and come after n bytes of the stream.
+// Exactly reads r to its end. It returns an error unless r yields exactly the first n bytes of the
+// stream.
 func (p Pattern) Exactly(r io.Reader, n int64) error {
 	got, err := p.Receive(r)
 	if err != nil {

@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// A PipeConn is one end of a connection in memory. Unlike one end of a net.Pipe it can be
-// half-closed and reset, and unlike a socket it can be used in a synctest bubble. Nothing is
-// buffered: a Write returns when its bytes have been read.
+// A PipeConn is one end of a connection in memory. Unlike a net.Pipe it can be half-closed and
+// reset, and unlike a socket it works in a synctest bubble. It has no buffer: a Write returns when
+// its bytes have been read.
 type PipeConn struct {
 	in, out net.Conn
 	peer    *PipeConn
@@ -26,7 +26,7 @@ func Pipe() (a, b *PipeConn) {
 	return a, b
 }
 
-// Read reads what the peer wrote. After a reset by the peer it returns ECONNRESET.
+// Read reads bytes that the peer has written. After a reset by the peer it returns ECONNRESET.
 func (c *PipeConn) Read(b []byte) (int, error) {
 	n, err := c.in.Read(b)
 	if err == io.EOF && c.peer.reset.Load() {
@@ -44,7 +44,7 @@ func (c *PipeConn) CloseWrite() error { return c.out.Close() }
 // SetLinger makes Close a reset if sec is 0, as it does for a TCP connection.
 func (c *PipeConn) SetLinger(sec int) error { c.reset.Store(sec == 0); return nil }
 
-// Close ends both streams. What the peer writes from then on fails.
+// Close ends both streams. Later writes by the peer fail.
 func (c *PipeConn) Close() error { c.in.Close(); return c.out.Close() }
 
 // LocalAddr returns an address that names no port.

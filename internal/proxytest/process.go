@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// FullPipe returns the ends of a pipe that takes no more bytes: a log that nobody reads. r yields
-// filler bytes, then whatever could be written once there was room.
+// FullPipe returns the ends of a pipe that is full, like a log that nobody reads. r yields filler
+// bytes, then the bytes that writers could write once there was room.
 func FullPipe(t testing.TB) (r, w *os.File, filler int64) {
 	t.Helper()
 	r, w, err := os.Pipe()
@@ -24,8 +24,8 @@ func FullPipe(t testing.TB) (r, w *os.File, filler int64) {
 	return r, w, int64(n)
 }
 
-// ProcessUse returns the bytes of memory that a process occupies and its open descriptors. It needs
-// Linux's /proc.
+// ProcessUse returns the resident memory of a process in bytes and the number of its descriptors.
+// It needs Linux's /proc.
 func ProcessUse(t testing.TB, pid int) (resident int64, descriptors int) {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))

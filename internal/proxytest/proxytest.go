@@ -1,8 +1,8 @@
-// Package proxytest has what the tests of this module share: a leak check, upstreams, pairs of
+// Package proxytest holds helpers for the tests of this module: a leak check, upstreams, pairs of
 // connections, streams whose every byte can be checked, and certificates.
 //
-// Whatever takes a testing.TB fails the test when it cannot do its work, and cleans up when the
-// test ends. The rest panics, for Examples and child processes have no testing.TB.
+// Functions with a testing.TB fail the test on an error and clean up when the test ends. The others
+// panic, because Examples and child processes have no testing.TB.
 package proxytest
 
 import (
@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// Patience is how long a test waits for what must happen. It is long because a busy machine may
-// not run a test for seconds; a test that passes never waits for it.
+// Patience bounds how long a test waits for an expected event. It is long because a busy machine
+// may not run a test for seconds; a test that passes does not wait so long.
 const Patience = 20 * time.Second
 
 // Main runs the tests, and exits with status 1 if they pass and leave a goroutine or a descriptor
@@ -31,7 +31,7 @@ const Patience = 20 * time.Second
 //	func TestMain(m *testing.M) { proxytest.Main(m) }
 func Main(m *testing.M) {
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
-		l.Close() // from now on the runtime's poller has its descriptors, which it keeps
+		l.Close() // makes the runtime's poller open its descriptors, which stay open
 	}
 	files := Descriptors()
 	code := m.Run()
@@ -53,8 +53,8 @@ func fuzzing() bool {
 	return false
 }
 
-// awaitNone waits until there is no goroutine but the caller's and no descriptor beyond files. It
-// returns a description of what is still there after patience, or "".
+// awaitNone waits until no other goroutine runs and no more descriptors than files are open. It
+// returns a description of the leaks that remain after patience, or "".
 func awaitNone(patience time.Duration, files int) string {
 	for late := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		runtime.GC() // closes the pipes that io.Copy keeps in a pool
@@ -69,7 +69,7 @@ func awaitNone(patience time.Duration, files int) string {
 	}
 }
 
-// Goroutines returns the stacks of all goroutines but the caller's and those that the standard
+// Goroutines returns the stacks of all goroutines except the caller's and those that the standard
 // library never ends.
 func Goroutines() []string {
 	buf := make([]byte, 1<<20)
@@ -84,17 +84,17 @@ func Goroutines() []string {
 	})
 }
 
-// Descriptors returns how many descriptors the process has open, or 0 on systems without /proc.
+// Descriptors returns the number of open descriptors, or 0 on systems without /proc.
 func Descriptors() int {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return 0
 	}
-	return len(entries) - 1 // one is the folder's
+	return len(entries) - 1 // without the one that reads the folder
 }
 
-// HeapInUse returns the bytes that live on the heap. It collects until there is no more to free:
-// what is in a sync.Pool survives a first collection.
+// HeapInUse returns the bytes of live objects on the heap. It collects garbage until that frees no
+// more, because objects in a sync.Pool survive the first collection.
 func HeapInUse() int64 {
 	for last := int64(math.MaxInt64); ; {
 		var m runtime.MemStats
@@ -108,8 +108,8 @@ func HeapInUse() int64 {
 	}
 }
 
-// Eventually waits until ok returns true, and fails the test with what is awaited if it does not
-// within Patience. It is for what gives no other notice; where there is a channel, use that.
+// Eventually polls ok until it returns true, and fails the test with what if it does not within
+// Patience. Use it only for states that no channel reports.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for late := time.Now().Add(Patience); !ok(); time.Sleep(time.Millisecond) {
@@ -158,8 +158,8 @@ func RefusingAddr(t testing.TB) string {
 	return l.Addr().String()
 }
 
-// Dial connects to addr until the test ends. The connection has a deadline of Patience, so that no
-// test hangs.
+// Dial connects to addr. The connection has a deadline of Patience, so that no test hangs, and is
+// closed when the test ends.
 func Dial(t testing.TB, addr string) *net.TCPConn {
 	t.Helper()
 	c, err := net.DialTimeout("tcp", addr, Patience)
@@ -230,8 +230,8 @@ func Ping(c net.Conn) error {
 	return nil
 }
 
-// Cut reads c to its end and returns an error unless that is a reset or another failure: a stream
-// that was cut must not end as if it were complete, and must end.
+// Cut reads c to its end and returns an error unless a reset or another failure ends it. A stream
+// that was cut must end, and must not end as if it were complete.
 func Cut(c net.Conn) error {
 	switch n, err := io.Copy(io.Discard, c); {
 	case err == nil:

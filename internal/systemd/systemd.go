@@ -1,6 +1,6 @@
-// Package systemd talks to the service manager that has started the process: it says when the
-// service is ready, reloads or stops (sd_notify), and takes the sockets that it is handed (socket
-// activation). Without such a manager, and on other systems than Linux, it does nothing.
+// Package systemd talks to the service manager that has started the process: it reports when the
+// service is ready, reloads or stops (sd_notify), and takes over the manager's sockets (socket
+// activation). Without such a manager, and on systems other than Linux, it does nothing.
 package systemd
 
 import "net"
@@ -11,10 +11,10 @@ const (
 	Stopping = "STOPPING=1"
 )
 
-// A Socket is a listening TCP socket that the manager has bound. The manager keeps it, so clients
-// can connect while no process of the service runs.
+// A Socket is a listening TCP socket that the manager has bound. The manager keeps it open, so that
+// clients can connect while no process of the service runs.
 type Socket struct {
 	Descriptor int
 	Name       string   // FileDescriptorName= of the socket unit; the unit's own name without
-	Addr       net.Addr // where it listens
+	Addr       net.Addr // the address that it listens on
 }

@@ -12,8 +12,8 @@ import (
 	"unsafe"
 )
 
-// Notify tells the manager all states at once, such as Ready and "STATUS=serving". It does not wait
-// for a manager that does not listen for longer than a second.
+// Notify sends all states, such as Ready and "STATUS=serving", to the manager in one message. It
+// waits at most a second for a manager that does not read.
 func Notify(states ...string) error {
 	path := os.Getenv("NOTIFY_SOCKET")
 	if path == "" {
@@ -22,7 +22,8 @@ func Notify(states ...string) error {
 	if path[0] != '/' && path[0] != '@' {
 		return fmt.Errorf("systemd: NOTIFY_SOCKET %q: want a path, or a name after @", path)
 	}
-	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"}) // @ is abstract
+	addr := &net.UnixAddr{Name: path, Net: "unixgram"} // a leading @ means an abstract socket
+	c, err := net.DialUnix("unixgram", nil, addr)
 	if err != nil {
 		return fmt.Errorf("systemd: NOTIFY_SOCKET: %w", err)
 	}
@@ -34,24 +35,25 @@ func Notify(states ...string) error {
 	return nil
 }
 
-// Reloading returns the state of a service that has begun to reload. Type=notify-reload wants the
-// time in it, to tell this reload from one before.
+// Reloading returns the state of a service that has begun to reload. It holds the time, by which
+// Type=notify-reload distinguishes this reload from an earlier one.
 func Reloading() string {
 	const monotonic = 1
 	var now syscall.Timespec
-	// The call fails for no clock that exists.
+	// The call cannot fail for a clock that exists.
 	syscall.Syscall(syscall.SYS_CLOCK_GETTIME, monotonic, uintptr(unsafe.Pointer(&now)), 0)
 	return fmt.Sprintf("RELOADING=1\nMONOTONIC_USEC=%d", now.Nano()/1000)
 }
 
 const firstDescriptor = 3
 
-// Sockets returns the sockets that the process was handed. It takes them from the environment, so
-// that they are not taken twice, nor by a child.
+// Sockets returns the sockets that the manager has passed to the process. It clears the variables
+// that name them, so that neither a second call nor a child takes them too.
 func Sockets() ([]Socket, error) {
-	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
+	pid, count := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS")
+	names := os.Getenv("LISTEN_FDNAMES")
 	if pid != strconv.Itoa(os.Getpid()) {
-		return nil, nil // none, or a parent's
+		return nil, nil // no sockets, or the parent's
 	}
 	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
 		os.Unsetenv(name)
@@ -82,11 +84,12 @@ func Sockets() ([]Socket, error) {
 	return all, nil
 }
 
-// Listen returns a new listener on the socket, which closing it does not close.
+// Listen returns a new listener on the socket. Closing the listener does not close the socket.
 func (s Socket) Listen() (net.Listener, error) {
 	l, err := s.listen()
 	if err != nil {
-		return nil, fmt.Errorf("systemd: descriptor %d (%q): %w: want ListenStream= with an address "+
+		return nil, fmt.Errorf("systemd: descriptor %d (%q): %w: "+
+			"want ListenStream= with an address "+
 			"and port, and Accept=no", s.Descriptor, s.Name, err)
 	}
 	return l, nil
@@ -105,8 +108,8 @@ func (s Socket) listen() (net.Listener, error) {
 		return nil, os.NewSyscallError("dup", err)
 	}
 	syscall.CloseOnExec(fd)
-	// Not blocking before it is a File: otherwise Fd, which FileListener calls, would make it block
-	// for a moment, and with it every listener on the socket.
+	// Make the descriptor non-blocking before os.NewFile: otherwise Fd, which FileListener calls,
+	// would make it blocking for a moment, and with it every listener on the socket.
 	if err := syscall.SetNonblock(fd, true); err != nil {
 		syscall.Close(fd)
 		return nil, os.NewSyscallError("setnonblock", err)
