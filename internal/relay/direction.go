@@ -8,45 +8,44 @@ import (
 	"time"
 )
 
-// A direction carries the bytes of one way. Its fields are its goroutine's own unless they say
-// otherwise.
+// A direction copies the bytes one way. Its fields belong to its goroutine unless stated otherwise.
 type direction struct {
 	relay    *Relay
 	name     Direction
 	from, to *end         // to is nil in an upload that has not needed its server yet
 	moved    atomic.Int64 // bytes written to to
-	before   int64        // bytes that the other direction had moved when to was last written to
-	phase    atomic.Int32 // set to ended under Relay.mu; may be read by anybody
-	atEnd    bool         // from has ended its stream, which is being passed on; guarded by Relay.mu
+	before   int64        // the other direction's moved at the last write to to
+	phase    atomic.Int32 // set to ended under Relay.mu; any goroutine may read it
+	atEnd    bool         // from has ended its stream, and to is being told; guarded by Relay.mu
 
 	pacer     Pacer
-	buf       *buffer // what try has read into: n bytes, and then err
+	buf       *buffer // try has read n bytes into it, and then err
 	n         int
 	err       error
 	lastRead  int
-	fullReads int      // reads in a row that filled a large buffer: after two of them splicing begins
+	fullReads int      // reads in a row that filled a large buffer; two start splicing
 	splicer   *splicer // nil: not splicing
-	noSplice  bool     // it is refused between these two
+	noSplice  bool     // the system refuses to splice between from and to
 }
 
-// What a direction is doing.
+// The phases of a direction.
 const (
 	copying int32 = iota // reading, or waiting for the handler
 	writing              // in a write to to
-	ending               // in a half-close of to, which may write as well
-	ended                // its goroutine does nothing more with from and to
+	ending               // in a half-close of to, which may write too
+	ended                // its goroutine does not use from and to any more
 )
 
 const (
-	// writePiece is the most that is written at once to a conn of which the system does not say how
-	// much is still queued: then each write that returns is a sign that a slow reader is not idle.
+	// writePiece bounds a write to a conn whose send queue the system cannot report. There only a
+	// write that returns shows that a slow reader is not idle.
 	writePiece = 16 << 10
 
-	// quietTime without an answer is enough for a connection to be quiet: see isQuiet.
+	// quietTime without moving bytes makes a connection quiet: see isQuiet.
 	quietTime = 200 * time.Millisecond
 )
 
-// run copies until from has ended or something has failed.
+// run copies until from has ended its stream or one side has failed.
 func (d *direction) run() {
 	returned := false
 	defer func() {
@@ -59,7 +58,7 @@ func (d *direction) run() {
 	returned = true
 }
 
-// end is the last that the direction's goroutine does.
+// end is the last call of the direction's goroutine.
 func (d *direction) end() {
 	r := d.relay
 	r.mu.Lock()
@@ -71,22 +70,23 @@ func (d *direction) end() {
 		d.linger()
 	}
 	if releasing && r.timer.Stop() {
-		r.drop() // the timer's reference
+		r.drop() // the reference of the stopped timer
 	}
 	r.release()
 }
 
-// linger waits until what was written has arrived, and hangs up. The relay's timer bounds that.
+// linger waits until the peer has acknowledged every byte, and hangs up. The relay's timer bounds
+// the wait.
 func (d *direction) linger() {
 	r := d.relay
 	if d.to != nil {
 		late := time.Now().Add(lingerTime)
 		if !d.to.measured {
-			// Nobody says when it has arrived, so it gets its second from when it was written: a
-			// connection that was quiet for longer is reset at once.
+			// The system cannot report when the bytes have arrived, so allow a second from the
+			// last write. A connection that was quiet for longer is reset at once.
 			late = late.Add(-time.Duration(clock() - r.last.Load()))
 			if r.politely {
-				late = late.Add(-lingerTime / 2) // to close takes time, too
+				late = late.Add(-lingerTime / 2) // leave time for closing
 			}
 		}
 		wait := time.Millisecond
@@ -100,14 +100,14 @@ func (d *direction) linger() {
 	}
 	r.hangUp()
 	if r.timer.Stop() {
-		r.drop() // the timer's reference; the caller has another
+		r.drop() // the reference of the stopped timer; the caller has another
 	}
 }
 
 func (d *direction) copy() {
 	r := d.relay
 	if t, ok := d.from.stream.(*TLS); ok {
-		if err := t.Handshake(); err != nil { // here, not in await, whose reads must not wait
+		if err := t.Handshake(); err != nil { // not in await, whose reads must not wait
 			r.fail(d.source(), err, false)
 			return
 		}
@@ -117,7 +117,7 @@ func (d *direction) copy() {
 		if readErr != nil && readErr != io.EOF {
 			readErr = d.judge(readErr)
 		}
-		if writeErr != nil { // before the handler is asked, which may take its time
+		if writeErr != nil { // before account, whose handler may block
 			r.fail(d.destination(), writeErr, false)
 			d.phase.Store(copying)
 		}
@@ -158,7 +158,7 @@ func (d *direction) other() *direction {
 	return &d.relay.up
 }
 
-// move carries one chunk.
+// move moves one chunk from from to to.
 func (d *direction) move() (n int, readErr, writeErr error) {
 	if d.fullReads >= 2 && !d.noSplice {
 		if d.splicer == nil {
@@ -176,7 +176,7 @@ func (d *direction) move() (n int, readErr, writeErr error) {
 	return n, readErr, writeErr
 }
 
-// read waits for bytes and reads them into buf, which it holds only while there are any.
+// read waits for bytes and reads them into buf. It holds no buffer while it waits.
 func (d *direction) read() (int, error) {
 	if err := d.from.stream.await(d); err != nil {
 		return 0, err
@@ -191,7 +191,7 @@ func (d *direction) read() (int, error) {
 	return d.n, d.err
 }
 
-// try reads what there is, or returns false if that is nothing.
+// try reads the bytes that are available, and returns false if there are none.
 func (d *direction) try() bool {
 	d.buf = newBuffer(d.bufferSize())
 	d.n, d.err = d.from.stream.read((*d.buf)[:d.pacer.Limit(len(*d.buf))])
@@ -202,9 +202,9 @@ func (d *direction) try() bool {
 	return true
 }
 
-// bufferSize is the size for the next read. Large buffers are for streams that hold none while they
-// wait, and for reads that a small one was too small for. While there is no server, somebody has to
-// wait with what was read, for as long as the dial takes.
+// bufferSize returns the size of the buffer for the next read. It is large for streams that hold no
+// buffer while they wait, and after a read that has filled a small one. It is small during the
+// dial, because the bytes read then wait in their buffer for the server.
 func (d *direction) bufferSize() int {
 	if d.to != nil && (d.from.isSocket || d.lastRead >= smallBuffer) {
 		return largeBuffer
@@ -217,7 +217,8 @@ func (d *direction) freeBuffer() {
 	d.buf = nil
 }
 
-// write writes the n bytes in buf, which an upload may have to wait for, and gives the buffer away.
+// write writes the n bytes in buf and gives the buffer away. An upload may have to wait for its
+// server first.
 func (d *direction) write(n int) (int, error) {
 	b := d.buf
 	d.buf = nil
@@ -231,7 +232,7 @@ func (d *direction) write(n int) (int, error) {
 	d.phase.Store(writing)
 	n, err := d.writePieces((*b)[:n], b)
 	if err == nil {
-		d.phase.Store(copying) // else copy does, when the failure is known
+		d.phase.Store(copying) // after an error copy does that, once it has recorded the failure
 	}
 	return n, err
 }
@@ -253,7 +254,7 @@ func (d *direction) writePieces(p []byte, b *buffer) (written int, err error) {
 	return written + n, err
 }
 
-// checkCount makes an error of what a write of size bytes must not return.
+// checkCount returns an error if a write of size bytes has returned an n that io.Writer forbids.
 func checkCount(n, size int, err error) (int, error) {
 	switch {
 	case n < 0 || n > size:
@@ -264,7 +265,7 @@ func checkCount(n, size int, err error) (int, error) {
 	return n, err
 }
 
-// account counts n bytes that were moved, and does what the handler says.
+// account counts n bytes that were moved, and obeys the handler's Verdict.
 func (d *direction) account(n int) {
 	r := d.relay
 	d.moved.Add(int64(n))
@@ -280,17 +281,18 @@ func (d *direction) account(n int) {
 		d.pacer.Paused(time.Duration(clock() - began))
 	}
 	now := clock()
-	r.last.Store(now) // before it is no longer held, or it might look idle for a moment
+	r.last.Store(now) // before held drops, or the relay might look idle for a moment
 	r.held.Add(-1)
 	noteChunk(n, now)
 }
 
-// judge decides what the error of a read means, and records the failure unless it is to be taken
-// for the end of the stream: a TLS peer may have left without close_notify.
+// judge returns io.EOF for the error of a read that CloseNotify accepts as the end of the stream: a
+// TLS peer may have left without close_notify. It records any other error as a failure.
 func (d *direction) judge(err error) error {
 	quiet := false
 	if t, ok := d.from.stream.(*TLS); ok && t.atBoundary {
-		// The peer may have got what the other direction has written before that came to know.
+		// The peer may have acknowledged a write before the write has returned in the other
+		// direction, so look several times.
 		for n := 0; n < 10 && !quiet; n++ {
 			if quiet = d.isQuiet(); !quiet {
 				time.Sleep(time.Millisecond)
@@ -304,9 +306,10 @@ func (d *direction) judge(err error) error {
 	return err
 }
 
-// isQuiet reports whether nothing is under way: the other direction has nothing to deliver, both
-// peers' systems have acknowledged everything, and d's last bytes had an answer, or nothing has
-// moved for some time. Without that, an upload whose client is killed would look quiet.
+// isQuiet reports whether no bytes are under way: the other direction has nothing to deliver, both
+// peers' systems have acknowledged every byte, and either d's last bytes had an answer or no byte
+// has moved for quietTime. Without the last condition, an upload whose client is killed would look
+// quiet.
 func (d *direction) isQuiet() bool {
 	q := d.other()
 	d.relay.mu.Lock()
@@ -331,24 +334,25 @@ func (d *direction) isQuiet() bool {
 func (d *direction) passEnd() {
 	r, q := d.relay, d.other()
 	for n := 0; n < 10; n++ {
-		// If a write of q's has met a reset, it took the error, and left d what looks like an end.
+		// A write of q that meets a reset consumes the error, and then d reads io.EOF.
 		phase := q.phase.Load()
 		if phase != writing && phase != ending {
 			break
 		}
 		reset, known := d.from.wasReset()
-		if reset && q.phase.Load() == writing { // still: what both sides have ended looks the same
+		// A socket that both sides have ended looks reset too, but then q is not writing any more.
+		if reset && q.phase.Load() == writing {
 			r.fail(d.source(), errReset, false)
 			return
 		}
 		if known && !reset {
 			break
 		}
-		time.Sleep(time.Millisecond) // for q to come back with the error, if there is one
+		time.Sleep(time.Millisecond) // give q time to return the error, if there is one
 	}
 	if d.to == nil {
 		if !d.from.canHalfClose() && !r.isSettled() {
-			r.fail(d.source(), errGone, false) // an end is all that it can say, so it has left
+			r.fail(d.source(), errGone, false) // it cannot half-close, so its end means it has left
 			return
 		}
 		if d.to = r.awaitServer(); d.to == nil {
@@ -361,16 +365,16 @@ func (d *direction) passEnd() {
 	r.mu.Unlock()
 	switch {
 	case over || last && !d.to.layered:
-		// Closing comes next, and says the same.
+		// The relay closes to next, which ends the stream as well.
 	case d.to.canHalfClose():
 		d.phase.Store(ending)
 		if err := d.to.closeWrite(); err != nil {
 			r.fail(d.destination(), err, false)
 		}
 	case !both:
-		// What from sent is whole, and closing to says so. What from was sent is cut.
-		err := fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told that the other "+
-			"side has ended its stream, and go on", d.to.conn)
+		// The stream from from is complete, so close to. The stream to from is cut.
+		err := fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told "+
+			"that the other side has ended its stream, and go on", d.to.conn)
 		r.failLingering(d.destination(), err, false, d, true)
 		d.from.reset()
 	}

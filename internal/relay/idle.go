@@ -5,59 +5,59 @@ import (
 	"time"
 )
 
-// Config is what the relays of an engine have in common.
+// Config is the configuration of an engine's relays.
 type Config struct {
-	// Idle is how long a relay may be without a byte that moves before it is aborted with IdleErr.
-	// Not positive: for ever. What a slow reader takes out of the system's queue moves, too.
+	// Idle is the time without a moving byte after which a relay is aborted with IdleErr. Zero or
+	// less means never. Bytes that a slow reader takes out of the system's queue count as moving.
 	Idle    time.Duration
 	IdleErr error
 
-	// KeepAlive says that servers were dialled without keep-alive: it is set (after 15 s of
-	// silence, each 15 s, 9 times) on those of relays that have lasted 15 s. That spares short ones
-	// the cost.
+	// KeepAlive says that servers are dialed without keep-alive. The engine then sets it (after
+	// 15 s of silence, every 15 s, 9 times) on the servers of relays that have lasted 15 s. Short
+	// relays are spared the system calls.
 	KeepAlive bool
 }
 
-// An Engine is what relays share: pipes, and one timer that sweeps over all of them.
+// An Engine holds the resources that relays share: pipes, and a timer for idle relays.
 type Engine struct {
 	config Config
 	pipes  pipePool
 
 	mu       sync.Mutex
-	relays   []*Relay // those connected, each at its index
+	relays   []*Relay // the connected ones, each at its index
 	timer    *time.Timer
-	armed    bool // the timer runs, or a sweep does
-	added    bool // a relay has been, since the last sweep began
+	armed    bool // the timer or a sweep runs
+	added    bool // a relay was added since the last sweep began
 	closed   bool
-	sweeping sync.WaitGroup // the sweep, and what it has started
+	sweeping sync.WaitGroup // the sweep, and the goroutines that it has started
 }
 
-// swept is what the sweep keeps of a relay. It belongs to the sweep, but for index.
+// swept is the sweep's state for a relay. Only the sweep uses it, except for index.
 type swept struct {
 	index     int   // in Engine.relays; guarded by Engine.mu
 	since     int64 // clock when it was connected
 	asked     int64 // clock when the system was last asked for unsent
-	unsent    int   // and what it said
+	unsent    int   // the answer
 	keptAlive bool  // keep-alive was set on its server
-	condemned bool  // it was found idle
+	condemned bool  // the relay was found idle
 }
 
 const (
-	// keepAliveAge is how long a relay lasts, at least, before its server gets keep-alive.
+	// keepAliveAge is the age of a relay at which its server gets keep-alive.
 	keepAliveAge = 15 * time.Second
 
-	// sweepBatch is how many relays are looked at for each time that the lock is held.
+	// sweepBatch is the number of relays that a sweep copies each time it takes the lock.
 	sweepBatch = 256
 
-	// sweepRest is how much longer the sweep rests than it took: with 19, a twentieth of a
-	// processor.
+	// sweepRest bounds the cost of sweeps: after each one the engine rests 19 times as long, so
+	// that they use at most a twentieth of a processor.
 	sweepRest = 19
 )
 
 // NewEngine returns an engine with no relays. It has nothing to close until one is started.
 func NewEngine(config Config) *Engine { return &Engine{config: config} }
 
-// Close waits for what the engine still does and frees what it keeps. It is called when the last
+// Close waits for the engine's goroutines and closes its pipes. The caller calls it when the last
 // relay is done.
 func (e *Engine) Close() {
 	e.mu.Lock()
@@ -84,7 +84,7 @@ func (e *Engine) add(r *Relay) {
 	}
 }
 
-// remove is called when r is done.
+// remove takes r, which is done, out of the sweep.
 func (e *Engine) remove(r *Relay) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -109,8 +109,8 @@ func (e *Engine) arm(d time.Duration) {
 	}
 }
 
-// period is the longest time between two sweeps: a quarter of the timeout, so that the system is
-// asked more than once about a reader that is slow.
+// period returns the longest time between two sweeps. A quarter of the timeout lets the engine ask
+// the system about a slow reader more than once.
 func (e *Engine) period() time.Duration {
 	if e.config.Idle <= 0 {
 		return keepAliveAge
@@ -121,17 +121,17 @@ func (e *Engine) period() time.Duration {
 	return e.config.Idle/4 + 1
 }
 
-// sweep looks at every relay, aborts those that have been idle for too long, and has itself run
-// again when the next may have been.
+// sweep looks at every relay, aborts those that have been idle for too long, and schedules the next
+// sweep for when another relay may have been.
 func (e *Engine) sweep() {
 	defer e.sweeping.Done()
 	began, next, more := clock(), e.period(), false
 	var batch [sweepBatch]*Relay
-	// Backwards: when a relay is removed the last one takes its place, which has been seen then.
+	// Go backwards: the last relay takes the place of a removed one, and has been seen by then.
 	for at := int(^uint(0) >> 1); at > 0; {
 		e.mu.Lock()
 		if at > len(e.relays) {
-			e.added = false // from here on
+			e.added = false // this sweep sees every relay added before now
 		}
 		high := min(at, len(e.relays))
 		at = max(high-sweepBatch, 0)
@@ -152,8 +152,8 @@ func (e *Engine) sweep() {
 	}
 }
 
-// look returns how long it takes until r may have been idle for long enough, and whether it has to
-// be looked at again.
+// look checks r and aborts it if it has been idle for too long. It returns the time until that may
+// be so, and whether r needs another look at all.
 func (e *Engine) look(r *Relay, now int64) (left time.Duration, again bool) {
 	idle := e.config.Idle
 	if e.config.KeepAlive && !r.keptAlive {
@@ -168,8 +168,8 @@ func (e *Engine) look(r *Relay, now int64) (left time.Duration, again bool) {
 	if r.held.Load() > 0 {
 		return idle, true
 	}
-	// Only what was written after the last question can have made the queues longer. So there is
-	// nothing to ask about a relay that was silent since, and had nothing in them.
+	// Only writes after the last question can have made the queues longer. So skip the system calls
+	// for a relay that was silent since, and whose queues were empty then.
 	silent := now - max(last, r.asked)
 	if (r.unsent > 0 || last > r.asked) && (silent >= int64(idle/4) || now-last >= int64(idle)) {
 		unsent := r.client.unsent() + r.server.unsent()
@@ -181,7 +181,7 @@ func (e *Engine) look(r *Relay, now int64) (left time.Duration, again bool) {
 	}
 	if left = idle - time.Duration(now-last); left <= 0 {
 		r.condemned = true
-		e.sweeping.Go(func() { r.Abort(e.config.IdleErr) }) // closing may take a while
+		e.sweeping.Go(func() { r.Abort(e.config.IdleErr) }) // may block in a conn's Close
 	}
 	return max(left, 0), true
 }

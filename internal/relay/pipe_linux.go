@@ -9,26 +9,26 @@ import (
 	"time"
 )
 
-// A splicer moves the bulk of a direction from socket to socket through a pipe, by splice(2), so
-// that it does not pass through this process. It holds a pipe only while there is something in it.
+// A splicer moves bytes from socket to socket through a pipe, by splice(2), so that bulk data does
+// not pass through the process. It holds a pipe only while the pipe has bytes.
 type splicer struct {
 	d        *direction
 	from, to *socket
-	fill     func(fd uintptr) bool // made once, like those of socket
+	fill     func(fd uintptr) bool // made once, because a closure for each call would allocate
 	drain    func(fd uintptr) bool
 	pipe     *pipe
 	held     int // bytes in pipe
-	n        int // what the last call moved
+	n        int // bytes that the last call moved
 	errno    syscall.Errno
-	small    int // moves in a row of less than a quarter of a buffer: after two of them splicing ends
+	small    int // moves in a row of less than a quarter of a buffer; two end splicing
 }
 
-// newSplicer returns nil if d cannot be spliced.
+// newSplicer returns a splicer for d, or nil if the sockets of d cannot be spliced.
 func newSplicer(d *direction) *splicer {
 	from, ok1 := d.from.stream.(*socket)
 	to, ok2 := d.to.stream.(*socket)
-	// splice has no MSG_DONTWAIT: a descriptor that blocks would hold the goroutine in the system,
-	// and with it whoever closes the conn.
+	// splice has no MSG_DONTWAIT: a blocking descriptor would hold the goroutine in the system, and
+	// Close would wait for it.
 	if !ok1 || !ok2 || blocks(from.raw) || blocks(to.raw) {
 		return nil
 	}
@@ -46,7 +46,7 @@ func blocks(raw syscall.RawConn) bool {
 	return blocks
 }
 
-// move carries one chunk.
+// move moves one chunk.
 func (s *splicer) move() (n int, readErr, writeErr error) {
 	d, pipes := s.d, &s.d.relay.engine.pipes
 	if err := s.from.raw.Read(s.fill); err != nil {
@@ -56,7 +56,7 @@ func (s *splicer) move() (n int, readErr, writeErr error) {
 	case s.pipe == nil:
 		s.stop()
 		return 0, nil, nil
-	case s.errno == syscall.EINVAL || s.errno == syscall.ENOSYS: // not with this kernel, or socket
+	case s.errno == syscall.EINVAL || s.errno == syscall.ENOSYS: // the kernel cannot splice these
 		pipes.put(s.pipe)
 		d.noSplice = true
 		s.stop()
@@ -81,7 +81,7 @@ func (s *splicer) move() (n int, readErr, writeErr error) {
 			writeErr = s.to.opError("write", "splice", s.errno)
 		}
 	}
-	if writeErr != nil { // copy says when d is no longer writing
+	if writeErr != nil { // copy sets the phase after it has recorded the error
 		pipes.drop(s.pipe)
 		return n - s.held, nil, writeErr
 	}
@@ -90,11 +90,11 @@ func (s *splicer) move() (n int, readErr, writeErr error) {
 	return n, nil, nil
 }
 
-// stop has the direction go on by reading.
+// stop makes the direction read and write again.
 func (s *splicer) stop() { s.d.splicer, s.d.fullReads = nil, 0 }
 
-// fillReady moves what there is into a pipe. Without a pipe there is none to be had, or nothing
-// that can be spliced.
+// fillReady moves the available bytes into a pipe. If s has no pipe afterwards, the pool has none,
+// or the bytes cannot be spliced.
 func (s *splicer) fillReady(fd uintptr) bool {
 	pipes := &s.d.relay.engine.pipes
 	if s.pipe = pipes.get(); s.pipe == nil {
@@ -108,8 +108,8 @@ func (s *splicer) fillReady(fd uintptr) bool {
 	if s.n > 0 || s.errno != 0 && s.errno != syscall.EAGAIN {
 		return true
 	}
-	// Nothing, or the end? In front of an urgent byte splice says EAGAIN, and 0 once the stream has
-	// ended behind it, though there is more. A read would go on behind it, and so does a peek.
+	// splice stops before an urgent byte: it returns EAGAIN, or 0 once the stream has ended, though
+	// more bytes follow. A read skips the urgent byte, so peek to see what a read would find.
 	var b [1]byte
 	s.n, s.errno = recvFD(fd, b[:], syscall.MSG_PEEK)
 	if s.n == 0 && s.errno != syscall.EAGAIN {
@@ -149,7 +149,7 @@ func (s *splicer) splice(from, to, most int) {
 	}
 }
 
-// A pipe is what spliced bytes pass through.
+// A pipe holds spliced bytes between two sockets.
 type pipe struct{ r, w int }
 
 func (p *pipe) close() {
@@ -157,27 +157,26 @@ func (p *pipe) close() {
 	syscall.Close(p.w)
 }
 
-// A pipePool keeps empty pipes for as long as they are needed now and then: those that were not for
-// a second are closed, so that an engine at rest holds none.
+// A pipePool keeps empty pipes for reuse. It closes those that were not needed for a second, so
+// that an engine at rest holds none.
 type pipePool struct {
 	mu     sync.Mutex
 	free   []*pipe
-	all    int         // those in free and those in use
-	spare  int         // the fewest there were in free since trim last ran
+	all    int         // pipes in free and in use
+	spare  int         // the smallest length of free since trim last ran
 	timer  *time.Timer // runs trim; nil if there is nothing to trim
 	closed bool
 }
 
 const (
-	// At 512 KiB bulk takes a fifth less time on the processor than at 256 KiB; 1 MiB is no better.
+	// With 512 KiB, bulk data takes a fifth less CPU time than with 256 KiB; 1 MiB is no better.
 	pipeSize = 512 << 10
 
-	// maxPipes in use at once are, of this size, as much as the system lets an unprivileged user
-	// have.
+	// maxPipes of this size are as much as Linux grants an unprivileged user.
 	maxPipes = 128
 )
 
-// get returns an empty pipe, or nil if there is none to be had.
+// get returns an empty pipe, or nil if maxPipes are in use or the system grants none.
 func (pp *pipePool) get() *pipe {
 	pp.mu.Lock()
 	defer pp.mu.Unlock()
@@ -192,14 +191,14 @@ func (pp *pipePool) get() *pipe {
 		return nil
 	}
 	pp.all++
-	// Best effort: beyond their share of memory (pipe-user-pages-soft) users get small ones.
+	// This may fail: beyond pipe-user-pages-soft a user gets small pipes, which work too.
 	const setPipeSize = 1031 // F_SETPIPE_SZ
 	syscall.Syscall(syscall.SYS_FCNTL, uintptr(fds[1]), setPipeSize, pipeSize)
 	return &pipe{r: fds[0], w: fds[1]}
 }
 
-// drop closes a pipe that is not empty. It must not be used again: its next stream would get bytes
-// of the last, or find it full and wait for ever.
+// drop closes a pipe that is not empty. Another stream must not use it, because it would get bytes
+// of the last one, or find the pipe full and wait for ever.
 func (pp *pipePool) drop(p *pipe) {
 	p.close()
 	pp.mu.Lock()

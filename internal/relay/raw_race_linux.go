@@ -4,11 +4,11 @@ package relay
 
 import "syscall"
 
-// Here recvFD and sendFD tell the race detector that what is received was sent before, as syscall's
-// Read and Write do: else whoever tests with both ends in one process would hear of races that are
-// none. Read and Write themselves cannot be used, since they block if the socket does; of no bytes,
-// Read never does, and Write of a descriptor that there is not does nothing else. (And 386 has
-// other system calls for sockets.)
+// These variants of recvFD and sendFD tell the race detector that received bytes were sent before,
+// as syscall.Read and syscall.Write do. Otherwise a test with both ends in one process would report
+// false races. Read and Write of the bytes themselves would block on a blocking socket. A Read of
+// no bytes and a Write to an invalid descriptor do not block, and still inform the detector. (386
+// is here because it has other system calls for sockets.)
 func recvFD(fd uintptr, b []byte, flags int) (int, syscall.Errno) {
 	n, _, err := syscall.Recvfrom(int(fd), b, flags|syscall.MSG_DONTWAIT)
 	if err == nil {

@@ -34,7 +34,7 @@ const (
 	Server
 )
 
-// A Handler hears what a relay does. Its methods are called without locks.
+// A Handler is told about the events of a relay. No lock is held over its methods.
 type Handler interface {
 	// Moved is called when n bytes have been written to the other side. It may block, which holds
 	// this direction and keeps the relay from being idle. A panic in it aborts the relay.
@@ -60,10 +60,10 @@ type Verdict struct {
 type Outcome struct {
 	Sent, Received int64 // bytes written to the server, and to the client
 	Connected      bool  // Connect was given a server in time
-	Failed         Side  // whose side failed; NoSide if the cause is that of Abort or a Verdict
-	Quiet          bool  // with Failed == Client: it left TLS without close_notify, nothing under way
+	Failed         Side  // the side that failed; NoSide after Abort or the Err of a Verdict
+	Quiet          bool  // the client left TLS without close_notify, with no bytes under way
 	Err            error // the first cause; nil: both streams ended well
-	Panic          any   // what Moved panicked with, and its stack; nil: nothing
+	Panic          any   // the value of a panic in Moved, with its stack; nil: none
 }
 
 var (
@@ -74,10 +74,10 @@ var (
 	ErrBadCount = errors.New("lbproxy: conn returned an impossible count")
 )
 
-// lingerTime bounds how long a relay goes on to deliver what came from a side that has failed.
+// lingerTime bounds how long a relay goes on to deliver bytes from a side that has failed.
 const lingerTime = time.Second
 
-// longestWait is the longest time between two questions whether what was written has arrived.
+// longestWait is the longest time between two questions whether written bytes have arrived.
 const longestWait = 16 * time.Millisecond
 
 // pollTime is how often an upload that waits for its server asks whether the client was reset.
@@ -93,8 +93,9 @@ const pollTime = 200 * time.Millisecond
 //	             └──Connect(nil), Abort: hangUp ──────────────────────────────┘
 //
 // Each goroutine that works on a relay holds a reference: the two directions, Abort, the linger
-// timer, and whoever owes Connect. The one that gives back the last closes both sides, holding a
-// reference anew, since Abort must be able to break that off; the last after that reports.
+// timer, and the caller until it calls Connect. The goroutine that drops the last reference takes a
+// new one and closes both sides, which Abort may interrupt. When that reference and any of Abort
+// are dropped, the relay calls Done.
 type Relay struct {
 	engine   *Engine
 	handler  Handler
@@ -103,46 +104,46 @@ type Relay struct {
 
 	last     atomic.Int64 // clock at which bytes last moved
 	released atomic.Bool  // client outlives the relay
-	held     atomic.Int32 // directions that the handler holds; while there are any it is not idle
+	held     atomic.Int32 // directions that are in the handler or a pause; such a relay is not idle
 	swept
 
-	// mu guards what follows. It is not held over I/O, the handler, or a method of a conn.
+	// mu guards the fields below. It is not held over I/O, the handler, or a method of a conn.
 	mu       sync.Mutex
 	refs     int
 	stage    stage
 	server   end // set once, if ever, by Connect
 	over     bool
-	cause    error // set once, and then over is; nil if over: both streams ended well
+	cause    error // set once, together with over; nil if both streams ended well
 	failed   Side
 	quiet    bool
 	panicked any
-	hungUp   bool          // both sides have been reset, or are being
-	lingerer *direction    // hangs up once it has ended and all that it wrote has arrived
-	politely bool          // and closes its destination before that
-	timer    *time.Timer   // hangs up after lingerTime; set with lingerer
-	settled  chan struct{} // closed when there is a server, or over; made by whoever waits for it
-	gone     chan struct{} // closed when over; likewise
+	hungUp   bool          // both sides have been reset or are being reset
+	lingerer *direction    // calls hangUp once it has ended and its bytes have arrived
+	politely bool          // the lingerer closes its destination before hangUp
+	timer    *time.Timer   // calls hangUp after lingerTime; set with lingerer
+	settled  chan struct{} // closed when there is a server, or over; nil until awaited
+	gone     chan struct{} // closed when over; nil until awaited
 }
 
 type stage int
 
 const (
 	running stage = iota
-	closing       // no direction is left
+	closing       // no direction runs; both sides are being closed
 	done
 )
 
-// Start reads from client at once, before there is a server. chunk bounds the bytes that move
-// before the first Verdict; 0: no bound. The relay owns client from now on. The caller owes exactly
-// one call of Connect.
+// Start starts a relay that reads from client at once, before there is a server. chunk bounds the
+// bytes that move before the first Verdict; 0 means no bound. The relay owns client from now on.
+// The caller must call Connect or Release exactly once.
 func (e *Engine) Start(client net.Conn, h Handler, chunk int) *Relay {
 	r := e.New(client, h, chunk)
 	r.Start()
 	return r
 }
 
-// New returns a relay that has not started yet, and that may be forgotten. It asks client for the
-// connections below it, so no lock may be held.
+// New returns a relay that has not started, and that the caller may drop. It calls methods of
+// client, so the caller must hold no lock.
 func (e *Engine) New(client net.Conn, h Handler, chunk int) *Relay {
 	r := &Relay{engine: e, handler: h, client: newEnd(client), refs: 2} // the upload and Connect
 	r.up = direction{relay: r, name: Upload, from: &r.client, pacer: Pacer{Chunk: chunk}}
@@ -150,12 +151,12 @@ func (e *Engine) New(client net.Conn, h Handler, chunk int) *Relay {
 	return r
 }
 
-// Start makes a relay of New read from its client.
+// Start makes a relay that New has returned read from its client.
 func (r *Relay) Start() { go r.up.run() }
 
-// Connect gives the relay its server, which it owns from now on. It returns false if the relay was
-// over already: then server has been reset. A nil server means that there will be none, and aborts
-// the relay unless it is over.
+// Connect gives the relay its server, which the relay owns from now on. If the relay was over
+// already, Connect resets server and returns false. A nil server means that there will be none, and
+// aborts the relay unless it is over.
 func (r *Relay) Connect(server net.Conn) bool {
 	if server == nil {
 		r.Abort(errNoServer)
@@ -180,12 +181,13 @@ func (r *Relay) Connect(server net.Conn) bool {
 		return false
 	}
 	r.engine.add(r)
-	go r.down.run() // with the reference that was Connect's
+	go r.down.run() // takes over the reference for Connect
 	return true
 }
 
-// Abort ends the relay with cause (nil: context.Canceled) unless it has one, and resets both sides.
-// It waits neither for a peer nor for a hook. It may be called at any time, from anywhere.
+// Abort ends the relay and resets both sides. The relay's cause becomes cause (context.Canceled if
+// nil) unless it has one. Abort waits neither for a peer nor for a hook. Any goroutine may call it
+// at any time.
 func (r *Relay) Abort(cause error) {
 	if cause == nil {
 		cause = context.Canceled
@@ -205,12 +207,12 @@ func (r *Relay) Abort(cause error) {
 	r.releaseElsewhere()
 }
 
-// Counts returns the bytes that have been written to the server and to the client. It may be called
-// at any time.
+// Counts returns the number of bytes written to the server and to the client. Any goroutine may
+// call it at any time.
 func (r *Relay) Counts() (sent, received int64) { return r.up.moved.Load(), r.down.moved.Load() }
 
-// endWith records why the relay ends, and reports whether that is the first reason. The caller
-// holds mu, and calls Over when it no longer does.
+// endWith records the cause of the relay's end, and reports whether it is the first one. The caller
+// holds mu, and calls Over after it has released mu.
 func (r *Relay) endWith(cause error, failed Side) bool {
 	if r.over {
 		return false
@@ -225,9 +227,9 @@ func (r *Relay) endWith(cause error, failed Side) bool {
 	return true
 }
 
-// fail is called when a side has failed. From then on the relay is only there to deliver what that
-// side has sent. The other direction, having nobody to write to, throws away what it reads: a peer
-// that is busy sending might not come to read otherwise.
+// fail records that a side has failed. From then on the relay only delivers the bytes that this
+// side has sent. The other direction has nowhere to write to and discards the bytes that it reads,
+// because a peer that is blocked in sending might not read.
 func (r *Relay) fail(side Side, err error, quiet bool) {
 	d := &r.up
 	if side == Server {
@@ -236,7 +238,7 @@ func (r *Relay) fail(side Side, err error, quiet bool) {
 	r.failLingering(side, err, quiet, d, false)
 }
 
-// failLingering is fail with the direction that has something to deliver.
+// failLingering is fail for a given lingerer, the direction that has bytes to deliver.
 func (r *Relay) failLingering(side Side, err error, quiet bool, d *direction, politely bool) {
 	r.mu.Lock()
 	if !r.endWith(err, side) {
@@ -244,7 +246,7 @@ func (r *Relay) failLingering(side Side, err error, quiet bool, d *direction, po
 		return
 	}
 	r.quiet, r.lingerer, r.politely = quiet, d, politely
-	r.refs++ // the timer's
+	r.refs++ // for the timer
 	r.timer = time.AfterFunc(lingerTime, func() { r.hangUp(); r.release() })
 	ended := d.phase.Load() == ended
 	if ended {
@@ -252,12 +254,12 @@ func (r *Relay) failLingering(side Side, err error, quiet bool, d *direction, po
 	}
 	r.mu.Unlock()
 	r.handler.Over(err)
-	if ended { // and so it cannot linger by itself
+	if ended { // its goroutine is gone, so another one lingers
 		go func() { d.linger(); r.release() }()
 	}
 }
 
-// hangUp resets both sides, which ends whatever is going on on them. It does not wait for a peer.
+// hangUp resets both sides, which interrupts all reads and writes. It does not wait for a peer.
 func (r *Relay) hangUp() {
 	r.mu.Lock()
 	if r.hungUp {
@@ -268,7 +270,7 @@ func (r *Relay) hangUp() {
 	server := r.server.conn != nil
 	r.mu.Unlock()
 	r.client.reset()
-	if server { // which does not change any more
+	if server { // r.server does not change once it is set
 		r.server.reset()
 	}
 }
@@ -279,8 +281,8 @@ func (r *Relay) isHungUp() bool {
 	return r.hungUp
 }
 
-// awaitServer returns the server, or nil if the relay is over. Meanwhile it asks now and then
-// whether the client was reset: with its bytes unread, or in hand, no read would tell.
+// awaitServer waits for the server and returns nil if the relay is over. Meanwhile it polls for a
+// reset by the client: nobody reads from the client then, so no read reports one.
 func (r *Relay) awaitServer() *end {
 	for {
 		r.mu.Lock()
@@ -308,9 +310,9 @@ func (r *Relay) awaitServer() *end {
 	}
 }
 
-// pollClient fails the relay if its client was reset while there is no server. With one, both sides
-// may have ended their streams, and a socket in which that is so looks reset, too; so the server is
-// looked for after the question.
+// pollClient fails the relay if its client was reset while there was no server. With a server, both
+// sides may have ended their streams, and then a socket looks reset too; so pollClient looks for
+// the server after it has asked for the reset.
 func (r *Relay) pollClient() {
 	if reset, _ := r.client.wasReset(); reset && !r.isSettled() {
 		r.fail(Client, errReset, false)
@@ -336,7 +338,7 @@ func (r *Relay) pause(d time.Duration) {
 	waitFor(r.gone, d)
 }
 
-// waitFor returns when c is closed or d has passed, and reports which.
+// waitFor waits until c is closed or d has passed, and reports which.
 func waitFor(c <-chan struct{}, d time.Duration) (closed bool) {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -348,10 +350,10 @@ func waitFor(c <-chan struct{}, d time.Duration) (closed bool) {
 	}
 }
 
-// touch notes that bytes have moved.
+// touch records that bytes have moved now.
 func (r *Relay) touch() { r.last.Store(clock()) }
 
-// panicking records the panic of a hook, or of a conn, and ends the relay. A nil p is Goexit's.
+// panicking records a panic of a hook or a conn and ends the relay. A nil p means runtime.Goexit.
 func (r *Relay) panicking(p any) {
 	switch err := p.(type) {
 	case nil:
@@ -369,8 +371,8 @@ func (r *Relay) panicking(p any) {
 	r.Abort(ErrPanicked)
 }
 
-// close closes e, unless it was reset, which leaves only the layers open. A panic of somebody's
-// conn is recorded: it must not end the process.
+// close closes e. After a reset only the layers above the socket are still open. close records a
+// panic of the caller's conn, which must not end the process.
 func (r *Relay) close(e *end) {
 	if !e.layered && r.isHungUp() {
 		return
@@ -383,7 +385,7 @@ func (r *Relay) close(e *end) {
 	e.conn.Close()
 }
 
-// drop gives back a reference, and reports whether the caller has to call finish.
+// drop drops a reference, and reports whether the caller must call finish.
 func (r *Relay) drop() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -402,16 +404,16 @@ func (r *Relay) release() {
 	}
 }
 
-// releaseElsewhere is release for a goroutine that is not the relay's, and must not wait.
+// releaseElsewhere is release for a goroutine of the caller, which must not wait for finish.
 func (r *Relay) releaseElsewhere() {
 	if r.drop() {
 		go r.finish()
 	}
 }
 
-// finish closes both sides, politely unless they have been reset, and reports.
+// finish closes both sides, without a reset unless hangUp has reset them, and calls Done.
 func (r *Relay) finish() {
-	if r.stage == closing { // nobody changes it while there are references, of which one is ours
+	if r.stage == closing { // does not change while this goroutine holds a reference
 		if r.server.conn != nil {
 			r.close(&r.server)
 		}
@@ -421,7 +423,7 @@ func (r *Relay) finish() {
 			r.close(&r.client)
 		}
 		if !r.drop() {
-			return // Abort came
+			return // Abort holds a reference and will call finish
 		}
 	}
 	if r.server.conn != nil {

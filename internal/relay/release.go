@@ -7,16 +7,17 @@ import (
 )
 
 // Release takes the place of Connect for a client that gets a last word: it ends the relay with
-// cause, and leaves client open for the caller, who may use it when Done has been called. It
-// returns false if the relay was over already; then client has been closed, or will be.
+// cause and leaves client open. The caller may use client once Done has been called. Release
+// returns false if the relay was over already; then the relay closes client.
 func (r *Relay) Release(cause error) bool {
 	r.mu.Lock()
 	first := r.endWith(cause, NoSide)
 	if first {
 		r.released.Store(true)
-		r.hungUp = true // so nobody resets it
+		r.hungUp = true // so that hangUp does not reset client
 		if r.up.phase.Load() != ended {
-			// Its read ends by the deadline below, or by this, if the conn has no deadlines.
+			// The upload's read ends by the deadline below, or by this reset if the conn has no
+			// deadlines.
 			r.refs++
 			r.timer = time.AfterFunc(lingerTime, func() { r.client.reset(); r.release() })
 		}
@@ -30,14 +31,15 @@ func (r *Relay) Release(cause error) bool {
 	return first
 }
 
-// LastWord ends the stream to c, of which nobody reads or writes any more, and closes it when the
-// peer has ended its own stream, at most a second later. Until then it discards what comes: to
-// close a connection with bytes unread resets it, and the peer may lose what it was sent.
+// LastWord half-closes c and closes it when the peer has ended its own stream, at most a second
+// later. It discards the bytes that come meanwhile: closing a connection with unread bytes resets
+// it, and then the peer may lose the end of the stream. Nobody else may use c any more.
 func LastWord(c net.Conn) {
-	late := time.AfterFunc(lingerTime, func() { reset(Underlying(c)) }) // not every conn has deadlines
+	// Not every conn has deadlines.
+	late := time.AfterFunc(lingerTime, func() { reset(Underlying(c)) })
 	defer late.Stop()
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(lingerTime)) // in place of whatever is set
+	c.SetDeadline(time.Now().Add(lingerTime)) // replaces a deadline of the caller
 	if h, ok := c.(halfCloser); ok {
 		h.CloseWrite()
 	}

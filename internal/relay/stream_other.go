@@ -7,15 +7,15 @@ import (
 	"syscall"
 )
 
-// canMeasure is false: there is no portable way to ask the system about a socket.
+// canMeasure is false: no portable system call tells the length of a socket's send queue.
 const canMeasure = false
 
-// socket is not used: here a TCP connection is read as any other.
+// socket is unused: without Linux's calls a TCP connection is read like any other.
 type socket struct{ plain }
 
 func newSocket(net.Conn) *socket { return nil }
 
-// splicer is not used.
+// splicer is unused.
 type splicer struct{}
 
 func newSplicer(*direction) *splicer                    { return nil }
@@ -25,7 +25,7 @@ type pipePool struct{}
 
 func (*pipePool) close() {}
 
-// unsent is how many bytes have not arrived, of which nothing is known: 1 stands for any number.
+// unsent returns 1 for an unknown number of bytes that the peer has not acknowledged.
 func unsent(raw syscall.RawConn) int {
 	if raw != nil {
 		return 1

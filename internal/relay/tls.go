@@ -11,38 +11,42 @@ import (
 	"syscall"
 )
 
-// CloseNotify says what a TLS stream is that ends without close_notify, between two records.
+// CloseNotify says how to treat a TLS stream that ends between two records without close_notify.
 type CloseNotify uint8
 
 const (
-	Required CloseNotify = iota // cut
-	Idle                        // whole, if nothing was under way in either direction; else cut
-	Optional                    // whole
+	Required CloseNotify = iota // as cut
+	Idle                        // as complete if no bytes were under way either way, else as cut
+	Optional                    // as complete
 )
 
-// A TLS is a TLS connection as a proxy needs it. crypto/tls takes the end of the connection below
-// for the end of the stream; here the peer has to have said so (close_notify, RFC 8446 section
-// 6.1), else the stream was cut, and Read returns io.ErrUnexpectedEOF. What one large Write sends
-// goes out in few system calls. Until the handshake is done no more than a given number of bytes is
-// read.
+// A TLS is a TLS connection for a proxy. It differs from a tls.Conn in three ways. A stream ends
+// only with close_notify (RFC 8446, section 6.1): if the connection below ends without it, Read
+// returns io.ErrUnexpectedEOF. A large Write takes few system calls. The handshake reads a bounded
+// number of bytes.
 type TLS struct {
 	*tls.Conn
 
-	// CloseNotify is what a relay makes of an end without it. It must not change once there is one.
-	// Read does not look at it.
+	// CloseNotify says how a relay treats an end without close_notify. It must not change once the
+	// relay has started. Read does not use it.
 	CloseNotify CloseNotify
 
 	wire       *wire
-	resumable  bool // a Read can stop and go on later: once done, there is no other handshake in it
-	atBoundary bool // the stream has ended, without close_notify, between two records; the reader's
+	resumable  bool // a Read may stop and go on later, as it cannot meet a renegotiation
+	atBoundary bool // the stream has ended between two records, without close_notify; the reader's
 }
 
-// ErrHandshakeSize is the error of a handshake that takes more bytes than it may.
+// ErrHandshakeSize is the error of a handshake that needs more bytes than allowed.
 var ErrHandshakeSize = errors.New("lbproxy: more bytes than a TLS handshake may take")
 
-// NewTLS speaks TLS over raw. side is tls.Server or tls.Client. At most maxHandshake bytes are read
-// before the handshake is done; 0: no bound.
-func NewTLS(side func(net.Conn, *tls.Config) *tls.Conn, raw net.Conn, config *tls.Config, maxHandshake int) *TLS {
+// NewTLS returns a TLS over raw. side is tls.Server or tls.Client. The handshake reads at most
+// maxHandshake bytes; 0 means no bound.
+func NewTLS(
+	side func(net.Conn, *tls.Config) *tls.Conn,
+	raw net.Conn,
+	config *tls.Config,
+	maxHandshake int,
+) *TLS {
 	w := &wire{Conn: raw, direct: raw, left: maxHandshake, bounded: maxHandshake > 0}
 	if w.socket = newSocket(raw); w.socket != nil {
 		w.direct = w.socket
@@ -56,21 +60,21 @@ func NewTLS(side func(net.Conn, *tls.Config) *tls.Conn, raw net.Conn, config *tl
 // Handshake is HandshakeContext without a context.
 func (t *TLS) Handshake() error { return t.HandshakeContext(context.Background()) }
 
-// HandshakeContext shakes hands, if that has not been done.
+// HandshakeContext performs the handshake, unless it has been done.
 func (t *TLS) HandshakeContext(ctx context.Context) error {
 	err := t.Conn.HandshakeContext(ctx)
 	if err == nil && !t.wire.open.Swap(true) && t.wire.readFirst {
-		// A server has nothing more to say. Its system would delay the acknowledgement, by 40 ms,
-		// and a client that leaves Nagle's algorithm on waits for that with its first request.
+		// A server sends nothing more now, so its system would delay the acknowledgement by 40 ms.
+		// A client with Nagle's algorithm would hold back its first request for that long.
 		quickAck(rawTCP(Underlying(t.wire.Conn)))
 	}
 	return err
 }
 
-// NetConn returns the connection that TLS is spoken over.
+// NetConn returns the connection below the TLS.
 func (t *TLS) NetConn() net.Conn { return t.wire.Conn }
 
-// Read reads as tls.Conn's does, but a stream that was cut does not look whole.
+// Read is tls.Conn's Read, but returns io.ErrUnexpectedEOF for a stream that was cut.
 func (t *TLS) Read(b []byte) (int, error) {
 	if !t.wire.open.Load() {
 		if err := t.Handshake(); err != nil {
@@ -87,24 +91,24 @@ func (t *TLS) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Write writes as tls.Conn's does. If one of more than 16 KiB fails, how many bytes of b have left
-// is not known, and 0 is returned.
+// Write is tls.Conn's Write. If a Write of more than 16 KiB fails, it returns 0, because the number
+// of bytes that were sent is unknown.
 func (t *TLS) Write(b []byte) (int, error) { return t.write(b, nil) }
 
-const tlsRecord = 16 << 10 // the most that one holds
+const tlsRecord = 16 << 10 // the most bytes in a record
 
 func (t *TLS) write(p []byte, b *buffer) (int, error) {
 	if len(p) <= tlsRecord || !t.resumable {
 		defer b.free()
 		return t.Conn.Write(p)
 	}
-	if err := t.Handshake(); err != nil { // what it says to the peer is not to be kept back
+	if err := t.Handshake(); err != nil { // before gathering, so that its records go out at once
 		b.free()
 		return 0, err
 	}
 	t.wire.gather()
 	n, err := t.Conn.Write(p)
-	b.free() // before a wait for the peer to take the records, which are a second copy
+	b.free() // before waiting for the peer, since the records are a second copy
 	if e := t.wire.flush(); e != nil {
 		err = e
 	}
@@ -114,8 +118,8 @@ func (t *TLS) write(p []byte, b *buffer) (int, error) {
 	return n, err
 }
 
-// await waits for the socket, if there is one. crypto/tls resumes a read that the socket has ended
-// with errWait.
+// await waits on the socket, if there is one. crypto/tls can resume a read that has failed with
+// errWait, because that is a temporary error.
 func (t *TLS) await(r trier) error {
 	if t.wire.socket == nil || !t.resumable {
 		r.try()
@@ -140,25 +144,25 @@ func (t *TLS) read(b []byte) (int, error) {
 
 func (t *TLS) closeWrite() error { return t.Conn.CloseWrite() }
 
-// A wire is the connection below a TLS: it bounds the bytes of a handshake, notes how the stream
-// has ended, and gathers records.
+// A wire is the connection below a TLS. It bounds the bytes of a handshake, records how the stream
+// has ended, and gathers records into few writes.
 type wire struct {
 	net.Conn
 	socket *socket       // the same, if it is TCP; may be nil
 	direct io.ReadWriter // socket, or Conn
 
 	open      atomic.Bool // the handshake is done
-	bounded   bool        // until then
-	left      int         // so many bytes may be read
-	readFirst bool        // the first that was done is a read, as a server does
-	wrote     bool        // before or after that
-	end       error       // what a read has ended with: io.EOF, or that of a reset; the reader's
+	bounded   bool        // left applies until open
+	left      int         // bytes that the handshake may still read
+	readFirst bool        // the first call was a read, as a server's is
+	wrote     bool        // there was a write
+	end       error       // the error of a read: io.EOF, or a reset's; the reader's
 
 	mu      sync.Mutex
-	writers int     // calls of TLS.write that gather
-	held    *buffer // what they have gathered, to the length of full; nil: nothing
+	writers int     // calls of TLS.write in progress, whose records are gathered
+	held    *buffer // the gathered records, in its first full bytes; nil: none
 	full    int
-	err     error // of a write of what was gathered
+	err     error // the first error of writing held
 }
 
 func (w *wire) NetConn() net.Conn { return w.Conn }
@@ -178,7 +182,7 @@ func (w *wire) Read(b []byte) (int, error) {
 	if shaking {
 		w.left -= n
 	}
-	if n == 0 && err != nil && !shaking { // with bytes, what they say comes first
+	if n == 0 && err != nil && !shaking { // an error that comes with bytes is returned after them
 		if err == io.EOF || errors.Is(err, syscall.ECONNRESET) {
 			// crypto/tls answers io.EOF by saying whether it came between two records.
 			w.end, err = err, io.EOF
@@ -187,7 +191,7 @@ func (w *wire) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Write is given a whole record, or several small ones.
+// Write writes a whole record, or several small ones. crypto/tls calls it.
 func (w *wire) Write(b []byte) (int, error) {
 	if !w.open.Load() {
 		w.wrote = true
@@ -208,7 +212,7 @@ func (w *wire) Write(b []byte) (int, error) {
 	return n, w.err
 }
 
-// gather has records kept back until flush, or until there are many.
+// gather makes Write keep back records until flush, or until held is full.
 func (w *wire) gather() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -223,7 +227,7 @@ func (w *wire) flush() error {
 	return w.err
 }
 
-// send writes what has been gathered. The caller holds mu.
+// send writes the gathered records. The caller holds mu.
 func (w *wire) send() {
 	if w.full > 0 && w.err == nil {
 		var n int

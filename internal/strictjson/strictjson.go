@@ -2,8 +2,8 @@
 // written twice and values of the wrong type are problems, and each problem has a line number.
 //
 // It decodes into structs whose fields have json tags, lists, maps with text keys, pointers to
-// structs, texts, whole numbers, booleans and durations, which are written as Go's ("10s"). A tag of
-// its own allows a short form:
+// structs, texts, whole numbers, booleans and durations, which are written as in Go ("10s"). The
+// tag strictjson allows a short form:
 //
 //	Files  []string `json:"files" strictjson:"single"` // "a" is ["a"]
 //	Serial string   `json:"serial" strictjson:"short"` // "1" is {"serial": "1"}, for its struct
@@ -23,8 +23,8 @@ import (
 	"unicode/utf8"
 )
 
-// A Doc knows where the values of a text are. Values have paths, such as apps[0].listen and
-// users[1].limits["web"]; the path of the whole is "". A nil Doc has no values.
+// A Doc records the position of each value in a text. Values have paths, such as apps[0].listen and
+// users[1].limits["web"]; the path of the whole text is "". A nil Doc has no values.
 type Doc struct {
 	newlines []int // offsets
 	spans    map[string]span
@@ -38,7 +38,7 @@ func (d *Doc) Has(path string) bool {
 	return ok
 }
 
-// Span returns where in the text the value at path begins and ends.
+// Span returns the offsets in the text at which the value at path begins and ends.
 func (d *Doc) Span(path string) (from, to int, ok bool) {
 	if d == nil {
 		return 0, 0, false
@@ -47,8 +47,8 @@ func (d *Doc) Span(path string) (from, to int, ok bool) {
 	return s.from, s.to, ok
 }
 
-// Line returns the line on which the value at path begins, from 1. For a value that is not written
-// it is the line of the closest value around it. It is 0 if d is nil.
+// Line returns the line, counted from 1, on which the value at path begins. For a value that the
+// text does not have it returns the line of the innermost value around it. It is 0 if d is nil.
 func (d *Doc) Line(path string) int {
 	if d == nil {
 		return 0
@@ -79,14 +79,15 @@ func (p Problem) String() string {
 	return p.Path + ": " + p.Text
 }
 
-// Problems are what is wrong with a text, in the order it was found.
+// Problems are the problems of a text, in the order in which they were found.
 type Problems []Problem
 
-// MaxProblems is how many are kept. Nobody reads more, and each is compared with those before.
+// MaxProblems is the most problems that are kept. Nobody reads more, and Add compares each new one
+// with all others.
 const MaxProblems = 100
 
-// Add adds a problem with the value at path. It adds nothing if there is a problem already with
-// that value, one around it or one in it, because the new one may only follow from that.
+// Add adds a problem with the value at path. It adds nothing if that value, one around it or one
+// inside it has a problem already, because the new problem may be a consequence.
 func (ps *Problems) Add(d *Doc, path, format string, args ...any) {
 	if len(*ps) >= MaxProblems || slices.ContainsFunc(*ps, func(known Problem) bool {
 		return within(path, known.Path) || within(known.Path, path)
@@ -102,7 +103,7 @@ func within(path, outer string) bool {
 }
 
 // Decode reads text into the struct that v points to. If text is not JSON, that is the only
-// problem, and the Doc has no values. Otherwise what could be read has been.
+// problem, and the Doc has no values. Otherwise Decode sets all fields that have no problem.
 func Decode(text []byte, v any) (*Doc, Problems) {
 	d := &decoder{doc: &Doc{spans: map[string]span{}}}
 	for i, b := range text {
@@ -118,7 +119,8 @@ func Decode(text []byte, v any) (*Doc, Problems) {
 	err := json.Unmarshal(text, &all) // checks the syntax to the end, and bounds the depth
 	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
 		line := d.doc.line(min(int(syntax.Offset), len(text)))
-		d.problems = Problems{{"", line, fmt.Sprintf("not JSON: %v: correct it there or shortly before", err)}}
+		d.problems = Problems{{"", line,
+			fmt.Sprintf("not JSON: %v: correct it there or shortly before", err)}}
 		return d.doc, d.problems
 	}
 	if !utf8.Valid(text) {
@@ -134,9 +136,11 @@ type decoder struct {
 	problems Problems
 }
 
-func (d *decoder) add(path, format string, args ...any) { d.problems.Add(d.doc, path, format, args...) }
+func (d *decoder) add(path, format string, args ...any) {
+	d.problems.Add(d.doc, path, format, args...)
+}
 
-// value reads text, which begins at offset, into v. The syntax of text is known to be right.
+// value reads text, which begins at offset, into v. Decode has checked the syntax of text.
 func (d *decoder) value(path string, text []byte, offset int, v reflect.Value, option string) {
 	d.doc.spans[path] = span{offset, offset + len(text)}
 	object, list := text[0] == '{', text[0] == '['
@@ -159,11 +163,11 @@ func (d *decoder) value(path string, text []byte, offset int, v reflect.Value, o
 		v.SetInt(int64(t))
 		want, ok = `a duration such as "10s"`, err == nil
 	case v.CanInt():
-		want, ok = "a whole number", text[0] != 'n' && json.Unmarshal(text, v.Addr().Interface()) == nil
+		want, ok = "a whole number", text[0] != 'n' && unmarshals(text, v)
 	case v.Kind() == reflect.Bool:
-		want, ok = "true or false", text[0] != 'n' && json.Unmarshal(text, v.Addr().Interface()) == nil
+		want, ok = "true or false", text[0] != 'n' && unmarshals(text, v)
 	case v.Kind() == reflect.String:
-		want, ok = "a text in quotes", text[0] == '"' && json.Unmarshal(text, v.Addr().Interface()) == nil
+		want, ok = "a text in quotes", text[0] == '"' && unmarshals(text, v)
 	case v.Kind() == reflect.Slice:
 		want, ok = "a list in [ ]", list
 	}
@@ -172,6 +176,10 @@ func (d *decoder) value(path string, text []byte, offset int, v reflect.Value, o
 	} else if object || list {
 		d.members(path, text, offset, v)
 	}
+}
+
+func unmarshals(text []byte, v reflect.Value) bool {
+	return json.Unmarshal(text, v.Addr().Interface()) == nil
 }
 
 // members reads the values in a list or an object. The arguments are those of value.
@@ -223,8 +231,8 @@ func (d *decoder) members(path string, text []byte, offset int, v reflect.Value)
 	}
 }
 
-// field returns the field of a struct that has a name in JSON, if there is one, its option, and
-// the names of all fields.
+// field returns the field of a struct that has the given name in JSON, if any, the option in its
+// tag, and the names of all fields.
 func field(v reflect.Value, name string) (into reflect.Value, option string, names []string) {
 	for f, value := range v.Fields() {
 		tag, _, _ := strings.Cut(f.Tag.Get("json"), ",")
@@ -239,7 +247,7 @@ func field(v reflect.Value, name string) (into reflect.Value, option string, nam
 	return into, option, names
 }
 
-// shortField returns the field that a struct may be written as.
+// shortField returns the field whose value alone may stand for the struct.
 func shortField(v reflect.Value) reflect.Value {
 	if v.Kind() == reflect.Struct {
 		for f, value := range v.Fields() {
@@ -255,7 +263,7 @@ func isDuration(v reflect.Value) bool {
 	return v.IsValid() && v.Type() == reflect.TypeFor[time.Duration]()
 }
 
-// printable returns the beginning of a text, without what a terminal or a log might act upon.
+// printable returns the beginning of a text without characters that control a terminal or a log.
 func printable(text []byte, most int) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
@@ -265,8 +273,8 @@ func printable(text []byte, most int) string {
 	}, fmt.Sprintf("%.*s", most, text))
 }
 
-// Encode returns the JSON of a struct that Decode reads back. Zero values are left out where the
-// tag has omitzero, and short forms are used.
+// Encode returns the JSON of a struct, which Decode reads back. It leaves out zero values whose tag
+// has omitzero, and uses short forms.
 func Encode(v any) ([]byte, error) {
 	return encode(nil, reflect.ValueOf(v), "")
 }
@@ -294,7 +302,9 @@ func encode(text []byte, v reflect.Value, option string) ([]byte, error) {
 	case v.Kind() == reflect.Map:
 		return join(text, "{}", func(next func(string, reflect.Value, string) error) error {
 			keys := v.MapKeys()
-			slices.SortFunc(keys, func(a, b reflect.Value) int { return strings.Compare(a.String(), b.String()) })
+			slices.SortFunc(keys, func(a, b reflect.Value) int {
+			return strings.Compare(a.String(), b.String())
+		})
 			for _, key := range keys {
 				if err := next(key.String(), v.MapIndex(key), ""); err != nil {
 					return err
@@ -320,8 +330,11 @@ func encode(text []byte, v reflect.Value, option string) ([]byte, error) {
 	return append(text, plain...), err
 }
 
-// join appends the members that each hands to next, in brackets. Those of objects have names.
-func join(text []byte, brackets string, each func(next func(string, reflect.Value, string) error) error) ([]byte, error) {
+// join appends the members that each passes to next, in brackets. The members of objects have
+// names.
+func join(
+	text []byte, brackets string, each func(next func(string, reflect.Value, string) error) error,
+) ([]byte, error) {
 	text = append(text, brackets[0])
 	first := true
 	err := each(func(name string, v reflect.Value, option string) (err error) {
