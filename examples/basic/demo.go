@@ -15,9 +15,9 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// demo tells a story on out: three servers, one app in front of them, clients that come and go. It
-// is the same each time, because ties go to the upstream that comes first, and because one thing is
-// over before the next begins.
+// demo tells a story on out: three servers, an app in front of them, clients that come and go. The
+// output is always the same, because ties go to the first upstream and because each step ends
+// before the next one begins.
 func demo(out io.Writer, log *slog.Logger) error {
 	var servers []*server
 	var upstreams []lbproxy.Upstream
@@ -32,7 +32,7 @@ func demo(out io.Writer, log *slog.Logger) error {
 	}
 	green := servers[1]
 
-	results := make(chan lbproxy.Result, 100) // more than there are clients: OnDone never waits
+	results := make(chan lbproxy.Result, 100) // room for every client: OnDone never waits
 	app, err := lbproxy.New("demo", upstreams, &lbproxy.Options{
 		Logger: log,
 		OnDone: func(r lbproxy.Result) { results <- r },
@@ -94,11 +94,11 @@ func demo(out io.Writer, log *slog.Logger) error {
 type story struct {
 	out     io.Writer
 	results <-chan lbproxy.Result
-	clients map[string]net.Conn // those that are being served, by name
+	clients map[string]net.Conn // connected clients, by name
 	err     error
 }
 
-// patience is more than anything here takes: the demo fails rather than hangs.
+// patience is longer than any step takes. With it as a deadline, the demo fails instead of hanging.
 const patience = 5 * time.Second
 
 func (s *story) say(format string, args ...any) {
@@ -107,7 +107,7 @@ func (s *story) say(format string, args ...any) {
 	}
 }
 
-// come has clients connect, one after the other, and says who serves them.
+// come connects clients, one after the other, and prints which server each one gets.
 func (s *story) come(l net.Listener, names ...string) {
 	var served []string
 	for _, name := range names {
@@ -118,7 +118,7 @@ func (s *story) come(l net.Listener, names ...string) {
 	s.say("  %s", strings.Join(served, ", "))
 }
 
-// visit has each client connect and leave before the next one comes.
+// visit connects clients like come, but each client leaves before the next one comes.
 func (s *story) visit(l net.Listener, names ...string) {
 	var served []string
 	for _, name := range names {
@@ -130,7 +130,7 @@ func (s *story) visit(l net.Listener, names ...string) {
 	s.say("  %s", strings.Join(served, ", "))
 }
 
-// connect returns the name of the server that answers a client, or why none does.
+// connect returns the name of the server that answers a client, or the reason why none does.
 func (s *story) connect(l net.Listener, name string) string {
 	c, err := net.DialTimeout("tcp", l.Addr().String(), patience)
 	if err == nil {
@@ -141,7 +141,7 @@ func (s *story) connect(l net.Listener, name string) string {
 		}
 		c.Close()
 	}
-	// Who is refused sees the connection break, sooner or later. The reason is the app's to tell.
+	// A refused client only sees that the connection breaks. The app knows the reason.
 	return fmt.Sprintf("nobody (%s)", s.result().End)
 }
 
@@ -154,7 +154,7 @@ func ask(c net.Conn, name string) (server string, err error) {
 	return strings.TrimSpace(line), err
 }
 
-// leave has clients hang up, and returns what became of their connections.
+// leave disconnects clients and returns the results of their connections.
 func (s *story) leave(names ...string) map[string]lbproxy.Result {
 	results := map[string]lbproxy.Result{}
 	for _, name := range names {
@@ -171,7 +171,7 @@ func (s *story) leave(names ...string) map[string]lbproxy.Result {
 	return results
 }
 
-// result waits until the app has counted a connection out. Otherwise it would be a matter of luck
+// result waits until the app no longer counts a connection. Without that, chance would decide
 // whether a client that has just left still counts.
 func (s *story) result() lbproxy.Result {
 	select {
@@ -183,7 +183,7 @@ func (s *story) result() lbproxy.Result {
 	}
 }
 
-// abandon lets go of whom the story has left behind where it failed.
+// abandon closes the clients that are still connected after a failure.
 func (s *story) abandon() {
 	for _, c := range s.clients {
 		c.Close()

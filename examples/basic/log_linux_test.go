@@ -13,8 +13,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// Each connection has a line for a standard error that nobody reads. Neither lines nor connections
-// pile up, and once it is read again, it says how many lines are missing.
+// Each connection logs a line to a standard error that nobody reads. Neither lines nor connections
+// pile up. Once it is read again, it says how many lines are missing.
 func TestUnreadLogTakesBoundedMemory(t *testing.T) {
 	conns := 10_000
 	if testing.Short() {

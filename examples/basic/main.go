@@ -2,12 +2,12 @@
 //
 //	basic -listen :8080 -upstream 10.0.0.1:80 -upstream 10.0.0.2:80,weight=2
 //
-// Each client goes to the upstream with the fewest connections. Ties go to the one named first, so
-// that clients who come one at a time all meet the first.
+// Each client goes to the upstream with the fewest connections. Ties go to the upstream named
+// first, so clients that come one at a time all get the first one.
 //
 // Basic serves until it is interrupted, then waits for open connections to end; a second interrupt
-// breaks them. Started without flags, it tells a short story of what lbproxy does, with servers and
-// clients of its own on loopback.
+// cuts them. Without flags it shows in a short story what lbproxy does, with its own servers and
+// clients on loopback.
 package main
 
 import (
@@ -34,19 +34,19 @@ import (
 func main() {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	// A proxy goes on when nobody reads its output any more, as after "basic ... | head -1".
+	// Go on serving when nobody reads the output any more, as after "basic ... | head -1".
 	signal.Ignore(syscall.SIGPIPE)
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
 }
 
-// run is main, with everything it touches as an argument. It returns the exit code.
+// run is main with its inputs and outputs as arguments. It returns the exit code.
 func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int {
 	if len(args) == 0 {
-		log := newLogger(stderr, slog.LevelError) // green's failure is part of the story, not news
+		log := newLogger(stderr, slog.LevelError) // not the warning of green's failure
 		return exitCode(demo(stdout, log), stderr)
 	}
 	conf, err := parse(args)
-	// Signals are heard although nobody reads standard error: lines wait in a bounded queue.
+	// Lines wait in a bounded queue, so that signals work although nobody reads standard error.
 	queue := logqueue.NewWriter(stderr, func(n uint64) []byte {
 		return fmt.Appendf(nil, "basic: log lines were dropped: %d\n", n)
 	})
@@ -83,7 +83,7 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
-// A config is what the flags say.
+// A config holds the values of the flags.
 type config struct {
 	listen    string
 	upstreams []lbproxy.Upstream
@@ -93,7 +93,7 @@ type config struct {
 	dial, fail, idle, check time.Duration
 	maxConns                int
 
-	admin    string          // where the status page is served; empty: nowhere
+	admin    string          // the address of the status page; empty: none
 	recorder *admin.Recorder // nil without admin
 }
 
@@ -130,7 +130,7 @@ What each client address may do, without limit by default:
 
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("basic", flag.ContinueOnError)
-	f.SetOutput(io.Discard) // run says what is wrong, all in one form
+	f.SetOutput(io.Discard) // run prints all errors in one form
 	f.Func("listen", "", c.setListen)
 	f.Func("upstream", "", c.addUpstream)
 	f.Func("max-conns", "", number(&c.maxConns, strconv.Atoi,
@@ -188,13 +188,14 @@ func (c *config) setListen(s string) error {
 		_, err = net.ResolveTCPAddr("tcp", s)
 	}
 	if err != nil {
-		return fmt.Errorf("%w: want an address of this machine, such as 127.0.0.1:8080 or :8080", err)
+		return fmt.Errorf("%w: want an address of this machine, "+
+			"such as 127.0.0.1:8080 or :8080", err)
 	}
 	c.listen = s
 	return nil
 }
 
-// addUpstream leaves it to lbproxy.New to say what is wrong with an address.
+// addUpstream parses an upstream. lbproxy.New checks its address.
 func (c *config) addUpstream(s string) error {
 	addr, option, given := strings.Cut(s, ",")
 	u := lbproxy.Upstream{Addr: addr}
@@ -229,7 +230,7 @@ func (c *config) setVerbose(s string) error {
 	return nil
 }
 
-// number returns what sets p to the value of a flag that must not be negative.
+// number returns a function that sets p to the value of a flag, which must not be negative.
 func number[N int | int64 | float64 | time.Duration](
 	p *N, parse func(string) (N, error), want string,
 ) func(string) error {
@@ -245,7 +246,7 @@ func number[N int | int64 | float64 | time.Duration](
 
 func parseBytes(s string) (int64, error) { return strconv.ParseInt(s, 10, 64) }
 
-// parseRate keeps rates to what a time.Duration between two openings can express.
+// parseRate accepts the rates whose time between two openings a time.Duration can express.
 func parseRate(s string) (float64, error) {
 	n, err := strconv.ParseFloat(s, 64)
 	if err == nil && n != 0 && !(n >= 0.001 && n <= 1e6) { // NaN is not in range, either

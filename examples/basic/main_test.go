@@ -23,7 +23,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// Example is the story that is told without flags.
+// Example is the story that basic tells without flags.
 func Example() {
 	fmt.Println("exit code", run(nil, nil, os.Stdout, os.Stderr))
 
@@ -102,7 +102,8 @@ func startProxy(t *testing.T, args ...string) *proxy {
 		<-p.ended
 		t.Fatalf("exit code %d: %s", p.code, &p.stderr)
 	}
-	m := regexp.MustCompile(`^listening on (127\.0\.0\.1:\d+), upstreams:\n$`).FindStringSubmatch(line)
+	m := regexp.MustCompile(`^listening on (127\.0\.0\.1:\d+), ` +
+		`upstreams:\n$`).FindStringSubmatch(line)
 	if m == nil {
 		t.Fatalf("stdout %q", line)
 	}
@@ -110,7 +111,7 @@ func startProxy(t *testing.T, args ...string) *proxy {
 	return p
 }
 
-// interrupt reports whether there was still something to interrupt.
+// interrupt sends a signal, and reports whether run was still there to receive it.
 func (p *proxy) interrupt() bool {
 	select {
 	case p.signals <- os.Interrupt:
@@ -144,12 +145,12 @@ func (p *proxy) dial(t *testing.T) net.Conn {
 	return c
 }
 
-// served returns which servers answer n clients that come one after the other and stay.
+// served connects n clients, one after the other, which stay. It returns the servers they get.
 func (p *proxy) served(t *testing.T, n int) (servers []string) {
 	t.Helper()
 	for range n {
 		server := "none"
-		if c, err := net.Dial("tcp", p.addr); err == nil { // who is refused may see it as early as here
+		if c, err := net.Dial("tcp", p.addr); err == nil { // Dial may fail for a refused client
 			t.Cleanup(func() { c.Close() })
 			if answer, err := ask(c, "hello"); err == nil {
 				server = answer
@@ -185,7 +186,8 @@ func TestEcho(t *testing.T) {
 	}()
 	received, err := io.ReadAll(c)
 	if err != nil || !bytes.Equal(received, sent) {
-		t.Errorf("received %d bytes (%v), want the %d that were sent", len(received), err, len(sent))
+		t.Errorf("received %d bytes (%v), want the %d that were sent", len(received), err,
+			len(sent))
 	}
 	if err := <-wrote; err != nil {
 		t.Error(err)
@@ -219,7 +221,8 @@ func TestVerbose(t *testing.T) {
 }
 
 func TestWeight(t *testing.T) {
-	p := startProxy(t, "-upstream", upstream(t, "small"), "-upstream", upstream(t, "big")+",weight=3")
+	p := startProxy(t, "-upstream", upstream(t, "small"), "-upstream",
+		upstream(t, "big")+",weight=3")
 	want := []string{"big", "big", "small", "big", "big", "big", "small", "big"}
 	if got := p.served(t, len(want)); !slices.Equal(got, want) {
 		t.Errorf("served by %v, want %v", got, want)
@@ -241,7 +244,8 @@ func TestLimits(t *testing.T) {
 		{"-bandwidth 1000000", 4},
 	} {
 		t.Run(tt.flags, func(t *testing.T) {
-			p := startProxy(t, append(strings.Fields(tt.flags), "-upstream", upstream(t, "server"))...)
+			p := startProxy(t,
+				append(strings.Fields(tt.flags), "-upstream", upstream(t, "server"))...)
 			want := slices.Repeat([]string{"server"}, tt.served)
 			want = append(want, slices.Repeat([]string{"none"}, 4-tt.served)...)
 			if got := p.served(t, 4); !slices.Equal(got, want) {
@@ -259,7 +263,7 @@ func TestBandwidth(t *testing.T) {
 	if _, err := io.ReadFull(c, make([]byte, 10_000)); err != nil {
 		t.Fatal(err)
 	}
-	// 20,000 bytes take 200 ms, but for the last piece, which moves before it is paid for.
+	// 20,000 bytes take 200 ms, less the time for the last piece: a limit delays the next one.
 	if d := time.Since(start); d < 100*time.Millisecond {
 		t.Errorf("20000 bytes at 100000 per second took %v", d)
 	}
@@ -338,7 +342,8 @@ func TestWrongFlags(t *testing.T) {
 		{"-v", "-listen is missing: say where clients come in, such as -listen 127.0.0.1:8080"},
 		{
 			"-admin :9090",
-			`invalid value ":9090" for flag -admin: want a loopback address, such as 127.0.0.1:9090`,
+			`invalid value ":9090" for flag -admin: ` +
+				`want a loopback address, such as 127.0.0.1:9090`,
 		},
 		{"start", `unexpected argument "start": there are only flags`},
 		{"-fast", "flag provided but not defined: -fast"},
@@ -388,7 +393,8 @@ func TestWrongFlags(t *testing.T) {
 		{"-max-conns -1", `invalid value "-1" for flag -max-conns: ` + wantConns},
 		{
 			"-dial-timeout 5",
-			`invalid value "5" for flag -dial-timeout: want a duration such as 2s, or 0 for the default`,
+			`invalid value "5" for flag -dial-timeout: ` +
+				`want a duration such as 2s, or 0 for the default`,
 		},
 		{
 			"-fail-timeout -1s",
@@ -401,7 +407,8 @@ func TestWrongFlags(t *testing.T) {
 		},
 	} {
 		var stdout, stderr bytes.Buffer
-		if code := run(strings.Fields(tt.args), nil, &stdout, &stderr); code != 2 || stdout.Len() > 0 {
+		if code := run(strings.Fields(tt.args), nil, &stdout, &stderr); code != 2 ||
+			stdout.Len() > 0 {
 			t.Errorf("basic %s: exit code %d, want 2; stdout %q, want none", tt.args, code, &stdout)
 		}
 		if got, want := stderr.String(), "basic: "+tt.want+"\n\n"+usage; got != want {
@@ -465,13 +472,14 @@ func TestStatusPage(t *testing.T) {
 
 	taken := proxytest.Listen(t).Addr().String()
 	var stderr bytes.Buffer
-	code := run([]string{"-listen", "127.0.0.1:0", "-upstream", "b:1", "-admin", taken}, nil, io.Discard, &stderr)
+	code := run([]string{"-listen", "127.0.0.1:0", "-upstream", "b:1", "-admin", taken}, nil,
+		io.Discard, &stderr)
 	if code != 1 || !strings.HasSuffix(stderr.String(), ": choose another -admin\n") {
 		t.Errorf("an address in use: exit code %d, %q", code, &stderr)
 	}
 }
 
-// A remoteConn is a connection as far as admit looks at it.
+// A remoteConn is a connection that only has a remote address, which is all that admit uses.
 type remoteConn struct {
 	net.Conn
 	remote net.Addr
@@ -551,7 +559,8 @@ func TestServesOnWhenNobodyReadsItsOutput(t *testing.T) {
 	}
 	r, w, err := os.Pipe()
 	proxytest.Must(t, err)
-	cmd := exec.Command(os.Args[0], "-v", "-listen", "127.0.0.1:0", "-upstream", upstream(t, "server"))
+	cmd := exec.Command(os.Args[0], "-v", "-listen", "127.0.0.1:0", "-upstream",
+		upstream(t, "server"))
 	cmd.Env = append(os.Environ(), childVariable+"=1")
 	cmd.Stdout, cmd.Stderr = w, w
 	proxytest.Must(t, cmd.Start())
@@ -575,14 +584,15 @@ func TestServesOnWhenNobodyReadsItsOutput(t *testing.T) {
 	}
 }
 
-// A standard error that nobody reads keeps neither clients nor signals waiting.
+// A standard error that nobody reads delays neither clients nor signals.
 func TestEndsAlthoughNobodyReadsItsLog(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("there are no signals on Windows")
 	}
 	_, full, _ := proxytest.FullPipe(t)
 	for _, second := range []bool{false, true} {
-		cmd := exec.Command(os.Args[0], "-v", "-listen", "127.0.0.1:0", "-upstream", upstream(t, "server"))
+		cmd := exec.Command(os.Args[0], "-v", "-listen", "127.0.0.1:0", "-upstream",
+			upstream(t, "server"))
 		cmd.Env = append(os.Environ(), childVariable+"=1")
 		stdout, err := cmd.StdoutPipe()
 		proxytest.Must(t, err)

@@ -32,7 +32,7 @@ func (c config) options() *lbproxy.Options {
 		MaxConns: c.maxConns, DialTimeout: c.dial, FailTimeout: c.fail, IdleTimeout: c.idle,
 	}
 	if c.idle == 0 {
-		opts.IdleTimeout = -1 // never: a zero Option is its default
+		opts.IdleTimeout = -1 // never; 0 would mean the default
 	}
 	if c.check > 0 {
 		// An upstream is down after two failed checks in a row. Each begins at most half of c.check
@@ -43,10 +43,14 @@ func (c config) options() *lbproxy.Options {
 	return opts
 }
 
-// serve serves clients until a signal comes and every connection has ended. A second signal breaks
-// those that are open, which is an error.
+// serve serves clients until a signal comes and every connection has ended. A second signal cuts
+// the open connections, and then serve returns an error.
 func serve(
-	app *lbproxy.LBProxyApp, conf config, log *slog.Logger, signals <-chan os.Signal, stdout io.Writer,
+	app *lbproxy.LBProxyApp,
+	conf config,
+	log *slog.Logger,
+	signals <-chan os.Signal,
+	stdout io.Writer,
 ) error {
 	l, err := lbproxy.Listen(conf.listen)
 	if err != nil {
@@ -71,7 +75,7 @@ func serve(
 	served := make(chan error, 1)
 	go func() { served <- app.Serve(l, conf.limits.admit()) }()
 	select {
-	case err := <-served: // before it was told to: something closed l
+	case err := <-served: // without a signal: Accept has failed
 		app.Close()
 		return err
 	case <-signals:
@@ -85,19 +89,20 @@ func serve(
 	case <-drained:
 	case <-signals:
 		cut = app.Stats().Open
-		app.Close() // ends the Shutdown, too
+		app.Close() // ends Shutdown too
 		<-drained
 	}
 	<-served
 	s := app.Stats()
-	log.Info("stopped", "accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed, "cut", cut)
+	log.Info("stopped",
+		"accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed, "cut", cut)
 	if cut > 0 {
 		return fmt.Errorf("%d open connections were cut", cut)
 	}
 	return nil
 }
 
-// serveAdmin serves the status page of app, if there is to be one.
+// serveAdmin serves the status page of app, if conf has an address for it.
 func (c config) serveAdmin(app *lbproxy.LBProxyApp, log *slog.Logger) (*admin.Server, error) {
 	if c.admin == "" {
 		return nil, nil
@@ -111,7 +116,7 @@ func (c config) serveAdmin(app *lbproxy.LBProxyApp, log *slog.Logger) (*admin.Se
 	return s, nil
 }
 
-// limits are what one client address may do. The zero limits are none.
+// limits bound each client address. Zero fields set no bound.
 type limits struct {
 	rate      float64 // connections opened per second
 	burst     int     // connections opened at once
@@ -119,8 +124,8 @@ type limits struct {
 	bandwidth int64   // bytes per second, both directions together
 }
 
-// maxClients bounds the memory that limits take. Beyond it a new client takes the place of one that
-// is idle.
+// maxClients bounds the memory of the limits. Beyond it a new client takes the place of an idle
+// one.
 const maxClients = 100_000
 
 // admit returns an AdmitFunc that limits each client address by l, or nil if there are no limits.
@@ -134,14 +139,14 @@ func (l limits) admit() lbproxy.AdmitFunc {
 		if !ok {
 			return fmt.Errorf("client address %v: want TCP", c.Client.RemoteAddr())
 		}
-		// Where we listen on IPv6 as well, 10.0.0.1 may come as ::ffff:10.0.0.1.
+		// On a listener for IPv6 and IPv4, 10.0.0.1 may appear as ::ffff:10.0.0.1.
 		ip := addr.AddrPort().Addr().Unmap().String()
 		c.ClientID, c.RateLimit = ip, clients.For(ip)
 		return nil
 	}
 }
 
-// manager makes the limits of one client.
+// manager returns a manager for the limits of one client.
 func (l limits) manager(string) lbproxy.RateLimitManager {
 	var managers []lbproxy.RateLimitManager
 	if l.rate > 0 {

@@ -1,5 +1,5 @@
-// Mtls shows a server that knows its users by the serials of their certificates: who reaches which
-// app, and what happens to an open connection when its user is revoked.
+// Mtls shows a server that identifies users by the serials of their certificates. It prints which
+// clients reach which app, and that revoking a user ends the user's open connection.
 package main
 
 import (
@@ -50,8 +50,16 @@ func run(out io.Writer) (err error) {
 			{ID: "db", Listen: "127.0.0.1:0", Upstreams: upstreams.add("db-1")},
 		},
 		Users: []mtlsserver.User{
-			{Name: "reporting", Serials: []mtlsserver.UserSerial{{Serial: "0x4d2"}}, Apps: []string{"web"}},
-			{Name: "alice", Serials: []mtlsserver.UserSerial{{Serial: "A1:1C:E0"}}, Apps: []string{"web", "db"}},
+			{
+				Name:    "reporting",
+				Serials: []mtlsserver.UserSerial{{Serial: "0x4d2"}},
+				Apps:    []string{"web"},
+			},
+			{
+				Name:    "alice",
+				Serials: []mtlsserver.UserSerial{{Serial: "A1:1C:E0"}},
+				Apps:    []string{"web", "db"},
+			},
 		},
 	}
 	if upstreams.err != nil {
@@ -127,8 +135,8 @@ func run(out io.Writer) (err error) {
 	return table.Flush()
 }
 
-// dial returns a connection to app and what comes first from it. A client of TLS 1.3 learns that it
-// is refused when it reads.
+// dial connects to app and returns the connection and the first bytes from it. With TLS 1.3 a
+// refused client gets the alert when it reads.
 func dial(addr net.Addr, ca *authority, certs []tls.Certificate) (net.Conn, string, error) {
 	c, err := tls.Dial("tcp", addr.String(), &tls.Config{RootCAs: ca.pool(), Certificates: certs})
 	if err != nil {
@@ -144,10 +152,10 @@ func dial(addr net.Addr, ca *authority, certs []tls.Certificate) (net.Conn, stri
 	return c, strings.TrimSpace(string(greeting[:n])), nil
 }
 
-// outcome is what the end of a connection looks like to the client.
+// outcome describes the end of a connection as its client sees it.
 func outcome(err error) string {
 	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "remote error" {
-		// The alert that the server sent.
+		// This is the alert that the server has sent.
 		return strings.TrimPrefix(op.Err.Error(), "tls: ")
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -156,7 +164,7 @@ func outcome(err error) string {
 	return "the connection ends"
 }
 
-// Reasons is a slog.Handler that passes on why connections ended.
+// Reasons is a slog.Handler that passes on the reasons for which connections ended.
 type reasons chan string
 
 func (r reasons) Handle(_ context.Context, line slog.Record) error {

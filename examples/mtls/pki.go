@@ -37,7 +37,7 @@ func newAuthority() (*authority, error) {
 	return ca, nil
 }
 
-// client is the template of a certificate that the server accepts from a client.
+// client returns the template of a client certificate that the server accepts.
 func client(serial int64) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(serial), KeyUsage: x509.KeyUsageDigitalSignature,
@@ -70,7 +70,7 @@ func (ca *authority) pool() *x509.CertPool {
 	return pool
 }
 
-// writeFiles makes what a server for 127.0.0.1 needs in dir.
+// writeFiles writes the files that a server for 127.0.0.1 needs to dir.
 func (ca *authority) writeFiles(dir string) (files mtlsserver.Files, err error) {
 	server, err := ca.issue(&x509.Certificate{
 		SerialNumber: big.NewInt(2), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},

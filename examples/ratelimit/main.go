@@ -1,5 +1,5 @@
-// Ratelimit limits clients by their plans. It adds in ten lines what lbproxy does not have: a quota
-// of bytes.
+// Ratelimit limits clients by their plans. In ten lines it adds a quota of bytes, which lbproxy
+// does not have.
 package main
 
 import (
@@ -16,8 +16,8 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A quota is the bytes that a client may move in all. The connection that exceeds it is cut, and
-// later ones are refused.
+// A quota is the number of bytes that a client may move in all. It cuts the connection that exceeds
+// it and refuses later ones.
 type quota struct {
 	max  int64
 	used atomic.Int64
@@ -32,7 +32,7 @@ func (q *quota) Report(_ context.Context, e lbproxy.Event) lbproxy.Decision {
 func (q *quota) Idle() bool { return q.used.Load() == 0 }
 
 func plan(client string) lbproxy.RateLimitManager {
-	if client == "paula" { // has paid
+	if client == "paula" { // a paying client
 		return &lbproxy.OpenLimit{Max: 100}
 	}
 	return lbproxy.All(&lbproxy.TokenBucket{Burst: 3, Every: time.Hour}, &quota{max: 1000})
@@ -72,7 +72,7 @@ func run(out io.Writer) error {
 		if err != nil {
 			return err
 		}
-		client.Write(make([]byte, visit.bytes)) // should that fail, it shows in the outcome
+		client.Write(make([]byte, visit.bytes)) // a failure shows in the outcome
 		client.CloseWrite()
 		r, _ := app.ServeConn(context.Background(), &lbproxy.Conn{
 			Client: conn, ClientID: visit.client, RateLimit: limits.For(visit.client),
@@ -107,7 +107,7 @@ func connect() (client *net.TCPConn, conn net.Conn, err error) {
 	return client, conn, err
 }
 
-// echo sends back what it is sent, to one client after the other.
+// echo sends back the bytes that it receives, from one client after the other.
 func echo(l net.Listener) {
 	for {
 		c, err := l.Accept()
