@@ -13,9 +13,9 @@ import (
 // round trip of 64 bytes takes a third less CPU time this way.
 //
 // A RawSyscall cannot be preempted: copying a whole buffer takes 10 µs. Splices may take longer and
-// therefore use Syscall. A RawSyscall that blocks would hold up the garbage collector, so the calls
-// have MSG_DONTWAIT. Plain read and write would block if the caller has made the socket blocking,
-// as File().Fd() does.
+// therefore inform the scheduler. A RawSyscall that blocks would hold up the garbage collector, so
+// the calls have MSG_DONTWAIT. Plain read and write would block if the caller has made the socket
+// blocking, as File().Fd() does.
 func recvFD(fd uintptr, b []byte, flags int) (int, syscall.Errno) {
 	return transfer(syscall.SYS_RECVFROM, fd, b, uintptr(flags|syscall.MSG_DONTWAIT))
 }

@@ -303,8 +303,8 @@ func encode(text []byte, v reflect.Value, option string) ([]byte, error) {
 		return join(text, "{}", func(next func(string, reflect.Value, string) error) error {
 			keys := v.MapKeys()
 			slices.SortFunc(keys, func(a, b reflect.Value) int {
-			return strings.Compare(a.String(), b.String())
-		})
+				return strings.Compare(a.String(), b.String())
+			})
 			for _, key := range keys {
 				if err := next(key.String(), v.MapIndex(key), ""); err != nil {
 					return err

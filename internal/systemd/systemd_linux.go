@@ -89,8 +89,7 @@ func (s Socket) Listen() (net.Listener, error) {
 	l, err := s.listen()
 	if err != nil {
 		return nil, fmt.Errorf("systemd: descriptor %d (%q): %w: "+
-			"want ListenStream= with an address "+
-			"and port, and Accept=no", s.Descriptor, s.Name, err)
+			"want ListenStream= with an address and port, and Accept=no", s.Descriptor, s.Name, err)
 	}
 	return l, nil
 }
