@@ -46,7 +46,9 @@ func TestLinesAreWrittenInOrderAsTheyWere(t *testing.T) {
 		h := &recorder{}
 		q, l := NewLines(), slog.New(h)
 		q.Add(t.Context(), l, slog.LevelInfo, "a", one)
-		q.Add(t.Context(), l, slog.LevelDebug, "not enabled", func() []slog.Attr { panic("attrs are not for it") })
+		q.Add(t.Context(), l, slog.LevelDebug, "not enabled", func() []slog.Attr {
+			panic("attrs are not for it")
+		})
 		q.Add(t.Context(), l, slog.LevelWarn, "b", one)
 		q.Flush(time.Second)
 		if got, want := strings.Join(h.lines(), ", "), "INFO a n=1, WARN b n=1"; got != want {
@@ -84,7 +86,8 @@ func TestDroppedLinesAreReportedToTheSameHandler(t *testing.T) {
 		close(goOn)
 		q.Flush(time.Second)
 		all := strings.Join(h.lines(), "\n")
-		written, reports := strings.Count(all, "INFO a"), strings.Count(all, "ERROR lbproxy: log lines were dropped")
+		written, reports := strings.Count(all, "INFO a"),
+			strings.Count(all, "ERROR lbproxy: log lines were dropped")
 		dropped := fmt.Sprintf("dropped lines=%d", MaxLines+1000-written)
 		if written < MaxLines || reports != 1 || !strings.Contains(all, dropped) {
 			t.Errorf("%d lines, %d reports, none with %q", written, reports, dropped)

@@ -75,7 +75,8 @@ func TestDroppedLinesAreReportedNowAndThen(t *testing.T) {
 			t.Fatal(err)
 		}
 		if written+dropped != total || reports < 2 || reports > written/1000 {
-			t.Errorf("%d written, %d dropped of %d, in %d reports", written, dropped, total, reports)
+			t.Errorf("%d written, %d dropped of %d, in %d reports", written, dropped, total,
+				reports)
 		}
 	})
 }

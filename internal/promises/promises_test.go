@@ -28,7 +28,8 @@ func TestEachPromiseHasTests(t *testing.T) {
 	packages := map[string]map[string]bool{} // the tests of each
 	for line := range strings.Lines(string(text)) {
 		cells := strings.Split(strings.TrimSpace(line), "|")
-		if !strings.HasPrefix(line, "|") || cells[1] == "---" || strings.TrimSpace(cells[2]) == "tests" {
+		if !strings.HasPrefix(line, "|") || cells[1] == "---" ||
+			strings.TrimSpace(cells[2]) == "tests" {
 			continue
 		}
 		if rows++; len(cells) != 4 || strings.TrimSpace(cells[1]) == "" {

@@ -75,7 +75,8 @@ func TestAppend(t *testing.T) {
 		{"no destination", Header{Source: v4, ClientID: "ann"}, unknown, local},
 		{"no source", Header{Dest: v4}, unknown, local},
 		{"a health check",
-			Header{Local: true, Source: v4, Dest: v4Dest, ClientID: "ann", TLS: new(TLS)}, unknown, local},
+			Header{Local: true, Source: v4, Dest: v4Dest, ClientID: "ann", TLS: new(TLS)},
+			unknown, local},
 		{"an id", Header{Source: v4, Dest: v4Dest, ClientID: "ann"},
 			line4,
 			v2("21 11 0012") + addresses4 + unhex("E0 0003") + "ann"},
@@ -119,7 +120,8 @@ func TestReadGoodHeaders(t *testing.T) {
 	v4 := Header{Source: ap("192.168.0.1:56324"), Dest: ap("192.168.0.11:443")}
 	v6 := Header{Source: ap("[2001:db8::1]:56324"), Dest: ap("[2001:db8::b]:443")}
 	addresses4 := unhex("C0A80001 C0A8000B DC04 01BB")
-	addresses6 := unhex("20010DB8000000000000000000000001 20010DB800000000000000000000000B DC04 01BB")
+	addresses6 := unhex("20010DB8000000000000000000000001 " +
+		"20010DB800000000000000000000000B DC04 01BB")
 	for _, tt := range []struct {
 		name, text string
 		want       Header
@@ -129,7 +131,8 @@ func TestReadGoodHeaders(t *testing.T) {
 			Header{Source: ap("[::]:0"), Dest: ap("[::]:0")}},
 		{"IPv6", "PROXY TCP6 2001:db8::1 2001:db8::b 56324 443\r\n", v6},
 		{"IPv6 in full and in upper case",
-			"PROXY TCP6 2001:0DB8:0000:0000:0000:0000:0000:0001 2001:DB8:0:0:0:0:0:B 56324 443\r\n", v6},
+			"PROXY TCP6 2001:0DB8:0000:0000:0000:0000:0000:0001 2001:DB8:0:0:0:0:0:B " +
+				"56324 443\r\n", v6},
 		{"IPv4-mapped", "PROXY TCP6 ::ffff:192.168.0.1 ::ffff:c0a8:b 56324 443\r\n", v4},
 		{"the longest line", "PROXY TCP6 " + ones + " " + ones + " 65535 65535\r\n",
 			Header{Source: ap("[" + ones + "]:65535"), Dest: ap("[" + ones + "]:65535")}},
@@ -144,7 +147,8 @@ func TestReadGoodHeaders(t *testing.T) {
 			"00000000000000000000FFFFC0A80001 00000000000000000000FFFFC0A8000B DC04 01BB"), v4},
 		{"v2, with values", v2("21 11 0012") + addresses4 + unhex("E0 0003 616E6E"), v4},
 		{"v2, with values that end too soon", v2("21 11 000F") + addresses4 + unhex("E0 FFFF"), v4},
-		{"v2, with 4 KiB of values", v2("21 11 100C") + addresses4 + strings.Repeat("x", 4<<10), v4},
+		{"v2, with 4 KiB of values", v2("21 11 100C") + addresses4 + strings.Repeat("x", 4<<10),
+			v4},
 		{"v2, as long as it may be", v2("21 31 10D8") + strings.Repeat("x", 216+4<<10), Header{}},
 		{"v2, UDP over IPv4", v2("21 12 000C") + addresses4, Header{}},
 		{"v2, UDP over IPv6", v2("21 22 0024") + addresses6, Header{}},
@@ -192,7 +196,8 @@ func TestReadRefusesBadHeaders(t *testing.T) {
 		{"proxy TCP4 1.2.3.4 1.2.3.4 1 1\r\n", "is not the beginning", 12},
 		{"PROXY\tTCP4 1.2.3.4 1.2.3.4 1 1\r\n", "is not the beginning", 12},
 		{"PROXY  TCP4 1.2.3.4 1.2.3.4 1 1\r\n", `protocol ""`, 0},
-		{"PROXY TCP5 1.2.3.4 1.2.3.4 1 1\r\n", `protocol "TCP5" is none of TCP4, TCP6 and UNKNOWN`, 0},
+		{"PROXY TCP5 1.2.3.4 1.2.3.4 1 1\r\n",
+			`protocol "TCP5" is none of TCP4, TCP6 and UNKNOWN`, 0},
 		{"PROXY tcp4 1.2.3.4 1.2.3.4 1 1\r\n", `protocol "tcp4"`, 0},
 		{"PROXY UDP4 1.2.3.4 1.2.3.4 1 1\r\n", `protocol "UDP4"`, 0},
 		{"PROXY UNKNOWNX\r\n", `protocol "UNKNOWNX"`, 0},
@@ -214,12 +219,15 @@ func TestReadRefusesBadHeaders(t *testing.T) {
 		{"PROXY TCP4 1.2.3.4 1.2.3.4 -1 1\r\n", "is not a port", 0},
 		{"PROXY TCP4 1.2.3.4 1.2.3.4 +1 1\r\n", "is not a port", 0},
 		{"PROXY TCP4 1.2.3.4 1.2.3.4 1 \r\n", `"" is not a port`, 0},
-		{"PROXY TCP4 1.2.3.4 1.2.3.4 1 1\nGET / HTTP/1.1\r\n\r\n", "CR or LF that is not a CRLF", 33},
-		{"PROXY TCP4 1.2.3.4 1.2.3.4 1 1\rGET / HTTP/1.1\r\n\r\n", "CR or LF that is not a CRLF", 33},
+		{"PROXY TCP4 1.2.3.4 1.2.3.4 1 1\nGET / HTTP/1.1\r\n\r\n",
+			"CR or LF that is not a CRLF", 33},
+		{"PROXY TCP4 1.2.3.4 1.2.3.4 1 1\rGET / HTTP/1.1\r\n\r\n",
+			"CR or LF that is not a CRLF", 33},
 		{"PROXY UNKNOWN\nGET / HTTP/1.1\r\n\r\n", "CR or LF that is not a CRLF", 15},
 		{"PROXY \r\n\r\n\r\n\r\n\r\n", `protocol "\r\n\r\n"`, 12},
 		{"PROXY UNKNOWN " + strings.Repeat("x", 200), "no CRLF in the first 107 bytes", 107},
-		{"PROXY UNKNOWN " + strings.Repeat("x", 107-15) + "\r\n", "no CRLF in the first 107 bytes", 107},
+		{"PROXY UNKNOWN " + strings.Repeat("x", 107-15) + "\r\n",
+			"no CRLF in the first 107 bytes", 107},
 		{"PROXY UNKNOWN " + strings.Repeat("x", 107-15), "ends after 106 bytes", 0},
 
 		{signature[:11], "ends after 11 bytes", 0},
@@ -258,7 +266,8 @@ func TestReadRefusesBadHeaders(t *testing.T) {
 
 func TestReadWrapsErrors(t *testing.T) {
 	for _, text := range []string{"", "PROXY TCP4 1", signature, signature + "\x20"} {
-		_, err := Read(io.MultiReader(strings.NewReader(text), iotest.ErrReader(os.ErrDeadlineExceeded)))
+		_, err := Read(io.MultiReader(strings.NewReader(text),
+			iotest.ErrReader(os.ErrDeadlineExceeded)))
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("%q: %v does not wrap the conn's error", text, err)
 		}
@@ -270,7 +279,8 @@ func TestReadStopsAtTheFirstWrongByte(t *testing.T) {
 	for _, text := range []string{"S", "PROXX", "\r\n\r\n\r", "EHLO"} {
 		client, server := net.Pipe()
 		go client.Write([]byte(text))
-		if _, err := Read(server); err == nil || !strings.Contains(err.Error(), "is not the beginning") {
+		if _, err := Read(server); err == nil ||
+			!strings.Contains(err.Error(), "is not the beginning") {
 			t.Errorf("%q: %v", text, err)
 		}
 		client.Close()
@@ -422,7 +432,8 @@ func FuzzRoundTrip(f *testing.F) {
 			want = Header{Local: true}
 		}
 		binary := h.AppendV2(nil)
-		if got, err := Read(bytes.NewReader(binary)); err != nil || *got != want || len(binary) > 4<<10 {
+		if got, err := Read(bytes.NewReader(binary)); err != nil || *got != want ||
+			len(binary) > 4<<10 {
 			t.Fatalf("version 2: %+v, %v, want %+v", got, err, want)
 		}
 		if !known || want.Source.Addr().Is4() != want.Dest.Addr().Is4() {

@@ -31,7 +31,8 @@ func FuzzRelay(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, schedule []byte) {
 		synctest.Test(t, func(t *testing.T) {
-			run := fuzzRun{t: t, schedule: schedule[:min(len(schedule), 300)], failed: map[Side]bool{}, causes: map[error]bool{}}
+			run := fuzzRun{t: t, schedule: schedule[:min(len(schedule), 300)],
+				failed: map[Side]bool{}, causes: map[error]bool{}}
 			run.run()
 		})
 	})
@@ -138,7 +139,8 @@ func (f *fuzzRun) step() {
 	case op < 24:
 		end.writes <- 0
 	case op < 26:
-		d := []time.Duration{time.Millisecond, 100 * time.Millisecond, time.Second, fuzzIdle / 2, fuzzIdle + time.Second}[f.next(5)]
+		d := []time.Duration{time.Millisecond, 100 * time.Millisecond, time.Second,
+			fuzzIdle / 2, fuzzIdle + time.Second}[f.next(5)]
 		f.slept += d
 		f.debtor = nil
 		time.Sleep(d)
@@ -181,7 +183,8 @@ func (f *fuzzRun) check(got Outcome) {
 	case got.Panic != nil || got.Quiet:
 		t.Errorf("%+v", got)
 	case got.Err == nil:
-		if !client.ended.Load() || !server.ended.Load() || client.sent != server.got || server.sent != client.got {
+		if !client.ended.Load() || !server.ended.Load() || client.sent != server.got ||
+			server.sent != client.got {
 			t.Errorf("not all was done: %+v, the client sent %d and got %d, the server %d and %d",
 				got, client.sent, client.got, server.sent, server.got)
 		}
@@ -200,7 +203,8 @@ func (f *fuzzRun) check(got Outcome) {
 		t.Errorf("nothing was wrong: %+v", got)
 	}
 	if f.debtor != nil && f.limit.kind == 0 && f.slept < fuzzIdle && f.debtor.got != f.debt {
-		t.Errorf("before the reset %d bytes were read, %d have arrived: %+v", f.debt, f.debtor.got, got)
+		t.Errorf("before the reset %d bytes were read, %d have arrived: %+v", f.debt,
+			f.debtor.got, got)
 	}
 }
 
@@ -223,7 +227,8 @@ type fuzzEnd struct {
 }
 
 func newFuzzEnd(c *proxytest.PipeConn) *fuzzEnd {
-	return &fuzzEnd{conn: c, writes: make(chan int, 400), reads: make(chan int, 400), buf: make([]byte, fuzzMost)}
+	return &fuzzEnd{conn: c, writes: make(chan int, 400), reads: make(chan int, 400),
+		buf: make([]byte, fuzzMost)}
 }
 
 func (e *fuzzEnd) start(other *fuzzEnd, busy bool) {

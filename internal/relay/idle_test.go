@@ -14,7 +14,8 @@ import (
 func TestIdleTimeIsExactOverBothDirections(t *testing.T) {
 	for _, keepAlive := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}),
+			client, server, h,
+				_ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}),
 				nil)
 			go func() {
 				b := make([]byte, 1)
@@ -30,7 +31,8 @@ func TestIdleTimeIsExactOverBothDirections(t *testing.T) {
 			if took := time.Since(start); took != 160*time.Second {
 				t.Errorf("ended after %v, want 160s", took)
 			}
-			if o := h.wait(t); o.Err != errIdle || o.Failed != NoSide || o.Sent != 1 || o.Received != 1 {
+			if o := h.wait(t); o.Err != errIdle || o.Failed != NoSide || o.Sent != 1 ||
+				o.Received != 1 {
 				t.Errorf("%+v", o)
 			}
 		})
@@ -95,7 +97,8 @@ func TestOnlyIdleTimeBoundsAHalfClosedRelay(t *testing.T) {
 func TestNoIdleTimeMeansNoLimit(t *testing.T) {
 	for _, idle := range []time.Duration{0, -1} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: idle, KeepAlive: true}), nil)
+			client, server, h,
+				_ := joinPipes(newEngine(t, Config{Idle: idle, KeepAlive: true}), nil)
 			go func() { io.Copy(server, server); server.Close() }()
 			time.Sleep(1000 * time.Hour)
 			proxytest.Must(t, proxytest.Ping(client))
@@ -188,7 +191,8 @@ func TestIdleRelaysDoNotWaitForEachOther(t *testing.T) {
 		e := newEngine(t, Config{Idle: time.Minute})
 		client, ours := proxytest.Pipe()
 		_, theirs := proxytest.Pipe()
-		slow := &slowReset{PipeConn: ours, resetting: make(chan struct{}), release: make(chan struct{})}
+		slow := &slowReset{PipeConn: ours, resetting: make(chan struct{}),
+			release: make(chan struct{})}
 		held := newRecorder(nil)
 		e.Start(slow, held, 0).Connect(theirs)
 		time.Sleep(time.Second)
@@ -232,7 +236,8 @@ func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
 		{20 * time.Second, 2, 5 * time.Second},
 	} {
 		if left := look(row.after); left != row.left || asked != row.asked {
-			t.Errorf("look %d: %v left after %d questions, want %v and %d", i, left, asked, row.left,
+			t.Errorf("look %d: %v left after %d questions, want %v and %d", i, left, asked,
+				row.left,
 				row.asked)
 		}
 	}

@@ -31,8 +31,10 @@ func TestPacerStepByStep(t *testing.T) {
 		{"what the limit says counts", 4 * KiB,
 			[]step{{4 * KiB, time.Second, 100, 100}, {100, 0, 1 << 30, 1 << 30}, {1, 0, 512, 512}}},
 		{"a chunk that nothing holds grows until it has no bound", 4 * KiB,
-			[]step{{1, 0, 0, 8 * KiB}, {1, 0, 0, 16 * KiB}, {1, 0, 0, 32 * KiB}, {1, 0, 0, 64 * KiB},
-				{1, 0, 0, 128 * KiB}, {1, 0, 0, 256 * KiB}, {1, 0, 0, 512 * KiB}, {1, 0, 0, 1024 * KiB},
+			[]step{{1, 0, 0, 8 * KiB}, {1, 0, 0, 16 * KiB}, {1, 0, 0, 32 * KiB},
+				{1, 0, 0, 64 * KiB},
+				{1, 0, 0, 128 * KiB}, {1, 0, 0, 256 * KiB}, {1, 0, 0, 512 * KiB},
+				{1, 0, 0, 1024 * KiB},
 				{1, 0, 0, math.MaxInt}, {1, 0, 0, math.MaxInt}}},
 		{"a short wait changes nothing without a bound", 0,
 			[]step{{1000, 20 * ms, 0, math.MaxInt}}},
@@ -71,7 +73,8 @@ func TestPacerKeepsAccountOfWaits(t *testing.T) {
 		steps []step
 	}{
 		{"what is less than a millisecond is added up",
-			[]step{{400 * us, 0, 0}, {500 * us, 0, 0}, {100 * us, 1 * ms, 1 * ms}, {999 * us, 0, 0}}},
+			[]step{{400 * us, 0, 0}, {500 * us, 0, 0}, {100 * us, 1 * ms, 1 * ms},
+				{999 * us, 0, 0}}},
 		{"a late timer shortens the next pause",
 			[]step{{5 * ms, 5 * ms, 6 * ms}, {5 * ms, 4 * ms, 7 * ms}, {3 * ms, 0, 0},
 				{2 * ms, 2 * ms, 2 * ms}}},
@@ -227,7 +230,8 @@ func TestStreamsShareARateEqually(t *testing.T) {
 							tt.name, rate/MiB, n, least, most)
 					}
 					if math.Abs(all/float64(rate)-1) > 0.05 {
-						t.Errorf("%s, %d MiB/s, %d streams: %.0f B/s together", tt.name, rate/MiB, n, all)
+						t.Errorf("%s, %d MiB/s, %d streams: %.0f B/s together", tt.name,
+							rate/MiB, n, all)
 					}
 				})
 			}

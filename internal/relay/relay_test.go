@@ -197,7 +197,11 @@ func TestClientGoneBeforeConnect(t *testing.T) {
 		over  error // nil: it is not over, for a half-closed client may wait for an answer
 	}{
 		{"reset", func(c *proxytest.PipeConn) { c.SetLinger(0); c.Close() }, syscall.ECONNRESET},
-		{"spoke and reset", func(c *proxytest.PipeConn) { c.Write([]byte("x")); c.SetLinger(0); c.Close() }, nil},
+		{"spoke and reset", func(c *proxytest.PipeConn) {
+			c.Write([]byte("x"))
+			c.SetLinger(0)
+			c.Close()
+		}, nil},
 		{"half-closed", func(c *proxytest.PipeConn) { c.CloseWrite() }, nil},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -224,7 +228,8 @@ func TestClientGoneBeforeConnect(t *testing.T) {
 			})
 		})
 	}
-	synctest.Test(t, func(t *testing.T) { // a conn without half-close, of which an end is all there is
+	// a conn without half-close, of which an end is all there is
+	synctest.Test(t, func(t *testing.T) {
 		client, ours := net.Pipe()
 		h := newRecorder(nil)
 		r := newEngine(t, Config{}).Start(ours, h, 0)
@@ -368,7 +373,10 @@ func TestAnswerReadBeforeAResetArrives(t *testing.T) {
 		}
 		io.ReadFull(server, make([]byte, 1))
 		pattern.Send(server, answer)
-		proxytest.Eventually(t, "all was written", func() bool { _, n := r.Counts(); return n == answer })
+		proxytest.Eventually(t, "all was written", func() bool {
+			_, n := r.Counts()
+			return n == answer
+		})
 		server.SetLinger(0)
 		server.Close()
 		b := make([]byte, answer)
@@ -418,7 +426,8 @@ func TestResetWaitsOneSecondForUnreadData(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, h := answeredThenReset(t)
 		start := time.Now()
-		if o := h.wait(t); o.Failed != Server || o.Received != 0 || time.Since(start) != time.Second {
+		if o := h.wait(t); o.Failed != Server || o.Received != 0 ||
+			time.Since(start) != time.Second {
 			t.Errorf("%+v after %v", o, time.Since(start))
 		}
 		readCut(t, client)
@@ -473,11 +482,16 @@ func TestResetAfterHalfClose(t *testing.T) {
 func TestAbort(t *testing.T) {
 	why := errors.New("revoked")
 	for name, half := range map[string]func(client, server *proxytest.PipeConn){
-		"neither side has ended":  func(client, server *proxytest.PipeConn) {},
-		"the client has ended":    func(client, server *proxytest.PipeConn) { client.CloseWrite() },
-		"the server has ended":    func(client, server *proxytest.PipeConn) { server.CloseWrite() },
-		"the server, after words": func(client, server *proxytest.PipeConn) { server.Write([]byte("bye")); server.CloseWrite() },
-		"a write is stuck":        func(client, server *proxytest.PipeConn) { client.SetLinger(-1) },
+		"neither side has ended": func(client, server *proxytest.PipeConn) {},
+		"the client has ended":   func(client, server *proxytest.PipeConn) { client.CloseWrite() },
+		"the server has ended":   func(client, server *proxytest.PipeConn) { server.CloseWrite() },
+		"the server, after words": func(client, server *proxytest.PipeConn) {
+			server.Write([]byte("bye"))
+			server.CloseWrite()
+		},
+		"a write is stuck": func(client, server *proxytest.PipeConn) {
+			client.SetLinger(-1)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -561,7 +575,8 @@ func TestDoneWaitsForTheReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, ours := proxytest.Pipe()
 		server, theirs := proxytest.Pipe()
-		slow := &slowReset{PipeConn: theirs, resetting: make(chan struct{}), release: make(chan struct{})}
+		slow := &slowReset{PipeConn: theirs, resetting: make(chan struct{}),
+			release: make(chan struct{})}
 		h := newRecorder(nil)
 		r := newEngine(t, Config{}).Start(ours, h, 0)
 		r.Connect(slow)
@@ -595,7 +610,8 @@ func TestAbortWhileClosing(t *testing.T) {
 		client, ours := proxytest.Pipe()
 		server, theirs := proxytest.Pipe()
 		slow := &slowClose{Conn: ours, closed: make(chan struct{})}
-		slower := &slowReset{PipeConn: theirs, resetting: make(chan struct{}), release: make(chan struct{})}
+		slower := &slowReset{PipeConn: theirs, resetting: make(chan struct{}),
+			release: make(chan struct{})}
 		h := newRecorder(nil)
 		r := newEngine(t, Config{}).Start(slow, h, 0)
 		r.Connect(slower)
@@ -638,7 +654,12 @@ func (c *slowClose) Close() error      { <-c.closed; return nil }
 
 type slowBelow slowClose
 
-func (c *slowBelow) Close() error                       { c.once.Do(func() { close(c.closed) }); return c.Conn.Close() }
+func (c *slowBelow) Close() error {
+	c.once.Do(func() {
+		close(c.closed)
+	})
+	return c.Conn.Close()
+}
 func (c *slowBelow) LocalAddr() net.Addr                { return nil }
 func (c *slowBelow) RemoteAddr() net.Addr               { return nil }
 func (c *slowBelow) Read(b []byte) (int, error)         { return c.Conn.Read(b) }
@@ -652,16 +673,17 @@ func (c *slowBelow) SetWriteDeadline(t time.Time) error { return nil }
 func TestVerdictHoldsOneDirection(t *testing.T) {
 	for _, blocks := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}), func(d Direction, n int) Verdict {
-				switch {
-				case d == Download:
-					return Verdict{}
-				case blocks:
-					time.Sleep(time.Hour)
-					return Verdict{}
-				}
-				return Verdict{Wait: time.Hour}
-			})
+			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}),
+				func(d Direction, n int) Verdict {
+					switch {
+					case d == Download:
+						return Verdict{}
+					case blocks:
+						time.Sleep(time.Hour)
+						return Verdict{}
+					}
+					return Verdict{Wait: time.Hour}
+				})
 			go io.Copy(server, server)
 			start := time.Now()
 			if err := proxytest.Ping(client); err != nil || time.Since(start) != 0 {
@@ -687,7 +709,9 @@ func TestVerdictHoldsOneDirection(t *testing.T) {
 func TestVerdictAborts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tooMuch := errors.New("too much")
-		client, server, h, _ := joinPipes(newEngine(t, Config{}), func(Direction, int) Verdict { return Verdict{Err: tooMuch} })
+		client, server, h, _ := joinPipes(newEngine(t, Config{}), func(Direction, int) Verdict {
+			return Verdict{Err: tooMuch}
+		})
 		go io.Copy(io.Discard, server)
 		client.Write([]byte("x"))
 		readCut(t, client)
@@ -721,7 +745,8 @@ func TestChunkBoundsWhatMovesAtOnce(t *testing.T) {
 		}
 		h.wait(t)
 		if most != [2]int{1000, 100} {
-			t.Errorf("%d bytes moved before a verdict and %d then, want 1000 and 100", most[0], most[1])
+			t.Errorf("%d bytes moved before a verdict and %d then, want 1000 and 100", most[0],
+				most[1])
 		}
 	})
 }
@@ -730,7 +755,8 @@ func TestPanicInMovedAborts(t *testing.T) {
 	boom := errors.New("boom")
 	for _, d := range []Direction{Upload, Download} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h, _ := joinPipes(newEngine(t, Config{}), func(got Direction, n int) Verdict {
+			client, server, h,
+				_ := joinPipes(newEngine(t, Config{}), func(got Direction, n int) Verdict {
 				if got == d {
 					panic(boom)
 				}
@@ -741,7 +767,8 @@ func TestPanicInMovedAborts(t *testing.T) {
 			readCut(t, client)
 			o := h.wait(t)
 			err, ok := o.Panic.(error)
-			if o.Err != ErrPanicked || !ok || !errors.Is(err, boom) || !strings.Contains(err.Error(), "relay_test.go") {
+			if o.Err != ErrPanicked || !ok || !errors.Is(err, boom) ||
+				!strings.Contains(err.Error(), "relay_test.go") {
 				t.Errorf("%+v", o)
 			}
 		})
@@ -759,7 +786,8 @@ func TestVerdictDoesNotDelayAnError(t *testing.T) {
 		start := time.Now()
 		server.Write([]byte("answer"))
 		readCut(t, server)
-		if o := h.wait(t); o.Failed != Client || o.Received != 1 || time.Since(start) > time.Second {
+		if o := h.wait(t); o.Failed != Client || o.Received != 1 ||
+			time.Since(start) > time.Second {
 			t.Errorf("%+v after %v", o, time.Since(start))
 		}
 	})
@@ -813,15 +841,33 @@ func TestBadConnsAreErrors(t *testing.T) {
 		failed         Side
 		want           error
 	}{
-		{name: "short write to the server", server: oddConn{write: func(b []byte) (int, error) { return len(b) - 1, nil }}, failed: Server, want: io.ErrShortWrite},
-		{name: "negative write to the server", server: oddConn{write: func(b []byte) (int, error) { return -1, nil }}, failed: Server, want: ErrBadCount},
-		{name: "write of too much", server: oddConn{write: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: ErrBadCount},
-		{name: "short write to the client", client: oddConn{write: func(b []byte) (int, error) { return 0, nil }}, failed: Client, want: io.ErrShortWrite},
-		{name: "write error", client: oddConn{write: func(b []byte) (int, error) { return 0, boom }}, failed: Client, want: boom},
-		{name: "negative read", client: oddConn{read: func(b []byte) (int, error) { return -1, nil }}, failed: Client, want: ErrBadCount},
-		{name: "read of too much", server: oddConn{read: func(b []byte) (int, error) { return len(b) + 1, nil }}, failed: Server, want: ErrBadCount},
-		{name: "reads of nothing", server: oddConn{read: func(b []byte) (int, error) { return 0, nil }}, failed: Server, want: io.ErrNoProgress},
-		{name: "read error", server: oddConn{read: func(b []byte) (int, error) { return 0, boom }}, failed: Server, want: boom},
+		{name: "short write to the server", server: oddConn{write: func(b []byte) (int, error) {
+			return len(b) - 1, nil
+		}}, failed: Server, want: io.ErrShortWrite},
+		{name: "negative write to the server", server: oddConn{write: func(b []byte) (int, error) {
+			return -1, nil
+		}}, failed: Server, want: ErrBadCount},
+		{name: "write of too much", server: oddConn{write: func(b []byte) (int, error) {
+			return len(b) + 1, nil
+		}}, failed: Server, want: ErrBadCount},
+		{name: "short write to the client", client: oddConn{write: func(b []byte) (int, error) {
+			return 0, nil
+		}}, failed: Client, want: io.ErrShortWrite},
+		{name: "write error", client: oddConn{write: func(b []byte) (int, error) {
+			return 0, boom
+		}}, failed: Client, want: boom},
+		{name: "negative read", client: oddConn{read: func(b []byte) (int, error) {
+			return -1, nil
+		}}, failed: Client, want: ErrBadCount},
+		{name: "read of too much", server: oddConn{read: func(b []byte) (int, error) {
+			return len(b) + 1, nil
+		}}, failed: Server, want: ErrBadCount},
+		{name: "reads of nothing", server: oddConn{read: func(b []byte) (int, error) {
+			return 0, nil
+		}}, failed: Server, want: io.ErrNoProgress},
+		{name: "read error", server: oddConn{read: func(b []byte) (int, error) {
+			return 0, boom
+		}}, failed: Server, want: boom},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			client, ours := proxytest.Pipe()
@@ -863,7 +909,8 @@ func TestDataReadWithAnErrorIsDelivered(t *testing.T) {
 			server, theirs := proxytest.Pipe()
 			reads := 0
 			h := newRecorder(nil)
-			r := newEngine(t, Config{}).Start(oddConn{Conn: ours, read: func(b []byte) (int, error) {
+			r := newEngine(t,
+				Config{}).Start(oddConn{Conn: ours, read: func(b []byte) (int, error) {
 				if reads++; reads > 1 {
 					return 0, io.EOF
 				}
@@ -895,7 +942,8 @@ func TestServerWithoutHalfClose(t *testing.T) {
 		}
 		client.CloseWrite()
 		readCut(t, client) // for its answer may be cut
-		if o := h.wait(t); o.Failed != Server || !strings.Contains(fmt.Sprint(o.Err), "CloseWrite") || o.Sent != 1 || o.Received != 1 {
+		if o := h.wait(t); o.Failed != Server || !strings.Contains(fmt.Sprint(o.Err),
+			"CloseWrite") || o.Sent != 1 || o.Received != 1 {
 			t.Errorf("%+v", o)
 		}
 	})
@@ -912,7 +960,8 @@ func TestClientWithoutHalfClose(t *testing.T) {
 		if b, err := io.ReadAll(client); string(b) != "answer" || err != nil {
 			t.Errorf("client got %q, %v", b, err)
 		}
-		if o := h.wait(t); o.Failed != Client || !strings.Contains(fmt.Sprint(o.Err), "CloseWrite") {
+		if o := h.wait(t); o.Failed != Client ||
+			!strings.Contains(fmt.Sprint(o.Err), "CloseWrite") {
 			t.Errorf("%+v", o)
 		}
 		readCut(t, server) // for what it was sent may be cut

@@ -43,7 +43,8 @@ func TestUrgentBytes(t *testing.T) {
 		{"in the middle, and no end", []int{8 * mib, 100_000}, false},
 		{"at the end", []int{8 * mib, 0}, true},
 		{"twelve",
-			[]int{3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib,
+			[]int{3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib, 3 * mib,
+				3 * mib, 3 * mib,
 				3 * mib, 3 * mib, 5}, true},
 	} {
 		for _, d := range []Direction{Upload, Download} {
@@ -84,8 +85,12 @@ func TestUrgentBytes(t *testing.T) {
 					}
 					at := int64(0)
 					for i, n := range row.chunks {
-						if i > 1 { // of two urgent bytes under way TCP turns the first into an ordinary one
-							proxytest.Eventually(t, "all before has arrived", func() bool { return read.Load() == at })
+						// of two urgent bytes under way TCP turns the first into an ordinary
+						// one
+						if i > 1 {
+							proxytest.Eventually(t, "all before has arrived", func() bool {
+								return read.Load() == at
+							})
 						}
 						if i > 0 {
 							sendUrgent(t, from)
@@ -101,7 +106,8 @@ func TestUrgentBytes(t *testing.T) {
 						from.CloseWrite()
 					}
 					want := map[bool]error{true: io.EOF}[row.end]
-					if err := proxytest.Receive(t, "all has arrived", got); err != want || read.Load() != sent {
+					if err := proxytest.Receive(t, "all has arrived", got); err != want ||
+						read.Load() != sent {
 						t.Errorf("%d of %d bytes, then %v", read.Load(), sent, err)
 					}
 					from.CloseWrite()
@@ -350,7 +356,8 @@ func TestCloseWriteAfterTheEnd(t *testing.T) {
 func keepAliveOf(c *net.TCPConn) (got [4]int) {
 	control(rawTCP(c), func(fd int) {
 		got[0], _ = syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
-		for i, name := range []int{syscall.TCP_KEEPIDLE, syscall.TCP_KEEPINTVL, syscall.TCP_KEEPCNT} {
+		for i, name := range []int{syscall.TCP_KEEPIDLE, syscall.TCP_KEEPINTVL,
+			syscall.TCP_KEEPCNT} {
 			got[1+i], _ = syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, name)
 		}
 	})
@@ -413,7 +420,8 @@ func TestResetSeenByAWriteIsNotAnEnd(t *testing.T) {
 	writing, release := make(chan struct{}), make(chan struct{})
 	h := newRecorder(nil)
 	r := newEngine(t, Config{}).Start(ours, h, 0)
-	r.Connect(&heldError{Conn: theirs, writing: writing, taken: make(chan struct{}), release: release})
+	r.Connect(&heldError{Conn: theirs, writing: writing, taken: make(chan struct{}),
+		release: release})
 	client.Write([]byte("x"))
 	<-writing
 	server.SetLinger(0)
@@ -626,7 +634,8 @@ func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 	s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
 	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 ||
 		pattern.Check(0, s.out.b) != nil {
-		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits, len(*s.out.buf),
+		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits,
+			len(*s.out.buf),
 			len(s.out.b))
 	}
 }

@@ -29,7 +29,8 @@ func joinTLS(t testing.TB, mode CloseNotify) *tlsRig {
 	serverTLS.SessionTicketsDisabled = true
 	c, ours := duplex(t)
 	server, theirs := duplex(t)
-	j := &tlsRig{recorder: newRecorder(nil), client: tls.Client(c, clientTLS), c: c, server: server, t: t}
+	j := &tlsRig{recorder: newRecorder(nil), client: tls.Client(c, clientTLS), c: c,
+		server: server, t: t}
 	up := NewTLS(tls.Server, ours, serverTLS, 0)
 	up.CloseNotify = mode
 	shaken := make(chan error, 1)
@@ -51,7 +52,10 @@ func (j *tlsRig) exchange(n int) {
 	<-wrote
 	j.server.Write([]byte("+"))
 	io.ReadFull(j.client, make([]byte, 1))
-	proxytest.Eventually(j.t, "the answer is counted", func() bool { _, now := j.relay.Counts(); return now > before })
+	proxytest.Eventually(j.t, "the answer is counted", func() bool {
+		_, now := j.relay.Counts()
+		return now > before
+	})
 }
 
 func (j *tlsRig) kept() { j.exchange(5) }
@@ -91,12 +95,33 @@ func TestCloseNotify(t *testing.T) {
 		{"kept, FIN", Required, func(j *tlsRig) { j.kept(); j.c.Close() }, false, true},
 		{"kept, FIN", Idle, func(j *tlsRig) { j.kept(); j.c.Close() }, true, false},
 		{"kept, FIN", Optional, func(j *tlsRig) { j.kept(); j.c.Close() }, true, false},
-		{"kept, close_notify", Required, func(j *tlsRig) { j.kept(); j.client.Close() }, true, false},
-		{"kept, reset", Required, func(j *tlsRig) { j.kept(); j.c.SetLinger(0); j.c.Close() }, false, true},
-		{"kept, reset", Idle, func(j *tlsRig) { j.kept(); j.c.SetLinger(0); j.c.Close() }, false, true},
-		{"kept, reset", Optional, func(j *tlsRig) { j.kept(); j.c.SetLinger(0); j.c.Close() }, false, true},
-		{"half-closed by FIN", Required, func(j *tlsRig) { j.kept(); j.c.CloseWrite() }, false, true},
-		{"half-closed by FIN", Optional, func(j *tlsRig) { j.kept(); j.c.CloseWrite() }, true, false},
+		{"kept, close_notify", Required, func(j *tlsRig) {
+			j.kept()
+			j.client.Close()
+		}, true, false},
+		{"kept, reset", Required, func(j *tlsRig) {
+			j.kept()
+			j.c.SetLinger(0)
+			j.c.Close()
+		}, false, true},
+		{"kept, reset", Idle, func(j *tlsRig) {
+			j.kept()
+			j.c.SetLinger(0)
+			j.c.Close()
+		}, false, true},
+		{"kept, reset", Optional, func(j *tlsRig) {
+			j.kept()
+			j.c.SetLinger(0)
+			j.c.Close()
+		}, false, true},
+		{"half-closed by FIN", Required, func(j *tlsRig) {
+			j.kept()
+			j.c.CloseWrite()
+		}, false, true},
+		{"half-closed by FIN", Optional, func(j *tlsRig) {
+			j.kept()
+			j.c.CloseWrite()
+		}, true, false},
 		{"in a record", Required, (*tlsRig).inARecord, false, false},
 		{"in a record", Idle, (*tlsRig).inARecord, false, false},
 		{"in a record", Optional, (*tlsRig).inARecord, false, false},
@@ -113,17 +138,22 @@ func TestCloseNotify(t *testing.T) {
 		t.Run(row.name+"/"+[]string{"required", "idle", "optional"}[row.mode], func(t *testing.T) {
 			j := joinTLS(t, row.mode)
 			row.leave(j)
-			if row.name == "an upload that is not acknowledged" { // until the relay has seen the end
-				proxytest.Eventually(t, "the end has come", func() bool { return len(j.over) > 0 || atEnd(&j.relay.up) })
+			// until the relay has seen the end
+			if row.name == "an upload that is not acknowledged" {
+				proxytest.Eventually(t, "the end has come", func() bool {
+					return len(j.over) > 0 || atEnd(&j.relay.up)
+				})
 			}
 			_, err := io.Copy(io.Discard, j.server)
-			if clean := err == nil; clean != row.clean || !clean && !errors.Is(err, syscall.ECONNRESET) {
+			if clean := err == nil; clean != row.clean || !clean &&
+				!errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("the server reads %v, want a clean end: %v", err, row.clean)
 			}
 			j.server.Close()
 			j.c.Close()
 			o := j.wait(t)
-			if o.Quiet != row.quiet || o.Quiet && (o.Failed != Client || o.Err == nil) || !row.clean && o.Err == nil {
+			if o.Quiet != row.quiet || o.Quiet && (o.Failed != Client || o.Err == nil) ||
+				!row.clean && o.Err == nil {
 				t.Errorf("%+v, want quiet %v", o, row.quiet)
 			}
 		})
@@ -208,7 +238,8 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 	serverTLS.SessionTicketsDisabled = true
 	for _, ended := range []bool{false, true} { // the client's own stream
 		synctest.Test(t, func(t *testing.T) {
-			raw, ours := proxytest.Pipe() // which has no buffer: what is written waits for the reader
+			// which has no buffer: what is written waits for the reader
+			raw, ours := proxytest.Pipe()
 			server, theirs := proxytest.Pipe()
 			up := NewTLS(tls.Server, ours, serverTLS, 0)
 			client := NewTLS(tls.Client, raw, clientTLS, 0) // which tells a cut
@@ -274,7 +305,9 @@ func TestServerEndWaitsForTheHandshake(t *testing.T) {
 			h := newRecorder(nil)
 			r := newEngine(t, Config{}).Start(layer(ours), h, 0)
 			r.Connect(theirs)
-			proxytest.Eventually(t, "the end is being passed on", func() bool { return atEnd(&r.down) })
+			proxytest.Eventually(t, "the end is being passed on", func() bool {
+				return atEnd(&r.down)
+			})
 			client := tls.Client(raw, clientTLS)
 			if _, err := client.Read(make([]byte, 1)); err != io.EOF {
 				t.Errorf("client reads %v, want the end", err)
@@ -330,7 +363,8 @@ func TestTLSBatchesRecordsOfALargeWrite(t *testing.T) {
 	}()
 	proxytest.Must(t, server.Handshake())
 	sent := pattern.At(0, 300_000)
-	for i, row := range []struct{ from, to, most int }{{0, 1, 1}, {1, 16_384, 1}, {16_384, 16_384 + 64<<10, 1}, {16_384 + 64<<10, 300_000, 4}} {
+	for i, row := range []struct{ from, to, most int }{{0, 1, 1}, {1, 16_384, 1},
+		{16_384, 16_384 + 64<<10, 1}, {16_384 + 64<<10, 300_000, 4}} {
 		before := wire.writes
 		if n, err := server.Write(sent[row.from:row.to]); n != row.to-row.from || err != nil {
 			t.Fatalf("write %d: %d, %v", i, n, err)
@@ -351,7 +385,8 @@ func TestTLSReportsABatchThatFailed(t *testing.T) {
 		go io.Copy(io.Discard, client)
 		proxytest.Must(t, server.Handshake())
 		wire.failFrom = wire.writes + which
-		if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil || err.Error() != "broken wire" {
+		if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil ||
+			err.Error() != "broken wire" {
 			t.Errorf("write %d fails: %d, %v", which, n, err)
 		}
 		if n, err := server.Write(make([]byte, 10)); n != 0 || err == nil {
@@ -408,7 +443,8 @@ func TestTLSBoundsTheHandshake(t *testing.T) {
 		client.Write(make([]byte, 100_000))
 		client.Close()
 	}()
-	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil { // Read makes the handshake
+	// Read makes the handshake
+	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil {
 		t.Errorf("after it: %d bytes, %v", n, err)
 	}
 }

@@ -75,15 +75,23 @@ func TestDecode(t *testing.T) {
 func TestProblems(t *testing.T) {
 	for _, test := range []struct{ text, want string }{
 		{``, "1 not JSON: unexpected end of JSON input: correct it there or shortly before"},
-		{"{\n\"name\": }", "2 not JSON: invalid character '}' looking for beginning of value: correct it there or shortly before"},
-		{`{} {}`, "1 not JSON: invalid character '{' after top-level value: correct it there or shortly before"},
+		{"{\n\"name\": }",
+			"2 not JSON: invalid character '}' looking for beginning of value: " +
+				"correct it there or shortly before"},
+		{`{} {}`,
+			"1 not JSON: invalid character '{' after top-level value: " +
+				"correct it there or shortly before"},
 		{"\xef\xbb\xbf{}", "1 it begins with a byte order mark: save it without"},
 		{"{\"name\": \"\xff\"}", "1 not UTF-8: save it as that"},
 		{`[]`, "1 want an object in { }, got []"},
 		{`null`, "1 want an object in { }, got null"},
-		{`{"Name": "x"}`, "1 Name: unknown key: want one of name, files, count, big, on, wait, sub, items, limits"},
+		{`{"Name": "x"}`,
+			"1 Name: unknown key: want one of name, files, count, big, on, wait, sub, " +
+				"items, limits"},
 		{"{\"name\": \"x\",\n\"name\": \"y\"}", "1 name: again in line 2: keep one of the two"},
-		{`{"a\n\u001b": 1}`, `1 ["a\n\x1b"]: unknown key: want one of name, files, count, big, on, wait, sub, items, limits`},
+		{`{"a\n\u001b": 1}`,
+			`1 ["a\n\x1b"]: unknown key: want one of name, files, count, big, on, wait, sub, ` +
+				`items, limits`},
 		{`{"name": 1}`, "1 name: want a text in quotes, got 1"},
 		{`{"count": "1"}`, `1 count: want a whole number, got "1"`},
 		{`{"count": 1.5}`, `1 count: want a whole number, got 1.5`},
@@ -121,7 +129,8 @@ func TestProblemsAreBounded(t *testing.T) {
 
 func TestAProblemHidesThoseInAndAroundIt(t *testing.T) {
 	var ps Problems
-	for _, path := range []string{"apps[1].id", "apps[1]", "apps", "", "apps[1].id.x", "apps[1].i", "apps[10].id"} {
+	for _, path := range []string{"apps[1].id", "apps[1]", "apps", "", "apps[1].id.x",
+		"apps[1].i", "apps[10].id"} {
 		ps.Add(nil, path, "wrong")
 	}
 	if got := fmt.Sprint(ps); got != "[apps[1].id: wrong apps[1].i: wrong apps[10].id: wrong]" {
@@ -133,9 +142,12 @@ func TestAProblemHidesThoseInAndAroundIt(t *testing.T) {
 // the same. What has problems names them in a line each.
 func FuzzDecode(f *testing.F) {
 	for _, text := range []string{
-		`{"name": "a", "files": ["x"], "count": 1, "on": false, "wait": "1s", "sub": {"more": [{}]}, "items": ["x", {"serial": "y"}]}`,
-		`{"limits": {"a.b[": {"open": 1}, "": {}}, "files": "x", "big": -0}`, `{"items": [], "items": null}`, `[`, `{}x`,
-		"{\"\\u000a\":\n1}", `{"name": "\ud800"}`, "\xff", `{"": 0}`, `{"limits": {"a.b[": 1, "a.b[": {}}}`, `{"wait": "-1ns"}`,
+		`{"name": "a", "files": ["x"], "count": 1, "on": false, "wait": "1s", "sub": ` +
+			`{"more": [{}]}, "items": ["x", {"serial": "y"}]}`,
+		`{"limits": {"a.b[": {"open": 1}, "": {}}, "files": "x", "big": -0}`,
+		`{"items": [], "items": null}`, `[`, `{}x`,
+		"{\"\\u000a\":\n1}", `{"name": "\ud800"}`, "\xff", `{"": 0}`,
+		`{"limits": {"a.b[": 1, "a.b[": {}}}`, `{"wait": "-1ns"}`,
 		`{"sub": {"more": [{"more": [{"wait": "1h"}]}]}}`,
 	} {
 		f.Add([]byte(text))
@@ -144,7 +156,8 @@ func FuzzDecode(f *testing.F) {
 		var got doc
 		d, problems := Decode(text, &got)
 		for _, p := range problems {
-			if p.Line < 1 || p.Line > 1+bytes.Count(text, []byte("\n")) || strings.ContainsFunc(p.String(), func(r rune) bool { return r < ' ' }) {
+			if p.Line < 1 || p.Line > 1+bytes.Count(text, []byte("\n")) ||
+				strings.ContainsFunc(p.String(), func(r rune) bool { return r < ' ' }) {
 				t.Fatalf("line %d: %q", p.Line, p)
 			}
 		}

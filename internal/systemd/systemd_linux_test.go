@@ -52,7 +52,8 @@ func service(t *testing.T, fds, names string, files ...*os.File) (stdout func() 
 	exe, err := os.Executable()
 	proxytest.Must(t, err)
 	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0"`, exe)
-	cmd.Env = append(os.Environ(), "SYSTEMD_TEST_SERVICE=1", "LISTEN_FDS="+fds, "LISTEN_FDNAMES="+names)
+	cmd.Env = append(os.Environ(), "SYSTEMD_TEST_SERVICE=1", "LISTEN_FDS="+fds,
+		"LISTEN_FDNAMES="+names)
 	cmd.ExtraFiles = files
 	var out strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -87,7 +88,8 @@ func TestSocketsOfARealProcess(t *testing.T) {
 			}
 		}
 	}
-	want := fmt.Sprintf("error: <nil>\nsocket: 3 web %v\nsocket: 4 db %v\nagain: 0 <nil> \n", a.Addr(), b.Addr())
+	want := fmt.Sprintf("error: <nil>\nsocket: 3 web %v\nsocket: 4 db %v\nagain: 0 <nil> \n",
+		a.Addr(), b.Addr())
 	if got := out(); got != want {
 		t.Errorf("the service says\n%s\nwant\n%s", got, want)
 	}
@@ -115,16 +117,21 @@ func TestBadSockets(t *testing.T) {
 		{"-1", "", nil, `LISTEN_FDS "-1": want the number`},
 		{"1", "a:b", fileOf(t, l), `LISTEN_FDNAMES "a:b": want 1 names`},
 		{"1", "web", nil, `descriptor 3 ("web"): getsockopt: `},
-		{"1", "web", text, `descriptor 3 ("web"): getsockopt: socket operation on non-socket: want ListenStream=`},
-		{"1", "web", fileOf(t, accepted), `descriptor 3 ("web"): not a listening socket: want ListenStream=`},
-		{"1", "web", fileOf(t, packets), `descriptor 3 ("web"): not a listening socket: want ListenStream=`},
-		{"1", "web", fileOf(t, unix.(*net.UnixListener)), `descriptor 3 ("web"): a unix socket: want ListenStream=`},
+		{"1", "web", text,
+			`descriptor 3 ("web"): getsockopt: socket operation on non-socket: want ListenStream=`},
+		{"1", "web", fileOf(t, accepted),
+			`descriptor 3 ("web"): not a listening socket: want ListenStream=`},
+		{"1", "web", fileOf(t, packets),
+			`descriptor 3 ("web"): not a listening socket: want ListenStream=`},
+		{"1", "web", fileOf(t, unix.(*net.UnixListener)),
+			`descriptor 3 ("web"): a unix socket: want ListenStream=`},
 	} {
 		var files []*os.File
 		if row.file != nil {
 			files = append(files, row.file)
 		}
-		if got := service(t, row.fds, row.names, files...)(); !strings.Contains(got, row.want) || strings.Contains(got, "\nsocket: ") {
+		if got := service(t, row.fds, row.names, files...)(); !strings.Contains(got,
+			row.want) || strings.Contains(got, "\nsocket: ") {
 			t.Errorf("LISTEN_FDS=%s: the service says\n%s\nwant %s", row.fds, got, row.want)
 		}
 	}
@@ -142,7 +149,8 @@ func TestSocketsOfAnotherProcess(t *testing.T) {
 func TestNotify(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "")
 	proxytest.Must(t, Notify(Ready))
-	for _, name := range []string{filepath.Join(t.TempDir(), "notify"), fmt.Sprintf("@lbproxy-test-%d", os.Getpid())} {
+	for _, name := range []string{filepath.Join(t.TempDir(), "notify"),
+		fmt.Sprintf("@lbproxy-test-%d", os.Getpid())} {
 		manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
 		proxytest.Must(t, err)
 		defer manager.Close()
@@ -184,7 +192,8 @@ func TestReloadingHasTheTime(t *testing.T) {
 	var last int64
 	for range 10 {
 		var usec int64
-		if n, err := fmt.Sscanf(Reloading(), "RELOADING=1\nMONOTONIC_USEC=%d", &usec); n != 1 || err != nil {
+		if n, err := fmt.Sscanf(Reloading(), "RELOADING=1\nMONOTONIC_USEC=%d", &usec); n != 1 ||
+			err != nil {
 			t.Fatalf("%q: %v", Reloading(), err)
 		}
 		text, err := os.ReadFile("/proc/uptime")
