@@ -40,7 +40,8 @@ func BenchmarkRefusal(b *testing.B) {
 			if row.chain >= 0 {
 				c := newAuthority(b, l.ca.cert.Subject.CommonName).issue(b, leafOf(0xa11ce))
 				if row.chain > 0 {
-					c.Certificate = append(c.Certificate, sameNames(b, row.curve, row.chain, "ca")...)
+					c.Certificate = append(c.Certificate,
+						sameNames(b, row.curve, row.chain, "ca")...)
 				}
 				cert = &c
 			}
@@ -104,7 +105,9 @@ func BenchmarkFirstExchange(b *testing.B) {
 					}()
 				}
 			}()
-			l := newLab(b, func(l *lab) { l.config.Apps[0].Upstreams[0].Addr = quiet.Addr().String() })
+			l := newLab(b, func(l *lab) {
+				l.config.Apps[0].Upstreams[0].Addr = quiet.Addr().String()
+			})
 			var took []time.Duration
 			for b.Loop() {
 				raw, err := net.Dial("tcp", l.addr("web"))

@@ -14,11 +14,13 @@ import (
 // A Config made in Go is judged as one that was read, but for the lines it does not have.
 func TestValidate(t *testing.T) {
 	err := (&Config{
-		TLS:  Files{Cert: "no.pem", Key: "-----BEGIN PRIVATE KEY-----\nsecret", CA: []string{""}},
-		Apps: []App{{ID: "web", Listen: ":0", IdleTimeout: -1, Upstreams: []Upstream{{Addr: "h:1", TLS: &UpstreamTLS{Cert: "no.pem"}}}}},
+		TLS: Files{Cert: "no.pem", Key: "-----BEGIN PRIVATE KEY-----\nsecret", CA: []string{""}},
+		Apps: []App{{ID: "web", Listen: ":0", IdleTimeout: -1,
+			Upstreams: []Upstream{{Addr: "h:1", TLS: &UpstreamTLS{Cert: "no.pem"}}}}},
 		Users: []User{
 			{Name: "a", Serials: serials("0x10"), Apps: []string{"web"}, Limit: &Limit{}},
-			{Name: "b", Serials: serials("dec:16"), Apps: []string{"web"}, AppLimits: map[string]Limit{"web": {Every: time.Second}}},
+			{Name: "b", Serials: serials("dec:16"), Apps: []string{"web"},
+				AppLimits: map[string]Limit{"web": {Every: time.Second}}},
 		},
 		Handshake: Handshake{MaxBytes: -1},
 	}).Validate()
@@ -55,7 +57,8 @@ func TestLoadResolvesPaths(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Chdir(dir)
-	const text = `{"tls": {"cert": "a/../c.pem", "key": "/k", "ca": ""}, "apps": [{"upstreams": [{"tls": {"ca": "x"}}, {}]}], "users": []}`
+	const text = `{"tls": {"cert": "a/../c.pem", "key": "/k", "ca": ""}, "apps": ` +
+		`[{"upstreams": [{"tls": {"ca": "x"}}, {}]}], "users": []}`
 	if err := os.WriteFile("sub/config.json", []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -71,7 +74,8 @@ func TestLoadResolvesPaths(t *testing.T) {
 		`sub/config.json:1: tls.cert: "` + filepath.Join(dir, "sub", "c.pem") + `": no such file`,
 		`sub/config.json:1: tls.key: "/k": no such file`,
 		`sub/config.json:1: tls.ca: missing`,
-		`sub/config.json:1: apps[0].upstreams[0].tls.ca: "` + filepath.Join(dir, "sub", "x") + `": no such file`,
+		`sub/config.json:1: apps[0].upstreams[0].tls.ca: "` + filepath.Join(dir, "sub", "x") +
+			`": no such file`,
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%v\nwant: %s", err, want)
@@ -90,9 +94,11 @@ func FuzzParse(f *testing.F) {
 		"rise": 3, "fall": 4}, "upstreams": [{"addr": "h:1", "weight": 5, "maxConns": 6}, {"tls": {"ca": "a", "cert": "b", "key": "c",
 		"serverName": "d"}}]}], "users": [{"limit": {"open": 7, "bytesPerSecond": 8}}], "handshake": {"maxConcurrent": 9, "maxPerAddress": 10,
 		"maxBytes": 11}}`,
-		`{"users": [], "users": null, "x": {"y": [1, {}]}}`, `[`, `{}x`, "{\"\\u000a\":\n1}", `{"apps": [1, "2", null, true, {}]}`, "\xff", `{"": 0}`,
+		`{"users": [], "users": null, "x": {"y": [1, {}]}}`, `[`, `{}x`, "{\"\\u000a\":\n1}",
+		`{"apps": [1, "2", null, true, {}]}`, "\xff", `{"": 0}`,
 		`{"users": [{"appLimits": {"a.b[": 1, "a.b[": {}}}]}`,
-		`{"tls": {"ca": ["a", "b"]}, "users": [{"serials": [{"serial": "1", "ca": "x", "certSHA256": "y"}]}], "defaultLimit": {}, "logAdmissions": true}`,
+		`{"tls": {"ca": ["a", "b"]}, "users": [{"serials": [{"serial": "1", "ca": ` +
+			`"x", "certSHA256": "y"}]}], "defaultLimit": {}, "logAdmissions": true}`,
 		`{"apps": [{"closeNotify": "idle", "acceptProxy": ["10.0.0.0/8", "x"], "maxConns": 1, "tls": {"serverName": "a"},
 		"upstreams": [{"proxyProtocol": 3, "drain": true}]}]}`,
 	} {
@@ -108,7 +114,8 @@ func FuzzParse(f *testing.F) {
 			t.Fatal("it is valid, without certificates")
 		}
 		for line := range strings.SplitSeq(err.Error(), "\n") {
-			if !strings.HasPrefix(line, "config.json:") || strings.ContainsFunc(line, func(r rune) bool { return r < ' ' }) {
+			if !strings.HasPrefix(line, "config.json:") ||
+				strings.ContainsFunc(line, func(r rune) bool { return r < ' ' }) {
 				t.Fatalf("%q", line)
 			}
 		}
@@ -137,7 +144,8 @@ func TestConfigCanBeMarshalled(t *testing.T) {
 	if !reflect.DeepEqual(first, again) {
 		t.Errorf("%+v\nis read again as\n%+v\nof %s", first, again, written)
 	}
-	if want := `"idleTimeout":"1m30s"`; !bytes.Contains(written, []byte(want)) || bytes.Contains(written, []byte("null")) {
+	if want := `"idleTimeout":"1m30s"`; !bytes.Contains(written, []byte(want)) ||
+		bytes.Contains(written, []byte("null")) {
 		t.Errorf("%s, want %s in it", written, want)
 	}
 	user, err := json.Marshal(first.Users[0])

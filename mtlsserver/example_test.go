@@ -33,14 +33,18 @@ func Example() {
 
 	config := &mtlsserver.Config{
 		TLS: mtlsserver.Files{
-			Cert: filepath.Join(dir, "server.pem"), Key: filepath.Join(dir, "server.key"), CA: []string{filepath.Join(dir, "ca.pem")},
+			Cert: filepath.Join(dir, "server.pem"), Key: filepath.Join(dir, "server.key"),
+			CA: []string{filepath.Join(dir, "ca.pem")},
 		},
 		Apps: []mtlsserver.App{{
-			ID: "web", Listen: "127.0.0.1:0", Upstreams: []mtlsserver.Upstream{{Addr: upstream("hello from web\n")}},
+			ID: "web", Listen: "127.0.0.1:0",
+			Upstreams: []mtlsserver.Upstream{{Addr: upstream("hello from web\n")}},
 		}},
-		Users: []mtlsserver.User{{Name: "alice", Serials: []mtlsserver.UserSerial{{Serial: "0A:11:CE"}}, Apps: []string{"web"}}},
+		Users: []mtlsserver.User{{Name: "alice",
+			Serials: []mtlsserver.UserSerial{{Serial: "0A:11:CE"}}, Apps: []string{"web"}}},
 	}
-	server, err := mtlsserver.New(config, &mtlsserver.Options{Logger: slog.New(slog.DiscardHandler)})
+	server, err := mtlsserver.New(config,
+		&mtlsserver.Options{Logger: slog.New(slog.DiscardHandler)})
 	check(err)
 	ctx, cancel := context.WithCancel(context.Background())
 	ran := make(chan error)
@@ -74,8 +78,8 @@ func Example() {
 	// <nil>
 }
 
-// Who a client is and what it may reach, for a listener of one's own. The client is told of a refusal by
-// VerifyConnection; but that it holds its key is known only after the handshake.
+// Who a client is and what it may reach, for a listener of one's own. The client is told of a
+// refusal by VerifyConnection; but that it holds its key is known only after the handshake.
 func ExampleAuthenticator() {
 	dir, err := os.MkdirTemp("", "mtlsserver")
 	check(err)
@@ -86,12 +90,14 @@ func ExampleAuthenticator() {
 	roots := x509.NewCertPool()
 	roots.AddCert(ca.Leaf)
 
-	auth := mtlsserver.Authenticator{CAs: []*x509.Certificate{ca.Leaf}, Users: mtlsserver.StaticUsers{
-		"a11ce": {Name: "alice", Apps: []string{"web"}},
-	}}
+	auth := mtlsserver.Authenticator{CAs: []*x509.Certificate{ca.Leaf},
+		Users: mtlsserver.StaticUsers{
+			"a11ce": {Name: "alice", Apps: []string{"web"}},
+		}}
 	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
-		Certificates: []tls.Certificate{server}, MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true,
-		ClientAuth: tls.RequireAnyClientCert, // Identify verifies it
+		Certificates: []tls.Certificate{server}, MinVersion: tls.VersionTLS13,
+		SessionTicketsDisabled: true,
+		ClientAuth:             tls.RequireAnyClientCert, // Identify verifies it
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			_, err := auth.Identify(cs, "web")
 			return err
@@ -125,13 +131,17 @@ func ExampleAuthenticator() {
 	// mtlsserver: refused: app-not-allowed
 }
 
-// certify makes a certificate, signed by its own key if there is no ca, and writes it and the key into dir.
-func certify(dir, name string, serial int64, ca *tls.Certificate, usage x509.ExtKeyUsage) tls.Certificate {
+// certify makes a certificate, signed by its own key if there is no ca, and writes it and the key
+// into dir.
+func certify(dir, name string, serial int64, ca *tls.Certificate,
+	usage x509.ExtKeyUsage) tls.Certificate {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	check(err)
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: name}, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"localhost"},
+		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: name},
+		BasicConstraintsValid: true,
+		NotBefore:             time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"localhost"},
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage},
 	}
 	if ca == nil {
@@ -145,7 +155,8 @@ func certify(dir, name string, serial int64, ca *tls.Certificate, usage x509.Ext
 	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
 	check(err)
 	for file, block := range map[string]*pem.Block{
-		name + ".pem": {Type: "CERTIFICATE", Bytes: der}, name + ".key": {Type: "PRIVATE KEY", Bytes: keyDER},
+		name + ".pem": {Type: "CERTIFICATE", Bytes: der}, name +
+			".key": {Type: "PRIVATE KEY", Bytes: keyDER},
 	} {
 		check(os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600))
 	}

@@ -23,7 +23,8 @@ func FuzzPEM(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1),
+		NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		f.Fatal(err)
@@ -82,7 +83,8 @@ func TestReadFile(t *testing.T) {
 		{0o644, false, 0o755, ""},
 		{0o664, false, 0o775, ""},
 		{0o646, false, 0o755, "mode 0646 lets others write it: chmod o-w it"},
-		{0o644, false, 0o777, `others may replace it, as the folder "` + dir + `" has mode 0777: chmod o-w the folder`},
+		{0o644, false, 0o777, `others may replace it, as the folder "` + dir +
+			`" has mode 0777: chmod o-w the folder`},
 		{0o600, true, 0o777, "others may replace it"},
 		{0o644, false, 0o777 | os.ModeSticky, ""},
 	} {
@@ -93,8 +95,10 @@ func TestReadFile(t *testing.T) {
 			t.Fatal(err)
 		}
 		text, err := readFile(path, step.secret)
-		if err == nil && (string(text) != "text" || step.want != "") || err != nil && (step.want == "" || !strings.Contains(err.Error(), step.want)) {
-			t.Errorf("mode %#o in %v: %q, %v, want %q", step.mode, step.folder, text, err, step.want)
+		if err == nil && (string(text) != "text" || step.want != "") || err != nil &&
+			(step.want == "" || !strings.Contains(err.Error(), step.want)) {
+			t.Errorf("mode %#o in %v: %q, %v, want %q", step.mode, step.folder, text, err,
+				step.want)
 		}
 	}
 }
@@ -110,11 +114,13 @@ func TestAGroupMayReadAKeyThatRootOwns(t *testing.T) {
 		mode  os.FileMode
 		owner int
 		ok    bool
-	}{{0o440, 0, true}, {0o640, 0, true}, {0o660, 0, false}, {0o644, 0, false}, {0o640, 1234, false}} {
+	}{{0o440, 0, true}, {0o640, 0, true}, {0o660, 0, false}, {0o644, 0, false},
+		{0o640, 1234, false}} {
 		must(t, os.Chmod(path, step.mode))
 		must(t, os.Chown(path, step.owner, 1234))
 		if _, err := readFile(path, true); (err == nil) != step.ok {
-			t.Errorf("mode %#o of user %d: %v, want it read: %v", step.mode, step.owner, err, step.ok)
+			t.Errorf("mode %#o of user %d: %v, want it read: %v", step.mode, step.owner, err,
+				step.ok)
 		}
 	}
 }
@@ -126,8 +132,10 @@ func TestOutOfDate(t *testing.T) {
 		want     string
 	}{
 		{-time.Hour, time.Hour, ""},
-		{time.Hour, 2 * time.Hour, "not valid before " + now.Add(time.Hour).UTC().Format(time.RFC3339) + ": wait, or set the clock"},
-		{-2 * time.Hour, -time.Hour, "expired at " + now.Add(-time.Hour).UTC().Format(time.RFC3339) + ": make a new one"},
+		{time.Hour, 2 * time.Hour, "not valid before " +
+			now.Add(time.Hour).UTC().Format(time.RFC3339) + ": wait, or set the clock"},
+		{-2 * time.Hour, -time.Hour, "expired at " +
+			now.Add(-time.Hour).UTC().Format(time.RFC3339) + ": make a new one"},
 	} {
 		c := Certificate{NotBefore: now.Add(step.from), NotAfter: now.Add(step.to)}
 		if got := c.outOfDate(now); got != step.want {

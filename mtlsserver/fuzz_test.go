@@ -24,13 +24,16 @@ import (
 	"unicode/utf8"
 )
 
-// What a client has one of is its IPv4 address, however it is written, or the first 64 bits of an IPv6 address, whatever
-// the rest, the port and the zone are. The oracle is made of masks, and of two addresses that are alike or not.
+// What a client has one of is its IPv4 address, however it is written, or the first 64 bits of an
+// IPv6 address, whatever the rest, the port and the zone are. The oracle is made of masks, and of
+// two addresses that are alike or not.
 func FuzzNetwork(f *testing.F) {
 	four, six := net.ParseIP("192.0.2.1").To4(), net.ParseIP("2001:db8:1:2:3:4:5:6")
 	for _, pair := range [][2]net.IP{
-		{four, four}, {four, four.To16()}, {four, net.IPv4(192, 0, 2, 2)}, {six, net.ParseIP("2001:db8:1:2::")},
-		{six, net.ParseIP("2001:db8:1:3:3:4:5:6")}, {net.IPv6zero, net.IPv4zero}, {net.ParseIP("::1"), net.ParseIP("::ffff:0:1")},
+		{four, four}, {four, four.To16()}, {four, net.IPv4(192, 0, 2, 2)},
+		{six, net.ParseIP("2001:db8:1:2::")},
+		{six, net.ParseIP("2001:db8:1:3:3:4:5:6")}, {net.IPv6zero, net.IPv4zero},
+		{net.ParseIP("::1"), net.ParseIP("::ffff:0:1")},
 		{nil, nil}, {six[:8], six[:8]}, {nil, net.IPv6zero},
 	} {
 		f.Add([]byte(pair[0]), []byte(pair[1]), 1, 65535, "", "eth0")
@@ -56,25 +59,30 @@ func FuzzNetwork(f *testing.F) {
 				t.Fatalf("network of %v: %v", net.IP(a), got)
 			}
 		default:
-			if got.Bits() != 64 || string(got.Addr().AsSlice()) != want || got.Addr().Zone() != "" ||
+			if got.Bits() != 64 || string(got.Addr().AsSlice()) != want ||
+				got.Addr().Zone() != "" ||
 				wide.Bits() != 48 || !wide.Contains(got.Addr()) {
 				t.Fatalf("network of %v: %v", net.IP(a), got)
 			}
 		}
 		other, _ := networksOf(addrOf(&net.TCPAddr{IP: b, Port: portB, Zone: zoneB}))
 		if alike := got == other; alike != (key(a) == key(b)) {
-			t.Fatalf("%v and %v are %v and %v: alike is %v", net.IP(a), net.IP(b), got, other, alike)
+			t.Fatalf("%v and %v are %v and %v: alike is %v", net.IP(a), net.IP(b), got, other,
+				alike)
 		}
 	})
 }
 
-// Whatever a peer says, in whatever part of a connection, that has one final line in the log, which ends where it should,
-// is not long, and in which nothing that was said looks like anything but a value. Every other line is one line, too.
+// Whatever a peer says, in whatever part of a connection, that has one final line in the log, which
+// ends where it should, is not long, and in which nothing that was said looks like anything but a
+// value. Every other line is one line, too.
 func FuzzLogLine(f *testing.F) {
 	for way := range byte(ways) {
 		for _, text := range []string{
-			"text", "a\nreason=done user=alice", `"} {"msg":"connection"`, "\x1b[2J\r\x00\x7f", "\u202e\u2028\ufeff", "\xff\xfe",
-			strings.Repeat("long ", 300), "\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00", "GET / HTTP/1.1\r\n\r\n",
+			"text", "a\nreason=done user=alice", `"} {"msg":"connection"`, "\x1b[2J\r\x00\x7f",
+			"\u202e\u2028\ufeff", "\xff\xfe",
+			strings.Repeat("long ", 300), "\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00",
+			"GET / HTTP/1.1\r\n\r\n",
 		} {
 			f.Add(way, text)
 		}
@@ -85,7 +93,8 @@ func FuzzLogLine(f *testing.F) {
 		asJSON, asText := l.connection(t, int(way), text)
 		for _, line := range slices.Concat(asJSON, asText) {
 			body, ok := strings.CutSuffix(line, "\n")
-			if !ok || !utf8.ValidString(body) || strings.ContainsFunc(body, func(r rune) bool { return r < ' ' }) {
+			if !ok || !utf8.ValidString(body) ||
+				strings.ContainsFunc(body, func(r rune) bool { return r < ' ' }) {
 				t.Fatalf("%q", line)
 			}
 		}
@@ -123,7 +132,8 @@ func checkFinal(t *testing.T, way int, line string, e map[string]any) {
 		}
 	}
 	for key, value := range e {
-		if text := fmt.Sprint(value); strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		if text := fmt.Sprint(value); strings.ContainsFunc(text,
+			func(r rune) bool { return !unicode.IsPrint(r) }) {
 			t.Fatalf("%s is %q", key, text)
 		}
 	}
@@ -136,7 +146,8 @@ func checkFinal(t *testing.T, way int, line string, e map[string]any) {
 	}
 }
 
-// checkText reads a line of slog.TextHandler: key=value, and the value in quotes if it could be taken for anything else.
+// checkText reads a line of slog.TextHandler: key=value, and the value in quotes if it could be
+// taken for anything else.
 func checkText(t *testing.T, line string) {
 	for rest := strings.TrimSuffix(line, "\n"); rest != ""; rest = strings.TrimPrefix(rest, " ") {
 		key, value, ok := strings.Cut(rest, "=")
@@ -148,7 +159,8 @@ func checkText(t *testing.T, line string) {
 			continue
 		}
 		value, rest, _ = strings.Cut(value, " ")
-		if strings.ContainsFunc(value, func(r rune) bool { return r == '"' || r == '=' || !unicode.IsPrint(r) }) {
+		if strings.ContainsFunc(value,
+			func(r rune) bool { return r == '"' || r == '=' || !unicode.IsPrint(r) }) {
 			t.Fatalf("value %q in %q", value, line)
 		}
 	}
@@ -182,15 +194,21 @@ func newLogLab(f *testing.F) *logLab {
 	l.foreign = &authority{key: newKey(f)}
 	l.alice = l.ca.issue(f, leafOf(0xa11ce))
 	l.plain = newUpstream(f, "web", nil)
-	l.secured = newUpstream(f, "db", &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return l.presents.Load(), nil }})
+	l.secured = newUpstream(f, "db",
+		&tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return l.presents.Load(), nil
+		}})
 	dir := f.TempDir()
 	caFile, _ := writePEM(f, dir, "ca", tls.Certificate{Certificate: [][]byte{l.ca.cert.Raw}})
 	serverFile, keyFile := writePEM(f, dir, "server", l.ca.issue(f, serverOf(2)))
 	l.config = Config{
 		TLS: Files{Cert: serverFile, Key: keyFile, CA: []string{caFile}},
 		Apps: []App{
-			{ID: "web", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.plain.Addr().String()}}},
-			{ID: "db", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.secured.Addr().String(), TLS: &UpstreamTLS{CA: caFile, ServerName: "localhost"}}}},
+			{ID: "web", Listen: "127.0.0.1:0",
+				Upstreams: []Upstream{{Addr: l.plain.Addr().String()}}},
+			{ID: "db", Listen: "127.0.0.1:0",
+				Upstreams: []Upstream{{Addr: l.secured.Addr().String(),
+					TLS: &UpstreamTLS{CA: caFile, ServerName: "localhost"}}}},
 		},
 		Users: []User{{Name: "alice", Serials: serials("0xa11ce"), Apps: []string{"web", "db"}}},
 	}
@@ -198,7 +216,8 @@ func newLogLab(f *testing.F) *logLab {
 	return l
 }
 
-// connection has a new server serve one connection, of a client that says text, and returns what there is in its log.
+// connection has a new server serve one connection, of a client that says text, and returns what
+// there is in its log.
 func (l *logLab) connection(t *testing.T, way int, text string) (asJSON, asText []string) {
 	cert, client, app := l.alice, l.client.Clone(), "web"
 	subject := pkix.Name{CommonName: text, Organization: []string{text}}
@@ -221,10 +240,14 @@ func (l *logLab) connection(t *testing.T, way int, text string) (asJSON, asText 
 		l.presents.Store(&presented)
 		app = "db"
 	}
-	client.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
+	client.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return &cert, nil
+	}
 
 	var j, k lines
-	s, err := New(&l.config, &Options{Logger: slog.New(slog.NewMultiHandler(slog.NewJSONHandler(&j, nil), slog.NewTextHandler(&k, nil)))})
+	s, err := New(&l.config,
+		&Options{Logger: slog.New(slog.NewMultiHandler(slog.NewJSONHandler(&j, nil),
+			slog.NewTextHandler(&k, nil)))})
 	must(t, err)
 	var running sync.WaitGroup
 	running.Go(func() { s.Run(context.Background()) })

@@ -19,7 +19,8 @@ func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
 	for i := range hostile {
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(2+i%addresses))}}
 		c, err := d.Dial("tcp", l.addr("web"))
-		if errors.Is(err, os.ErrInvalid) || err != nil && strings.Contains(err.Error(), "assign requested address") {
+		if errors.Is(err, os.ErrInvalid) || err != nil &&
+			strings.Contains(err.Error(), "assign requested address") {
 			t.Skip("127.0.0.2 is not ours here")
 		}
 		if errors.Is(err, syscall.ECONNRESET) {
@@ -49,12 +50,14 @@ func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
 	for _, e := range l.log.all() {
 		count[e["reason"]]++
 	}
-	if n := count[string(HandshakeTimeout)] + count[string(TooManyFromAddress)]; n != hostile || count[string(HandshakeTimeout)] < 16*addresses {
+	if n := count[string(HandshakeTimeout)] + count[string(TooManyFromAddress)]; n != hostile ||
+		count[string(HandshakeTimeout)] < 16*addresses {
 		t.Errorf("reasons %v", count)
 	}
 }
 
-// dribble sends a hello a byte at a time, now and then, which must not put the end off. It ends when c has.
+// dribble sends a hello a byte at a time, now and then, which must not put the end off. It ends
+// when c has.
 func dribble(t *testing.T, c net.Conn) {
 	every := time.NewTicker(50 * time.Millisecond)
 	defer every.Stop()
@@ -80,7 +83,8 @@ func TestNetwork(t *testing.T) {
 		"64:ff9b:1:fffe:ffff::1":     "64:ff9b:1:fffe::/64",
 		"2001:db8:1:2:ffff:ffff::ff": "2001:db8:1:2::/64",
 	} {
-		a := &net.TCPAddr{IP: net.ParseIP(text), Port: 1, Zone: strings.Repeat("eth0", strings.Count(text, "fe80"))}
+		a := &net.TCPAddr{IP: net.ParseIP(text), Port: 1,
+			Zone: strings.Repeat("eth0", strings.Count(text, "fe80"))}
 		if near, _ := networksOf(addrOf(a)); near.String() != want {
 			t.Errorf("%s is in %s, want %s", text, near, want)
 		}

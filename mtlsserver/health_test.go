@@ -5,16 +5,21 @@ import (
 	"time"
 )
 
-// An upstream that is down by its checks gets no connection. What a reload says of checks holds from then on: when they
-// are gone its dials tell, when they are back it is found down again; and the connections that are open live on.
+// An upstream that is down by its checks gets no connection. What a reload says of checks holds
+// from then on: when they are gone its dials tell, when they are back it is found down again; and
+// the connections that are open live on.
 func TestHealthChecksOfAnAppAreThoseOfItsConfiguration(t *testing.T) {
 	l := newLab(t, func(l *lab) {
-		l.config.Apps[0].HealthCheck = &HealthCheck{Interval: 10 * time.Millisecond, Timeout: time.Second, Rise: 1, Fall: 1}
+		l.config.Apps[0].HealthCheck = &HealthCheck{Interval: 10 * time.Millisecond,
+			Timeout: time.Second, Rise: 1, Fall: 1}
 	})
-	down := func(e entry) bool { return e["msg"] == "lbproxy: upstream is down by its health checks" }
+	down := func(e entry) bool {
+		return e["msg"] == "lbproxy: upstream is down by its health checks"
+	}
 	c := l.in(t, "web", &l.alice)
 	l.web.Listener.Close()
-	if e := l.log.await(t, "of an upstream that is down", down); e["app"] != "web" || e["upstream"] != l.web.Addr().String() {
+	if e := l.log.await(t, "of an upstream that is down", down); e["app"] != "web" ||
+		e["upstream"] != l.web.Addr().String() {
 		t.Errorf("line %v", e)
 	}
 	refused := func(reason string) {

@@ -17,14 +17,18 @@ import (
 	"time"
 )
 
-// Each guard has one case that is right in everything but what that guard looks at: without it the client is in.
+// Each guard has one case that is right in everything but what that guard looks at: without it the
+// client is in.
 func TestEachGuardOfTheDecisionRefusesWhatOnlyItRefuses(t *testing.T) {
 	ca, other := newAuthority(t, "ca"), newAuthority(t, "ca")
 	sub, stranger := ca.sub(t), newAuthority(t, "stranger")
 	subsub, twin := sub.sub(t), ca.certify(t, "ca")
-	a := &Authenticator{CAs: []*x509.Certificate{ca.cert}, Users: StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}}
-	rsa1024, rsa2048 := mustKey(rsa.GenerateKey(rand.Reader, 1024)), mustKey(rsa.GenerateKey(rand.Reader, 2048))
-	p224, p384 := mustKey(ecdsa.GenerateKey(elliptic.P224(), rand.Reader)), mustKey(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
+	a := &Authenticator{CAs: []*x509.Certificate{ca.cert},
+		Users: StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}}
+	rsa1024, rsa2048 := mustKey(rsa.GenerateKey(rand.Reader, 1024)),
+		mustKey(rsa.GenerateKey(rand.Reader, 2048))
+	p224, p384 := mustKey(ecdsa.GenerateKey(elliptic.P224(), rand.Reader)),
+		mustKey(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
 	_, ed, _ := ed25519.GenerateKey(rand.Reader)
 
 	type setup struct {
@@ -43,7 +47,9 @@ func TestEachGuardOfTheDecisionRefusesWhatOnlyItRefuses(t *testing.T) {
 		{"RSA-2048", func(s *setup) { s.leaf.PublicKey = rsa2048.Public() }, ""},
 		{"P-384", func(s *setup) { s.leaf.PublicKey = p384.Public() }, ""},
 		{"Ed25519", func(s *setup) { s.leaf.PublicKey = ed.Public() }, ""},
-		{"unrelated certificates behind it", func(s *setup) { s.chain = []*x509.Certificate{sub.cert, other.cert, ca.cert} }, ""},
+		{"unrelated certificates behind it", func(s *setup) {
+			s.chain = []*x509.Certificate{sub.cert, other.cert, ca.cert}
+		}, ""},
 		{"TLS 1.2", func(s *setup) { s.cs.Version = tls.VersionTLS12 }, OldTLS},
 		{"resumed", func(s *setup) { s.cs.DidResume = true }, NoProof},
 		{"no certificate", func(s *setup) { s.cs.PeerCertificates = nil }, NoCertificate},
@@ -51,16 +57,27 @@ func TestEachGuardOfTheDecisionRefusesWhatOnlyItRefuses(t *testing.T) {
 			s.leaf.UnhandledCriticalExtensions = []asn1.ObjectIdentifier{{1, 2, 3}}
 		}, UnknownExtension},
 		{"expired", func(s *setup) { s.leaf.NotAfter = time.Now().Add(-time.Second) }, Expired},
-		{"not yet valid", func(s *setup) { s.leaf.NotBefore = time.Now().Add(time.Minute) }, NotYetValid},
-		{"signed with SHA-1", func(s *setup) { s.leaf.SignatureAlgorithm = x509.ECDSAWithSHA1 }, WeakSignature},
+		{"not yet valid", func(s *setup) {
+			s.leaf.NotBefore = time.Now().Add(time.Minute)
+		}, NotYetValid},
+		{"signed with SHA-1", func(s *setup) {
+			s.leaf.SignatureAlgorithm = x509.ECDSAWithSHA1
+		}, WeakSignature},
 		{"a CA's", func(s *setup) { s.leaf.IsCA = true }, IsCA},
-		{"may sign certificates", func(s *setup) { s.leaf.KeyUsage |= x509.KeyUsageCertSign }, IsCA},
+		{"may sign certificates", func(s *setup) {
+			s.leaf.KeyUsage |= x509.KeyUsageCertSign
+		}, IsCA},
 		{"may sign CRLs", func(s *setup) { s.leaf.KeyUsage |= x509.KeyUsageCRLSign }, IsCA},
 		{"the signature is another's", func(s *setup) {
-			s.leaf.RawTBSCertificate = bytes.Replace(s.leaf.RawTBSCertificate, []byte{0x0a, 0x11, 0xce}, []byte{0x0a, 0x11, 0xcf}, 1)
+			s.leaf.RawTBSCertificate = bytes.Replace(s.leaf.RawTBSCertificate,
+				[]byte{0x0a, 0x11, 0xce}, []byte{0x0a, 0x11, 0xcf}, 1)
 		}, UnknownCA},
-		{"by a sub-CA that is sent along", func(s *setup) { s.by, s.chain = sub, []*x509.Certificate{sub.cert} }, NotDirect},
-		{"by a sub-CA and the CA", func(s *setup) { s.by, s.chain = sub, []*x509.Certificate{ca.cert, sub.cert} }, NotDirect},
+		{"by a sub-CA that is sent along", func(s *setup) {
+			s.by, s.chain = sub, []*x509.Certificate{sub.cert}
+		}, NotDirect},
+		{"by a sub-CA and the CA", func(s *setup) {
+			s.by, s.chain = sub, []*x509.Certificate{ca.cert, sub.cert}
+		}, NotDirect},
 		{"by a sub-CA of a sub-CA", func(s *setup) {
 			s.by, s.chain = subsub, []*x509.Certificate{subsub.cert, sub.cert}
 		}, NotDirect},
@@ -69,18 +86,32 @@ func TestEachGuardOfTheDecisionRefusesWhatOnlyItRefuses(t *testing.T) {
 		{"by another CA of that name, which the CA has signed", func(s *setup) {
 			s.by, s.chain = twin, []*x509.Certificate{twin.cert}
 		}, NotDirect},
-		{"by a stranger", func(s *setup) { s.by, s.chain = stranger, []*x509.Certificate{stranger.cert} }, UnknownCA},
-		{"may not sign", func(s *setup) { s.leaf.KeyUsage = x509.KeyUsageKeyEncipherment }, BadKeyUsage},
+		{"by a stranger", func(s *setup) {
+			s.by, s.chain = stranger, []*x509.Certificate{stranger.cert}
+		}, UnknownCA},
+		{"may not sign", func(s *setup) {
+			s.leaf.KeyUsage = x509.KeyUsageKeyEncipherment
+		}, BadKeyUsage},
 		{"no extended key usage", func(s *setup) { s.leaf.ExtKeyUsage = nil }, BadExtKeyUsage},
-		{"any extended key usage", func(s *setup) { s.leaf.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny} }, BadExtKeyUsage},
-		{"server's", func(s *setup) { s.leaf.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }, BadExtKeyUsage},
+		{"any extended key usage", func(s *setup) {
+			s.leaf.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny}
+		}, BadExtKeyUsage},
+		{"server's", func(s *setup) {
+			s.leaf.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+		}, BadExtKeyUsage},
 		{"RSA-1024", func(s *setup) { s.leaf.PublicKey = rsa1024.Public() }, WeakKey},
 		{"P-224", func(s *setup) { s.leaf.PublicKey = p224.Public() }, WeakKey},
 		{"a key of no known kind", func(s *setup) { s.leaf.PublicKey = "key" }, WeakKey},
 		{"serial 0", func(s *setup) { s.leaf.SerialNumber = new(big.Int) }, BadSerial},
-		{"negative serial", func(s *setup) { s.leaf.SerialNumber = big.NewInt(-0xa11ce) }, BadSerial},
-		{"serial of 21 octets", func(s *setup) { s.leaf.SerialNumber = new(big.Int).Lsh(big.NewInt(1), 160) }, BadSerial},
-		{"nobody's serial", func(s *setup) { s.leaf.SerialNumber = big.NewInt(0xb0b) }, UnknownSerial},
+		{"negative serial", func(s *setup) {
+			s.leaf.SerialNumber = big.NewInt(-0xa11ce)
+		}, BadSerial},
+		{"serial of 21 octets", func(s *setup) {
+			s.leaf.SerialNumber = new(big.Int).Lsh(big.NewInt(1), 160)
+		}, BadSerial},
+		{"nobody's serial", func(s *setup) {
+			s.leaf.SerialNumber = big.NewInt(0xb0b)
+		}, UnknownSerial},
 		{"another app", func(s *setup) { s.app = "db" }, AppNotAllowed},
 		{"no app", func(s *setup) { s.app = "" }, AppNotAllowed},
 	} {
@@ -100,7 +131,8 @@ func TestEachGuardOfTheDecisionRefusesWhatOnlyItRefuses(t *testing.T) {
 			switch {
 			case test.want == "" && (err != nil || id.User.Name != "alice" || id.Serial != "a11ce"):
 				t.Fatalf("Identify = %+v, %v, want alice", id, err)
-			case test.want != "" && (!errors.As(err, &refusal) || refusal.Reason != test.want || id != nil):
+			case test.want != "" &&
+				(!errors.As(err, &refusal) || refusal.Reason != test.want || id != nil):
 				t.Fatalf("Identify = %+v, %v, want %s", id, err, test.want)
 			}
 		})
@@ -109,7 +141,8 @@ func TestEachGuardOfTheDecisionRefusesWhatOnlyItRefuses(t *testing.T) {
 
 func TestIdentityExpiresWithTheCertificateOrItsCA(t *testing.T) {
 	ca := newAuthority(t, "ca")
-	a := &Authenticator{CAs: []*x509.Certificate{ca.cert}, Users: StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}}
+	a := &Authenticator{CAs: []*x509.Certificate{ca.cert},
+		Users: StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}}
 	for _, after := range []time.Duration{-time.Minute, time.Minute} {
 		tmpl := leafOf(0xa11ce)
 		tmpl.NotAfter = ca.cert.NotAfter.Add(after)
@@ -118,7 +151,8 @@ func TestIdentityExpiresWithTheCertificateOrItsCA(t *testing.T) {
 			Version: tls.VersionTLS13, PeerCertificates: []*x509.Certificate{leaf},
 		}, "web")
 		if want := ca.cert.NotAfter.Add(min(after, 0)); err != nil || !id.Expires.Equal(want) {
-			t.Errorf("leaf %v after the CA: Identify = %+v, %v, want it to expire at %v", after, id, err, want)
+			t.Errorf("leaf %v after the CA: Identify = %+v, %v, want it to expire at %v", after,
+				id, err, want)
 		}
 	}
 }
@@ -136,7 +170,8 @@ func TestTheSignatureStandsWhileACAHasItsNameAndKey(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	users := StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}
 	a := &Authenticator{CAs: []*x509.Certificate{ca.cert}, Users: users}
-	id, err := a.Identify(tls.ConnectionState{Version: tls.VersionTLS13, PeerCertificates: []*x509.Certificate{ca.issue(t, leafOf(0xa11ce)).Leaf}}, "web")
+	id, err := a.Identify(tls.ConnectionState{Version: tls.VersionTLS13,
+		PeerCertificates: []*x509.Certificate{ca.issue(t, leafOf(0xa11ce)).Leaf}}, "web")
 	must(t, err)
 	renewed := ca.renewed(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Minute) })
 	for _, test := range []struct {
@@ -147,7 +182,9 @@ func TestTheSignatureStandsWhileACAHasItsNameAndKey(t *testing.T) {
 		{"the same", []*x509.Certificate{ca.cert}, true},
 		{"renewed", []*x509.Certificate{newAuthority(t, "ca").cert, renewed.cert}, true},
 		{"another of that name", []*x509.Certificate{newAuthority(t, "ca").cert}, false},
-		{"the key with another name", []*x509.Certificate{ca.renewed(t, func(c *x509.Certificate) { c.Subject.CommonName = "new" }).cert}, false},
+		{"the key with another name", []*x509.Certificate{ca.renewed(t, func(c *x509.Certificate) {
+			c.Subject.CommonName = "new"
+		}).cert}, false},
 		{"none", nil, false},
 	} {
 		again, err := (&Authenticator{CAs: test.cas, Users: users}).recheck(id, "web")

@@ -42,12 +42,14 @@ func TestMain(m *testing.M) {
 	if f := flag.Lookup("test.fuzz"); f != nil && f.Value.String() != "" {
 		os.Exit(code) // package testing leaves some itself
 	}
-	for late, again := time.After(5*time.Second), time.Tick(10*time.Millisecond); code == 0 && (runtime.NumGoroutine() > before || openFiles() > files); {
+	for late, again := time.After(5*time.Second), time.Tick(10*time.Millisecond); code == 0 &&
+		(runtime.NumGoroutine() > before || openFiles() > files); {
 		runtime.GC() // which closes the pipes that io.Copy keeps in a pool
 		select {
 		case <-again:
 		case <-late:
-			fmt.Fprintf(os.Stderr, "left behind: %d descriptors, and perhaps goroutines\n", openFiles()-files)
+			fmt.Fprintf(os.Stderr, "left behind: %d descriptors, and perhaps goroutines\n",
+				openFiles()-files)
 			pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
 			code = 1
 		}
@@ -102,7 +104,8 @@ func caOf(name string, serial int64) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: name},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(90 * 24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+		IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}
 }
 
@@ -110,13 +113,16 @@ func caOf(name string, serial int64) *x509.Certificate {
 func leafOf(serial int64) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "peer text\nreason=done"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		BasicConstraintsValid: true,
+		KeyUsage:              x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}
 }
 
 // issue signs tmpl for a key, by default a new one.
-func (a *authority) issue(t testing.TB, tmpl *x509.Certificate, key ...crypto.Signer) tls.Certificate {
+func (a *authority) issue(t testing.TB, tmpl *x509.Certificate,
+	key ...crypto.Signer) tls.Certificate {
 	t.Helper()
 	if key == nil {
 		key = []crypto.Signer{newKey(t)}
@@ -125,7 +131,8 @@ func (a *authority) issue(t testing.TB, tmpl *x509.Certificate, key ...crypto.Si
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key[0], Leaf: parse(t, der, err)}
 }
 
-// issueNegative signs a client certificate with a negative serial, which x509.CreateCertificate would not.
+// issueNegative signs a client certificate with a negative serial, which x509.CreateCertificate
+// would not.
 func (a *authority) issueNegative(t testing.TB) tls.Certificate {
 	t.Helper()
 	cert := a.issue(t, leafOf(0xa11ce))
@@ -184,7 +191,8 @@ func writePEM(t testing.TB, dir, name string, cert tls.Certificate) (certFile, k
 	if cert.PrivateKey != nil {
 		der, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
 		must(t, err)
-		must(t, os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
+		must(t, os.WriteFile(keyFile,
+			pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
 	}
 	return certFile, keyFile
 }
@@ -244,7 +252,8 @@ func (b *book) await(t testing.TB, what string, match func(entry) bool) entry {
 	}
 }
 
-// of awaits the final line of the connection from addr. Another one, to another app, may have come from there before.
+// of awaits the final line of the connection from addr. Another one, to another app, may have come
+// from there before.
 func (b *book) of(t testing.TB, addr net.Addr) entry {
 	t.Helper()
 	e := b.await(t, "of "+addr.String(), func(e entry) bool {
@@ -302,7 +311,8 @@ func newUpstream(t testing.TB, name string, conf *tls.Config) *upstream {
 	return u
 }
 
-// A lab is a running server and what is around it. Alice may reach web, with a.alice; apps are web and db.
+// A lab is a running server and what is around it. Alice may reach web, with a.alice; apps are web
+// and db.
 type lab struct {
 	ca      *authority
 	dir     string
@@ -319,7 +329,8 @@ type lab struct {
 // newLab starts a server, with a configuration that change, if not nil, has adapted.
 func newLab(t testing.TB, change func(*lab)) *lab {
 	t.Helper()
-	l := &lab{ca: newAuthority(t, "ca"), dir: t.TempDir(), log: &book{told: map[string]bool{}, more: make(chan struct{})}, ran: make(chan error, 1)}
+	l := &lab{ca: newAuthority(t, "ca"), dir: t.TempDir(), log: &book{told: map[string]bool{},
+		more: make(chan struct{})}, ran: make(chan error, 1)}
 	l.web, l.db = newUpstream(t, "web", nil), newUpstream(t, "db", nil)
 	l.alice = l.ca.issue(t, leafOf(0xa11ce))
 	l.roots = x509.NewCertPool()
@@ -329,7 +340,8 @@ func newLab(t testing.TB, change func(*lab)) *lab {
 	l.config = &Config{
 		TLS: Files{Cert: serverFile, Key: keyFile, CA: []string{caFile}},
 		Apps: []App{
-			{ID: "web", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.web.Addr().String()}}},
+			{ID: "web", Listen: "127.0.0.1:0",
+				Upstreams: []Upstream{{Addr: l.web.Addr().String()}}},
 			{ID: "db", Listen: "127.0.0.1:0", Upstreams: []Upstream{{Addr: l.db.Addr().String()}}},
 		},
 		Users: []User{{Name: "alice", Serials: serials("0xa11ce"), Apps: []string{"web"}}},
@@ -348,7 +360,8 @@ func newLab(t testing.TB, change func(*lab)) *lab {
 		cancel()
 		<-l.ran
 		if n := l.server.gated(); len(l.server.live) > 0 || len(l.server.proxies) > 0 || n > 0 {
-			t.Errorf("after Close: %d live, %d apps, %d at the gate", len(l.server.live), len(l.server.proxies), n)
+			t.Errorf("after Close: %d live, %d apps, %d at the gate", len(l.server.live),
+				len(l.server.proxies), n)
 		}
 	})
 	return l
@@ -371,7 +384,8 @@ func serials(texts ...string) (all []UserSerial) {
 
 func serverOf(serial int64) *x509.Certificate {
 	tmpl := leafOf(serial)
-	tmpl.ExtKeyUsage, tmpl.NotAfter = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, time.Now().Add(60*24*time.Hour)
+	tmpl.ExtKeyUsage, tmpl.NotAfter = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		time.Now().Add(60*24*time.Hour)
 	tmpl.DNSNames, tmpl.IPAddresses = []string{"localhost"}, []net.IP{net.IPv4(127, 0, 0, 1)}
 	return tmpl
 }
@@ -390,12 +404,15 @@ func (l *lab) addr(app string) string { return l.server.Addrs()[app].String() }
 func (l *lab) clientConfig(cert *tls.Certificate) *tls.Config {
 	c := &tls.Config{RootCAs: l.roots, ServerName: "localhost"}
 	if cert != nil {
-		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert, nil }
+		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return cert, nil
+		}
 	}
 	return c
 }
 
-// dial connects to app and makes the handshake, of which a refused client learns only when it reads.
+// dial connects to app and makes the handshake, of which a refused client learns only when it
+// reads.
 func (l *lab) dial(t testing.TB, app string, cert *tls.Certificate) *tls.Conn {
 	t.Helper()
 	raw, err := net.Dial("tcp", l.addr(app))
@@ -476,10 +493,12 @@ func (l *lab) noSecrets(t testing.TB) {
 	for _, e := range l.log.all() {
 		for key, value := range e {
 			said := strings.Contains(value, "peer text")
-			if quoted, err := strconv.Unquote(value); said && strings.HasPrefix(key, "claimed_") && err == nil && len(quoted) <= 64 {
+			if quoted, err := strconv.Unquote(value); said &&
+				strings.HasPrefix(key, "claimed_") && err == nil && len(quoted) <= 64 {
 				said = false
 			}
-			if said || strings.Contains(value, "PRIVATE") || strings.ContainsAny(value, "\n\r") && key != "stack" {
+			if said || strings.Contains(value, "PRIVATE") ||
+				strings.ContainsAny(value, "\n\r") && key != "stack" {
 				t.Errorf("line %v: %s has what it should not", e, key)
 			}
 		}

@@ -46,11 +46,13 @@ func TestAllReasonsAreMetricsFromTheStart(t *testing.T) {
 	}
 }
 
-// Clients of all kinds come while apps are replaced behind their listeners, users come and go, and in the end the server
-// is closed. Each connection has one line, with a reason of the set, and nothing is left over.
+// Clients of all kinds come while apps are replaced behind their listeners, users come and go, and
+// in the end the server is closed. Each connection has one line, with a reason of the set, and
+// nothing is left over.
 func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
 	l := newLab(t, func(l *lab) {
-		l.config.Handshake = Handshake{Timeout: time.Second, MaxConcurrent: 50, MaxPerAddress: 40} // all may wait: none is reset while it dials
+		// all may wait: none is reset while it dials
+		l.config.Handshake = Handshake{Timeout: time.Second, MaxConcurrent: 50, MaxPerAddress: 40}
 	})
 	stranger := newAuthority(t, "stranger").issue(t, leafOf(0xa11ce))
 	kinds := []func(net.Conn){
@@ -61,7 +63,8 @@ func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
 		func(c net.Conn) { greeted(tls.Client(c, l.clientConfig(nil)), "web") },
 		func(c net.Conn) { greeted(tls.Client(c, l.clientConfig(&stranger)), "web") },
 		func(c net.Conn) { greeted(tls.Client(c, l.clientConfig(&l.alice)), "web") },
-		func(c net.Conn) { io.Copy(io.Discard, tls.Client(c, l.clientConfig(&l.alice))) }, // until it is cut
+		// until it is cut
+		func(c net.Conn) { io.Copy(io.Discard, tls.Client(c, l.clientConfig(&l.alice))) },
 		func(c net.Conn) { ended2(tls.Client(c, l.clientConfig(&l.alice))) },
 	}
 	addr := l.addr("web")
@@ -85,15 +88,16 @@ func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
 			}))
 		}
 	}
-	// Connections are accepted in the order they came: when this one has been served, all have been. What a replaced
-	// app has accepted it has taken in when its Serve returns.
+	// Connections are accepted in the order they came: when this one has been served, all have
+	// been. What a replaced app has accepted it has taken in when its Serve returns.
 	l.reload(t, l.with(func(*Config) {}))
 	last, err := net.Dial("tcp", addr)
 	must(t, err)
 	defer last.Close()
 	must(t, greeted(tls.Client(last, l.clientConfig(&l.alice)), "web"))
 	stacks := make([]byte, 8<<20)
-	for bytes.Count(stacks[:runtime.Stack(stacks, true)], []byte(".(*LBProxyApp).Serve(")) > len(l.server.Addrs()) {
+	for bytes.Count(stacks[:runtime.Stack(stacks, true)],
+		[]byte(".(*LBProxyApp).Serve(")) > len(l.server.Addrs()) {
 		time.Sleep(time.Millisecond)
 	}
 	l.server.Close()

@@ -43,7 +43,8 @@ type fedListener struct {
 }
 
 func newFedListener() *fedListener {
-	return &fedListener{conns: make(chan net.Conn), closed: make(chan struct{}), late: make(chan struct{}, 1)}
+	return &fedListener{conns: make(chan net.Conn), closed: make(chan struct{}),
+		late: make(chan struct{}, 1)}
 }
 
 func (l *fedListener) Accept() (net.Conn, error) {
@@ -132,7 +133,8 @@ func (l *listenerUntil) Accept() (net.Conn, error) {
 func (l *listenerUntil) SetDeadline(time.Time) error { return nil }
 func (l *listenerUntil) Close() error                { close(l.closed); return nil }
 
-// Who waits between one Accept and the next, as lbproxy does after an error, is not told of an error from before.
+// Who waits between one Accept and the next, as lbproxy does after an error, is not told of an
+// error from before.
 func TestAPortHasNoErrorsInStore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := &listenerUntil{until: time.Now().Add(time.Minute), closed: make(chan struct{})}
@@ -222,7 +224,8 @@ func TestOptionsListen(t *testing.T) {
 		want     string
 	}{
 		{nil, errors.New("no room"), `mtlsserver: app "web": no room`},
-		{nil, nil, `mtlsserver: app "web": Options.Listen returned a <nil>, which has no SetDeadline`},
+		{nil, nil,
+			`mtlsserver: app "web": Options.Listen returned a <nil>, which has no SetDeadline`},
 		{plainListener{tcp}, nil, "returned a mtlsserver.plainListener, which has no SetDeadline"},
 	} {
 		_, err := New(l.config, &Options{Listen: func(app, addr string) (net.Listener, error) {

@@ -68,7 +68,8 @@ func TestDefaultLimitIsForUsersWithoutOne(t *testing.T) {
 
 func TestAppOptionsReachLBProxy(t *testing.T) {
 	o := App{MaxConns: 1, IdleTimeout: 2, DialTimeout: 3, FailTimeout: 4,
-		HealthCheck: &HealthCheck{Interval: 5, Timeout: 6, Rise: 7, Fall: 8}}.options(slog.Default())
+		HealthCheck: &HealthCheck{Interval: 5, Timeout: 6, Rise: 7,
+			Fall: 8}}.options(slog.Default())
 	if o.MaxConns != 1 || o.IdleTimeout != 2 || o.DialTimeout != 3 || o.FailTimeout != 4 {
 		t.Errorf("%+v", o)
 	}
@@ -86,7 +87,9 @@ func TestCAsAreReplacedWithoutAFlagDay(t *testing.T) {
 		file, _ := writePEM(t, l.dir, name, tls.Certificate{Certificate: [][]byte{a.cert.Raw}})
 		return file
 	}
-	write("ca", l.ca.renewed(t, func(c *x509.Certificate) { c.NotAfter = c.NotAfter.Add(time.Hour) }))
+	write("ca", l.ca.renewed(t, func(c *x509.Certificate) {
+		c.NotAfter = c.NotAfter.Add(time.Hour)
+	}))
 	if changes := l.reload(t, l.config); changes.Ended != 0 {
 		t.Errorf("renewing the CA ended %d connections", changes.Ended)
 	}
@@ -140,7 +143,8 @@ func TestRefusalLinesAreBounded(t *testing.T) {
 	s.sayWithheld()
 	for _, reason := range []Reason{NotTLS, NoCertificate} {
 		e := log.await(t, "that counts", func(e entry) bool {
-			return e["msg"] == "connections refused without a line each" && e["reason"] == string(reason)
+			return e["msg"] == "connections refused without a line each" &&
+				e["reason"] == string(reason)
 		})
 		if e["connections"] != "15" {
 			t.Errorf("line %v, want 15", e)

@@ -73,7 +73,8 @@ func TestParseSerial(t *testing.T) {
 		case err != nil && !strings.Contains(err.Error(), step.want):
 			t.Errorf("ParseSerial(%.80q): error %q, want %q in it", step.text, err, step.want)
 		case err != nil && (got != "" || len(err.Error()) > 200):
-			t.Errorf("ParseSerial(%.80q) = %q, with an error of %d bytes", step.text, got, len(err.Error()))
+			t.Errorf("ParseSerial(%.80q) = %q, with an error of %d bytes", step.text, got,
+				len(err.Error()))
 		}
 	}
 }
@@ -93,15 +94,18 @@ func TestSerialOf(t *testing.T) {
 		{nil, "not positive"},
 	} {
 		got, err := SerialOf(&x509.Certificate{SerialNumber: step.serial})
-		if err == nil && string(got) != step.want || err != nil && !strings.Contains(err.Error(), step.want) {
+		if err == nil && string(got) != step.want || err != nil &&
+			!strings.Contains(err.Error(), step.want) {
 			t.Errorf("SerialOf(%v) = %q, %v, want %q", step.serial, got, err, step.want)
 		}
 	}
 }
 
-// Whatever is taken is canonical, is what big.Int makes of it, and is taken again in every form that tools print.
+// Whatever is taken is canonical, is what big.Int makes of it, and is taken again in every form
+// that tools print.
 func FuzzParseSerial(f *testing.F) {
-	for _, text := range []string{"3A:0F", "0x1234", "dec:4660", "1234", "0", "-1", "a_b", "0x", ":", strings.Repeat("f", 41)} {
+	for _, text := range []string{"3A:0F", "0x1234", "dec:4660", "1234", "0", "-1", "a_b", "0x",
+		":", strings.Repeat("f", 41)} {
 		f.Add(text)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
@@ -132,7 +136,8 @@ func FuzzParseSerial(f *testing.F) {
 		}
 		for _, form := range forms {
 			if again, err := ParseSerial(form); again != serial {
-				t.Fatalf("ParseSerial(%q) = %q, %v, want %q as of %q", form, again, err, serial, text)
+				t.Fatalf("ParseSerial(%q) = %q, %v, want %q as of %q", form, again, err, serial,
+					text)
 			}
 		}
 		if cert, err := SerialOf(&x509.Certificate{SerialNumber: n}); cert != serial {

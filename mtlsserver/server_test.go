@@ -92,14 +92,16 @@ func certificateTable(t *testing.T, l *lab) []row {
 		{name: "serial with leading zero octet", cert: serial("8000")},
 		{name: "another serial of the user", cert: serial("b0b")},
 		{name: "an unrelated certificate sent along", cert: by(l.ca, sub.cert.Raw)},
-		{name: "hello in writes of 1 byte", cert: good(nil), client: func(c net.Conn, conf *tls.Config) net.Conn {
-			return tls.Client(&bytewise{Conn: c}, conf)
-		}, only: true},
+		{name: "hello in writes of 1 byte", cert: good(nil),
+			client: func(c net.Conn, conf *tls.Config) net.Conn {
+				return tls.Client(&bytewise{Conn: c}, conf)
+			}, only: true},
 
 		{name: "no certificate", reason: NoCertificate},
 		{name: "self-signed", cert: &selfSigned, reason: UnknownCA},
 		{name: "other CA", cert: by(newAuthority(t, "other")), reason: UnknownCA},
-		{name: "other CA with the same subject", cert: by(newAuthority(t, "ca")), reason: UnknownCA},
+		{name: "other CA with the same subject", cert: by(newAuthority(t, "ca")),
+			reason: UnknownCA},
 		{name: "via a sub-CA with the same serial", cert: by(sub, sub.cert.Raw), reason: NotDirect},
 		{name: "expired", cert: good(func(c *x509.Certificate) {
 			c.NotBefore, c.NotAfter = time.Now().Add(-2*day), time.Now().Add(-day)
@@ -109,11 +111,18 @@ func certificateTable(t *testing.T, l *lab) []row {
 		}), reason: NotYetValid},
 		{name: "no EKU", cert: usage(sign), reason: BadExtKeyUsage},
 		{name: "any EKU", cert: usage(sign, x509.ExtKeyUsageAny), reason: BadExtKeyUsage},
-		{name: "serverAuth only", cert: usage(sign, x509.ExtKeyUsageServerAuth), reason: BadExtKeyUsage},
-		{name: "CA:TRUE leaf", cert: good(func(c *x509.Certificate) { c.IsCA = true }), reason: IsCA},
-		{name: "keyCertSign leaf", cert: usage(sign|x509.KeyUsageCertSign, client), reason: IsCA, only: true}, // no CA:TRUE, which openssl minds
-		{name: "keyEncipherment only", cert: usage(x509.KeyUsageKeyEncipherment, client), reason: BadKeyUsage},
-		{name: "the CA itself", cert: &tls.Certificate{Certificate: [][]byte{l.ca.cert.Raw}, PrivateKey: l.ca.key}, reason: IsCA},
+		{name: "serverAuth only", cert: usage(sign, x509.ExtKeyUsageServerAuth),
+			reason: BadExtKeyUsage},
+		{name: "CA:TRUE leaf", cert: good(func(c *x509.Certificate) {
+			c.IsCA = true
+		}), reason: IsCA},
+		// no CA:TRUE, which openssl minds
+		{name: "keyCertSign leaf", cert: usage(sign|x509.KeyUsageCertSign, client),
+			reason: IsCA, only: true},
+		{name: "keyEncipherment only", cert: usage(x509.KeyUsageKeyEncipherment, client),
+			reason: BadKeyUsage},
+		{name: "the CA itself", cert: &tls.Certificate{Certificate: [][]byte{l.ca.cert.Raw},
+			PrivateKey: l.ca.key}, reason: IsCA},
 		{name: "our own server certificate", cert: &server, reason: BadExtKeyUsage},
 		{name: "serial 0", cert: serial("0"), reason: BadSerial},
 		{name: "26-octet serial", cert: serial(strings.Repeat("7f", 26)), reason: BadSerial},
@@ -121,21 +130,26 @@ func certificateTable(t *testing.T, l *lab) []row {
 		{name: "unknown serial", cert: serial("c0ffee"), reason: UnknownSerial},
 		{name: "known serial but other app", cert: good(nil), app: "db", reason: AppNotAllowed},
 		{name: "stolen certificate with another key", cert: &stolen, reason: NoProof, only: true},
-		{name: "RSA-1024", cert: good(nil, mustKey(rsa.GenerateKey(rand.Reader, 1024))), reason: WeakKey, only: true},
+		{name: "RSA-1024", cert: good(nil, mustKey(rsa.GenerateKey(rand.Reader, 1024))),
+			reason: WeakKey, only: true},
 		{name: "TLS 1.2", cert: good(nil), client: func(c net.Conn, conf *tls.Config) net.Conn {
 			conf.MaxVersion = tls.VersionTLS12
 			return tls.Client(c, conf)
 		}, reason: OldTLS, openssl: []string{"-tls1_2"}},
-		{name: "plaintext bytes", client: func(c net.Conn, _ *tls.Config) net.Conn { return c }, reason: NotTLS, only: true},
+		{name: "plaintext bytes", client: func(c net.Conn, _ *tls.Config) net.Conn {
+			return c
+		}, reason: NotTLS, only: true},
 		{name: "more than the byte budget", cert: &big, reason: HandshakeTooLarge, only: true},
-		{name: "client trusts another CA", cert: good(nil), client: func(c net.Conn, conf *tls.Config) net.Conn {
-			conf.RootCAs = x509.NewCertPool()
-			return tls.Client(c, conf)
-		}, reason: ClientAlert, only: true},
-		{name: "client trusts another CA and says so in the clear", cert: good(nil), client: func(c net.Conn, conf *tls.Config) net.Conn {
-			conf.RootCAs = x509.NewCertPool()
-			return tls.Client(clearAlert{c}, conf)
-		}, reason: ClientAlert, only: true},
+		{name: "client trusts another CA", cert: good(nil),
+			client: func(c net.Conn, conf *tls.Config) net.Conn {
+				conf.RootCAs = x509.NewCertPool()
+				return tls.Client(c, conf)
+			}, reason: ClientAlert, only: true},
+		{name: "client trusts another CA and says so in the clear", cert: good(nil),
+			client: func(c net.Conn, conf *tls.Config) net.Conn {
+				conf.RootCAs = x509.NewCertPool()
+				return tls.Client(clearAlert{c}, conf)
+			}, reason: ClientAlert, only: true},
 		{name: "gone in the handshake", client: func(c net.Conn, _ *tls.Config) net.Conn {
 			c.(*net.TCPConn).CloseWrite()
 			return c
@@ -148,7 +162,9 @@ func certificateTable(t *testing.T, l *lab) []row {
 }
 
 // rsa4096 takes seconds to make.
-var rsa4096 = sync.OnceValue(func() crypto.Signer { return mustKey(rsa.GenerateKey(rand.Reader, 4096)) })
+var rsa4096 = sync.OnceValue(func() crypto.Signer {
+	return mustKey(rsa.GenerateKey(rand.Reader, 4096))
+})
 
 // bytewise writes single bytes.
 type bytewise struct{ net.Conn }
@@ -161,7 +177,8 @@ func (c *bytewise) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
-// clearAlert sends an alert, unknown_ca, in place of what would be encrypted, as clients with OpenSSL do.
+// clearAlert sends an alert, unknown_ca, in place of what would be encrypted, as clients with
+// OpenSSL do.
 type clearAlert struct{ net.Conn }
 
 func (c clearAlert) Write(b []byte) (int, error) {
@@ -192,9 +209,11 @@ func TestABrokenHelloIsAnsweredByAnAlert(t *testing.T) {
 
 // withSpend gives alice limits that a connection would leave a mark on for good.
 func withSpend(l *lab) {
-	l.config.Users[0].Serials = append(l.config.Users[0].Serials, serials("0x8000", "0xb0b", "0x7fffffffffffffffffffffffffffffffffffffff")...)
+	l.config.Users[0].Serials = append(l.config.Users[0].Serials,
+		serials("0x8000", "0xb0b", "0x7fffffffffffffffffffffffffffffffffffffff")...)
 	l.config.Users[0].Limit = &Limit{Burst: 1e6, Every: 1000 * time.Hour}
-	l.config.Users[0].AppLimits = map[string]Limit{"web": {Burst: 1e6, Every: 1000 * time.Hour, Open: 1e6}}
+	l.config.Users[0].AppLimits = map[string]Limit{
+		"web": {Burst: 1e6, Every: 1000 * time.Hour, Open: 1e6}}
 }
 
 func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
@@ -203,7 +222,8 @@ func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
 		t.Errorf("line %v, want the app it is about", e)
 	}
 	if r.reason == "" {
-		if e["reason"] != "done" || e["user"] != "alice" || e["serial"] == "" || e["upstream"] != l.web.Addr().String() || e["sent"] == "0" {
+		if e["reason"] != "done" || e["user"] != "alice" || e["serial"] == "" ||
+			e["upstream"] != l.web.Addr().String() || e["sent"] == "0" {
 			t.Errorf("line %v, want reason done, and who it was", e)
 		}
 		return
@@ -217,7 +237,8 @@ func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
 }
 
 // silent are the reasons for which no alert is sent.
-var silent = map[Reason]bool{NotTLS: true, HandshakeTooLarge: true, ClientAlert: true, ClientGone: true}
+var silent = map[Reason]bool{NotTLS: true, HandshakeTooLarge: true, ClientAlert: true,
+	ClientGone: true}
 
 // alerts are those that only crypto/tls sends, before it asks us.
 var alerts = map[Reason]string{OldTLS: "protocol version", NoCertificate: "certificate required"}
@@ -237,7 +258,8 @@ func TestCertificateTable(t *testing.T) {
 				_, err = io.Copy(io.Discard, c)
 			}
 			var op *net.OpError
-			if told := errors.As(err, &op) && op.Op == "remote error"; err == nil || told == silent[r.reason] {
+			if told := errors.As(err, &op) && op.Op == "remote error"; err == nil ||
+				told == silent[r.reason] {
 				t.Errorf("it reads %v; want an alert: %v", err, !silent[r.reason])
 			}
 			if want := alerts[r.reason]; !strings.Contains(fmt.Sprint(err), want) {
@@ -298,7 +320,8 @@ func TestCertificateTableWithOpenSSL(t *testing.T) {
 			continue
 		}
 		t.Run(r.name, func(t *testing.T) {
-			args := append([]string{"s_client", "-quiet", "-verify_return_error", "-CAfile", caFile, "-connect", l.addr(or(r.app, "web"))}, r.openssl...)
+			args := append([]string{"s_client", "-quiet", "-verify_return_error", "-CAfile",
+				caFile, "-connect", l.addr(or(r.app, "web"))}, r.openssl...)
 			if r.cert != nil {
 				certFile, keyFile := writePEM(t, l.dir, strconv.Itoa(i), *r.cert)
 				args = append(args, "-cert", certFile, "-key", keyFile)
@@ -433,7 +456,8 @@ func TestRevokedWhileConnectingDoesNotSurvive(t *testing.T) {
 		over := make(chan error, 1)
 		half := make(chan struct{})
 		go func() {
-			c := tls.Client(&signal{Conn: raw, after: rounds % 4, reached: half}, l.clientConfig(&l.alice))
+			c := tls.Client(&signal{Conn: raw, after: rounds % 4, reached: half},
+				l.clientConfig(&l.alice))
 			over <- ended(c)
 		}()
 		<-half
@@ -445,14 +469,16 @@ func TestRevokedWhileConnectingDoesNotSurvive(t *testing.T) {
 		l.reload(t, l.config)
 	}
 	for _, e := range l.log.all() {
-		if reason := Reason(e["reason"]); e["msg"] == "connection" && reason != Revoked && reason != UnknownSerial {
+		if reason := Reason(e["reason"]); e["msg"] == "connection" && reason != Revoked &&
+			reason != UnknownSerial {
 			t.Errorf("line %v", e)
 		}
 	}
 }
 
-// The reload comes while the user is looked up for the first time after the handshake, when the connection is not yet
-// among those that a reload ends; or for the second time, when the answer was asked for before the reload.
+// The reload comes while the user is looked up for the first time after the handshake, when the
+// connection is not yet among those that a reload ends; or for the second time, when the answer was
+// asked for before the reload.
 func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 	for _, during := range []int{1, 2} {
 		l := newLab(t, withSpend)
@@ -470,7 +496,8 @@ func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 		c := l.dial(t, "web", &l.alice)
 		must(t, ended(c))
 		must(t, <-reloaded)
-		if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Revoked) || e["user"] != "alice" || e["upstream"] != "" {
+		if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Revoked) ||
+			e["user"] != "alice" || e["upstream"] != "" {
 			t.Errorf("during lookup %d: line %v, want %s", during, e, Revoked)
 		}
 		if n := l.web.dialled.Load(); n > 0 {
@@ -485,11 +512,15 @@ func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	snap := *l.server.current.Load()
 	snap.apps = nil
 	l.server.current.Store(&snap)
-	if c, err := net.Dial("tcp", l.addr("web")); err == nil { // else it was reset while it connected
+	// else it was reset while it connected
+	if c, err := net.Dial("tcp", l.addr("web")); err == nil {
 		defer c.Close()
 		must(t, ended(c))
 	}
-	if e := l.log.await(t, "of a connection", func(e entry) bool { return e["msg"] == "connection" }); e["reason"] != string(AppRemoved) || e["user"] != "" {
+	if e := l.log.await(t, "of a connection",
+		func(e entry) bool {
+			return e["msg"] == "connection"
+		}); e["reason"] != string(AppRemoved) || e["user"] != "" {
 		t.Errorf("line %v, want %s", e, AppRemoved)
 	}
 }
@@ -570,7 +601,8 @@ func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
 			var bobs tls.Certificate
 			l := newLab(t, func(l *lab) {
 				bobs = l.ca.issue(t, bob)
-				l.config.Users = append(l.config.Users, User{Name: "bob", Serials: serials("0xb0b"), Apps: []string{"web"}})
+				l.config.Users = append(l.config.Users,
+					User{Name: "bob", Serials: serials("0xb0b"), Apps: []string{"web"}})
 			})
 			victim, other := l.in(t, "web", &l.alice), l.in(t, "web", &bobs)
 			start := time.Now()
@@ -581,7 +613,8 @@ func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
 			if d := time.Since(start); d > time.Second {
 				t.Errorf("it took %v", d)
 			}
-			if e := l.log.of(t, victim.LocalAddr()); e["reason"] != string(Revoked) || e["user"] != "alice" || e["serial"] != "a11ce" {
+			if e := l.log.of(t, victim.LocalAddr()); e["reason"] != string(Revoked) ||
+				e["user"] != "alice" || e["serial"] != "a11ce" {
 				t.Errorf("line %v, want %s", e, Revoked)
 			}
 			must(t, echoed(other))
@@ -591,7 +624,9 @@ func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
 		l := newLab(t, func(l *lab) { l.config.Users[0].Apps = []string{"web", "db"} })
 		victim, other, addr := l.in(t, "db", &l.alice), l.in(t, "web", &l.alice), l.addr("db")
 		start := time.Now()
-		l.reload(t, l.with(func(c *Config) { c.Apps, c.Users[0].Apps = c.Apps[:1], []string{"web"} }))
+		l.reload(t, l.with(func(c *Config) {
+			c.Apps, c.Users[0].Apps = c.Apps[:1], []string{"web"}
+		}))
 		must(t, ended(victim))
 		if d := time.Since(start); d > time.Second {
 			t.Errorf("it took %v", d)
@@ -606,7 +641,8 @@ func TestRevokingEndsLiveConnectionsAndNoOthers(t *testing.T) {
 		l := newLab(t, nil)
 		victim := l.in(t, "web", &l.alice)
 		ca := newAuthority(t, "ca")
-		caFile, _ := writePEM(t, l.dir, "new-ca", tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
+		caFile, _ := writePEM(t, l.dir, "new-ca",
+			tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
 		start := time.Now()
 		l.reload(t, l.with(func(c *Config) { c.TLS.CA = []string{caFile} }))
 		must(t, ended(victim))
@@ -626,7 +662,9 @@ func TestExpiryEndsTheConnection(t *testing.T) {
 	cert := l.ca.issue(t, tmpl)
 	c, other := l.in(t, "web", &cert), l.in(t, "web", &l.alice)
 	must(t, ended(c))
-	if now := time.Now(); now.Before(tmpl.NotAfter.Add(-50*time.Millisecond)) || now.After(tmpl.NotAfter.Add(time.Second+time.Second/2)) { // half of it for a machine that is busy
+	// half of it for a machine that is busy
+	if now := time.Now(); now.Before(tmpl.NotAfter.Add(-50*time.Millisecond)) ||
+		now.After(tmpl.NotAfter.Add(time.Second+time.Second/2)) {
 		t.Errorf("ended %v after the certificate did", now.Sub(tmpl.NotAfter))
 	}
 	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(Expired) || e["user"] != "alice" {
@@ -669,7 +707,8 @@ func TestReloadsUnderLoad(t *testing.T) {
 				if err == nil {
 					err = greeted(c, "web")
 				}
-				for round := 0; err == nil && (i == 0 || round < 3); round++ { // the first one keeps its connection
+				// the first one keeps its connection
+				for round := 0; err == nil && (i == 0 || round < 3); round++ {
 					err = echoed(c)
 					echoes.Add(1)
 					select {
@@ -694,12 +733,15 @@ func TestReloadsUnderLoad(t *testing.T) {
 		if i%3 == 2 {
 			c = broken[i/3%len(broken)]
 		} else if i%2 == 1 {
-			c = l.with(func(c *Config) { c.Apps[0].Upstreams = []Upstream{{Addr: l.web.Addr().String(), Weight: 2}} })
+			c = l.with(func(c *Config) {
+				c.Apps[0].Upstreams = []Upstream{{Addr: l.web.Addr().String(), Weight: 2}}
+			})
 		}
 		if _, err := l.server.Reload(c); (err != nil) != (i%3 == 2) {
 			t.Errorf("reload %d: %v", i, err)
 		}
-		for before := echoes.Load(); echoes.Load() < before+4 && len(errs) == 0; { // there is to be load between them
+		// there is to be load between them
+		for before := echoes.Load(); echoes.Load() < before+4 && len(errs) == 0; {
 			time.Sleep(100 * time.Microsecond)
 		}
 	}
@@ -731,7 +773,8 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 	// Another idle timeout: another app behind the same listener.
 	l.reload(t, l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Minute }))
 	if l.addr("web") != web || l.addr("db") != db {
-		t.Errorf("web is at %s, db at %s; they were at %s, %s", l.addr("web"), l.addr("db"), web, db)
+		t.Errorf("web is at %s, db at %s; they were at %s, %s", l.addr("web"), l.addr("db"),
+			web, db)
 	}
 	must(t, echoed(old))
 	second := l.in(t, "web", &l.alice)
@@ -752,7 +795,8 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 		c.Apps[0].Listen, c.Apps[1].Listen = db, web
 	}))
 	if l.addr("web") != db || l.addr("db") != web {
-		t.Errorf("web is at %s, db at %s; want them to have changed places: %s, %s", l.addr("web"), l.addr("db"), db, web)
+		t.Errorf("web is at %s, db at %s; want them to have changed places: %s, %s",
+			l.addr("web"), l.addr("db"), db, web)
 	}
 	must(t, echoed(second))
 	l.in(t, "web", &l.alice)
@@ -775,7 +819,9 @@ func TestReloadKeepsAppsWithAnyPortApart(t *testing.T) {
 		})
 		before := l.server.Addrs()
 		for i := range 16 { // maps have no order
-			l.reload(t, l.with(func(c *Config) { c.Apps[1].IdleTimeout = time.Duration(i+1) * time.Minute }))
+			l.reload(t, l.with(func(c *Config) {
+				c.Apps[1].IdleTimeout = time.Duration(i+1) * time.Minute
+			}))
 			after := l.server.Addrs()
 			for id, addr := range before {
 				if after[id].String() != addr.String() {
@@ -791,10 +837,12 @@ func TestReloadKeepsTheCountsOfUpstreams(t *testing.T) {
 	l.in(t, "web", &l.alice)
 	l.in(t, "web", &l.alice)
 	l.reload(t, l.with(func(c *Config) {
-		c.Apps[0].Upstreams = []Upstream{{Addr: l.db.Addr().String()}, {Addr: l.web.Addr().String()}}
+		c.Apps[0].Upstreams = []Upstream{{Addr: l.db.Addr().String()},
+			{Addr: l.web.Addr().String()}}
 	}))
 	stats := l.server.Apps()["web"].Stats()
-	if up := stats.Upstreams; len(up) != 2 || up[0].Open != 0 || up[1].Open != 2 || up[1].Total != 2 {
+	if up := stats.Upstreams; len(up) != 2 || up[0].Open != 0 || up[1].Open != 2 ||
+		up[1].Total != 2 {
 		t.Errorf("%+v, want the two connections on the second", up)
 	}
 	must(t, greeted(l.dial(t, "web", &l.alice), "db"))
@@ -838,12 +886,15 @@ func TestReloadIsInForceBeforeItEndsSessions(t *testing.T) {
 	defer app.Close()
 	ours, theirs := net.Pipe()
 	defer theirs.Close()
-	conn := &lbproxy.Conn{Client: resetHook{ours, func() { inForce.Store(l.server.current.Load() != old) }}}
+	conn := &lbproxy.Conn{Client: resetHook{ours, func() {
+		inForce.Store(l.server.current.Load() != old)
+	}}}
 	served := make(chan struct{})
 	go func() { defer close(served); app.ServeConn(t.Context(), conn) }()
 	<-dialing
 	revoked := &session{app: "web", conn: conn}
-	revoked.id.Store(&Identity{User: &User{Name: "alice"}, ca: l.ca.cert, claim: Claim{Cert: l.alice.Leaf}, Expires: time.Now().Add(time.Hour)})
+	revoked.id.Store(&Identity{User: &User{Name: "alice"}, ca: l.ca.cert,
+		claim: Claim{Cert: l.alice.Leaf}, Expires: time.Now().Add(time.Hour)})
 	l.server.liveMu.Lock()
 	l.server.live[revoked] = struct{}{}
 	l.server.liveMu.Unlock()
@@ -874,7 +925,8 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 	free.Close()
 	_, err = l.server.Reload(l.with(func(c *Config) {
 		c.Users = nil
-		c.Apps = append([]App{{ID: "new", Listen: free.Addr().String(), HealthCheck: &HealthCheck{}, Upstreams: c.Apps[0].Upstreams}}, c.Apps...)
+		c.Apps = append([]App{{ID: "new", Listen: free.Addr().String(),
+			HealthCheck: &HealthCheck{}, Upstreams: c.Apps[0].Upstreams}}, c.Apps...)
 		c.Apps[1].Listen = l.web.Addr().String()
 	}))
 	if err == nil || !strings.Contains(err.Error(), `app "web"`) {
@@ -921,11 +973,14 @@ func TestLimitsAreSharedByAppsAndKeptByReloads(t *testing.T) {
 }
 
 func TestEachPartOfALimitCounts(t *testing.T) {
-	open, data := lbproxy.Event{Kind: lbproxy.EventOpen}, lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1000}
+	open, data := lbproxy.Event{Kind: lbproxy.EventOpen},
+		lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1000}
 	for _, l := range []Limit{{Burst: 1, Every: time.Hour}, {Open: 1}, {BytesPerSecond: 1}} {
 		m := l.manager()
-		first, held, second := m.Report(t.Context(), open), m.Report(t.Context(), data), m.Report(t.Context(), open)
-		if first.Exceeded || second.Exceeded != (l.BytesPerSecond == 0) || (held.Wait > 0) != (l.BytesPerSecond > 0) {
+		first, held, second := m.Report(t.Context(), open), m.Report(t.Context(), data),
+			m.Report(t.Context(), open)
+		if first.Exceeded || second.Exceeded != (l.BytesPerSecond == 0) ||
+			(held.Wait > 0) != (l.BytesPerSecond > 0) {
 			t.Errorf("%+v: %+v, %+v, %+v", l, first, held, second)
 		}
 	}
@@ -933,7 +988,8 @@ func TestEachPartOfALimitCounts(t *testing.T) {
 
 func TestDefaults(t *testing.T) {
 	snap := newLab(t, nil).server.current.Load()
-	want := Handshake{Timeout: 10 * time.Second, MaxConcurrent: 256, MaxPerAddress: 16, MaxBytes: 16 << 10}
+	want := Handshake{Timeout: 10 * time.Second, MaxConcurrent: 256, MaxPerAddress: 16,
+		MaxBytes: 16 << 10}
 	if got := snap.gate.Handshake; got != want || snap.drain != 30*time.Second {
 		t.Errorf("%+v, drain %v; want %+v, 30s", got, snap.drain, want)
 	}
@@ -953,7 +1009,9 @@ func TestReloadOfOtherBoundsOpensAnotherGate(t *testing.T) {
 	for l.server.gated() == 0 {
 		time.Sleep(time.Millisecond)
 	}
-	l.reload(t, l.with(func(c *Config) { c.Handshake = Handshake{MaxPerAddress: 1, MaxConcurrent: 1} }))
+	l.reload(t, l.with(func(c *Config) {
+		c.Handshake = Handshake{MaxPerAddress: 1, MaxConcurrent: 1}
+	}))
 	l.in(t, "web", &l.alice).Close()
 }
 
@@ -966,7 +1024,8 @@ func TestUpstreamTLSProvesTheProxyAndIsVerified(t *testing.T) {
 		ClientAuth:   tls.RequireAndVerifyClientCert, ClientCAs: pool,
 	})
 	l := newLab(t, func(l *lab) {
-		caFile, _ := writePEM(t, l.dir, "upstream-ca", tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
+		caFile, _ := writePEM(t, l.dir, "upstream-ca",
+			tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
 		certFile, keyFile := writePEM(t, l.dir, "proxy", ca.issue(t, leafOf(4)))
 		l.config.Apps[0].Upstreams = []Upstream{{Addr: secure.Addr().String(), TLS: &UpstreamTLS{
 			CA: caFile, Cert: certFile, Key: keyFile, ServerName: "localhost",
@@ -996,7 +1055,8 @@ func TestCutStreamDoesNotLookComplete(t *testing.T) {
 	if err := <-l.web.ends; err == nil {
 		t.Error("the upstream saw a clean end")
 	}
-	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(lbproxy.EndClientClosed) { // it was quiet
+	// it was quiet
+	if e := l.log.of(t, c.LocalAddr()); e["reason"] != string(lbproxy.EndClientClosed) {
 		t.Errorf("line %v, want %s", e, lbproxy.EndClientClosed)
 	}
 }
@@ -1026,7 +1086,8 @@ func TestCloseDoesNotWaitForAClientThatDoesNotRead(t *testing.T) {
 	}
 }
 
-// While it writes, crypto/tls answers no KeyUpdate, and while it answers one that is not read it does not close.
+// While it writes, crypto/tls answers no KeyUpdate, and while it answers one that is not read it
+// does not close.
 func TestRevokingDoesNotWaitForAClientThatFloodsKeyUpdatesAndDoesNotRead(t *testing.T) {
 	l := newLab(t, nil)
 	raw, flood := l.records(t)
@@ -1067,7 +1128,9 @@ func TestAFloodOfKeyUpdatesEndsTheConnection(t *testing.T) {
 			}
 		}
 		e := l.log.of(t, raw.LocalAddr())
-		if e["reason"] != "client-error" || e["user"] != "alice" || strings.Contains(e["detail"], "MAC") { // it was no KeyUpdate
+		// it was no KeyUpdate
+		if e["reason"] != "client-error" || e["user"] != "alice" ||
+			strings.Contains(e["detail"], "MAC") {
 
 			t.Errorf("%d in a record: line %v, want client-error", at, e)
 		}
@@ -1211,7 +1274,10 @@ func TestServerThatDoesNotRunCanBeClosed(t *testing.T) {
 	s, err := New(l.config, nil)
 	must(t, err)
 	addr := s.Addrs()["web"].String()
-	_, err = s.Reload(l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Second; c.Apps = c.Apps[:1] }))
+	_, err = s.Reload(l.with(func(c *Config) {
+		c.Apps[0].IdleTimeout = time.Second
+		c.Apps = c.Apps[:1]
+	}))
 	must(t, err)
 	must(t, s.Close())
 	if c, err := net.Dial("tcp", addr); err == nil {

@@ -101,7 +101,8 @@ func TestStrangersOfAllKindsDoNotKeepClientsOut(t *testing.T) {
 	const each = 20 // strangers that a goroutine plays
 	for first := 0; first < drips+slow; first += each {
 		strangers.Go(func() {
-			time.Sleep(time.Second * time.Duration(first) / time.Duration(drips+slow)) // not all at once
+			// not all at once
+			time.Sleep(time.Second * time.Duration(first) / time.Duration(drips+slow))
 			var conns [each]net.Conn
 			for tick := time.Tick(time.Second); ; {
 				for i := range conns {
@@ -207,7 +208,8 @@ func (v *visits) String() string {
 	part := func(percent int) time.Duration {
 		return v.took[n*percent/100].Round(time.Millisecond / 10)
 	}
-	return fmt.Sprintf("%d of %d visits, median %v, 99%% within %v", n, n+len(v.errs), part(50), part(99))
+	return fmt.Sprintf("%d of %d visits, median %v, 99%% within %v", n, n+len(v.errs), part(50),
+		part(99))
 }
 
 // delayed returns a connection over which bytes take 100 ms to and from c, unless err says that
@@ -287,7 +289,8 @@ func TestExpiredFilesDoNotBlockARemoval(t *testing.T) {
 		ca := newAuthority(t, "upstream CA").renewed(t, func(c *x509.Certificate) {
 			c.NotAfter = expires
 		})
-		file, _ := writePEM(t, l.dir, "upstream-ca", tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
+		file, _ := writePEM(t, l.dir, "upstream-ca",
+			tls.Certificate{Certificate: [][]byte{ca.cert.Raw}})
 		l.config.Apps[1].Upstreams[0].TLS = &UpstreamTLS{CA: file}
 	})
 	var last time.Time

@@ -68,7 +68,8 @@ func setUpIn(t *testing.T, folder string) (dir, config string) {
 	dir = folder
 	must(t, "init", dir)
 	config = filepath.Join(dir, "config.json")
-	replace(t, config, "127.0.0.1:9443", "127.0.0.1:0", "127.0.0.1:8001", echo(t, "web"), `, {"addr": "127.0.0.1:8002"}`, "")
+	replace(t, config, "127.0.0.1:9443", "127.0.0.1:0", "127.0.0.1:8001", echo(t, "web"),
+		`, {"addr": "127.0.0.1:8002"}`, "")
 	return dir, config
 }
 
@@ -78,7 +79,8 @@ func replace(t *testing.T, path string, oldnew ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(path, []byte(strings.NewReplacer(oldnew...).Replace(string(text))), 0o600); err != nil {
+	if err := os.WriteFile(path, []byte(strings.NewReplacer(oldnew...).Replace(string(text))),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -97,7 +99,8 @@ func loadClient(dir, stem string) (*client, error) {
 
 // clientOf returns the holder of a certificate, who trusts the CAs in a text.
 func clientOf(dir, stem string, ca []byte) (*client, error) {
-	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, stem+".pem"), filepath.Join(dir, stem+".key"))
+	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, stem+".pem"),
+		filepath.Join(dir, stem+".key"))
 	if err != nil {
 		return nil, err
 	}
@@ -202,7 +205,8 @@ func TestOpenSSL(t *testing.T) {
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
 	s := start(t, "run", "-config", config)
 	file := func(name string) string { return filepath.Join(dir, name) }
-	cmd := exec.CommandContext(t.Context(), openssl, "s_client", "-quiet", "-verify_return_error", "-connect", s.addrs["web"],
+	cmd := exec.CommandContext(t.Context(), openssl, "s_client", "-quiet",
+		"-verify_return_error", "-connect", s.addrs["web"],
 		"-CAfile", file("ca.pem"), "-cert", file("alice.pem"), "-key", file("alice.key"))
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -227,13 +231,16 @@ func TestOpenSSL(t *testing.T) {
 	s.stop(t, 0)
 
 	// It prints the serial in a form that the user list takes, and so does the command serial.
-	text, err := exec.Command(openssl, "x509", "-serial", "-noout", "-in", file("alice.pem")).Output()
+	text, err := exec.Command(openssl, "x509", "-serial", "-noout", "-in",
+		file("alice.pem")).Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	theirs, err := mtlsserver.ParseSerial(strings.TrimPrefix(strings.TrimSpace(string(text)), "serial="))
+	theirs, err := mtlsserver.ParseSerial(strings.TrimPrefix(strings.TrimSpace(string(text)),
+		"serial="))
 	if err != nil {
-		theirs, err = mtlsserver.ParseSerial("0x" + strings.TrimPrefix(strings.TrimSpace(string(text)), "serial="))
+		theirs, err = mtlsserver.ParseSerial("0x" +
+			strings.TrimPrefix(strings.TrimSpace(string(text)), "serial="))
 	}
 	ours := strings.TrimSpace(must(t, "serial", file("alice.pem")))
 	if err != nil || ours != "0x"+string(theirs) {
@@ -244,12 +251,14 @@ func TestOpenSSL(t *testing.T) {
 func TestInit(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "a", "b")
 	said := must(t, "init", "-host", "lb.example.org,192.0.2.1", dir, "-host", "other.example.org")
-	for _, next := range []string{"issue -dir " + dir + " -name alice", "run -config " + filepath.Join(dir, "config.json")} {
+	for _, next := range []string{"issue -dir " + dir + " -name alice", "run -config " +
+		filepath.Join(dir, "config.json")} {
 		if !strings.Contains(said, next) {
 			t.Errorf("init says %q, want %q in it", said, next)
 		}
 	}
-	server, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	server, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,7 +268,8 @@ func TestInit(t *testing.T) {
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(ca.Leaf)
-	for _, host := range []string{"localhost", "127.0.0.1", "::1", "lb.example.org", "192.0.2.1", "other.example.org"} {
+	for _, host := range []string{"localhost", "127.0.0.1", "::1", "lb.example.org",
+		"192.0.2.1", "other.example.org"} {
 		if _, err := server.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host}); err != nil {
 			t.Errorf("as %s: %v", host, err)
 		}
@@ -274,7 +284,8 @@ func TestInit(t *testing.T) {
 		}
 	}
 	must(t, "check", "-config", filepath.Join(dir, "config.json"))
-	if c, err := mtlsserver.Load(filepath.Join(dir, "config.json")); err != nil || c.Apps[0].HealthCheck == nil {
+	if c, err := mtlsserver.Load(filepath.Join(dir, "config.json")); err != nil ||
+		c.Apps[0].HealthCheck == nil {
 		t.Errorf("its upstreams are not checked: %v", err)
 	}
 }
@@ -285,7 +296,8 @@ func TestInitNeverOverwrites(t *testing.T) {
 		dir := t.TempDir()
 		write(t, dir, name, []byte("mine"))
 		code, stdout, stderr := try("init", dir)
-		if code != 2 || stdout != "" || !has(stderr, name+"…exists…overwritten") || strings.Count(stderr, "\n") != 1 {
+		if code != 2 || stdout != "" || !has(stderr, name+"…exists…overwritten") ||
+			strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%s: exit code %d, %q, %q", name, code, stdout, stderr)
 		}
 		if all := contents(t, dir); len(all) != 1 || all[name] != "mine" {
@@ -312,7 +324,8 @@ func contents(t *testing.T, dir string) map[string]string {
 }
 
 func TestIssueKeepsTheRest(t *testing.T) {
-	const before = "{\r\n\t\"users\" :[ {\"apps\": [\"web\", \"db\"],\"serials\":[\n\"3a:0f\"\n], \"name\":\"alice\"}\t ],\n" +
+	const before = "{\r\n\t\"users\" :[ {\"apps\": " +
+		"[\"web\", \"db\"],\"serials\":[\n\"3a:0f\"\n], \"name\":\"alice\"}\t ],\n" +
 		`"drainTimeout":"5s",  "tls": {"key": "server.key", "cert": "server.pem", "ca": "ca.pem"},
 "apps": [{"id": "web", "listen": ":0", "upstreams": [{"addr": "users:1"}]},{"id":"db","listen":":0","upstreams":[{"addr":"h:2"}]}]}`
 	dir := folder(t)
@@ -321,10 +334,13 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	if err := os.Chmod(config, 0o660); err != nil {
 		t.Fatal(err)
 	}
-	serial := func(stem string) string { return strings.TrimSpace(must(t, "serial", filepath.Join(dir, stem+".pem"))) }
+	serial := func(stem string) string {
+		return strings.TrimSpace(must(t, "serial", filepath.Join(dir, stem+".pem")))
+	}
 
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "db,web")
-	alice, err := tls.LoadX509KeyPair(filepath.Join(dir, "alice.pem"), filepath.Join(dir, "alice.key"))
+	alice, err := tls.LoadX509KeyPair(filepath.Join(dir, "alice.pem"),
+		filepath.Join(dir, "alice.key"))
 	if err != nil || alice.Leaf.NotAfter.After(authority().Leaf.NotAfter) {
 		t.Errorf("alice's certificate: %v, valid for longer than the CA's", err)
 	}
@@ -337,7 +353,8 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	if got := contents(t, dir)["config.json"]; got != after {
 		t.Errorf("config.json is\n%s\nwant\n%s", got, after)
 	}
-	if info, err := os.Stat(config); err != nil || runtime.GOOS != "windows" && info.Mode() != 0o660 {
+	if info, err := os.Stat(config); err != nil || runtime.GOOS != "windows" &&
+		info.Mode() != 0o660 {
 		t.Errorf("mode %v, %v, want what it was", info.Mode(), err)
 	}
 	must(t, "check", "-config", config)
@@ -351,7 +368,8 @@ func TestIssueKeepsTheRest(t *testing.T) {
 		Name          string
 		Serials, Apps []string
 	}
-	if err := json.Unmarshal([]byte(entry), &user); err != nil || user.Name != "carol" || len(user.Serials) != 1 ||
+	if err := json.Unmarshal([]byte(entry), &user); err != nil || user.Name != "carol" ||
+		len(user.Serials) != 1 ||
 		user.Serials[0] != serial("carol") || len(user.Apps) != 1 || user.Apps[0] != "web" {
 		t.Errorf("issue -print: %s, %v", entry, err)
 	}
@@ -360,8 +378,8 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	}
 }
 
-// The configuration may be a link to a file elsewhere. Then that is what changes, and what it names is still looked for
-// where the link is, as by all who load it.
+// The configuration may be a link to a file elsewhere. Then that is what changes, and what it names
+// is still looked for where the link is, as by all who load it.
 func TestIssueFollowsALink(t *testing.T) {
 	dir, other := folder(t), t.TempDir()
 	config, real := filepath.Join(dir, "config.json"), filepath.Join(other, "real.json")
@@ -380,7 +398,8 @@ func TestIssueFollowsALink(t *testing.T) {
 	if to, err := os.Readlink(config); err != nil || to != real {
 		t.Errorf("the link leads to %q, %v", to, err)
 	}
-	if files := contents(t, other); len(files) != 1 || !strings.Contains(files["real.json"], "carol") {
+	if files := contents(t, other); len(files) != 1 ||
+		!strings.Contains(files["real.json"], "carol") {
 		t.Errorf("where it leads there are %d files", len(files))
 	}
 }
@@ -392,23 +411,31 @@ func TestIssueThatFails(t *testing.T) {
 		spoil func(t *testing.T, dir string)
 		want  string
 	}{
-		{"no such app", []string{"-name", "carol", "-apps", "web,mail"}, nil, `config.json:14: users[2].apps[1]: there is no app "mail": want one of ["db" "web"]`},
-		{"other apps", []string{"-name", "alice", "-apps", "web"}, nil, `-apps: user "alice" has apps ["db" "web"], not ["web"]`},
-		{"a path", []string{"-name", "../carol", "-apps", "web"}, nil, `-name "../carol": want letters`},
-		{"a flag", []string{"-name", "-carol", "-apps", "web"}, nil, `-name "-carol": want letters`},
-		{"text that plays tricks", []string{"-name", "ca\nrol", "-apps", "web"}, nil, `-name "ca\nrol": want letters`},
-		{"another issue at work", []string{"-name", "carol", "-apps", "web"}, func(t *testing.T, dir string) {
-			was := patience
-			patience = 0
-			t.Cleanup(func() { patience = was })
-			write(t, dir, "config.json.new", []byte("theirs"))
-		}, "config.json.new: file exists: another command edits it"},
-		{"a configuration with problems", []string{"-name", "carol", "-apps", "web"}, func(t *testing.T, dir string) {
-			write(t, dir, "config.json", []byte(strings.Replace(good, `"30s"`, `30`, 1)))
-		}, "config.json:16: drainTimeout: want a duration"},
-		{"no configuration", []string{"-name", "carol", "-apps", "web"}, func(t *testing.T, dir string) {
-			os.Remove(filepath.Join(dir, "config.json"))
-		}, "config.json: no such file"},
+		{"no such app", []string{"-name", "carol", "-apps", "web,mail"}, nil,
+			`config.json:14: users[2].apps[1]: there is no app "mail": want one of ["db" "web"]`},
+		{"other apps", []string{"-name", "alice", "-apps", "web"}, nil,
+			`-apps: user "alice" has apps ["db" "web"], not ["web"]`},
+		{"a path", []string{"-name", "../carol", "-apps", "web"}, nil,
+			`-name "../carol": want letters`},
+		{"a flag", []string{"-name", "-carol", "-apps", "web"}, nil,
+			`-name "-carol": want letters`},
+		{"text that plays tricks", []string{"-name", "ca\nrol", "-apps", "web"}, nil,
+			`-name "ca\nrol": want letters`},
+		{"another issue at work", []string{"-name", "carol", "-apps", "web"},
+			func(t *testing.T, dir string) {
+				was := patience
+				patience = 0
+				t.Cleanup(func() { patience = was })
+				write(t, dir, "config.json.new", []byte("theirs"))
+			}, "config.json.new: file exists: another command edits it"},
+		{"a configuration with problems", []string{"-name", "carol", "-apps", "web"},
+			func(t *testing.T, dir string) {
+				write(t, dir, "config.json", []byte(strings.Replace(good, `"30s"`, `30`, 1)))
+			}, "config.json:16: drainTimeout: want a duration"},
+		{"no configuration", []string{"-name", "carol", "-apps", "web"},
+			func(t *testing.T, dir string) {
+				os.Remove(filepath.Join(dir, "config.json"))
+			}, "config.json: no such file"},
 		{"no CA", []string{"-name", "carol", "-apps", "web"}, func(t *testing.T, dir string) {
 			os.Remove(filepath.Join(dir, "ca.key"))
 		}, "ca.key: no such file or directory: name a folder that mtlsserver init made"},
@@ -420,7 +447,8 @@ func TestIssueThatFails(t *testing.T) {
 			}
 			before := contents(t, dir)
 			code, stdout, stderr := try(append([]string{"issue", "-dir", dir}, row.args...)...)
-			if code != 2 || stdout != "" || !strings.HasPrefix(stderr, "mtlsserver issue: ") || !strings.Contains(stderr, row.want) {
+			if code != 2 || stdout != "" || !strings.HasPrefix(stderr, "mtlsserver issue: ") ||
+				!strings.Contains(stderr, row.want) {
 				t.Errorf("exit code %d, %q, %q, want %q", code, stdout, stderr, row.want)
 			}
 			after := contents(t, dir)
@@ -436,8 +464,8 @@ func TestIssueThatFails(t *testing.T) {
 	}
 }
 
-// Whoever reads the configuration while it is being changed finds a whole one, and all who change it
-// at once have their turn.
+// Whoever reads the configuration while it is being changed finds a whole one, and all who change
+// it at once have their turn.
 func TestIssueIsAtomic(t *testing.T) {
 	dir := folder(t)
 	config := filepath.Join(dir, "config.json")
@@ -499,25 +527,32 @@ func TestSerial(t *testing.T) {
 	}{
 		{nil, "want a certificate in PEM"},
 		{pems()["client.key"], "want a certificate in PEM"},
-		{[]byte("-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n"), "x509: malformed"},
+		{[]byte("-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n"),
+			"x509: malformed"},
 	} {
 		write(t, dir, "c.pem", row.text)
 		code, stdout, stderr := try("serial", filepath.Join(dir, "c.pem"))
-		if code != 2 || stdout != "" || !has(stderr, "mtlsserver serial: …c.pem…"+row.want) || strings.Count(stderr, "\n") != 1 {
-			t.Errorf("%.20q: exit code %d, %q, %q, want %q", row.text, code, stdout, stderr, row.want)
+		if code != 2 || stdout != "" || !has(stderr, "mtlsserver serial: …c.pem…"+row.want) ||
+			strings.Count(stderr, "\n") != 1 {
+			t.Errorf("%.20q: exit code %d, %q, %q, want %q", row.text, code, stdout, stderr,
+				row.want)
 		}
 		noSecrets(t, stderr)
 	}
 	// A CA has an id that serials name it by.
 	write(t, dir, "ca.pem", pems()["ca.pem"])
-	if got, want := must(t, "serial", filepath.Join(dir, "ca.pem")), mtlsserver.KeyID(authority().Leaf)+"\n"; got != want {
+	if got, want := must(t, "serial", filepath.Join(dir, "ca.pem")),
+		mtlsserver.KeyID(authority().Leaf)+"\n"; got != want {
 		t.Errorf("of a CA: %q, want %q", got, want)
 	}
 }
 
 func TestUsage(t *testing.T) {
-	for _, args := range []string{"-h", "--help", "help", "init -h", "init dir -h", "issue -h", "renew -h", "revoke -h", "rotate -h", "users -h", "status -h", "reload -h", "version -h", "serial -help", "check -h", "run -config x -h"} {
-		if code, stdout, stderr := try(strings.Fields(args)...); code != 0 || stdout != usage || stderr != "" {
+	for _, args := range []string{"-h", "--help", "help", "init -h", "init dir -h", "issue -h",
+		"renew -h", "revoke -h", "rotate -h", "users -h", "status -h", "reload -h", "version -h", "serial -help",
+		"check -h", "run -config x -h"} {
+		if code, stdout, stderr := try(strings.Fields(args)...); code != 0 || stdout != usage ||
+			stderr != "" {
 			t.Errorf("%s: exit code %d, %q, %q", args, code, stdout, stderr)
 		}
 	}
@@ -529,7 +564,8 @@ func TestUsage(t *testing.T) {
 		{"init a b", `mtlsserver init: unexpected argument "b"`},
 		{"init a -hots b", "mtlsserver init: flag provided but not defined: -hots"},
 		{"init a -host", "mtlsserver init: flag needs an argument: -host"},
-		{"init a -host https://x", `mtlsserver init: -host "https://x": want host names or addresses`},
+		{"init a -host https://x",
+			`mtlsserver init: -host "https://x": want host names or addresses`},
 		{"init a -host x,", `mtlsserver init: -host "": want host names`},
 		{"issue -name n -apps web", "mtlsserver issue: -dir is missing"},
 		{"issue -dir d -apps web", "mtlsserver issue: -name is missing"},
@@ -556,7 +592,8 @@ func TestUsage(t *testing.T) {
 		{"run -config x -v=maybe", `mtlsserver run: invalid boolean value "maybe"`},
 	} {
 		code, stdout, stderr := try(strings.Fields(row.args)...)
-		if code != 2 || stdout != "" || !strings.HasPrefix(stderr, row.want) || strings.Count(stderr, "\n") != 1 || strings.Contains(row.args, "\n") {
+		if code != 2 || stdout != "" || !strings.HasPrefix(stderr, row.want) ||
+			strings.Count(stderr, "\n") != 1 || strings.Contains(row.args, "\n") {
 			t.Errorf("%q: exit code %d, %q, %q, want %q", row.args, code, stdout, stderr, row.want)
 		}
 	}

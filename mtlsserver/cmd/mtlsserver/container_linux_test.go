@@ -41,7 +41,8 @@ func TestContainer(t *testing.T) {
 	if len(builds) != 1 || !strings.HasPrefix(builds[0], "CGO_ENABLED=0 go build ") {
 		t.Fatalf("the Dockerfile runs %q, want the Go toolchain alone", builds)
 	}
-	build := exec.CommandContext(t.Context(), "sh", "-euc", strings.Replace(builds[0], " -o /", " -o "+root+"/", 1))
+	build := exec.CommandContext(t.Context(), "sh", "-euc",
+		strings.Replace(builds[0], " -o /", " -o "+root+"/", 1))
 	build.Dir = "../../.."
 	build.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false")
 	if said, err := build.CombinedOutput(); err != nil {
@@ -79,7 +80,8 @@ func TestContainer(t *testing.T) {
 	for _, second := range []bool{false, true} {
 		cmd := exec.CommandContext(t.Context(), entry[0], append(entry[1:], args...)...)
 		cmd.Path, cmd.Dir, cmd.Env = entry[0], "/", []string{}
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID, Chroot: root, Credential: user}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID, Chroot: root,
+			Credential: user}
 		errs := make(lines, 10_000)
 		cmd.Stderr = errs
 		stdout, err := cmd.StdoutPipe()
@@ -116,7 +118,8 @@ func TestContainer(t *testing.T) {
 		go func() { over <- cmd.Wait() }()
 		select {
 		case err := <-over:
-			if exit, ok := errors.AsType[*exec.ExitError](err); second != (ok && exit.ExitCode() == 1) {
+			if exit, ok := errors.AsType[*exec.ExitError](err); second != (ok &&
+				exit.ExitCode() == 1) {
 				t.Errorf("second signal %v: it ended with %v", second, err)
 			}
 		case <-time.After(20 * time.Second):

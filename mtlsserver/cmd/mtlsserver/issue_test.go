@@ -73,7 +73,8 @@ func TestIssueSignsARequest(t *testing.T) {
 		args []string
 		want string
 	}{
-		{[]string{"-csr", filepath.Join(dir, "bad.csr")}, "bad.csr: want a certificate request in PEM"},
+		{[]string{"-csr", filepath.Join(dir, "bad.csr")},
+			"bad.csr: want a certificate request in PEM"},
 		{[]string{"-csr", filepath.Join(dir, "none.csr")}, "none.csr: no such file"},
 		{[]string{"-days", "0"}, "-days 0: want 1 to 3650"},
 	} {
@@ -93,7 +94,8 @@ func TestIssueRefusesACAKeyThatOthersCanRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, _, stderr := try("issue", "-dir", dir, "-name", "alice", "-apps", "web")
-	if code != 2 || !strings.Contains(stderr, "ca.key\": mode 0644 gives others access to the key: chmod 600 it") {
+	if code != 2 || !strings.Contains(stderr,
+		"ca.key\": mode 0644 gives others access to the key: chmod 600 it") {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
 }
@@ -103,7 +105,8 @@ func TestTwentyIssuesAtOnce(t *testing.T) {
 	var all sync.WaitGroup
 	for range 20 {
 		all.Go(func() {
-			if code, _, stderr := try("issue", "-dir", dir, "-name", "alice", "-apps", "web"); code != 0 {
+			if code, _, stderr := try("issue", "-dir", dir, "-name", "alice", "-apps",
+				"web"); code != 0 {
 				t.Errorf("exit code %d: %s", code, stderr)
 			}
 		})

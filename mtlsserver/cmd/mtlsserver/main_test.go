@@ -24,7 +24,8 @@ type process struct {
 // start returns when the server is ready.
 func start(t *testing.T, args ...string) *process {
 	t.Helper()
-	p := &process{signals: make(chan os.Signal, 8), addrs: map[string]string{}, out: make(lines, 1000), errs: make(lines, 10000), code: make(chan int, 1)}
+	p := &process{signals: make(chan os.Signal, 8), addrs: map[string]string{},
+		out: make(lines, 1000), errs: make(lines, 10000), code: make(chan int, 1)}
 	ready := make(lines, 1000)
 	go func() { p.code <- run(args, p.signals, ready, p.errs) }()
 	deadline := time.After(20 * time.Second)

@@ -29,8 +29,10 @@ func owned(t *testing.T, path string, uid, gid uint32, mode os.FileMode) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if owner := info.Sys().(*syscall.Stat_t); owner.Uid != uid || owner.Gid != gid || info.Mode() != mode {
-		t.Errorf("%s is of %d:%d, mode %v, want %d:%d, mode %v", filepath.Base(path), owner.Uid, owner.Gid, info.Mode(), uid, gid, mode)
+	if owner := info.Sys().(*syscall.Stat_t); owner.Uid != uid || owner.Gid != gid ||
+		info.Mode() != mode {
+		t.Errorf("%s is of %d:%d, mode %v, want %d:%d, mode %v", filepath.Base(path), owner.Uid,
+			owner.Gid, info.Mode(), uid, gid, mode)
 	}
 }
 
@@ -40,7 +42,9 @@ func TestRenewAndRotateKeepTheOwners(t *testing.T) {
 		t.Skip("only root can have a file be somebody else's")
 	}
 	dir := folder(t)
-	for name, gid := range map[string]int{"config.json": 1, "server.pem": 2, "server.key": 3, "ca.pem": 4} { // root keeps ca.key
+	// root keeps ca.key
+	for name, gid := range map[string]int{"config.json": 1, "server.pem": 2, "server.key": 3,
+		"ca.pem": 4} {
 		if err := os.Chown(filepath.Join(dir, name), 1234, gid); err != nil {
 			t.Fatal(err)
 		}

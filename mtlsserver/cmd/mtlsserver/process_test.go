@@ -21,8 +21,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// Who starts it reads until it is ready, and may then go away: neither reloads nor what is logged ends the server, or
-// stops it. Signals are real here.
+// Who starts it reads until it is ready, and may then go away: neither reloads nor what is logged
+// ends the server, or stops it. Signals are real here.
 func TestNobodyReadsOn(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("no signals")

@@ -21,7 +21,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// A certificate may come from a pipe or a terminal. Who does not want to wait for it any longer need not.
+// A certificate may come from a pipe or a terminal. Who does not want to wait for it any longer
+// need not.
 func TestSerialCanBeInterrupted(t *testing.T) {
 	pipe := filepath.Join(t.TempDir(), "pipe")
 	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
@@ -41,7 +42,8 @@ func TestSerialCanBeInterrupted(t *testing.T) {
 	go func() { over <- cmd.Wait() }()
 	select {
 	case err := <-over:
-		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGINT {
+		if exit, ok := errors.AsType[*exec.ExitError](err); !ok ||
+			exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGINT {
 			t.Errorf("it ended with %v", err)
 		}
 	case <-time.After(10 * time.Second):
@@ -55,7 +57,8 @@ func TestSIGTERMIsHeardAfterManySIGHUPs(t *testing.T) {
 	_, config := setUp(t)
 	var users []string // so that a reload takes its time
 	for i := range 4000 {
-		users = append(users, fmt.Sprintf(`{"name": "u%d", "serials": ["0x%x"], "apps": ["web"]}`, i, i+1))
+		users = append(users,
+			fmt.Sprintf(`{"name": "u%d", "serials": ["0x%x"], "apps": ["web"]}`, i, i+1))
 	}
 	replace(t, config, `"users": []`, `"users": [`+strings.Join(users, ",\n")+`]`)
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "run", "-config", config)
@@ -72,7 +75,8 @@ func TestSIGTERMIsHeardAfterManySIGHUPs(t *testing.T) {
 	}
 	for range 10_000 {
 		cmd.Process.Signal(syscall.SIGHUP)
-		for sent := time.Now(); time.Since(sent) < 100*time.Microsecond; { // the system does not keep two of a kind
+		// the system does not keep two of a kind
+		for sent := time.Now(); time.Since(sent) < 100*time.Microsecond; {
 		}
 	}
 	cmd.Process.Signal(syscall.SIGTERM)
@@ -159,7 +163,8 @@ func TestLogThatNobodyReads(t *testing.T) {
 		}
 		p.cmd.Process.Signal(syscall.SIGHUP)
 		bob.SetReadDeadline(time.Now().Add(10 * time.Second))
-		if _, err := bob.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		if _, err := bob.Read(make([]byte, 1)); err == nil ||
+			errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("bob, who is revoked, reads %v", err)
 		}
 		p.cmd.Process.Signal(syscall.SIGTERM)
@@ -173,7 +178,8 @@ func TestLogThatNobodyReads(t *testing.T) {
 		go func() { over <- p.cmd.Wait() }()
 		select {
 		case err := <-over:
-			if exit, ok := errors.AsType[*exec.ExitError](err); second != (ok && exit.ExitCode() == 1) {
+			if exit, ok := errors.AsType[*exec.ExitError](err); second != (ok &&
+				exit.ExitCode() == 1) {
 				t.Errorf("second signal %v: it ended with %v", second, err)
 			}
 		case <-time.After(20 * time.Second):

@@ -15,7 +15,8 @@ func TestRenew(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "pki")
 	must(t, "init", dir, "-host", "lb.example.org")
 	config := filepath.Join(dir, "config.json")
-	replace(t, config, "127.0.0.1:9443", "127.0.0.1:0", "127.0.0.1:8001", echo(t, "web"), `, {"addr": "127.0.0.1:8002"}`, "")
+	replace(t, config, "127.0.0.1:9443", "127.0.0.1:0", "127.0.0.1:8001", echo(t, "web"),
+		`, {"addr": "127.0.0.1:8002"}`, "")
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
 	s := start(t, "run", "-config", config)
 	before, _, err := dial(dir, "alice", s.addrs["web"])
@@ -34,8 +35,10 @@ func TestRenew(t *testing.T) {
 		t.Errorf("it is valid for %v more, want 30 days", left)
 	}
 	first := certificateIn(t, filepath.Join(dir, "server.pem"))
-	if !slices.Equal(cert.DNSNames, first.DNSNames) || !slices.EqualFunc(cert.IPAddresses, first.IPAddresses, net.IP.Equal) {
-		t.Errorf("it is for %v %v, was for %v %v", cert.DNSNames, cert.IPAddresses, first.DNSNames, first.IPAddresses)
+	if !slices.Equal(cert.DNSNames, first.DNSNames) ||
+		!slices.EqualFunc(cert.IPAddresses, first.IPAddresses, net.IP.Equal) {
+		t.Errorf("it is for %v %v, was for %v %v", cert.DNSNames, cert.IPAddresses,
+			first.DNSNames, first.IPAddresses)
 	}
 	now := contents(t, dir)
 	for name, text := range old {
@@ -43,7 +46,8 @@ func TestRenew(t *testing.T) {
 			t.Errorf("%s has changed", name)
 		}
 	}
-	if want := strings.NewReplacer("server.pem", "server-2.pem", "server.key", "server-2.key").Replace(old["config.json"]); now["config.json"] != want {
+	if want := strings.NewReplacer("server.pem", "server-2.pem", "server.key",
+		"server-2.key").Replace(old["config.json"]); now["config.json"] != want {
 		t.Errorf("config.json is\n%s\nwant\n%s", now["config.json"], want)
 	}
 
@@ -70,7 +74,8 @@ func TestRenew(t *testing.T) {
 	// Other names may be asked for, and others may renew at the same time.
 	must(t, "renew", "-dir", dir, "-host", "other.example.org,192.0.2.7")
 	cert = certificateIn(t, filepath.Join(dir, "server-3.pem"))
-	for host, want := range map[string]bool{"localhost": true, "other.example.org": true, "192.0.2.7": true, "lb.example.org": false} {
+	for host, want := range map[string]bool{"localhost": true, "other.example.org": true,
+		"192.0.2.7": true, "lb.example.org": false} {
 		if err := cert.VerifyHostname(host); want != (err == nil) {
 			t.Errorf("%s: %v", host, err)
 		}
@@ -88,11 +93,17 @@ func TestRenewThatFails(t *testing.T) {
 		{"no days", []string{"-days", "0"}, nil, "-days 0: want 1 to 824"},
 		{"too many days", []string{"-days", "825"}, nil, "-days 825: want 1 to 824"},
 		{"no host", []string{"-host", "a b"}, nil, `-host "a b": want host names`},
-		{"no key of the CA", nil, func(dir string) { os.Remove(filepath.Join(dir, "ca.key")) }, "ca.key: no such file"},
-		{"no configuration", nil, func(dir string) { os.Remove(filepath.Join(dir, "config.json")) }, "config.json\": no such file"},
+		{"no key of the CA", nil, func(dir string) {
+			os.Remove(filepath.Join(dir, "ca.key"))
+		}, "ca.key: no such file"},
+		{"no configuration", nil, func(dir string) {
+			os.Remove(filepath.Join(dir, "config.json"))
+		}, "config.json\": no such file"},
 		{"a certificate for no app", []string{"-host", "b.example.org"}, func(dir string) {
-			replace(t, filepath.Join(dir, "config.json"), `"upstreams": [`, `"tls": {"serverName": "a.example.org"}, "upstreams": [`)
-		}, `apps[0].tls.serverName: "a.example.org": the certificate in tls.cert is not for this name`},
+			replace(t, filepath.Join(dir, "config.json"), `"upstreams": [`,
+				`"tls": {"serverName": "a.example.org"}, "upstreams": [`)
+		}, `apps[0].tls.serverName: "a.example.org": ` +
+			`the certificate in tls.cert is not for this name`},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "pki")
@@ -102,7 +113,8 @@ func TestRenewThatFails(t *testing.T) {
 			}
 			before := contents(t, dir)
 			code, stdout, stderr := try(append([]string{"renew", "-dir", dir}, row.args...)...)
-			if code != 2 || stdout != "" || !strings.Contains(stderr, row.want) || strings.Count(stderr, "\n") != 1 {
+			if code != 2 || stdout != "" || !strings.Contains(stderr, row.want) ||
+				strings.Count(stderr, "\n") != 1 {
 				t.Errorf("exit code %d, %q, %q, want %q", code, stdout, stderr, row.want)
 			}
 			if after := contents(t, dir); !equal(before, after) {

@@ -31,7 +31,8 @@ var managers atomic.Int64
 
 func newManager(t *testing.T) *manager {
 	t.Helper()
-	addr := &net.UnixAddr{Name: fmt.Sprintf("@mtlsserver-test-%d-%d", os.Getpid(), managers.Add(1)), Net: "unixgram"}
+	addr := &net.UnixAddr{Name: fmt.Sprintf("@mtlsserver-test-%d-%d", os.Getpid(),
+		managers.Add(1)), Net: "unixgram"}
 	c, err := net.ListenUnixgram("unixgram", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -61,8 +62,9 @@ func (m *manager) listen(t *testing.T, name string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// As the unit's NonBlocking=yes has it. For a File that does not block when it is made, to start
-	// a process does not change that: the process before is still accepting from the same socket.
+	// As the unit's NonBlocking=yes has it. For a File that does not block when it is made, to
+	// start a process does not change that: the process before is still accepting from the same
+	// socket.
 	held := os.NewFile(uintptr(fd), name)
 	t.Cleanup(func() { held.Close() })
 	m.add(held, name)
@@ -83,10 +85,12 @@ type service struct {
 func (m *manager) start(t *testing.T, config string) *service {
 	t.Helper()
 	s := &service{
-		Cmd:  exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" run -config "$1"`, os.Args[0], config),
+		Cmd: exec.CommandContext(t.Context(), "sh", "-c",
+			`LISTEN_PID=$$ exec "$0" run -config "$1"`, os.Args[0], config),
 		errs: &bytes.Buffer{}, over: make(chan error, 1),
 	}
-	s.Env = append(os.Environ(), "MTLSSERVER_MAIN=1", "NOTIFY_SOCKET="+m.notify.LocalAddr().String(),
+	s.Env = append(os.Environ(), "MTLSSERVER_MAIN=1",
+		"NOTIFY_SOCKET="+m.notify.LocalAddr().String(),
 		fmt.Sprintf("LISTEN_FDS=%d", len(m.sockets)), "LISTEN_FDNAMES="+strings.Join(m.names, ":"))
 	s.ExtraFiles, s.Stderr = m.sockets, s.errs
 	if err := s.Start(); err != nil {
@@ -157,7 +161,8 @@ func TestServiceTellsItsStates(t *testing.T) {
 		if states := m.await(t, "RELOADING=1\nMONOTONIC_USEC="); usec(states) < sent {
 			t.Errorf("%q, want a time from %d on", states, sent)
 		}
-		if states := m.await(t, row.status); strings.Contains(states, "failed") != strings.Contains(row.status, "failed") ||
+		if states := m.await(t, row.status); strings.Contains(states,
+			"failed") != strings.Contains(row.status, "failed") ||
 			strings.Count(states, "\n") != 1 {
 			t.Errorf("after the reload: %q", states)
 		}
@@ -179,9 +184,11 @@ func TestSocketsFindTheirApps(t *testing.T) {
 	_, app, _ := strings.Cut(web, "[\n    {")
 	app, _, _ = strings.Cut(app, "\n  ],")
 	more := func(id, listen string) string {
-		return ",\n    {" + strings.NewReplacer(`"web"`, `"`+id+`"`, "127.0.0.1:0", listen).Replace(app)
+		return ",\n    {" +
+			strings.NewReplacer(`"web"`, `"`+id+`"`, "127.0.0.1:0", listen).Replace(app)
 	}
-	write(t, dir, "config.json", []byte(strings.Replace(web, app, app+more("db", byAddr)+more("own", "127.0.0.1:0"), 1)))
+	write(t, dir, "config.json",
+		[]byte(strings.Replace(web, app, app+more("db", byAddr)+more("own", "127.0.0.1:0"), 1)))
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web,db,own")
 	s := m.start(t, config)
 	m.await(t, "READY=1")
@@ -194,7 +201,8 @@ func TestSocketsFindTheirApps(t *testing.T) {
 	}
 	// A reload may take an app away, and may bring it back.
 	with := contents(t, dir)["config.json"]
-	for _, text := range []string{strings.NewReplacer(more("db", byAddr), "", `"db",`, "").Replace(with), with} {
+	for _, text := range []string{
+		strings.NewReplacer(more("db", byAddr), "", `"db",`, "").Replace(with), with} {
 		write(t, dir, "config.json", []byte(text))
 		s.Process.Signal(syscall.SIGHUP)
 		m.await(t, "RELOADING=1")
@@ -206,7 +214,8 @@ func TestSocketsFindTheirApps(t *testing.T) {
 	}
 	c.Close()
 	s.stop(t)
-	if !strings.Contains(s.errs.String(), `"msg":"a socket is not used","err":"no app for descriptor 4`) {
+	if !strings.Contains(s.errs.String(),
+		`"msg":"a socket is not used","err":"no app for descriptor 4`) {
 		t.Errorf("the log does not tell of the socket that was of no app\n%s", s.errs)
 	}
 }
@@ -248,7 +257,8 @@ func TestSocketsOfNoApp(t *testing.T) {
 	m := newManager(t)
 	m.add(null, "web")
 	s := m.start(t, config)
-	if err := s.end(t); err == nil || !strings.Contains(s.errs.String(), `descriptor 3 ("web"): getsockopt: `) {
+	if err := s.end(t); err == nil ||
+		!strings.Contains(s.errs.String(), `descriptor 3 ("web"): getsockopt: `) {
 		t.Errorf("not a socket: %v\n%s", err, s.errs)
 	}
 }
@@ -282,9 +292,9 @@ func TestListensAt(t *testing.T) {
 	}
 }
 
-// While the server is replaced ten times, clients connect without a pause. None is refused, and none
-// is reset. In every second upgrade the old process has ended before the new one begins, as when
-// systemd restarts a service; clients wait in the socket's queue meanwhile.
+// While the server is replaced ten times, clients connect without a pause. None is refused, and
+// none is reset. In every second upgrade the old process has ended before the new one begins, as
+// when systemd restarts a service; clients wait in the socket's queue meanwhile.
 func TestTenUpgradesCutNobody(t *testing.T) {
 	dir, config := setUp(t)
 	replace(t, config, firstAdmin, "") // its socket is one server's at a time
@@ -321,7 +331,8 @@ func TestTenUpgradesCutNobody(t *testing.T) {
 	}
 	more := func() {
 		t.Helper()
-		for n, late := served.Load()+20, time.Now().Add(20*time.Second); served.Load() < n && !t.Failed(); {
+		for n, late := served.Load()+20, time.Now().Add(20*time.Second); served.Load() < n &&
+			!t.Failed(); {
 			if time.Now().After(late) {
 				t.Fatalf("no connections are served: %d in all", served.Load())
 			}
@@ -362,7 +373,8 @@ func TestUnitsAreValid(t *testing.T) {
 	}
 	said, err := exec.Command(analyze, "--version").Output()
 	var version int
-	if _, scanErr := fmt.Sscanf(string(said), "systemd %d", &version); err != nil || scanErr != nil {
+	if _, scanErr := fmt.Sscanf(string(said), "systemd %d", &version); err != nil ||
+		scanErr != nil {
 		t.Fatalf("%s --version: %q, %v", analyze, said, err)
 	}
 	dir := t.TempDir()
@@ -372,7 +384,8 @@ func TestUnitsAreValid(t *testing.T) {
 	}
 	oldnew := []string{"/usr/local/bin/mtlsserver", exe}
 	if version < 253 { // as the unit says
-		oldnew = append(oldnew, "Type=notify-reload", "Type=notify\nExecReload=/bin/kill -HUP $MAINPID")
+		oldnew = append(oldnew, "Type=notify-reload",
+			"Type=notify\nExecReload=/bin/kill -HUP $MAINPID")
 	}
 	args := []string{"verify"}
 	for _, name := range []string{"mtlsserver.service", "mtlsserver.socket"} {
@@ -387,7 +400,8 @@ func TestUnitsAreValid(t *testing.T) {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, said)
 	}
 	if version >= 250 {
-		said, err := exec.Command(analyze, "security", "--offline=true", "--threshold=20", args[1]).CombinedOutput()
+		said, err := exec.Command(analyze, "security", "--offline=true", "--threshold=20",
+			args[1]).CombinedOutput()
 		if err != nil {
 			t.Errorf("its exposure is more than 2.0 of 10: %v\n%s", err, said)
 		}

@@ -17,9 +17,11 @@ func TestUsers(t *testing.T) {
 	serial := strings.TrimSpace(must(t, "serial", filepath.Join(dir, "carol.pem")))
 	until := certificateIn(t, filepath.Join(dir, "carol.pem")).NotAfter.UTC().Format(time.DateOnly)
 	// Of another CA, a certificate with a serial that a user has tells nothing.
-	stranger := mustSign(serverCert(), mustSign(&x509.Certificate{IsCA: true, KeyUsage: x509.KeyUsageCertSign}, nil))
+	stranger := mustSign(serverCert(),
+		mustSign(&x509.Certificate{IsCA: true, KeyUsage: x509.KeyUsageCertSign}, nil))
 	write(t, dir, "stranger.pem", stranger.cert)
-	replace(t, config, `"bob", "serials": ["0b"]`, `"bo\tb", "serials": ["0x`+stranger.Leaf.SerialNumber.Text(16)+`"]`)
+	replace(t, config, `"bob", "serials": ["0b"]`,
+		`"bo\tb", "serials": ["0x`+stranger.Leaf.SerialNumber.Text(16)+`"]`)
 	got := must(t, "users", "-config", config)
 	want := []string{
 		`^USER +SERIAL +CA +EXPIRES +APPS +LIMITS$`,
@@ -38,18 +40,22 @@ func TestUsers(t *testing.T) {
 		}
 	}
 	replace(t, config, `"handshake"`, `"defaultLimit": {"open": 7}, "handshake"`)
-	if got := must(t, "users", "-config", config); !has(got, "bo\\tb…open=7\n") || !has(got, "alice…burst") {
+	if got := must(t, "users", "-config", config); !has(got, "bo\\tb…open=7\n") ||
+		!has(got, "alice…burst") {
 		t.Errorf("with a default limit:\n%s", got)
 	}
 	replace(t, config, `"web",`, `"wob",`)
-	if code, stdout, stderr := try("users", "-config", config); code != 2 || stdout != "" || !has(stderr, `config.json:…there is no app "web"`) {
+	if code, stdout, stderr := try("users", "-config", config); code != 2 || stdout != "" ||
+		!has(stderr, `config.json:…there is no app "web"`) {
 		t.Errorf("exit code %d, %q, %q", code, stdout, stderr)
 	}
 }
 
 func TestVersion(t *testing.T) {
 	said := must(t, "version")
-	if want := "^mtlsserver \\S+ " + regexp.QuoteMeta(runtime.Version()+" "+runtime.GOOS+"/"+runtime.GOARCH) + "( [0-9a-f]{40})?( \\(modified\\))?\n$"; !regexp.MustCompile(want).MatchString(said) {
+	if want := "^mtlsserver \\S+ " +
+		regexp.QuoteMeta(runtime.Version()+" "+runtime.GOOS+"/"+runtime.GOARCH) +
+		"( [0-9a-f]{40})?( \\(modified\\))?\n$"; !regexp.MustCompile(want).MatchString(said) {
 		t.Errorf("version says %q, want %s", said, want)
 	}
 	_, config := setUp(t)
