@@ -202,10 +202,12 @@ func TestLeastLoadedIsChosenAndTiesGoInSliceOrder(t *testing.T) {
 		{"the load is what it would be, not what it is", // 2/10 before 1/1, though 0 < 1/10
 			[]Upstream{{Addr: "a"}, {Addr: "b", Weight: 10}}, []int{0, 1}, "b b b b b b b b a b"},
 		{"weights are compared exactly", // 3/3 is 1/1, 1000/999 is more
-			[]Upstream{{Addr: "a", Weight: 999}, {Addr: "b", Weight: 3}, {Addr: "c"}}, []int{999, 2, 0},
+			[]Upstream{{Addr: "a", Weight: 999}, {Addr: "b", Weight: 3}, {Addr: "c"}},
+			[]int{999, 2, 0},
 			"b c a a a a"},
 		{"a full one is passed over",
-			[]Upstream{{Addr: "a", MaxConns: 2}, {Addr: "b", MaxConns: 3}, {Addr: "c"}}, []int{0, 0, 5},
+			[]Upstream{{Addr: "a", MaxConns: 2}, {Addr: "b", MaxConns: 3}, {Addr: "c"}},
+			[]int{0, 0, 5},
 			"a b a b b c c"},
 		{"when all are full there is none",
 			[]Upstream{{Addr: "a", MaxConns: 1}, {Addr: "b", Weight: 9, MaxConns: 2}}, []int{0, 0},
@@ -307,7 +309,8 @@ func TestSettleReportsFailureAndRecoveryOnce(t *testing.T) {
 		v    verdict
 		want bool
 	}{
-		{works, false}, {fails, true}, {fails, false}, {unknown, false}, {works, true}, {works, false},
+		{works, false}, {fails, true}, {fails, false}, {unknown, false}, {works, true},
+		{works, false},
 		{unknown, false}, {fails, true},
 	} {
 		f.acquire(nil, f.now)
@@ -412,7 +415,8 @@ func TestRefusingUpstreamIsTriedOncePerFailTimeout(t *testing.T) {
 	}
 	most := int(f.now.Sub(start)/balFail) + 1
 	if attempts > most || attempts < most-2 {
-		t.Errorf("%d attempts at it in %v, want about %d and no more", attempts, f.now.Sub(start), most)
+		t.Errorf("%d attempts at it in %v, want about %d and no more", attempts,
+			f.now.Sub(start), most)
 	}
 	wantBal(t, "dials failed", f.find("b:1").failed, uint64(attempts))
 }
@@ -503,7 +507,8 @@ func TestSetUpstreamsDoesNotShortenSlowStart(t *testing.T) {
 }
 
 func TestSlowStartIsPreferredToCooling(t *testing.T) {
-	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 1}, Upstream{Addr: "c:1"})
+	f := newBalFarm(Upstream{Addr: "a:1"}, Upstream{Addr: "b:1", MaxConns: 1},
+		Upstream{Addr: "c:1"})
 	f.says["a:1"] = fails
 	f.says["c:1"] = fails
 	wantBal(t, "first", f.connect(), "a:1 b:1") // a tie: b before c
@@ -573,7 +578,8 @@ func TestDialsDoNotChangeTheDownState(t *testing.T) {
 			f.mark("a:1", true)
 			wantBal(t, "waiting to recover", f.cooling.Len(), 0)
 			for _, u := range dials {
-				wantBal(t, "a dial that began before changes its standing", f.settle(u, v, f.now), false)
+				wantBal(t, "a dial that began before changes its standing",
+					f.settle(u, v, f.now), false)
 				f.release(u)
 			}
 			f.now = f.now.Add(balFail)
@@ -641,7 +647,8 @@ func TestRemovedUpstreamDrains(t *testing.T) {
 	wantBal(t, "chosen", f.takes(2), []string{"b:1", "c:1"})
 	for n := 3; n > 0; n-- {
 		wantBal(t, "stats", f.stats()[2:], []UpstreamStats{
-			{Addr: "a:1", Weight: 1, Open: n, Total: 3, State: StateUp, Since: f.now, Removed: true},
+			{Addr: "a:1", Weight: 1, Open: n, Total: 3, State: StateUp, Since: f.now,
+				Removed: true},
 		})
 		f.release(old[n-1])
 	}
@@ -712,7 +719,8 @@ func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
 	b.Weight = 4
 	f.setUpstreams(a, b)
 	// 2/1 8/4: a tie at last
-	wantBal(t, "b has four times the weight", f.takes(7), []string{"b", "b", "b", "b", "b", "b", "a"})
+	wantBal(t, "b has four times the weight", f.takes(7),
+		[]string{"b", "b", "b", "b", "b", "b", "a"})
 
 	b.MaxConns = 3
 	f.setUpstreams(a, b)
@@ -734,7 +742,8 @@ func TestChangedWeightMaxConnsAndOrderApply(t *testing.T) {
 }
 
 func TestStatsListRemovedUpstreamsLastByAddr(t *testing.T) {
-	f := newBalFarm(Upstream{Addr: "z"}, Upstream{Addr: "m"}, Upstream{Addr: "k"}, Upstream{Addr: "b"})
+	f := newBalFarm(Upstream{Addr: "z"}, Upstream{Addr: "m"}, Upstream{Addr: "k"},
+		Upstream{Addr: "b"})
 	f.takes(4)
 	f.setUpstreams(Upstream{Addr: "x"}, Upstream{Addr: "b"})
 	var addrs []string
@@ -789,7 +798,8 @@ func TestSetPeersRejectsBadValuesByName(t *testing.T) {
 		if err == nil || !strings.HasPrefix(err.Error(), `lbproxy: app "test": `+tc.want) {
 			t.Errorf("%+v: %v, want %s", tc.peers, err, tc.want)
 		}
-		if b := &a.balancer; b.peers.Index != 1 || b.peers.Count != 2 || b.peers.Bias["10.0.0.2:1"] != 3 {
+		if b := &a.balancer; b.peers.Index != 1 || b.peers.Count != 2 ||
+			b.peers.Bias["10.0.0.2:1"] != 3 {
 			t.Fatalf("%+v was rejected, but the peers are now %+v", tc.peers, b.peers)
 		}
 	}
@@ -844,7 +854,8 @@ func TestBiasAffectsOnlyTheChoice(t *testing.T) {
 	f.arrange()
 	// 3.5/2 1 1.25; 1.75 2 1.25; 1.75 2 -; 2.25 2; 2.25 3
 	wantBal(t, "loads", f.takes(5), strings.Fields("b c a b a"))
-	wantBal(t, "open", []int{f.stats()[0].Open, f.stats()[1].Open, f.stats()[2].Open}, []int{2, 2, 1})
+	wantBal(t, "open", []int{f.stats()[0].Open, f.stats()[1].Open, f.stats()[2].Open},
+		[]int{2, 2, 1})
 	f.setPeers(Peers{Bias: map[string]float64{"a": math.Inf(1), "b": math.Inf(1)}})
 	wantBal(t, "endless ones tie", f.takes(2), strings.Fields("a a"))
 }
@@ -920,7 +931,8 @@ func spread(apps, upstreams int, load float64, rotated bool) float64 {
 		u := balAcquire(&balancers[app], time.Time{})
 		open[u.index]++
 		total++
-		lasts := lowest * math.Pow(1-random.Float64()*(1-math.Pow(lowest/(200*mean), alpha)), -1/alpha)
+		lasts := lowest * math.Pow(1-random.Float64()*(1-math.Pow(lowest/(200*mean), alpha)),
+			-1/alpha)
 		heap.Push(&ends, balTime[conn]{now + lasts, conn{app, u}})
 	}
 	return sum / float64(samples)
@@ -980,7 +992,8 @@ func TestDrainingUpstreamGetsNoNewConnections(t *testing.T) {
 
 func TestErrNoUpstreamSaysWhy(t *testing.T) {
 	ups := []Upstream{
-		{Addr: "a:1", MaxConns: 1}, {Addr: "b:1", MaxConns: 1}, {Addr: "c:1"}, {Addr: "d:1", Drain: true},
+		{Addr: "a:1", MaxConns: 1}, {Addr: "b:1", MaxConns: 1}, {Addr: "c:1"},
+		{Addr: "d:1", Drain: true},
 	}
 	f := newBalFarm(ups...)
 	f.mark("c:1", true)
@@ -1040,7 +1053,8 @@ func TestEachOfManyUpstreamsIsTriedOnce(t *testing.T) {
 	for i := range confs {
 		confs[i] = Upstream{Addr: fmt.Sprintf("10.0.%d.%d:1", i/256, i%256), MaxConns: i % 2 * 3}
 	}
-	for _, failTimeout := range []time.Duration{-1, 1} { // 1: they are ready again at the next choice
+	// 1: they are ready again at the next choice
+	for _, failTimeout := range []time.Duration{-1, 1} {
 		f := newBalFarm(confs...)
 		f.failTimeout = failTimeout
 		var s search
@@ -1688,7 +1702,8 @@ func BenchmarkAcquireSkipping(b *testing.B) {
 				}
 			})
 		}
-		b.Run(fmt.Sprintf("upstreams=%d/tried", n), func(b *testing.B) { // by one connection, all in turn
+		// by one connection, all in turn
+		b.Run(fmt.Sprintf("upstreams=%d/tried", n), func(b *testing.B) {
 			bal, _ := balMany(n)
 			bal.failTimeout = -1
 			s := new(search)

@@ -66,7 +66,8 @@ func TestServeRecoversWhenDescriptorsAreFree(t *testing.T) {
 		return err == nil
 	}
 	stuck := 0
-	for n := 0; n < 60 && stuck < 10; n++ { // far more than it can have; the others wait or are reset
+	// far more than it can have; the others wait or are reset
+	for n := 0; n < 60 && stuck < 10; n++ {
 		if !served() {
 			stuck++
 		}
@@ -82,7 +83,8 @@ func TestServeRecoversWhenDescriptorsAreFree(t *testing.T) {
 		// Waiting connections come first, and some of them take descriptors without getting enough.
 	}
 	if took := time.Since(start) - late(); took > 1500*time.Millisecond {
-		t.Errorf("not served before %v, want at most the second that Serve waits, and half a second more",
+		t.Errorf("not served before %v, want at most the second that Serve waits, and half a "+
+			"second more",
 			took)
 	}
 	conns[len(conns)-1].Close()

@@ -134,7 +134,8 @@ func TestHalfClose(t *testing.T) {
 					t.Errorf("upstream got %s, want %s", s, pattern(size))
 				}
 				c.Close()
-				if r := <-results; r.End != EndDone || r.Err != nil || r.Sent != size || r.Received != size ||
+				if r := <-results; r.End != EndDone || r.Err != nil || r.Sent != size ||
+					r.Received != size ||
 					r.Upstream != addr || r.Attempts != 1 {
 					t.Errorf("result %+v", r)
 				}
@@ -201,7 +202,8 @@ func TestLongReplyAfterHalfCloseArrivesWhole(t *testing.T) {
 		sum := sha256.New()
 		n, err := io.Copy(sum, c)
 		if err != nil || n != size || !bytes.Equal(sum.Sum(nil), want.Sum(nil)) {
-			t.Errorf("TLS %v: %d bytes, %v; want %d, the same that were sent", overTLS, n, err, size)
+			t.Errorf("TLS %v: %d bytes, %v; want %d, the same that were sent", overTLS, n, err,
+				size)
 		}
 		c.Close()
 		if r := <-results; r.End != EndDone || r.Received != size {
@@ -253,7 +255,8 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 		ping(t, dial(t, addr))
 	}
 	if grown := proxytest.HeapInUse() - before; grown > conns*most {
-		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns, most)
+		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns,
+			most)
 	}
 }
 
@@ -290,7 +293,8 @@ func TestIdleTLSConnectionsHoldNoLargeBuffers(t *testing.T) {
 		most += 64 << 10 // but there it waits in it
 	}
 	if grown > conns*most {
-		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns, most)
+		t.Errorf("%d idle connections hold %d bytes each, want at most %d", conns, grown/conns,
+			most)
 	}
 }
 
@@ -377,7 +381,8 @@ func TestIdleTimeoutEndsStalledConnections(t *testing.T) {
 func TestThrottledConnectionIsNotIdle(t *testing.T) {
 	for _, blocks := range []bool{false, true} { // false: the limit returns a Wait
 		synctest.Test(t, func(t *testing.T) {
-			a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
+			a, _ := newApp(t,
+				Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
 			c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
 				switch {
 				case e.Kind != EventData || e.Direction != Upload:
@@ -393,7 +398,8 @@ func TestThrottledConnectionIsNotIdle(t *testing.T) {
 			time.Sleep(time.Hour + 50*time.Second) // no longer held, and not idle for a minute yet
 			c.Write([]byte("y"))
 			c.CloseWrite()
-			if b, err := io.ReadAll(c); string(b) != "y" || err != nil || time.Since(start) < 2*time.Hour {
+			if b, err := io.ReadAll(c); string(b) != "y" || err != nil ||
+				time.Since(start) < 2*time.Hour {
 				t.Errorf("read %q, %v after %v", b, err, time.Since(start))
 			}
 			c.Close()
@@ -490,8 +496,8 @@ func TestAnswerFollowedByAResetArrives(t *testing.T) {
 		}()
 		got := readAll(c)
 		c.Close()
-		// What the upstream's system had not sent yet is lost there. One call of the client gets the
-		// error of the reset; it may be a write.
+		// What the upstream's system had not sent yet is lost there. One call of the client gets
+		// the error of the reset; it may be a write.
 		r, err := <-results, <-written
 		if !strings.HasPrefix(got, fmt.Sprint(r.Received, " bytes")) ||
 			!strings.Contains(got, "then") && err == nil || r.End != EndUpstreamError {
@@ -514,11 +520,12 @@ func TestContextEndsHalfClosedConnection(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				upstreams := make(chan *duplexConn, 1)
-				a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-					ours, theirs := duplex()
-					upstreams <- theirs
-					return ours, nil
-				}}, "u:1")
+				a, _ := newApp(t, Options{
+					DialContext: func(context.Context, string, string) (net.Conn, error) {
+						ours, theirs := duplex()
+						upstreams <- theirs
+						return ours, nil
+					}}, "u:1")
 				ctx, cancel := context.WithCancelCause(t.Context())
 				s := serveFake(ctx, a, &Conn{})
 				upstream := <-upstreams
@@ -576,7 +583,9 @@ func TestEveryEndReleasesTheCount(t *testing.T) {
 					upstreams <- theirs
 					return ours, nil
 				}}, "a:1", "b:1")
-		tooMuch := limitFunc(func(e Event) Decision { return Decision{Exceeded: e.Kind == EventData} })
+		tooMuch := limitFunc(func(e Event) Decision {
+			return Decision{Exceeded: e.Kind == EventData}
+		})
 		for end, how := range map[EndReason]func(c served, upstream *duplexConn, cancel func()){
 			EndDone: func(c served, upstream *duplexConn, _ func()) {
 				c.CloseWrite()

@@ -64,7 +64,8 @@ func TestRefusingUpstreamCostsNoClient(t *testing.T) {
 	}
 	trials := int32(time.Since(start) / (10 * time.Second))
 	if n := dials.Load(); n < 1 || n > workers+trials {
-		t.Errorf("the dead upstream was dialed %d times, want 1 to %d, and %d trials", n, workers, trials)
+		t.Errorf("the dead upstream was dialed %d times, want 1 to %d, and %d trials", n,
+			workers, trials)
 	}
 	if u := a.Stats().Upstreams[0]; u.State != "cooling" || u.Failed != uint64(dials.Load()) {
 		t.Errorf("%+v", u)
@@ -206,7 +207,8 @@ func TestAllUpstreamsAreBlackHoles(t *testing.T) {
 }
 
 func TestAllUpstreamsFull(t *testing.T) {
-	a, _ := newAppOver(t, Options{DialContext: dialFake(echoFake)}, Upstream{Addr: "u:1", MaxConns: 1})
+	a, _ := newAppOver(t, Options{DialContext: dialFake(echoFake)},
+		Upstream{Addr: "u:1", MaxConns: 1})
 	first := serveFake(t.Context(), a, &Conn{})
 	ping(t, first)
 	second := serveFake(t.Context(), a, &Conn{})
@@ -225,11 +227,13 @@ func TestLocalDialErrorsDoNotCountAsFailures(t *testing.T) {
 		// the next dial would fail, too
 		syscall.EMFILE: 1, syscall.ENFILE: 1, syscall.ENOBUFS: 1, syscall.ENOMEM: 1,
 	} {
-		a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-			return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", ours)}
-		}}, "a:1", "b:1")
+		a, _ := newApp(t,
+			Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+				return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", ours)}
+			}}, "a:1", "b:1")
 		c := serveFake(t.Context(), a, &Conn{})
-		if r := <-c.result; r.End != EndDialFailed || r.Attempts != attempts || !errors.Is(r.Err, ours) {
+		if r := <-c.result; r.End != EndDialFailed || r.Attempts != attempts ||
+			!errors.Is(r.Err, ours) {
 			t.Errorf("%v: %+v", ours, r)
 		}
 		for _, u := range a.Stats().Upstreams {
@@ -304,10 +308,11 @@ func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 		"closed, where there is half-open": nil,
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				<-ctx.Done()
-				return nil, errors.New("interrupted") // an error that is not the context's
-			}}, "a:1", "b:1")
+			a, _ := newApp(t,
+				Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+					<-ctx.Done()
+					return nil, errors.New("interrupted") // an error that is not the context's
+				}}, "a:1", "b:1")
 			var r Result
 			start := time.Now()
 			if leave != nil {
@@ -320,7 +325,8 @@ func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 				go func() { synctest.Wait(); client.Close() }()
 				r, _ = a.ServeConn(t.Context(), &Conn{Client: ours})
 			}
-			if r.End != EndClientError || r.Err == nil || r.Attempts != 1 || time.Since(start) != 0 {
+			if r.End != EndClientError || r.Err == nil || r.Attempts != 1 ||
+				time.Since(start) != 0 {
 				t.Errorf("%s: %+v after %v", name, r, time.Since(start))
 			}
 			for _, u := range a.Stats().Upstreams {
@@ -405,13 +411,14 @@ func TestContextEndsConnectionInEveryState(t *testing.T) {
 
 func TestUpstreamConnectedTooLateIsReset(t *testing.T) {
 	dialling, reached := make(chan bool), make(chan *duplexConn, 1)
-	a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		dialling <- true
-		<-ctx.Done()
-		ours, theirs := duplex()
-		reached <- theirs
-		return ours, nil
-	}}, "a:1")
+	a, _ := newApp(t,
+		Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			dialling <- true
+			<-ctx.Done()
+			ours, theirs := duplex()
+			reached <- theirs
+			return ours, nil
+		}}, "a:1")
 	c := serveFake(t.Context(), a, &Conn{})
 	<-dialling
 	c.SetLinger(0)
@@ -469,7 +476,9 @@ func TestUpstreamTLSIsVerifiedWithinTheDialTimeout(t *testing.T) {
 	clientTLS.ServerName = "" // so it is taken from Addr
 	a, results := newAppOver(t, Options{DialTimeout: 300 * time.Millisecond},
 		Upstream{Addr: silent, TLS: clientTLS},
-		Upstream{Addr: upstreamDoing(t, func(c *net.TCPConn) { c.Write([]byte("220 not TLS\r\n")) }),
+		Upstream{Addr: upstreamDoing(t, func(c *net.TCPConn) {
+			c.Write([]byte("220 not TLS\r\n"))
+		}),
 			TLS: clientTLS},
 		// trusts nobody
 		Upstream{Addr: strings.Replace(good, "127.0.0.1", "localhost", 1), TLS: &tls.Config{}},
@@ -577,7 +586,8 @@ func TestCloseDoesNotWaitForStuckTLSPeer(t *testing.T) {
 		t.Fatal(err)
 	}
 	fullAt := time.Now()
-	for last := uint64(0); time.Since(fullAt) < 100*time.Millisecond; { // until all buffers are full
+	// until all buffers are full
+	for last := uint64(0); time.Since(fullAt) < 100*time.Millisecond; {
 		if now := a.Stats().Upstreams[0].Received; now != last {
 			last, fullAt = now, time.Now()
 		}

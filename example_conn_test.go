@@ -112,7 +112,8 @@ func ExampleConn_onRefused() {
 			if errors.Is(err, lbproxy.ErrRateLimited) {
 				status, text = 429, "Too Many Requests"
 			}
-			fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", status, text)
+			fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
+				status, text)
 		}
 		return nil
 	}, lbproxy.Upstream{Addr: "127.0.0.1:1", Drain: true}) // nobody gets to this one
@@ -162,18 +163,21 @@ func ExampleResult_LogValue() {
 	c.Close()
 	<-logged
 	// Output:
-	// level=INFO msg=done conn.app=demo conn.end=done conn.attempts=1 conn.sent=5 conn.received=13 conn.client_id=ann
+	// level=INFO msg=done conn.app=demo conn.end=done conn.attempts=1 conn.sent=5 conn.received=13
+	// conn.client_id=ann
 }
 
 // Behind another proxy, the client's address comes in a header. Only that proxy is believed.
 func ExampleAcceptProxy() {
 	red := startUpstream("red")
 	defer red.Close()
-	trusted := []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
-	_, l, stop := demoApp(nil, lbproxy.AcceptProxy(trusted, func(_ context.Context, c *lbproxy.Conn) error {
-		fmt.Println("client:", c.ClientAddr)
-		return nil
-	}), lbproxy.Upstream{Addr: red.Addr().String()})
+	trusted := []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"),
+		netip.MustParsePrefix("::1/128")}
+	_, l, stop := demoApp(nil,
+		lbproxy.AcceptProxy(trusted, func(_ context.Context, c *lbproxy.Conn) error {
+			fmt.Println("client:", c.ClientAddr)
+			return nil
+		}), lbproxy.Upstream{Addr: red.Addr().String()})
 	defer stop()
 
 	c := connect(l) // in place of the other proxy
@@ -201,7 +205,8 @@ func ExampleUpstream_proxyProtocol() {
 		header <- string(line[:n])
 	}()
 	_, proxy, stop := demoApp(nil, func(_ context.Context, c *lbproxy.Conn) error {
-		c.ClientAddr = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 50000} // or as AcceptProxy sets it
+		// or as AcceptProxy sets it
+		c.ClientAddr = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 50000}
 		c.ServerAddr = &net.TCPAddr{IP: net.IPv4(198, 51, 100, 2), Port: 443}
 		return nil
 	}, lbproxy.Upstream{Addr: l.Addr().String(), ProxyProtocol: 1})
@@ -255,7 +260,8 @@ func ExampleOptions_onUpstream() {
 	app, l, stop := demoApp(&lbproxy.Options{
 		OnUpstream: func(c lbproxy.UpstreamChange) { changes <- c },
 		Logger:     slog.New(slog.DiscardHandler),
-	}, nil, lbproxy.Upstream{Addr: gone.Addr().String()}, lbproxy.Upstream{Addr: red.Addr().String()})
+	}, nil, lbproxy.Upstream{Addr: gone.Addr().String()},
+		lbproxy.Upstream{Addr: red.Addr().String()})
 	defer stop()
 
 	c := connect(l)
@@ -307,8 +313,8 @@ func ExampleOptions_closeOnDown() {
 	// upstream-error
 }
 
-// A check that speaks the upstream's protocol, over a connection like those of clients: with TLS and
-// a PROXY header if the upstream has them.
+// A check that speaks the upstream's protocol, over a connection like those of clients: with TLS
+// and a PROXY header if the upstream has them.
 func ExampleUpstream_Dial() {
 	red := startUpstream("red")
 	defer red.Close()

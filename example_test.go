@@ -111,7 +111,8 @@ func Example() {
 }
 
 func ExampleNew() {
-	_, err := lbproxy.New("db", []lbproxy.Upstream{{Addr: "10.0.0.1:5432"}, {Addr: "10.0.0.2"}}, nil)
+	_, err := lbproxy.New("db", []lbproxy.Upstream{{Addr: "10.0.0.1:5432"}, {Addr: "10.0.0.2"}},
+		nil)
 	fmt.Println(err)
 
 	app, err := lbproxy.New("db", []lbproxy.Upstream{
@@ -128,16 +129,17 @@ func ExampleNew() {
 func ExampleOptions_dialContext() {
 	red := startUpstream("red")
 	defer red.Close()
-	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, &lbproxy.Options{
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			c, err := new(net.Dialer).DialContext(ctx, network, addr)
-			client := lbproxy.ConnFromContext(ctx) // nil for a health check
-			if err == nil && client != nil {
-				fmt.Fprintf(c, "for %s: ", client.ClientID) // if it fails, so does what follows
-			}
-			return c, err
-		},
-	})
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}},
+		&lbproxy.Options{
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				c, err := new(net.Dialer).DialContext(ctx, network, addr)
+				client := lbproxy.ConnFromContext(ctx) // nil for a health check
+				if err == nil && client != nil {
+					fmt.Fprintf(c, "for %s: ", client.ClientID) // if it fails, so does what follows
+				}
+				return c, err
+			},
+		})
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -162,9 +164,10 @@ func ExampleLBProxyApp_Serve() {
 	red := startUpstream("red")
 	defer red.Close()
 	results := make(chan lbproxy.Result, 2)
-	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}}, &lbproxy.Options{
-		OnDone: func(r lbproxy.Result) { results <- r },
-	})
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}},
+		&lbproxy.Options{
+			OnDone: func(r lbproxy.Result) { results <- r },
+		})
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -188,7 +191,8 @@ func ExampleLBProxyApp_Serve() {
 	fmt.Println(ann.ask("ann:hello"))
 	fmt.Println(eve.ask("eve:"))
 	report := func(r lbproxy.Result) {
-		fmt.Printf("%s: %s, %d bytes sent, %d received, %v\n", r.ClientID, r.End, r.Sent, r.Received,
+		fmt.Printf("%s: %s, %d bytes sent, %d received, %v\n", r.ClientID, r.End, r.Sent,
+			r.Received,
 			r.Err)
 	}
 	report(<-results)
@@ -230,7 +234,8 @@ func ExampleLBProxyApp_ServeConn() {
 	}
 	r, err := app.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: "ann"})
 	wg.Wait()
-	fmt.Println(r.ClientID, r.End, r.Upstream == red.Addr().String(), r.Attempts, r.Sent, r.Received,
+	fmt.Println(r.ClientID, r.End, r.Upstream == red.Addr().String(), r.Attempts, r.Sent,
+		r.Received,
 		err)
 	// Output:
 	// red got hello
@@ -433,7 +438,8 @@ func serverCertificate() (server, client *tls.Config) {
 	if err != nil {
 		panic(err)
 	}
-	template := &x509.Certificate{DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{DNSNames: []string{"localhost"},
+		NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		panic(err)
@@ -444,7 +450,8 @@ func serverCertificate() (server, client *tls.Config) {
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(cert)
-	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
+	return &tls.Config{
+			Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
 		&tls.Config{RootCAs: roots, ServerName: "localhost"}
 }
 

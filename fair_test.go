@@ -24,7 +24,8 @@ func flood(c net.Conn) {
 // Downloads over real sockets share a Bandwidth equally: those that have had it for themselves, and
 // those that join them. All groups run at once, each with a limit of its own.
 func TestDownloadsShareABandwidthEqually(t *testing.T) {
-	settle, measure, rates, sizes := time.Second, 2*time.Second, []int64{1, 10, 50}, []int{1, 2, 4, 16}
+	settle, measure, rates, sizes := time.Second, 2*time.Second, []int64{1, 10, 50},
+		[]int{1, 2, 4, 16}
 	if testing.Short() {
 		settle, measure, rates, sizes = time.Second/2, time.Second, []int64{10}, []int{1, 4}
 	}
@@ -173,7 +174,8 @@ func TestPingBesideBulkIsQuick(t *testing.T) {
 				go io.Copy(io.Discard, c)
 			}
 			worst, err := pings(all[0], 15*time.Second) // the burst takes 10
-			t.Logf("%d B/s, burst %d, %d bulk streams: worst ping %v", tt.rate, tt.burst, tt.bulk, worst)
+			t.Logf("%d B/s, burst %d, %d bulk streams: worst ping %v", tt.rate, tt.burst,
+				tt.bulk, worst)
 			if worst > 100*time.Millisecond || err != nil {
 				t.Errorf("%v, want 100 ms at most; %v", worst, err)
 			}

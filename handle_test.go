@@ -70,12 +70,15 @@ func wantCanceled(t *testing.T, r Result, cause error) {
 
 func TestAbortBeforeServeConn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, results := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-			t.Error("an upstream was dialed")
-			return nil, errors.New("no")
-		}}, "u:1")
+		a, results := newApp(t,
+			Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+				t.Error("an upstream was dialed")
+				return nil, errors.New("no")
+			}}, "u:1")
 		var asked journal
-		c := &Conn{RateLimit: &asked, OnRefused: func(net.Conn, error) { t.Error("OnRefused was called") }}
+		c := &Conn{RateLimit: &asked, OnRefused: func(net.Conn, error) {
+			t.Error("OnRefused was called")
+		}}
 		c.Abort(errKicked)
 		c.Abort(io.EOF)
 		if i := c.Info(); i != (ConnInfo{}) {
@@ -120,7 +123,8 @@ func TestAbortDuringAdmit(t *testing.T) {
 					c.RateLimit = &asked
 					_, err := c.Client.Read(make([]byte, 1)) // a client that is silent
 					if err == nil || context.Cause(ctx) != errKicked {
-						t.Errorf("admit read %v, and its context ended with %v", err, context.Cause(ctx))
+						t.Errorf("admit read %v, and its context ended with %v", err,
+							context.Cause(ctx))
 					}
 					return then(c)
 				})
@@ -162,10 +166,11 @@ func TestAbortDuringAHandshakeResetsTheConnectionBelow(t *testing.T) {
 
 func TestAbortWhileDialing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t, Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			<-ctx.Done()
-			return nil, context.Cause(ctx)
-		}}, "u:1", "v:1")
+		a, _ := newApp(t,
+			Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				<-ctx.Done()
+				return nil, context.Cause(ctx)
+			}}, "u:1", "v:1")
 		c := new(Conn)
 		s := serveFake(t.Context(), a, c)
 		synctest.Wait()
@@ -302,7 +307,9 @@ func TestConnFromContext(t *testing.T) {
 		come := comeFake(t, a, func(ctx context.Context, c *Conn) error {
 			conn = c
 			saw(ctx, "admit")
-			c.RateLimit = contextual(func(ctx context.Context, e Event) { saw(ctx, e.Kind.String()) })
+			c.RateLimit = contextual(func(ctx context.Context, e Event) {
+				saw(ctx, e.Kind.String())
+			})
 			return nil
 		})
 		c := come()
@@ -314,10 +321,11 @@ func TestConnFromContext(t *testing.T) {
 		}
 
 		seen = nil
-		checked, _ := newApp(t, Options{HealthCheck: &HealthCheck{}, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			saw(ctx, "check")
-			return nil, errors.New("no")
-		}}, "u:1")
+		checked, _ := newApp(t, Options{HealthCheck: &HealthCheck{},
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				saw(ctx, "check")
+				return nil, errors.New("no")
+			}}, "u:1")
 		time.Sleep(time.Minute)
 		checked.Close()
 		if got, want := strings.Join(seen, ", "), "check: none"; got != want {
@@ -330,12 +338,13 @@ func TestConnFromContext(t *testing.T) {
 func TestAContextsValuesReachTheHooks(t *testing.T) {
 	type key struct{}
 	ctx := context.WithValue(t.Context(), key{}, "mine")
-	a, _ := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-		if ctx.Value(key{}) != "mine" {
-			t.Error("the dialer's context lacks the caller's value")
-		}
-		return dialFake(echoFake)(ctx, network, addr)
-	}}, "u:1")
+	a, _ := newApp(t,
+		Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if ctx.Value(key{}) != "mine" {
+				t.Error("the dialer's context lacks the caller's value")
+			}
+			return dialFake(echoFake)(ctx, network, addr)
+		}}, "u:1")
 	s := serveFake(ctx, a, new(Conn))
 	ping(t, s)
 	s.Close()
@@ -365,15 +374,18 @@ func TestFieldsAreFixedOnceAdmitted(t *testing.T) {
 		}
 		look := func(when string) {
 			t.Helper()
-			if conn.ClientAddr != net.Addr(addr) || conn.ServerAddr != nil || conn.ClientID != "ann" ||
+			if conn.ClientAddr != net.Addr(addr) || conn.ServerAddr != nil ||
+				conn.ClientID != "ann" ||
 				!conn.Verified || conn.Value != 7 {
 				t.Errorf("%s: %+v", when, conn)
 			}
-			if l, r := conn.Client.LocalAddr().String(), conn.Client.RemoteAddr().String(); l != tcp.RemoteAddr().String() ||
+			if l, r := conn.Client.LocalAddr().String(),
+				conn.Client.RemoteAddr().String(); l != tcp.RemoteAddr().String() ||
 				r != tcp.LocalAddr().String() {
 				t.Errorf("%s: addresses %s and %s", when, l, r)
 			}
-			if c, ok := conn.Client.(*TLSConn); ok != overTLS || ok && !c.ConnectionState().HandshakeComplete {
+			if c, ok := conn.Client.(*TLSConn); ok != overTLS || ok &&
+				!c.ConnectionState().HandshakeComplete {
 				t.Errorf("%s: a %T with its handshake undone", when, conn.Client)
 			}
 		}
@@ -394,7 +406,8 @@ func wantClosed(t *testing.T, c net.Conn) {
 	_, read := c.Read(make([]byte, 1))
 	_, wrote := c.Write(make([]byte, 1))
 	for i, err := range []error{
-		read, wrote, c.SetDeadline(time.Time{}), c.SetReadDeadline(time.Time{}), c.SetWriteDeadline(time.Time{}), c.Close(),
+		read, wrote, c.SetDeadline(time.Time{}), c.SetReadDeadline(time.Time{}),
+		c.SetWriteDeadline(time.Time{}), c.Close(),
 	} {
 		if !errors.Is(err, net.ErrClosed) {
 			t.Errorf("%T: method %d returns %v, want net.ErrClosed", c, i, err)
@@ -434,7 +447,8 @@ func TestAdmitThatLeavesNoClientRejects(t *testing.T) {
 			if n := bytesFrom(addr); n > 0 {
 				t.Errorf("%T: it read %d bytes", nothing, n)
 			}
-			if r := <-results; r.End != EndNotAdmitted || r.Err == nil || !strings.Contains(r.Err.Error(), "Client") || r.Client == "" {
+			if r := <-results; r.End != EndNotAdmitted || r.Err == nil ||
+				!strings.Contains(r.Err.Error(), "Client") || r.Client == "" {
 				t.Errorf("%T: %+v", nothing, r)
 			}
 		}
@@ -465,7 +479,8 @@ func TestVetSeesACopyOfAConn(t *testing.T) {
 	}
 	cmd := exec.Command(goTool, "vet", "./...")
 	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "copies lock value") {
+	if out, err := cmd.CombinedOutput(); err == nil ||
+		!strings.Contains(string(out), "copies lock value") {
 		t.Errorf("%v: %s", err, out)
 	}
 }
@@ -481,7 +496,8 @@ func TestAbortInfoConnsStatsAndCloseRaceWithAdmit(t *testing.T) {
 		a, err := New("test", []Upstream{{Addr: "u:1"}}, &Options{
 			DialContext: dialFake(func(c net.Conn) { c.Close() }), Logger: quiet,
 			OnDone: func(r Result) {
-				if i := r.Conn.Info(); i.State != ConnOver || i.Sent != r.Sent || i.Received != r.Received {
+				if i := r.Conn.Info(); i.State != ConnOver || i.Sent != r.Sent ||
+					i.Received != r.Received {
 					t.Errorf("%+v of %+v", i, r)
 				}
 				done.Add(1)

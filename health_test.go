@@ -107,7 +107,8 @@ const (
 
 func TestBadHealthCheckIsRejectedByNameAndValue(t *testing.T) {
 	for want, hc := range map[string]HealthCheck{
-		"Options.HealthCheck.Interval -1s is negative: use 0 for the default of 5s": {Interval: -time.Second},
+		"Options.HealthCheck.Interval -1s is negative: " +
+			"use 0 for the default of 5s": {Interval: -time.Second},
 		"Options.HealthCheck.Timeout -1ns is negative: use 0 for the default of 2s": {Timeout: -1},
 		"Options.HealthCheck.Rise -2 is negative: use 0 for the default of 2":       {Rise: -2},
 		"Options.HealthCheck.Fall -3 is negative: use 0 for the default of 3":       {Fall: -3},
@@ -225,7 +226,8 @@ func TestRiseAndFallAreExact(t *testing.T) {
 				got += states(a)[:1]
 			}
 			if got != tc.want {
-				t.Errorf("Rise %d, Fall %d, checks %s: %s, want %s", tc.rise, tc.fall, tc.checks, got, tc.want)
+				t.Errorf("Rise %d, Fall %d, checks %s: %s, want %s", tc.rise, tc.fall,
+					tc.checks, got, tc.want)
 			}
 			wantLines(t, log, map[string]int{saysDown: tc.foundDown, saysUp: tc.foundUpAgain,
 				"level=WARN": tc.foundDown, "level=INFO": tc.foundUpAgain,
@@ -301,8 +303,10 @@ func TestDefaultCheckDialsAndCloses(t *testing.T) {
 			t.Errorf("%d dials, %d connections ended", dialled.Load(), ended.Load())
 		}
 		wantLines(t, log,
-			map[string]int{saysDown: 2, saysUp: 2, errNilDialed.Error(): 1, "no result within 2s": 1})
-		if s := a.Stats(); s.Accepted != 0 || s.Upstreams[0].Total != 0 || s.Upstreams[0].Failed != 0 {
+			map[string]int{saysDown: 2, saysUp: 2, errNilDialed.Error(): 1,
+				"no result within 2s": 1})
+		if s := a.Stats(); s.Accepted != 0 || s.Upstreams[0].Total != 0 ||
+			s.Upstreams[0].Failed != 0 {
 			t.Errorf("%+v: checks are no connections", s)
 		}
 	})
@@ -401,12 +405,14 @@ func TestHungCheckFailsAtItsTimeout(t *testing.T) {
 				}
 				for _, addr := range []string{"a:1", "c:1"} {
 					if n := w.count(addr); n < 11 {
-						t.Errorf("%s was checked %d times in a minute, while b's check was hung", addr, n)
+						t.Errorf("%s was checked %d times in a minute, while b's "+
+							"check was hung", addr, n)
 					}
 				}
 				release <- true
 				synctest.Wait()
-				wantStates(t, "when it has returned", a, "up down up") // its late success does not count
+				// its late success does not count
+				wantStates(t, "when it has returned", a, "up down up")
 				time.Sleep(6 * time.Second)
 			}
 			wantStates(t, "after the next check", a, "up up up")
@@ -446,19 +452,21 @@ func TestPanicInCheckIsAFailureAndIsLogged(t *testing.T) {
 			var broken atomic.Bool
 			broken.Store(true)
 			var checks atomic.Int32
-			a, log := newCheckedApp(t, HealthCheck{Check: func(_ context.Context, u Upstream) error {
-				if u.Addr == "a:1" && broken.Load() {
-					checks.Add(1)
-					fail()
-				}
-				return nil
-			}}, Options{}, "a:1", "b:1")
+			a, log := newCheckedApp(t,
+				HealthCheck{Check: func(_ context.Context, u Upstream) error {
+					if u.Addr == "a:1" && broken.Load() {
+						checks.Add(1)
+						fail()
+					}
+					return nil
+				}}, Options{}, "a:1", "b:1")
 			time.Sleep(15 * time.Second)
 			wantStates(t, name, a, "down up")
 			if name == "panic" {
 				failures := int(checks.Load())
 				wantLines(t, log,
-					map[string]int{"level=ERROR": failures, "panic=boom": failures, "stack=": failures,
+					map[string]int{"level=ERROR": failures, "panic=boom": failures,
+						"stack=":     failures,
 						".runCheck(": failures, `err="panic: boom"`: 1})
 			} else {
 				wantLines(t, log, map[string]int{"Goexit": 1})
@@ -489,9 +497,10 @@ func TestChecksSurviveLoggerThatPanicsOrBlocks(t *testing.T) {
 
 		goOn := make(chan bool)
 		b, _ := newApp(t,
-			Options{HealthCheck: &HealthCheck{Check: w.check}, Logger: slog.New(callingHandler{call: func() {
-				<-goOn
-			}})}, "c:1", "d:1")
+			Options{HealthCheck: &HealthCheck{Check: w.check},
+				Logger: slog.New(callingHandler{call: func() {
+					<-goOn
+				}})}, "c:1", "d:1")
 		w.set(errSick, "c:1", "d:1")
 		time.Sleep(time.Minute)
 		wantStates(t, "blocked", b, "down down") // no lock is held, and no check waits for another
@@ -599,7 +608,8 @@ func TestRecoveredUpstreamIsNotStampeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
 		w.set(errSick, "a:1")
-		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: dialFake(echoFake)},
+		a, _ := newCheckedApp(t, HealthCheck{Check: w.check},
+			Options{DialContext: dialFake(echoFake)},
 			"a:1", "b:1", "c:1")
 		time.Sleep(time.Minute)
 		open := func(n int) {
@@ -674,7 +684,8 @@ func TestOnlyBeingFoundUpEndsCooling(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		wantStates(t, "found down and up while it was cooling", a, "up up")
 		wantLines(t, log,
-			map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is skipped": 2, "works again": 0})
+			map[string]int{saysDown: 2, saysUp: 2, "upstream failed and is skipped": 2,
+				"works again": 0})
 	})
 }
 
@@ -713,7 +724,8 @@ func newHoleDialer() *holeDialer {
 func TestDialMovesOnWhenUpstreamIsFoundDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newHoleDialer()
-		a, log := newCheckedApp(t, HealthCheck{Interval: time.Second, Timeout: time.Second, Fall: 1},
+		a, log := newCheckedApp(t,
+			HealthCheck{Interval: time.Second, Timeout: time.Second, Fall: 1},
 			Options{DialContext: d.dial}, "a:1", "b:1", "c:1")
 		var worst, waited atomic.Int64
 		var wg sync.WaitGroup
@@ -744,7 +756,8 @@ func TestDialMovesOnWhenUpstreamIsFoundDown(t *testing.T) {
 		}
 		wg.Wait()
 		if most := time.Duration(worst.Load()); most > 2500*time.Millisecond || waited.Load() == 0 {
-			t.Errorf("%d clients waited, for up to %v; want some, for 2.5s at most", waited.Load(), most)
+			t.Errorf("%d clients waited, for up to %v; want some, for 2.5s at most",
+				waited.Load(), most)
 		}
 		wantStates(t, "in the end", a, "down up up")
 		s := a.Stats()
@@ -806,7 +819,8 @@ func TestCloseOnDownResetsOpenConnections(t *testing.T) {
 					t.Errorf("the client of a reads %v, want a reset", err)
 				}
 				r := <-conns[0].result
-				if r.End != EndUpstreamError || !errors.Is(r.Err, errUpstreamDown) || r.Upstream != "a:1" {
+				if r.End != EndUpstreamError || !errors.Is(r.Err, errUpstreamDown) ||
+					r.Upstream != "a:1" {
 					t.Errorf("%+v", r)
 				}
 			} else {
@@ -830,7 +844,8 @@ func TestCloseOnDownResetsOpenConnections(t *testing.T) {
 func TestDrainingUpstreamIsChecked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard()
-		a, _ := newCheckedApp(t, HealthCheck{Check: w.check}, Options{DialContext: dialFake(echoFake)},
+		a, _ := newCheckedApp(t, HealthCheck{Check: w.check},
+			Options{DialContext: dialFake(echoFake)},
 			"a:1", "b:1")
 		if err := a.SetUpstreams([]Upstream{{Addr: "a:1", Drain: true},
 			{Addr: "b:1", Drain: true}}); err != nil {
@@ -982,7 +997,8 @@ func TestChecksWhileUpstreamsChange(t *testing.T) {
 					w.mu.Lock()
 					w.within[u.Addr]++
 					if n := w.within[u.Addr]; n > 1 || closed.Load() {
-						t.Errorf("%s: %d checks at a time; app closed: %v", u.Addr, n, closed.Load())
+						t.Errorf("%s: %d checks at a time; app closed: %v", u.Addr, n,
+							closed.Load())
 					}
 					w.mu.Unlock()
 					time.Sleep(rand.N(2 * time.Millisecond)) // ignores ctx
@@ -1094,7 +1110,8 @@ func TestShutdownWithAHungCheckEndsWithItsContext(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		begin := time.Now()
-		if err := a.Shutdown(ctx); err != context.DeadlineExceeded || time.Since(begin) != time.Second {
+		if err := a.Shutdown(ctx); err != context.DeadlineExceeded ||
+			time.Since(begin) != time.Second {
 			t.Errorf("Shutdown: %v after %v", err, time.Since(begin))
 		}
 		go func() { time.Sleep(time.Minute); close(release) }()

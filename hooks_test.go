@@ -183,8 +183,10 @@ func TestBandwidthHoldsAStreamToItsRate(t *testing.T) {
 				synctest.Wait()
 				u := a.Stats().Upstreams[0] // after Close nothing is held back
 				sent, received, want := int64(u.Sent), int64(u.Received), 3*rate
-				if moved := sent + received; moved < want-want/20 || moved > want+want/20+2*firstChunk {
-					t.Errorf("%d B/s, both directions %v: %d bytes in 3 s, want %d", rate, both, moved, want)
+				if moved := sent + received; moved < want-want/20 ||
+					moved > want+want/20+2*firstChunk {
+					t.Errorf("%d B/s, both directions %v: %d bytes in 3 s, want %d", rate, both,
+						moved, want)
 				}
 				if both && (sent < want/4 || received < want/4) {
 					t.Errorf("%d B/s: %d up, %d down: not shared", rate, sent, received)
@@ -282,7 +284,8 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 			outer := limitFunc(func(e Event) Decision {
 				boom(e.Kind == EventOpen && kind == "open" ||
 					e.Kind == EventClose && kind == "close" && !e.Refused ||
-					e.Direction == Upload && kind == "upload" || e.Direction == Download && kind == "download")
+					e.Direction == Upload && kind == "upload" || e.Direction == Download &&
+					kind == "download")
 				return Decision{}
 			})
 			client, ours := duplex()
@@ -347,7 +350,9 @@ func TestConnOnDoneRunsBeforeOptionsOnDone(t *testing.T) {
 		}
 		client, ours := duplex()
 		client.Close()
-		a.ServeConn(t.Context(), &Conn{Client: ours, OnDone: func(r Result) { own = append(own, r) }})
+		a.ServeConn(t.Context(), &Conn{Client: ours, OnDone: func(r Result) {
+			own = append(own, r)
+		}})
 		<-results
 	}
 }
@@ -413,7 +418,8 @@ func TestHooksMayCallTheApp(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	if n := calls.Load(); n != 4 {
-		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, and at the end",
+		t.Errorf("the limit was asked %d times, want when it opens, for a byte each way, "+
+			"and at the end",
 			n)
 	}
 }
@@ -515,7 +521,8 @@ func TestLateEventsDoNotChangeTheResult(t *testing.T) {
 	for _, what := range []string{"idle", "close"} {
 		synctest.Test(t, func(t *testing.T) {
 			release := make(chan struct{})
-			a, _ := newApp(t, Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
+			a, _ := newApp(t,
+				Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
 			c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
 				if e.Kind == EventClose {
 					<-release

@@ -179,7 +179,8 @@ func TestBadOptionsAreRejectedByNameAndValue(t *testing.T) {
 		a, err := New(tc.id, tc.ups, tc.opts)
 		if a != nil || err == nil || !strings.HasPrefix(err.Error(), "lbproxy: ") ||
 			!strings.Contains(err.Error(), tc.want) {
-			t.Errorf("New(%q, %v, %v) = %v, %v; want an error with %q", tc.id, tc.ups, tc.opts, a, err,
+			t.Errorf("New(%q, %v, %v) = %v, %v; want an error with %q", tc.id, tc.ups, tc.opts,
+				a, err,
 				tc.want)
 		}
 	}
@@ -255,7 +256,8 @@ func TestAcceptErrorsNeitherEndTheLoopNorSpin(t *testing.T) {
 		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
 			switch tries++; {
 			case tries <= 10_000:
-				return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+				return nil, &net.OpError{Op: "accept",
+					Err: os.NewSyscallError("accept4", syscall.EMFILE)}
 			case tries == 10_001:
 				return ours, nil
 			}
@@ -764,8 +766,10 @@ func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
 		}
 		dialling.Wait()
 		a.Close()
-		for _, stack := range proxytest.Goroutines() { // a goroutine in none of these is about to end
-			for _, f := range []string{"(*session).connect(", "(*session).report(", "(*session).log(",
+		// a goroutine in none of these is about to end
+		for _, stack := range proxytest.Goroutines() {
+			for _, f := range []string{"(*session).connect(", "(*session).report(",
+				"(*session).log(",
 				"(*direction).copy("} {
 				if strings.Contains(stack, f) {
 					t.Fatal(stack)
@@ -880,7 +884,8 @@ func (c slowClose) Close() error {
 func TestIdleConnectionsDoNotWaitForEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const timeout, sessions = 10 * time.Second, 20
-		a, results := newApp(t, Options{IdleTimeout: timeout, DialContext: dialFake(echoFake)}, "u:1")
+		a, results := newApp(t, Options{IdleTimeout: timeout, DialContext: dialFake(echoFake)},
+			"u:1")
 		start := time.Now()
 		for range sessions {
 			_, ours := net.Pipe()

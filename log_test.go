@@ -88,11 +88,13 @@ func TestALoggerThatBlocksHoldsNothingUp(t *testing.T) {
 
 func TestShutdownWaitsBrieflyForTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for d, want := range map[time.Duration]time.Duration{ // how long a line takes: how long Shutdown does
+		// how long a line takes: how long Shutdown does
+		for d, want := range map[time.Duration]time.Duration{
 			0: 0, 30 * time.Millisecond: 30 * time.Millisecond, time.Second: 100 * time.Millisecond,
 		} {
 			log := &stuckWriter{read: make(chan bool)}
-			a, results := newApp(t, Options{Logger: textLogger(log), DialContext: dialFake(echoFake)}, "u:1")
+			a, results := newApp(t,
+				Options{Logger: textLogger(log), DialContext: dialFake(echoFake)}, "u:1")
 			comeFake(t, a, nil)().Close()
 			<-results
 			go func() { time.Sleep(d); close(log.read) }()
@@ -108,7 +110,8 @@ func TestShutdownWaitsBrieflyForTheLog(t *testing.T) {
 func TestLinesBeyondABoundAreDroppedAndCounted(t *testing.T) {
 	const lines = 10_000
 	log := &stuckWriter{read: make(chan bool)}
-	a, results := newApp(t, Options{Logger: textLogger(log), DialContext: dialFake(echoFake)}, "u:1")
+	a, results := newApp(t, Options{Logger: textLogger(log), DialContext: dialFake(echoFake)},
+		"u:1")
 	come := comeFake(t, a, nil)
 	serveMany := func(n int) {
 		for range n {
@@ -133,8 +136,10 @@ func TestLinesBeyondABoundAreDroppedAndCounted(t *testing.T) {
 	_, after, _ := strings.Cut(log.text.String(), "log lines were dropped\" lines=")
 	number, _, _ := strings.Cut(after, "\n")
 	dropped, err := strconv.Atoi(number)
-	if err != nil || kept+dropped != lines || kept < logqueue.MaxLines || kept > logqueue.MaxLines+2 {
-		t.Errorf("%d lines kept, %d (%v) reported as dropped; want %d in all", kept, dropped, err, lines)
+	if err != nil || kept+dropped != lines || kept < logqueue.MaxLines ||
+		kept > logqueue.MaxLines+2 {
+		t.Errorf("%d lines kept, %d (%v) reported as dropped; want %d in all", kept, dropped,
+			err, lines)
 	}
 }
 
@@ -150,7 +155,9 @@ func TestHooksThatBlockAtTheEndHoldNoPlace(t *testing.T) {
 						<-goOn
 					}
 				}
-				opts := Options{MaxConns: 1, DialContext: dialFake(echoFake), OnDone: func(Result) { block("Options.OnDone") }}
+				opts := Options{MaxConns: 1, DialContext: dialFake(echoFake), OnDone: func(Result) {
+					block("Options.OnDone")
+				}}
 				if hook == "log" {
 					opts.Logger = textLogger(log)
 				}

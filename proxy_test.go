@@ -22,8 +22,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// What speaks to clients before they are admitted, HandshakeTLS and AcceptProxy, and what is said to
-// upstreams of them.
+// What speaks to clients before they are admitted, HandshakeTLS and AcceptProxy, and what is said
+// to upstreams of them.
 
 // tlsDial connects, and returns when the handshake is done.
 func tlsDial(addr string, config *tls.Config) (net.Conn, error) {
@@ -43,7 +43,8 @@ func TestHandshakeTLSCutsSilentClientsAfter10Seconds(t *testing.T) {
 			return nil
 		}))()
 		r := <-results
-		if r.End != EndNotAdmitted || !errors.Is(r.Err, os.ErrDeadlineExceeded) || r.Duration != 10*time.Second {
+		if r.End != EndNotAdmitted || !errors.Is(r.Err, os.ErrDeadlineExceeded) ||
+			r.Duration != 10*time.Second {
 			t.Errorf("%s after %v: %v", r.End, r.Duration, r.Err)
 		}
 		c.Close()
@@ -95,7 +96,8 @@ func TestHandshakeTLSGivesNextATLSConnWithoutDeadline(t *testing.T) {
 	var deadlines deadlineConn
 	handshake := HandshakeTLS(serverTLS, func(ctx context.Context, c *Conn) error {
 		s, ok := c.Client.(*TLSConn)
-		if !ok || !s.ConnectionState().HandshakeComplete || ConnFromContext(ctx) != c || !deadlines.last.IsZero() {
+		if !ok || !s.ConnectionState().HandshakeComplete || ConnFromContext(ctx) != c ||
+			!deadlines.last.IsZero() {
 			t.Errorf("next finds a %T, with a deadline at %v", c.Client, deadlines.last)
 		}
 		if reject {
@@ -117,7 +119,8 @@ func TestHandshakeTLSGivesNextATLSConnWithoutDeadline(t *testing.T) {
 			ping(t, c)
 		}
 		c.Close()
-		if r := <-results; reject && (r.End != EndNotAdmitted || r.Err != rejection) || !reject && r.End != EndDone {
+		if r := <-results; reject && (r.End != EndNotAdmitted || r.Err != rejection) ||
+			!reject && r.End != EndDone {
 			t.Errorf("%+v", r)
 		}
 		reject = true
@@ -135,14 +138,17 @@ func (c *deadlineConn) NetConn() net.Conn              { return c.Conn }
 
 func TestAdmitFuncsPanicOnNonsense(t *testing.T) {
 	for what, f := range map[string]func(){
-		"HandshakeTLS: config is nil":   func() { HandshakeTLS(nil, nil) },
-		"AcceptProxy: no prefix":        func() { AcceptProxy(nil, nil) },
-		"would trust everybody":         func() { AcceptProxy(prefixes("10.0.0.0/8", "0.0.0.0/0"), nil) },
+		"HandshakeTLS: config is nil": func() { HandshakeTLS(nil, nil) },
+		"AcceptProxy: no prefix":      func() { AcceptProxy(nil, nil) },
+		"would trust everybody": func() {
+			AcceptProxy(prefixes("10.0.0.0/8", "0.0.0.0/0"), nil)
+		},
 		"prefix 0, ::/0":                func() { AcceptProxy(prefixes("::/0"), nil) },
 		"prefix 0 is not valid":         func() { AcceptProxy(make([]netip.Prefix, 1), nil) },
 		"prefix 0, ::ffff:0.0.0.0/96, ": func() { AcceptProxy(prefixes("::ffff:0.0.0.0/96"), nil) },
 	} {
-		if p := fmt.Sprint(ratePanic(f)); !strings.HasPrefix(p, "lbproxy: ") || !strings.Contains(p, what) {
+		if p := fmt.Sprint(ratePanic(f)); !strings.HasPrefix(p, "lbproxy: ") ||
+			!strings.Contains(p, what) {
 			t.Errorf("%s; want a panic with %q", p, what)
 		}
 	}
@@ -169,7 +175,8 @@ func tcpAddr(text string) *net.TCPAddr {
 }
 
 // admitFrom asks admit about a connection that remote has made, and that sends text.
-func admitFrom(t *testing.T, admit AdmitFunc, remote net.Addr, text string) (c *Conn, rest string, err error) {
+func admitFrom(t *testing.T, admit AdmitFunc, remote net.Addr, text string) (c *Conn,
+	rest string, err error) {
 	t.Helper()
 	client, ours := duplex()
 	c = &Conn{Client: addrConn{ours, tcpAddr("10.0.0.1:80"), remote}}
@@ -187,7 +194,8 @@ func admitFrom(t *testing.T, admit AdmitFunc, remote net.Addr, text string) (c *
 const (
 	v2Signature = "\r\n\r\n\x00\r\nQUIT\n"
 	v2Local     = v2Signature + "\x20\x00\x00\x00"
-	v2TCP4      = v2Signature + "\x21\x11\x00\x0c\xc0\x00\x02\x01\xc6\x33\x64\x02\x00\x09\x01\xbb" // 192.0.2.1:9 to 198.51.100.2:443
+	// 192.0.2.1:9 to 198.51.100.2:443
+	v2TCP4 = v2Signature + "\x21\x11\x00\x0c\xc0\x00\x02\x01\xc6\x33\x64\x02\x00\x09\x01\xbb"
 )
 
 func TestAcceptProxySetsTheAddresses(t *testing.T) {
@@ -197,7 +205,8 @@ func TestAcceptProxySetsTheAddresses(t *testing.T) {
 	binary.BigEndian.PutUint16(long[14:], uint16(12+len(values)))
 	for _, tc := range []struct{ name, header, client, server string }{
 		{"v1", "PROXY TCP4 192.0.2.1 198.51.100.2 9 443\r\n", "192.0.2.1:9", "198.51.100.2:443"},
-		{"v1, IPv6", "PROXY TCP6 2001:db8::1 2001:db8::2 9 443\r\n", "[2001:db8::1]:9", "[2001:db8::2]:443"},
+		{"v1, IPv6", "PROXY TCP6 2001:db8::1 2001:db8::2 9 443\r\n", "[2001:db8::1]:9",
+			"[2001:db8::2]:443"},
 		{"v1 UNKNOWN", "PROXY UNKNOWN\r\n", "", ""},
 		{"v1 UNKNOWN with addresses", "PROXY UNKNOWN 192.0.2.1 198.51.100.2 9 443\r\n", "", ""},
 		{"v2", v2TCP4, "192.0.2.1:9", "198.51.100.2:443"},
@@ -228,11 +237,14 @@ func TestAcceptProxyRejectsTrustedPeersWithoutAHeader(t *testing.T) {
 	tooLong := []byte(v2TCP4)
 	binary.BigEndian.PutUint16(tooLong[14:], 5000)
 	for _, text := range []string{
-		"", "GET / HTTP/1.1\r\n\r\n", "PROXY TCP4 192.0.2.1 198.51.100.2 9\r\n", "PROXY TCP4 192.0.2.1",
-		"PROXY " + strings.Repeat("x", 200), v2TCP4[:20], v2Signature + "\x31\x11\x00\x00", string(tooLong),
+		"", "GET / HTTP/1.1\r\n\r\n", "PROXY TCP4 192.0.2.1 198.51.100.2 9\r\n",
+		"PROXY TCP4 192.0.2.1",
+		"PROXY " + strings.Repeat("x", 200), v2TCP4[:20], v2Signature + "\x31\x11\x00\x00",
+		string(tooLong),
 	} {
 		c, _, err := admitFrom(t, admit, tcpAddr("10.1.2.3:5"), text)
-		if err == nil || !strings.HasPrefix(err.Error(), "lbproxy: ") || !strings.Contains(err.Error(), "10.1.2.3:5") || c.ClientAddr != nil {
+		if err == nil || !strings.HasPrefix(err.Error(), "lbproxy: ") ||
+			!strings.Contains(err.Error(), "10.1.2.3:5") || c.ClientAddr != nil {
 			t.Errorf("%q: %v, and %v as the client", text, err, c.ClientAddr)
 		}
 	}
@@ -244,8 +256,10 @@ func TestAcceptProxyTakesNoHeaderFromOthers(t *testing.T) {
 		c.ClientID = "asked"
 		return nil
 	})
-	for _, remote := range []net.Addr{tcpAddr("11.1.2.3:5"), tcpAddr("[fd00::1]:5"), &net.UnixAddr{Name: "@", Net: "unix"}, nil} {
-		for _, text := range []string{"PROXY TCP4 192.0.2.1 198.51.100.2 9 443\r\nhello", v2TCP4 + "hello"} {
+	for _, remote := range []net.Addr{tcpAddr("11.1.2.3:5"), tcpAddr("[fd00::1]:5"),
+		&net.UnixAddr{Name: "@", Net: "unix"}, nil} {
+		for _, text := range []string{"PROXY TCP4 192.0.2.1 198.51.100.2 9 443\r\nhello",
+			v2TCP4 + "hello"} {
 			c, rest, err := admitFrom(t, admit, remote, text)
 			if err != nil || rest != text || c.ClientAddr != nil || c.ClientID != "asked" {
 				t.Errorf("from %v: %v, %q left, client %v", remote, err, rest, c.ClientAddr)
@@ -272,7 +286,8 @@ func TestAcceptProxyWaits3Seconds(t *testing.T) {
 				})
 			}
 			err := admit(t.Context(), &Conn{Client: addrConn{ours, nil, tcpAddr("10.1.2.3:5")}})
-			if took := time.Since(start); !errors.Is(err, os.ErrDeadlineExceeded) || took != 3*time.Second {
+			if took := time.Since(start); !errors.Is(err, os.ErrDeadlineExceeded) ||
+				took != 3*time.Second {
 				t.Errorf("%v after %v", err, took)
 			}
 			ours.Close()
@@ -287,12 +302,13 @@ func TestAcceptProxyWaits3Seconds(t *testing.T) {
 func TestAcceptProxyThenTLS(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	got := make(chan string, 1)
-	a, results := newAppOver(t, Options{}, Upstream{ProxyProtocol: 1, Addr: upstreamDoing(t, func(c *net.TCPConn) {
-		r := bufio.NewReader(c)
-		line, _ := r.ReadString('\n')
-		got <- line
-		io.Copy(c, r)
-	})})
+	a, results := newAppOver(t, Options{},
+		Upstream{ProxyProtocol: 1, Addr: upstreamDoing(t, func(c *net.TCPConn) {
+			r := bufio.NewReader(c)
+			line, _ := r.ReadString('\n')
+			got <- line
+			io.Copy(c, r)
+		})})
 	tcp := dial(t, serve(t, a, AcceptProxy(prefixes("127.0.0.0/8"), HandshakeTLS(serverTLS, nil))))
 	io.WriteString(tcp, "PROXY TCP4 192.0.2.1 198.51.100.2 9 443\r\n")
 	c := tls.Client(tcp, clientTLS)
@@ -321,7 +337,12 @@ func headerOf(t *testing.T, version int, c *Conn, from, to net.Addr) string {
 	})}, Upstream{Addr: "u:1", ProxyProtocol: version})
 	client, ours := duplex()
 	c.Client = addrConn{ours, to, from}
-	go func() { io.WriteString(client, "hello"); client.CloseWrite(); io.ReadAll(client); client.Close() }()
+	go func() {
+		io.WriteString(client, "hello")
+		client.CloseWrite()
+		io.ReadAll(client)
+		client.Close()
+	}()
 	r, err := a.ServeConn(t.Context(), c)
 	if err != nil || r.Sent != 5 {
 		t.Errorf("%+v", r)
@@ -344,9 +365,11 @@ func TestProxyHeaderTellsTheAddresses(t *testing.T) {
 	}{
 		{"IPv4", four, server4, "PROXY TCP4 192.0.2.1 198.51.100.2 9 443\r\n", v2TCP4[12:]},
 		{"IPv6", six, server6, "PROXY TCP6 2001:db8::1 2001:db8::2 9 443\r\n", "\x21\x21\x00\x24" +
-			"\x20\x01\x0d\xb8" + strings.Repeat("\x00", 11) + "\x01\x20\x01\x0d\xb8" + strings.Repeat("\x00", 11) + "\x02\x00\x09\x01\xbb"},
+			"\x20\x01\x0d\xb8" + strings.Repeat("\x00", 11) + "\x01\x20\x01\x0d\xb8" +
+			strings.Repeat("\x00", 11) + "\x02\x00\x09\x01\xbb"},
 		{"mixed", six, server4, "PROXY UNKNOWN\r\n", "\x21\x21\x00\x24" +
-			"\x20\x01\x0d\xb8" + strings.Repeat("\x00", 11) + "\x01" + strings.Repeat("\x00", 10) + "\xff\xff\xc6\x33\x64\x02\x00\x09\x01\xbb"},
+			"\x20\x01\x0d\xb8" + strings.Repeat("\x00", 11) + "\x01" +
+			strings.Repeat("\x00", 10) + "\xff\xff\xc6\x33\x64\x02\x00\x09\x01\xbb"},
 		{"no TCP", unix, unix, "PROXY UNKNOWN\r\n", v2Local[12:]},
 		{"none", nil, nil, "PROXY UNKNOWN\r\n", v2Local[12:]},
 	} {
@@ -359,11 +382,13 @@ func TestProxyHeaderTellsTheAddresses(t *testing.T) {
 	}
 	// What admit says counts, not where the connection comes from.
 	claimed := &Conn{ClientAddr: four, ServerAddr: server4, ClientID: "ann", RateLimit: nil}
-	if got := headerOf(t, 2, claimed, six, server6); !strings.HasPrefix(got[14:], "\x00\x12"+v2TCP4[16:]) ||
+	if got := headerOf(t, 2, claimed, six, server6); !strings.HasPrefix(got[14:],
+		"\x00\x12"+v2TCP4[16:]) ||
 		!strings.HasSuffix(got, "\xe0\x00\x03ann") {
 		t.Errorf("with ClientAddr, ServerAddr and ClientID: %q", got)
 	}
-	if got := headerOf(t, 2, &Conn{ClientID: strings.Repeat("a", 1<<10+1)}, four, server4); got != v2TCP4 {
+	if got := headerOf(t, 2, &Conn{ClientID: strings.Repeat("a", 1<<10+1)}, four,
+		server4); got != v2TCP4 {
 		t.Errorf("with an id that is too long: %q", got)
 	}
 }
@@ -376,16 +401,17 @@ func TestProxyHeaderComesBeforeTLSAndTellsOfTheClients(t *testing.T) {
 	clients.ClientAuth, clients.ClientCAs = tls.RequireAndVerifyClientCert, ca.Pool()
 	cert := ca.Client(proxytest.Name("ann"))
 	got := make(chan string, 1)
-	a, results := newAppOver(t, Options{}, Upstream{ProxyProtocol: 2, TLS: clientTLS, Addr: upstreamDoing(t, func(c *net.TCPConn) {
-		head := make([]byte, 16)
-		io.ReadFull(c, head)
-		rest := make([]byte, binary.BigEndian.Uint16(head[14:]))
-		io.ReadFull(c, rest)
-		got <- string(rest[12:])
-		tc := tls.Server(c, serverTLS)
-		io.Copy(tc, tc)
-		tc.Close()
-	})})
+	a, results := newAppOver(t, Options{},
+		Upstream{ProxyProtocol: 2, TLS: clientTLS, Addr: upstreamDoing(t, func(c *net.TCPConn) {
+			head := make([]byte, 16)
+			io.ReadFull(c, head)
+			rest := make([]byte, binary.BigEndian.Uint16(head[14:]))
+			io.ReadFull(c, rest)
+			got <- string(rest[12:])
+			tc := tls.Server(c, serverTLS)
+			io.Copy(tc, tc)
+			tc.Close()
+		})})
 	c, err := tlsDial(serve(t, a, HandshakeTLS(clients, func(_ context.Context, c *Conn) error {
 		c.ClientID, c.Verified = "id", true
 		return nil
@@ -395,7 +421,8 @@ func TestProxyHeaderComesBeforeTLSAndTellsOfTheClients(t *testing.T) {
 	}
 	ping(t, c)
 	// PP2_TYPE_SSL: TLS and a certificate (7), verified (0), version and common name; then ours.
-	want := "\x20\x00\x15\x07\x00\x00\x00\x00" + "\x21\x00\x07TLSv1.3" + "\x22\x00\x03ann" + "\xe0\x00\x02id"
+	want := "\x20\x00\x15\x07\x00\x00\x00\x00" + "\x21\x00\x07TLSv1.3" + "\x22\x00\x03ann" +
+		"\xe0\x00\x02id"
 	if tlvs := <-got; tlvs != want {
 		t.Errorf("got\n%s, want\n%s", hex.Dump([]byte(tlvs)), hex.Dump([]byte(want)))
 	}
@@ -414,7 +441,8 @@ func TestHealthChecksSendALocalHeader(t *testing.T) {
 			got <- string(b)
 		})
 		up := Upstream{Addr: addr, ProxyProtocol: version}
-		a, _ := newAppOver(t, Options{HealthCheck: &HealthCheck{Interval: 10 * time.Millisecond}}, up)
+		a, _ := newAppOver(t,
+			Options{HealthCheck: &HealthCheck{Interval: 10 * time.Millisecond}}, up)
 		if text := <-got; text != want {
 			t.Errorf("v%d: a check sends %q", version, text)
 		}
@@ -438,20 +466,23 @@ func TestHealthChecksSendALocalHeader(t *testing.T) {
 func TestAHeaderThatIsNotTakenIsAFailedDial(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got bytes.Buffer
-		a, _ := newAppOver(t, Options{DialTimeout: time.Second, DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
-			ours, theirs := duplex()
-			if addr == "v:1" {
-				go func() { io.Copy(&got, theirs); theirs.Close() }()
-			} // u does not read
-			return ours, nil
-		}}, Upstream{Addr: "u:1", ProxyProtocol: 1}, Upstream{Addr: "v:1", ProxyProtocol: 1})
+		a, _ := newAppOver(t, Options{DialTimeout: time.Second,
+			DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
+				ours, theirs := duplex()
+				if addr == "v:1" {
+					go func() { io.Copy(&got, theirs); theirs.Close() }()
+				} // u does not read
+				return ours, nil
+			}}, Upstream{Addr: "u:1", ProxyProtocol: 1}, Upstream{Addr: "v:1", ProxyProtocol: 1})
 		s := serveFake(t.Context(), a, new(Conn))
 		s.CloseWrite()
 		r := <-s.result
-		if r.End != EndDone || r.Attempts != 2 || r.Duration != time.Second || got.String() != "PROXY UNKNOWN\r\n" {
+		if r.End != EndDone || r.Attempts != 2 || r.Duration != time.Second ||
+			got.String() != "PROXY UNKNOWN\r\n" {
 			t.Errorf("%+v, and %q", r, got.String())
 		}
-		if u := a.Stats().Upstreams[0]; u.State != StateCooling || !strings.Contains(u.Err.Error(), "PROXY header") {
+		if u := a.Stats().Upstreams[0]; u.State != StateCooling ||
+			!strings.Contains(u.Err.Error(), "PROXY header") {
 			t.Errorf("%+v", u)
 		}
 		s.Close()
@@ -467,14 +498,15 @@ func TestProxyHeaderDoesNotWaitForAHandshake(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			headers := make(chan string, 2)
-			a, results := newAppOver(t, Options{}, Upstream{ProxyProtocol: 2, Addr: upstreamDoing(t, func(c *net.TCPConn) {
-				head := make([]byte, 16)
-				io.ReadFull(c, head)
-				rest := make([]byte, binary.BigEndian.Uint16(head[14:]))
-				io.ReadFull(c, rest)
-				headers <- string(rest)
-				io.Copy(c, c)
-			})})
+			a, results := newAppOver(t, Options{},
+				Upstream{ProxyProtocol: 2, Addr: upstreamDoing(t, func(c *net.TCPConn) {
+					head := make([]byte, 16)
+					io.ReadFull(c, head)
+					rest := make([]byte, binary.BigEndian.Uint16(head[14:]))
+					io.ReadFull(c, rest)
+					headers <- string(rest)
+					io.Copy(c, c)
+				})})
 			addr := serve(t, a, func(_ context.Context, c *Conn) error {
 				c.Client = side(c.Client)
 				return nil

@@ -140,13 +140,15 @@ func TestTokenBucketStepByStep(t *testing.T) {
 		{"it fills up to the burst and no further", &TokenBucket{Burst: 3, Every: s},
 			[]step{{0, 3, 3}, {100 * 365 * 24 * time.Hour, 9, 3}}},
 		{"a full bucket gains nothing by waiting", &TokenBucket{Burst: 1, Every: s},
-			[]step{{0, 0, 0}, {900 * ms, 1, 1}, {1 * s, 1, 0}, {1899 * ms, 1, 0}, {1900 * ms, 2, 1}}},
+			[]step{{0, 0, 0}, {900 * ms, 1, 1}, {1 * s, 1, 0}, {1899 * ms, 1, 0},
+				{1900 * ms, 2, 1}}},
 		{"a bucket that filled up starts over", &TokenBucket{Burst: 2, Every: s},
 			[]step{{0, 1, 1}, {1500 * ms, 3, 2}, {2499 * ms, 1, 0}, {2500 * ms, 2, 1}}},
 		{"fractions of the time are not lost", &TokenBucket{Burst: 2, Every: s},
 			[]step{{0, 2, 2}, {1500 * ms, 2, 1}, {2 * s, 2, 1}, {2700 * ms, 1, 0}, {3 * s, 2, 1}}},
 		{"refused openings cost nothing", &TokenBucket{Burst: 1, Every: s},
-			[]step{{0, 1000, 1}, {400 * ms, 1000, 0}, {800 * ms, 1000, 0}, {1 * s, 1000, 1}, {2 * s, 1, 1}}},
+			[]step{{0, 1000, 1}, {400 * ms, 1000, 0}, {800 * ms, 1000, 0}, {1 * s, 1000, 1},
+				{2 * s, 1, 1}}},
 		{"the zero value refuses all", &TokenBucket{},
 			[]step{{0, 9, 0}, {time.Hour, 9, 0}}},
 		{"without a burst there is nothing to regain", &TokenBucket{Every: 1},
@@ -158,7 +160,8 @@ func TestTokenBucketStepByStep(t *testing.T) {
 		{"nor with a negative one", &TokenBucket{Burst: 2, Every: -s},
 			[]step{{0, 3, 2}, {1000 * time.Hour, 3, 0}, {-time.Hour, 3, 0}}},
 		{"late clock readings cause neither a burst nor a freeze", &TokenBucket{Burst: 3, Every: s},
-			[]step{{10 * s, 2, 2}, {9 * s, 1, 1}, {0, 9, 0}, {10 * s, 9, 0}, {11 * s, 9, 1}, {9 * s, 9, 0},
+			[]step{{10 * s, 2, 2}, {9 * s, 1, 1}, {0, 9, 0}, {10 * s, 9, 0}, {11 * s, 9, 1},
+				{9 * s, 9, 0},
 				{12 * s, 9, 1}, {13 * s, 9, 1}}},
 		{"the largest burst", &TokenBucket{Burst: math.MaxInt, Every: 1},
 			[]step{{0, 9, 9}, {5, 9, 9}, {math.MaxInt64, 9, 9}}},
@@ -177,7 +180,8 @@ func TestTokenBucketStepByStep(t *testing.T) {
 					}
 				}
 				if got != step.got {
-					t.Fatalf("step %d, at %v: %d of %d let in, want %d", i, step.at, got, step.asked, step.got)
+					t.Fatalf("step %d, at %v: %d of %d let in, want %d", i, step.at, got,
+						step.asked, step.got)
 				}
 			}
 		})
@@ -261,7 +265,8 @@ func FuzzTokenBucket(f *testing.F) {
 	f.Add(int64(math.MaxInt64), int64(math.MaxInt64),
 		[]byte("\x04\xff\xff\xff\xff\xff\xff\xff\xff\x05\xff\xff\xff\xff\xff\xff\xff\xff"))
 	f.Add(int64(0), int64(0), []byte("\x00\x00\x00\x00\x00\x00\x00\x00\x00"))
-	f.Add(int64(math.MinInt64), int64(math.MinInt64), []byte("\x00\x00\x00\x00\x00\x00\x00\x00\x00"))
+	f.Add(int64(math.MinInt64), int64(math.MinInt64),
+		[]byte("\x00\x00\x00\x00\x00\x00\x00\x00\x00"))
 	random := rand.New(rand.NewPCG(3, 4))
 	for _, burst := range []int64{1, 2, 10} {
 		steps := make([]byte, 9*60)
@@ -356,7 +361,9 @@ func TestOpenLimitStepByStep(t *testing.T) {
 func TestOpenLimitPanicsOnExtraClose(t *testing.T) {
 	l := &OpenLimit{Max: 1}
 	for range 2 {
-		if p := fmt.Sprint(ratePanic(func() { closes(l) })); !strings.Contains(p, "without EventOpen") {
+		if p := fmt.Sprint(ratePanic(func() {
+			closes(l)
+		})); !strings.Contains(p, "without EventOpen") {
 			t.Errorf("panic: %v", p)
 		}
 		if opens(l, 2) != 1 {
@@ -394,7 +401,8 @@ func TestBandwidthStepByStep(t *testing.T) {
 			[]step{{0, 1, 1 * ms}, {time.Hour, 1, 1 * ms}}},
 		{"a burst passes at once, the rest waits", &Bandwidth{BytesPerSecond: 1000, Burst: 2000},
 			[]step{{0, 1500, 0}, {0, 500, 0}, {0, 1000, 1 * s}, {1 * s, 1, 1 * ms}}},
-		{"a burst is regained at the rate, and once only", &Bandwidth{BytesPerSecond: 1000, Burst: 1000},
+		{"a burst is regained at the rate, and once only",
+			&Bandwidth{BytesPerSecond: 1000, Burst: 1000},
 			[]step{{0, 1000, 0}, {500 * ms, 1000, 500 * ms}, {time.Hour, 1001, 1 * ms},
 				{time.Hour, 1, 2 * ms}}},
 		{"a third of a second three times is one", &Bandwidth{BytesPerSecond: 3},
@@ -409,7 +417,8 @@ func TestBandwidthStepByStep(t *testing.T) {
 		{"a negative burst is none", &Bandwidth{BytesPerSecond: 1, Burst: -9},
 			[]step{{0, 1, 1 * s}}},
 		{"late clock readings lose nothing", &Bandwidth{BytesPerSecond: 1000},
-			[]step{{10 * s, 1000, 1 * s}, {9 * s, 1000, 3 * s}, {11 * s, 0, 1 * s}, {12 * s, 1, 1 * ms}}},
+			[]step{{10 * s, 1000, 1 * s}, {9 * s, 1000, 3 * s}, {11 * s, 0, 1 * s},
+				{12 * s, 1, 1 * ms}}},
 		{"a debt is bounded", &Bandwidth{BytesPerSecond: 1},
 			[]step{{0, math.MaxInt64, forever}, {0, math.MaxInt64, forever}, {0, 1, forever},
 				{forever, 1, 1 * s}}},
@@ -431,7 +440,8 @@ func TestBandwidthStepByStep(t *testing.T) {
 			start := time.Unix(0, 0)
 			for i, step := range tt.steps {
 				if got := owes(tt.b, start.Add(step.at), step.bytes); got != step.wait {
-					t.Fatalf("step %d, %d bytes at %v: wait %v, want %v", i, step.bytes, step.at, got, step.wait)
+					t.Fatalf("step %d, %d bytes at %v: wait %v, want %v", i, step.bytes,
+						step.at, got, step.wait)
 				}
 			}
 		})
@@ -465,7 +475,8 @@ func TestBandwidthIgnoresEventsWithoutBytes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, b := range []*Bandwidth{{BytesPerSecond: 1}, {}, {BytesPerSecond: -1}} {
 			for _, n := range []int64{0, -5, math.MinInt64} {
-				if d := b.Report(t.Context(), Event{Kind: EventData, Bytes: n}); d.Wait != 0 || d.Exceeded {
+				if d := b.Report(t.Context(), Event{Kind: EventData, Bytes: n}); d.Wait != 0 ||
+					d.Exceeded {
 					t.Errorf("%d bytes: %+v", n, d)
 				}
 			}
@@ -498,7 +509,8 @@ func TestBandwidthSharesATurn(t *testing.T) {
 			Decision{Wait: 17_500 * time.Microsecond, Chunk: 20_000}},
 		{"a byte hardly waits", &Bandwidth{BytesPerSecond: 1e6}, 2, 39 * ms, 1,
 			Decision{Wait: 3900 * time.Nanosecond, Chunk: 10_000}},
-		{"a large debt makes the chunk smaller", &Bandwidth{BytesPerSecond: 1e6}, 1, 60 * ms, 20_000,
+		{"a large debt makes the chunk smaller", &Bandwidth{BytesPerSecond: 1e6}, 1, 60 * ms,
+			20_000,
 			Decision{Wait: 80 * ms, Chunk: 10_000}},
 		{"64 streams are assumed at first", &Bandwidth{BytesPerSecond: 64e6}, 0, 0, 64e6,
 			Decision{Wait: time.Second, Chunk: 64e6 / 4096}},
@@ -506,9 +518,11 @@ func TestBandwidthSharesATurn(t *testing.T) {
 			Decision{Wait: 20 * ms, Chunk: 512}},
 		{"1 MiB is the largest", &Bandwidth{BytesPerSecond: math.MaxInt64}, 1, 0, 1 << 20,
 			Decision{Wait: 0, Chunk: 1 << 20}},
-		{"in a burst a turn may pass at once", &Bandwidth{BytesPerSecond: 1e6, Burst: 1e9}, 0, 0, 20_000,
+		{"in a burst a turn may pass at once", &Bandwidth{BytesPerSecond: 1e6, Burst: 1e9}, 0,
+			0, 20_000,
 			Decision{Chunk: 20_000}},
-		{"towards its end a 128th of what is left", &Bandwidth{BytesPerSecond: 1e6, Burst: 1_000_000}, 0,
+		{"towards its end a 128th of what is left",
+			&Bandwidth{BytesPerSecond: 1e6, Burst: 1_000_000}, 0,
 			360 * ms, 0,
 			Decision{Chunk: 5_000}},
 	} {
@@ -607,8 +621,9 @@ func FuzzBandwidth(f *testing.F) {
 		nanoseconds := func(n int64) *big.Rat {
 			return new(big.Rat).Mul(big.NewRat(n, 1), big.NewRat(int64(time.Second), rate))
 		}
-		b, shared := &Bandwidth{BytesPerSecond: rate, Burst: burst}, &Bandwidth{BytesPerSecond: rate,
-			Burst: burst}
+		b, shared := &Bandwidth{BytesPerSecond: rate, Burst: burst},
+			&Bandwidth{BytesPerSecond: rate,
+				Burst: burst}
 		now, debt, slack := time.Unix(0, 0), new(big.Rat), int64(0)
 		for ; len(steps) >= 9; steps = steps[9:] {
 			op, n := steps[0], int64(binary.BigEndian.Uint64(steps[1:]))
@@ -645,7 +660,8 @@ func FuzzBandwidth(f *testing.F) {
 			}
 			got := owes(b, now, n)
 			if off := int64(got) - want.Int64(); got < 0 || off < -slack || off > slack {
-				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: wait %d, want %v", n, rate, burst, passed,
+				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: wait %d, want %v", n,
+					rate, burst, passed,
 					got, want)
 			}
 			// move keeps the same account. It lets small pieces wait for a part of the debt only.
@@ -654,11 +670,14 @@ func FuzzBandwidth(f *testing.F) {
 			shared.mu.Unlock()
 			if shared.paid != b.paid || d.Exceeded || d.Wait < 0 || d.Wait > got ||
 				(d.Wait == 0) != (got == 0) && n >= rate {
-				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v with a debt of %v", n, rate, burst,
+				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v with a debt of %v", n,
+					rate, burst,
 					passed, d, got)
 			}
-			if d.Chunk < 512 || d.Chunk > 1<<20 || shared.streams < 1 || math.IsNaN(shared.streams) {
-				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v for %v streams", n, rate, burst,
+			if d.Chunk < 512 || d.Chunk > 1<<20 || shared.streams < 1 ||
+				math.IsNaN(shared.streams) {
+				t.Fatalf("%d bytes at rate %d, burst %d, after %d ns: %+v for %v streams", n,
+					rate, burst,
 					passed, d, shared.streams)
 			}
 		}
@@ -695,12 +714,14 @@ func TestAllRefundsAfterALaterRefusal(t *testing.T) {
 			t.Fatalf("%d let in, want 1", got)
 		}
 		if bucket.spent != 1 || limit.open != 1 || last.open != 1 {
-			t.Fatalf("after 99 refused: %d tokens spent, %d and %d open, want 1, 1 and 1", bucket.spent,
+			t.Fatalf("after 99 refused: %d tokens spent, %d and %d open, want 1, 1 and 1",
+				bucket.spent,
 				limit.open, last.open)
 		}
 		closes(all)
 		if bucket.spent != 1 || limit.open != 0 || last.open != 0 {
-			t.Fatalf("after the close: %d tokens spent, %d and %d open, want 1, 0 and 0", bucket.spent,
+			t.Fatalf("after the close: %d tokens spent, %d and %d open, want 1, 0 and 0",
+				bucket.spent,
 				limit.open, last.open)
 		}
 	})
@@ -753,7 +774,8 @@ func TestAllAsksInOrderAndUndoesAtOnce(t *testing.T) {
 		{"one after those inside refuses",
 			All(All(fake("a", nil), nil, fake("b", nil)), fake("c", rateRefuse)), []Event{rateOpen},
 			"a open, b open, c open, a refused, b refused"},
-		{"the last panics", All(fake("a", nil), fake("b", nil), fake("c", ratePanics)), []Event{rateOpen},
+		{"the last panics", All(fake("a", nil), fake("b", nil), fake("c", ratePanics)),
+			[]Event{rateOpen},
 			"a open, b open, c open, a refused, b refused"},
 		{"data is told to all, though one cuts", All(fake("a", rateCut), fake("b", nil)),
 			[]Event{rateOpen, rateData},
@@ -842,18 +864,24 @@ func TestAllCombinesDecisions(t *testing.T) {
 		want     Decision // on data
 	}{
 		{nil, Decision{}},
-		{[]RateLimitManager{says(Decision{Wait: 1}), says(Decision{Wait: 3}), says(Decision{Wait: 2})},
+		{[]RateLimitManager{says(Decision{Wait: 1}), says(Decision{Wait: 3}),
+			says(Decision{Wait: 2})},
 			Decision{Wait: 3}},
-		{[]RateLimitManager{says(Decision{}), All(says(Decision{Wait: 5}), nil), says(Decision{Wait: 4})},
+		{[]RateLimitManager{says(Decision{}), All(says(Decision{Wait: 5}), nil),
+			says(Decision{Wait: 4})},
 			Decision{Wait: 5}},
 		{[]RateLimitManager{says(Decision{}), says(Decision{Chunk: 7}),
 			All(says(Decision{Chunk: 5}), says(Decision{})), says(Decision{Chunk: 6})},
 			Decision{Chunk: 5}},
-		{[]RateLimitManager{says(Decision{Chunk: 7}), says(Decision{Chunk: -1})}, Decision{Chunk: 7}},
-		{[]RateLimitManager{says(Decision{Exceeded: true}), says(Decision{})}, Decision{Exceeded: true}},
-		{[]RateLimitManager{says(Decision{}), says(Decision{Exceeded: true})}, Decision{Exceeded: true}},
+		{[]RateLimitManager{says(Decision{Chunk: 7}), says(Decision{Chunk: -1})},
+			Decision{Chunk: 7}},
+		{[]RateLimitManager{says(Decision{Exceeded: true}), says(Decision{})},
+			Decision{Exceeded: true}},
+		{[]RateLimitManager{says(Decision{}), says(Decision{Exceeded: true})},
+			Decision{Exceeded: true}},
 		{[]RateLimitManager{says(Decision{}),
-			All(says(Decision{Exceeded: true, Err: errA}), says(Decision{Exceeded: true, Err: errB}))},
+			All(says(Decision{Exceeded: true, Err: errA}),
+				says(Decision{Exceeded: true, Err: errB}))},
 			Decision{Exceeded: true, Err: errA}},
 	} {
 		all := All(tt.managers...)
@@ -1073,7 +1101,8 @@ func TestClientIsRememberedFromItsFirstOpen(t *testing.T) {
 func TestClientLimitsWithoutRoomRefuseAll(t *testing.T) {
 	for _, most := range []int{0, -1, math.MinInt} {
 		l := NewClientLimits(most, rateOpenLimits(9))
-		if d := l.For("ann").Report(t.Context(), rateOpen); !d.Exceeded || d.Err != ErrTooManyClients {
+		if d := l.For("ann").Report(t.Context(), rateOpen); !d.Exceeded ||
+			d.Err != ErrTooManyClients {
 			t.Errorf("max %d: %+v, want ErrTooManyClients", most, d)
 		}
 		rateCheck(t, l, 0)
@@ -1093,11 +1122,13 @@ func TestFullClientLimitsSaySo(t *testing.T) {
 			err = cmp.Or(d.Err, ErrRateLimited)
 		}
 		if err != step.err || l.Len() != step.length {
-			t.Errorf("step %d: %s: %v with %d clients, want %v with %d", i, step.client, err, l.Len(),
+			t.Errorf("step %d: %s: %v with %d clients, want %v with %d", i, step.client, err,
+				l.Len(),
 				step.err, step.length)
 		}
 	}
-	if !errors.Is(ErrTooManyClients, ErrRateLimited) || errors.Is(ErrRateLimited, ErrTooManyClients) {
+	if !errors.Is(ErrTooManyClients, ErrRateLimited) ||
+		errors.Is(ErrRateLimited, ErrTooManyClients) {
 		t.Error("ErrTooManyClients is not an ErrRateLimited, or the other way round")
 	}
 	closes(l.For("bob"))
@@ -1114,7 +1145,9 @@ func TestClientLimitReportsNoCloseOfRefusedOpen(t *testing.T) {
 	refuse := false
 	l := NewClientLimits(1, func(string) RateLimitManager {
 		return &rateFake{"ann", &heard,
-			func(e Event) Decision { return Decision{Exceeded: refuse && e.Kind == EventOpen, Wait: 5} }}
+			func(e Event) Decision {
+				return Decision{Exceeded: refuse && e.Kind == EventOpen, Wait: 5}
+			}}
 	})
 	ann := l.For("ann")
 	if d := ann.Report(t.Context(), rateOpen); d != (Decision{Wait: 5}) {
@@ -1130,7 +1163,8 @@ func TestClientLimitReportsNoCloseOfRefusedOpen(t *testing.T) {
 	rateCheck(t, l, 1)
 	closes(ann)
 	rateCheck(t, l, 0)
-	if got, want := strings.Join(heard, ", "), "ann open, ann data, ann open, ann close"; got != want {
+	if got, want := strings.Join(heard, ", "),
+		"ann open, ann data, ann open, ann close"; got != want {
 		t.Errorf("heard %s, want %s", got, want)
 	}
 }
@@ -1179,7 +1213,8 @@ func TestOnlyIdleClientsAreForgotten(t *testing.T) {
 		rateLater(time.Minute)
 		if got := []bool{open("ann"), open("ann"), open("ann")}; !slices.Equal(got,
 			[]bool{true, true, false}) {
-			t.Fatalf("ann got in %v: her bucket was full when she was forgotten: want two tokens", got)
+			t.Fatalf("ann got in %v: her bucket was full when she was forgotten: "+
+				"want two tokens", got)
 		}
 		rateCheck(t, l, 3) // bob's one and ann's two
 	})
@@ -1225,7 +1260,8 @@ func TestLongestQuietClientIsForgottenFirst(t *testing.T) {
 		letsIn(l.For(client))
 		closes(l.For(client))
 	}
-	for _, step := range []struct{ comes, left string }{{"dan", "ann cid dan"}, {"eve", "ann dan eve"},
+	for _, step := range []struct{ comes, left string }{{"dan", "ann cid dan"},
+		{"eve", "ann dan eve"},
 		{"fay", "dan eve fay"}} {
 		letsIn(l.For(step.comes))
 		closes(l.For(step.comes))
@@ -1260,7 +1296,8 @@ func TestForgettingAsksEightClientsAtMost(t *testing.T) {
 		}
 	}
 	if refused != 9 || asked != 78 || l.clients["77"] != nil {
-		t.Errorf("%d refused, %d asked, want 9, all up to 77, and that one forgotten", refused, asked)
+		t.Errorf("%d refused, %d asked, want 9, all up to 77, and that one forgotten", refused,
+			asked)
 	}
 }
 
@@ -1285,7 +1322,8 @@ func TestIdleMayUseTheSameClientLimits(t *testing.T) {
 	var l *ClientLimits
 	l = NewClientLimits(2, func(client string) RateLimitManager {
 		return &rateHasIdle{idle: func() bool {
-			letsIn(l.For("ann")) // a manager in use while it is asked is not forgotten, whatever it says
+			// a manager in use while it is asked is not forgotten, whatever it says
+			letsIn(l.For("ann"))
 			return true
 		}}
 	})
@@ -1380,7 +1418,9 @@ func TestClientLimitsPanicOnExtraClose(t *testing.T) {
 	l := NewClientLimits(1, func(string) RateLimitManager { return &TokenBucket{Burst: 9} })
 	ann := l.For("ann")
 	for range 2 {
-		if p := fmt.Sprint(ratePanic(func() { closes(ann) })); !strings.Contains(p, "without EventOpen") {
+		if p := fmt.Sprint(ratePanic(func() {
+			closes(ann)
+		})); !strings.Contains(p, "without EventOpen") {
 			t.Errorf("panic: %v", p)
 		}
 		rateCheck(t, l, 0)
@@ -1418,7 +1458,9 @@ func TestPanickingClientLimitKeepsCountsRight(t *testing.T) {
 		}
 	}
 	l := NewClientLimits(1,
-		func(string) RateLimitManager { return &rateHasIdle{idle: func() bool { panic("store gone") }} })
+		func(string) RateLimitManager {
+			return &rateHasIdle{idle: func() bool { panic("store gone") }}
+		})
 	letsIn(l.For("ann"))
 	closes(l.For("ann"))
 	if ratePanic(func() { letsIn(l.For("bob")) }) == nil {

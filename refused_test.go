@@ -20,7 +20,8 @@ import (
 
 // OnRefused, a last word to those who cannot be served.
 
-const sorry = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n"
+const sorry = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 1000\r\nConnection: " +
+	"close\r\n\r\n"
 
 func say503(c net.Conn, _ error) { io.WriteString(c, sorry+strings.Repeat("x", 1000)) }
 
@@ -43,13 +44,15 @@ func TestRefusedClientThatHasSentReadsAWhole503(t *testing.T) {
 		for _, overTLS := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/TLS=%v", end, overTLS), func(t *testing.T) {
 				sent, told := make(chan bool), make(chan error, 1)
-				a, results := newAppOver(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-					return nil, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
-				}}, tc.up)
+				a, results := newAppOver(t, Options{
+					DialContext: func(context.Context, string, string) (net.Conn, error) {
+						return nil, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
+					}}, tc.up)
 				tcp := dial(t, serve(t, a, func(ctx context.Context, c *Conn) error {
 					c.RateLimit = tc.limit
 					c.OnRefused = func(c net.Conn, err error) {
-						if n, err := c.Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, io.EOF) {
+						if n, err := c.Read(make([]byte, 1)); n != 0 || err == nil ||
+							errors.Is(err, io.EOF) {
 							t.Errorf("OnRefused read %d bytes, %v; want an error", n, err)
 						}
 						say503(c, err)
@@ -120,11 +123,14 @@ func TestOnRefusedIsNotCalledForAnAbort(t *testing.T) {
 					stopping <- true
 					<-stopping
 				}
-				a, _ := newApp(t, Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
-					block()
-					return nil, errors.New("refused")
-				}}, "u:1")
-				c := &Conn{OnRefused: func(net.Conn, error) { t.Errorf("%s, %s: OnRefused was called", name, where) }}
+				a, _ := newApp(t, Options{
+					DialContext: func(context.Context, string, string) (net.Conn, error) {
+						block()
+						return nil, errors.New("refused")
+					}}, "u:1")
+				c := &Conn{OnRefused: func(net.Conn, error) {
+					t.Errorf("%s, %s: OnRefused was called", name, where)
+				}}
 				if where == "limit" {
 					c.RateLimit = rateFunc(func(context.Context, Event) Decision {
 						block()
@@ -153,7 +159,8 @@ func TestOnRefusedHoldsNothing(t *testing.T) {
 	const clients, most = 10_000, 256
 	goOn := make(chan bool)
 	var running, highest atomic.Int32
-	a, results := newAppOver(t, Options{MaxConns: 1, DialContext: dialFake(echoFake)}, Upstream{Addr: "u:1", MaxConns: 1})
+	a, results := newAppOver(t, Options{MaxConns: 1, DialContext: dialFake(echoFake)},
+		Upstream{Addr: "u:1", MaxConns: 1})
 	full := serveFake(t.Context(), a, new(Conn))
 	ping(t, full)
 	var wg sync.WaitGroup
@@ -162,7 +169,8 @@ func TestOnRefusedHoldsNothing(t *testing.T) {
 			wg.Add(1)
 			defer wg.Done()
 			now := running.Add(1)
-			for high := highest.Load(); now > high && !highest.CompareAndSwap(high, now); high = highest.Load() {
+			for high := highest.Load(); now > high &&
+				!highest.CompareAndSwap(high, now); high = highest.Load() {
 			}
 			<-goOn
 		}
@@ -269,7 +277,8 @@ func TestALastWordHasASecond(t *testing.T) {
 
 func TestAPanicInOnRefusedIsLogged(t *testing.T) {
 	var log syncBuffer
-	a, results := newAppOver(t, Options{Logger: textLogger(&log)}, Upstream{Addr: "127.0.0.1:1", Drain: true})
+	a, results := newAppOver(t, Options{Logger: textLogger(&log)},
+		Upstream{Addr: "127.0.0.1:1", Drain: true})
 	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {
 		c.OnRefused = func(net.Conn, error) { panic("boom") }
 		return nil
@@ -349,7 +358,8 @@ func TestRefusedClientIsClosedOnce(t *testing.T) {
 				a, results := newAppOver(t, Options{DialContext: dial}, up)
 				client, ours := proxytest.Pipe()
 				closes := new(atomic.Int32)
-				c := &Conn{Client: onceConn{ours, closes}, RateLimit: refusing[EndReason(name)].limit}
+				c := &Conn{Client: onceConn{ours, closes},
+					RateLimit: refusing[EndReason(name)].limit}
 				if lastWord {
 					c.OnRefused = func(net.Conn, error) {}
 				}

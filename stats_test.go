@@ -26,17 +26,19 @@ import (
 // What an app tells of its connections: Stats, Conns, and a Result for each.
 
 // mixedApp is an app in whose connections all kinds of things happen, as their ClientIDs say.
-func mixedApp(t *testing.T) (a *LBProxyApp, results <-chan Result, come func(what string) *duplexConn) {
+func mixedApp(t *testing.T) (a *LBProxyApp, results <-chan Result,
+	come func(what string) *duplexConn) {
 	refused := errors.New("refused")
-	a, results = newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-		switch ConnFromContext(ctx).ClientID {
-		case "undialable":
-			return nil, context.Canceled // not the upstream's fault, so it stays up
-		case "unlucky":
-			return nil, refused
-		}
-		return dialFake(echoFake)(ctx, network, addr)
-	}, FailTimeout: -1}, "u:1", "v:1")
+	a, results = newApp(t,
+		Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			switch ConnFromContext(ctx).ClientID {
+			case "undialable":
+				return nil, context.Canceled // not the upstream's fault, so it stays up
+			case "unlucky":
+				return nil, refused
+			}
+			return dialFake(echoFake)(ctx, network, addr)
+		}, FailTimeout: -1}, "u:1", "v:1")
 	whats := make(chan string, 1)
 	arrive := comeFake(t, a, func(_ context.Context, c *Conn) error {
 		switch c.ClientID = <-whats; c.ClientID {
@@ -45,7 +47,9 @@ func mixedApp(t *testing.T) (a *LBProxyApp, results <-chan Result, come func(wha
 		case "limited":
 			c.RateLimit = new(OpenLimit)
 		case "cut":
-			c.RateLimit = rateFunc(func(_ context.Context, e Event) Decision { return Decision{Exceeded: e.Kind == EventData} })
+			c.RateLimit = rateFunc(func(_ context.Context, e Event) Decision {
+				return Decision{Exceeded: e.Kind == EventData}
+			})
 		case "panic":
 			panic("boom")
 		}
@@ -84,7 +88,8 @@ func TestEveryConnectionHasOneResultAndIsCountedOnce(t *testing.T) {
 					}
 				}
 				if s.Sent < last.Sent || s.Received < last.Received || s.Accepted < last.Accepted ||
-					s.Refused < last.Refused || s.NotAdmitted < last.NotAdmitted || s.Failed < last.Failed {
+					s.Refused < last.Refused || s.NotAdmitted < last.NotAdmitted ||
+					s.Failed < last.Failed {
 					t.Errorf("a counter fell: %+v, was %+v", s, last)
 				}
 				open := 0
@@ -442,10 +447,11 @@ func TestConnsLooksAtAThousandUnderOneLock(t *testing.T) {
 
 func TestResultTellsTheTimesAndTheConn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, results := newApp(t, Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			time.Sleep(time.Second)
-			return dialFake(echoFake)(ctx, network, addr)
-		}}, "u:1")
+		a, results := newApp(t, Options{
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				time.Sleep(time.Second)
+				return dialFake(echoFake)(ctx, network, addr)
+			}}, "u:1")
 		start := time.Now()
 		c := comeFake(t, a, func(_ context.Context, c *Conn) error {
 			c.ClientAddr = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 9}
@@ -470,8 +476,10 @@ func TestResultIsAnAccessLog(t *testing.T) {
 	var log bytes.Buffer
 	logger := slog.New(slog.NewJSONHandler(&log, nil))
 	r := Result{
-		Conn: new(Conn), App: "db", ClientID: "ann\n", Client: "192.0.2.1:9", Upstream: "u:1", Attempts: 2,
-		Duration: 1500 * time.Millisecond, Sent: 3, Received: 4, End: EndClientError, Err: io.ErrUnexpectedEOF,
+		Conn: new(Conn), App: "db", ClientID: "ann\n", Client: "192.0.2.1:9", Upstream: "u:1",
+		Attempts: 2,
+		Duration: 1500 * time.Millisecond, Sent: 3, Received: 4, End: EndClientError,
+		Err: io.ErrUnexpectedEOF,
 	}
 	logger.Info("done", "conn", r)
 	logger.Info("done", "conn", Result{App: "db", End: EndDone})
@@ -484,7 +492,8 @@ func TestResultIsAnAccessLog(t *testing.T) {
 		lines = append(lines, line["conn"].(map[string]any))
 	}
 	for i, want := range []string{
-		"map[app:db attempts:2 client:192.0.2.1:9 client_id:ann\n duration:1.5e+09 end:client-error err:unexpected EOF received:4 sent:3 upstream:u:1]",
+		"map[app:db attempts:2 client:192.0.2.1:9 client_id:ann\n duration:1.5e+09 " +
+			"end:client-error err:unexpected EOF received:4 sent:3 upstream:u:1]",
 		"map[app:db attempts:0 client: duration:0 end:done received:0 sent:0 upstream:]",
 	} {
 		if got := fmt.Sprint(lines[i]); got != want {
@@ -495,7 +504,8 @@ func TestResultIsAnAccessLog(t *testing.T) {
 
 func TestEnumsHaveStrings(t *testing.T) {
 	for want, v := range map[string]fmt.Stringer{
-		"client-closed": EndClientClosed, "dialing": ConnDialing, "upload": Upload, "data": EventData,
+		"client-closed": EndClientClosed, "dialing": ConnDialing, "upload": Upload,
+		"data":    EventData,
 		"cooling": StateCooling, "idle": CloseNotifyIdle, "CloseNotify(9)": CloseNotify(9),
 	} {
 		if v.String() != want {
@@ -520,25 +530,30 @@ func TestAKeptConnIsSmall(t *testing.T) {
 		most  int64
 		dial  func(addr string) (net.Conn, error)
 	}{
-		{"plain", nil, conns, most, func(addr string) (net.Conn, error) { return net.Dial("tcp", addr) }},
+		{"plain", nil, conns, most, func(addr string) (net.Conn, error) {
+			return net.Dial("tcp", addr)
+		}},
 		{"rejected", func(context.Context, *Conn) error { return errKicked }, conns / 10, most,
 			func(addr string) (net.Conn, error) { return net.Dial("tcp", addr) }},
 		// What crypto/tls says of the handshake stays, and its buffers, of 10 KiB and more, do not.
-		{"TLS", handshake, 500, 6 << 10, func(addr string) (net.Conn, error) { return tlsDial(addr, clientTLS) }},
+		{"TLS", handshake, 500, 6 << 10, func(addr string) (net.Conn, error) {
+			return tlsDial(addr, clientTLS)
+		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var mu sync.Mutex
 			kept := make([]*Conn, 0, tc.conns)
 			var done sync.WaitGroup
-			a, err := New("test", []Upstream{{Addr: upstreamDoing(t, func(c *net.TCPConn) {})}}, &Options{
-				Logger: quiet,
-				OnDone: func(r Result) {
-					mu.Lock()
-					defer mu.Unlock()
-					kept = append(kept, r.Conn)
-					done.Done()
-				},
-			})
+			a, err := New("test", []Upstream{{Addr: upstreamDoing(t, func(c *net.TCPConn) {})}},
+				&Options{
+					Logger: quiet,
+					OnDone: func(r Result) {
+						mu.Lock()
+						defer mu.Unlock()
+						kept = append(kept, r.Conn)
+						done.Done()
+					},
+				})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -568,14 +583,17 @@ func TestAKeptConnIsSmall(t *testing.T) {
 				t.Logf("%d bytes", grown)
 			}
 			for _, c := range kept {
-				if c.Client.RemoteAddr() == nil || c.Client.LocalAddr().String() != addr || c.Info().State != ConnOver {
+				if c.Client.RemoteAddr() == nil || c.Client.LocalAddr().String() != addr ||
+					c.Info().State != ConnOver {
 					t.Fatalf("%+v", c)
 				}
-				if s, ok := c.Client.(*TLSConn); ok && (!s.ConnectionState().HandshakeComplete || s.NetConn() != nil) {
+				if s, ok := c.Client.(*TLSConn); ok &&
+					(!s.ConnectionState().HandshakeComplete || s.NetConn() != nil) {
 					t.Fatal("it does not know its handshake any more, or has not let go")
 				}
 			}
-			if len(kept) != tc.conns || strings.Contains(fmt.Sprintf("%T", kept[0].Client), "TCPConn") {
+			if len(kept) != tc.conns ||
+				strings.Contains(fmt.Sprintf("%T", kept[0].Client), "TCPConn") {
 				t.Errorf("%d of %d, with a %T", len(kept), tc.conns, kept[0].Client)
 			}
 		})

@@ -70,19 +70,32 @@ func TestOnUpstreamReportsChangesInOrder(t *testing.T) {
 			want string
 		}{
 			{"New is told of to nobody", func() {}, ""},
-			{"a dial fails", func() { refuse["a:1"] = true; connect() }, "test/a:1 up>cooling refused"},
+			{"a dial fails", func() {
+				refuse["a:1"] = true
+				connect()
+			}, "test/a:1 up>cooling refused"},
 			{"the trial fails", func() { time.Sleep(10 * time.Second); connect() }, ""},
-			{"the trial works", func() { refuse["a:1"] = false; time.Sleep(10 * time.Second); connect() },
+			{"the trial works", func() {
+				refuse["a:1"] = false
+				time.Sleep(10 * time.Second)
+				connect()
+			},
 				"test/a:1 cooling>up"},
 			{"checks fail", func() { w.set(errSick, "b:1"); time.Sleep(10 * time.Second) },
 				"test/b:1 up>down sick"},
-			{"the same set", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1", Weight: 2}}) },
+			{"the same set", func() {
+				a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1", Weight: 2}})
+			},
 				""},
-			{"b drains", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1", Drain: true}}) },
+			{"b drains", func() {
+				a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1", Drain: true}})
+			},
 				"test/b:1 down>down drain sick"},
 			{"checks pass", func() { w.set(nil, "b:1"); time.Sleep(10 * time.Second) },
 				"test/b:1 down>up drain"},
-			{"b drains no more", func() { a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1"}}) },
+			{"b drains no more", func() {
+				a.SetUpstreams([]Upstream{{Addr: "a:1"}, {Addr: "b:1"}})
+			},
 				"test/b:1 up>up"},
 			{"b is down", func() { w.set(errSick, "b:1"); time.Sleep(10 * time.Second) },
 				"test/b:1 up>down sick"},
@@ -127,7 +140,8 @@ func TestChangesMergeWhileOnUpstreamIsBusy(t *testing.T) {
 		}
 		close(goOn)
 		synctest.Wait()
-		want := "test/a:1 up>cooling, test/c:1 up>cooling, test/a:1 cooling>cooling, test/b:1 up>up removed"
+		want := "test/a:1 up>cooling, test/c:1 up>cooling, test/a:1 cooling>cooling, " +
+			"test/b:1 up>up removed"
 		if s := strings.Join(got, ", "); s != want {
 			t.Errorf("got  %s\nwant %s", s, want)
 		}
@@ -185,21 +199,24 @@ func TestOnUpstreamIsCalledAgainAfterAPanic(t *testing.T) {
 			var log syncBuffer
 			var got []string
 			a, _ := newApp(t,
-				Options{Logger: slog.New(slog.NewTextHandler(&log, nil)), OnUpstream: func(c UpstreamChange) {
-					got = append(got, c.Addr)
-					fail()
-				}}, "a:1")
+				Options{Logger: slog.New(slog.NewTextHandler(&log, nil)),
+					OnUpstream: func(c UpstreamChange) {
+						got = append(got, c.Addr)
+						fail()
+					}}, "a:1")
 			a.SetUpstreams([]Upstream{{Addr: "b:1"}})
 			synctest.Wait()
 			if s := strings.Join(got, " "); s != "b:1 a:1" {
 				t.Errorf("%s: calls for %s", name, s)
 			}
 			wantLines(t, &log,
-				map[string]int{"panic in a hook": 2, "hook=Options.OnUpstream": 2, "stack=": 2, "app=test": 2})
+				map[string]int{"panic in a hook": 2, "hook=Options.OnUpstream": 2, "stack=": 2,
+					"app=test": 2})
 
-			b, _ := newApp(t, Options{Logger: slog.New(panicHandler{}), OnUpstream: func(UpstreamChange) {
-				fail()
-			}}, "a:1")
+			b, _ := newApp(t,
+				Options{Logger: slog.New(panicHandler{}), OnUpstream: func(UpstreamChange) {
+					fail()
+				}}, "a:1")
 			b.SetUpstreams([]Upstream{{Addr: "b:1"}})
 		})
 	}
