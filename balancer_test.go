@@ -803,7 +803,8 @@ func TestSetPeersRejectsBadValuesByName(t *testing.T) {
 			t.Fatalf("%+v was rejected, but the peers are now %+v", tc.peers, b.peers)
 		}
 	}
-	if err := a.SetPeers(Peers{Count: 1, Bias: map[string]float64{"x:1": math.Inf(1)}}); err != nil {
+	unknown := Peers{Count: 1, Bias: map[string]float64{"x:1": math.Inf(1)}}
+	if err := a.SetPeers(unknown); err != nil {
 		t.Error(err)
 	}
 }

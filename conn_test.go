@@ -381,8 +381,8 @@ func TestIdleTimeoutEndsStalledConnections(t *testing.T) {
 func TestThrottledConnectionIsNotIdle(t *testing.T) {
 	for _, blocks := range []bool{false, true} { // false: the limit returns a Wait
 		synctest.Test(t, func(t *testing.T) {
-			a, _ := newApp(t,
-				Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
+			a, _ := newApp(t, Options{
+				IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
 			c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
 				switch {
 				case e.Kind != EventData || e.Direction != Upload:
@@ -553,12 +553,12 @@ func TestContextEndsHalfClosedConnection(t *testing.T) {
 
 func TestIdleTimeBeginsWithTheUpstream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t,
-			Options{IdleTimeout: time.Minute, DialTimeout: time.Hour,
-				DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-					time.Sleep(2 * time.Minute)
-					return dialFake(echoFake)(ctx, network, addr)
-				}}, "u:1")
+		a, _ := newApp(t, Options{
+			IdleTimeout: time.Minute, DialTimeout: time.Hour,
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				time.Sleep(2 * time.Minute)
+				return dialFake(echoFake)(ctx, network, addr)
+			}}, "u:1")
 		for range 2 { // the second time the app has been idle for long
 			start := time.Now()
 			c := serveFake(t.Context(), a, &Conn{})
@@ -575,14 +575,14 @@ func TestIdleTimeBeginsWithTheUpstream(t *testing.T) {
 func TestEveryEndReleasesTheCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		upstreams := make(chan *duplexConn, 1)
-		a, _ := newApp(t,
-			Options{IdleTimeout: time.Minute,
-				DialContext: func(context.Context, string, string) (net.Conn, error) {
-					ours, theirs := duplex()
-					go io.Copy(io.Discard, theirs)
-					upstreams <- theirs
-					return ours, nil
-				}}, "a:1", "b:1")
+		a, _ := newApp(t, Options{
+			IdleTimeout: time.Minute,
+			DialContext: func(context.Context, string, string) (net.Conn, error) {
+				ours, theirs := duplex()
+				go io.Copy(io.Discard, theirs)
+				upstreams <- theirs
+				return ours, nil
+			}}, "a:1", "b:1")
 		tooMuch := limitFunc(func(e Event) Decision {
 			return Decision{Exceeded: e.Kind == EventData}
 		})

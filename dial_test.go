@@ -37,8 +37,8 @@ func TestRefusingUpstreamCostsNoClient(t *testing.T) {
 	dead := proxytest.RefusingAddr(t)
 	var dials atomic.Int32
 	var d net.Dialer
-	a, results := newApp(t,
-		Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+	a, results := newApp(t, Options{
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if addr == dead {
 				dials.Add(1)
 			}
@@ -130,8 +130,8 @@ func TestBlackHoleCostsOneDialTimeout(t *testing.T) {
 
 func TestDefaultDialTimeoutAndFailTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t,
-			Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		a, _ := newApp(t, Options{
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 				if addr == "hole:1" {
 					<-ctx.Done()
 					return nil, ctx.Err()
@@ -158,8 +158,8 @@ func TestDefaultDialTimeoutAndFailTimeout(t *testing.T) {
 func TestAllUpstreamsRefuse(t *testing.T) {
 	refused := &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 	var dialled []string
-	a, results := newApp(t,
-		Options{DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
+	a, results := newApp(t, Options{
+		DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
 			dialled = append(dialled, addr)
 			return nil, refused
 		}}, "a:1", "b:1", "c:1")
@@ -187,12 +187,12 @@ func TestAllUpstreamsRefuse(t *testing.T) {
 
 func TestAllUpstreamsAreBlackHoles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t,
-			Options{DialTimeout: 3 * time.Second,
-				DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-					<-ctx.Done()
-					return nil, ctx.Err()
-				}}, "a:1", "b:1", "c:1")
+		a, _ := newApp(t, Options{
+			DialTimeout: 3 * time.Second,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}}, "a:1", "b:1", "c:1")
 		start := time.Now()
 		c := serveFake(t.Context(), a, &Conn{})
 		if r := <-c.result; r.End != EndDialFailed || r.Attempts != 3 ||
@@ -227,8 +227,8 @@ func TestLocalDialErrorsDoNotCountAsFailures(t *testing.T) {
 		// the next dial would fail, too
 		syscall.EMFILE: 1, syscall.ENFILE: 1, syscall.ENOBUFS: 1, syscall.ENOMEM: 1,
 	} {
-		a, _ := newApp(t,
-			Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		a, _ := newApp(t, Options{
+			DialContext: func(context.Context, string, string) (net.Conn, error) {
 				return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", ours)}
 			}}, "a:1", "b:1")
 		c := serveFake(t.Context(), a, &Conn{})
@@ -268,8 +268,8 @@ func TestDataSentDuringTheDialArrives(t *testing.T) {
 			c.Write([]byte("bye"))
 		})
 		dialling, goOn := make(chan bool), make(chan bool)
-		a, results := newApp(t,
-			Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		a, results := newApp(t, Options{
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 				dialling <- true
 				<-goOn
 				return new(net.Dialer).DialContext(ctx, network, addr)
@@ -308,8 +308,8 @@ func TestClientGoneDuringDialCancelsIt(t *testing.T) {
 		"closed, where there is half-open": nil,
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			a, _ := newApp(t,
-				Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			a, _ := newApp(t, Options{
+				DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 					<-ctx.Done()
 					return nil, errors.New("interrupted") // an error that is not the context's
 				}}, "a:1", "b:1")
@@ -343,13 +343,13 @@ func TestResetBehindUnreadDataCancelsDial(t *testing.T) {
 		t.Skip("the system does not say so: it is noticed when the dial is done")
 	}
 	dialling := make(chan bool)
-	a, results := newApp(t,
-		Options{DialTimeout: time.Minute,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				dialling <- true
-				<-ctx.Done()
-				return nil, ctx.Err()
-			}}, "a:1")
+	a, results := newApp(t, Options{
+		DialTimeout: time.Minute,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			dialling <- true
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}, "a:1")
 	c := dial(t, serve(t, a, nil))
 	<-dialling
 	c.Write([]byte("hello"))
@@ -411,8 +411,8 @@ func TestContextEndsConnectionInEveryState(t *testing.T) {
 
 func TestUpstreamConnectedTooLateIsReset(t *testing.T) {
 	dialling, reached := make(chan bool), make(chan *duplexConn, 1)
-	a, _ := newApp(t,
-		Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	a, _ := newApp(t, Options{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			dialling <- true
 			<-ctx.Done()
 			ours, theirs := duplex()
@@ -667,8 +667,8 @@ func TestSetUpstreamsWhileInUse(t *testing.T) {
 
 func TestUpstreamRemovedDuringDial(t *testing.T) {
 	dialling, goOn := make(chan bool), make(chan error)
-	a, _ := newApp(t,
-		Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+	a, _ := newApp(t, Options{
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if addr == "a:1" {
 				dialling <- true
 				if err := <-goOn; err != nil {

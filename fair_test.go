@@ -24,8 +24,8 @@ func flood(c net.Conn) {
 // Downloads over real sockets share a Bandwidth equally: those that have had it for themselves, and
 // those that join them. All groups run at once, each with a limit of its own.
 func TestDownloadsShareABandwidthEqually(t *testing.T) {
-	settle, measure, rates, sizes := time.Second, 2*time.Second, []int64{1, 10, 50},
-		[]int{1, 2, 4, 16}
+	settle, measure := time.Second, 2*time.Second
+	rates, sizes := []int64{1, 10, 50}, []int{1, 2, 4, 16}
 	if testing.Short() {
 		settle, measure, rates, sizes = time.Second/2, time.Second, []int64{10}, []int{1, 4}
 	}

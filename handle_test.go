@@ -70,8 +70,8 @@ func wantCanceled(t *testing.T, r Result, cause error) {
 
 func TestAbortBeforeServeConn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, results := newApp(t,
-			Options{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		a, results := newApp(t, Options{
+			DialContext: func(context.Context, string, string) (net.Conn, error) {
 				t.Error("an upstream was dialed")
 				return nil, errors.New("no")
 			}}, "u:1")
@@ -166,8 +166,8 @@ func TestAbortDuringAHandshakeResetsTheConnectionBelow(t *testing.T) {
 
 func TestAbortWhileDialing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, _ := newApp(t,
-			Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		a, _ := newApp(t, Options{
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				<-ctx.Done()
 				return nil, context.Cause(ctx)
 			}}, "u:1", "v:1")
@@ -338,8 +338,8 @@ func TestConnFromContext(t *testing.T) {
 func TestAContextsValuesReachTheHooks(t *testing.T) {
 	type key struct{}
 	ctx := context.WithValue(t.Context(), key{}, "mine")
-	a, _ := newApp(t,
-		Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+	a, _ := newApp(t, Options{
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if ctx.Value(key{}) != "mine" {
 				t.Error("the dialer's context lacks the caller's value")
 			}

@@ -374,21 +374,21 @@ func TestHungCheckFailsAtItsTimeout(t *testing.T) {
 			release := make(chan bool)
 			w := newWard()
 			begun := make(chan bool, 1)
-			a, log := newCheckedApp(t,
-				HealthCheck{Timeout: time.Second, Fall: 1, Rise: 1,
-					Check: func(ctx context.Context, u Upstream) error {
-						w.check(ctx, u)
-						if u.Addr != "b:1" || w.count("b:1") > 1 {
-							return nil
-						}
-						begun <- true
-						if obeys {
-							<-ctx.Done()
-							return ctx.Err()
-						}
-						<-release
+			a, log := newCheckedApp(t, HealthCheck{
+				Timeout: time.Second, Fall: 1, Rise: 1,
+				Check: func(ctx context.Context, u Upstream) error {
+					w.check(ctx, u)
+					if u.Addr != "b:1" || w.count("b:1") > 1 {
 						return nil
-					}}, Options{}, "a:1", "b:1", "c:1")
+					}
+					begun <- true
+					if obeys {
+						<-ctx.Done()
+						return ctx.Err()
+					}
+					<-release
+					return nil
+				}}, Options{}, "a:1", "b:1", "c:1")
 			<-begun
 			time.Sleep(time.Second - 1)
 			wantStates(t, "before the Timeout", a, "up up up")
@@ -452,8 +452,8 @@ func TestPanicInCheckIsAFailureAndIsLogged(t *testing.T) {
 			var broken atomic.Bool
 			broken.Store(true)
 			var checks atomic.Int32
-			a, log := newCheckedApp(t,
-				HealthCheck{Check: func(_ context.Context, u Upstream) error {
+			a, log := newCheckedApp(t, HealthCheck{
+				Check: func(_ context.Context, u Upstream) error {
 					if u.Addr == "a:1" && broken.Load() {
 						checks.Add(1)
 						fail()
@@ -496,11 +496,11 @@ func TestChecksSurviveLoggerThatPanicsOrBlocks(t *testing.T) {
 		wantStates(t, "mended", a, "up up")
 
 		goOn := make(chan bool)
-		b, _ := newApp(t,
-			Options{HealthCheck: &HealthCheck{Check: w.check},
-				Logger: slog.New(callingHandler{call: func() {
-					<-goOn
-				}})}, "c:1", "d:1")
+		b, _ := newApp(t, Options{
+			HealthCheck: &HealthCheck{Check: w.check},
+			Logger: slog.New(callingHandler{call: func() {
+				<-goOn
+			}})}, "c:1", "d:1")
 		w.set(errSick, "c:1", "d:1")
 		time.Sleep(time.Minute)
 		wantStates(t, "blocked", b, "down down") // no lock is held, and no check waits for another
@@ -533,8 +533,8 @@ func TestChecksMayCallTheApp(t *testing.T) {
 func TestCheckGetsItsOwnCopyOfTheUpstream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		seen := make(chan Upstream)
-		a, _ := newAppOver(t,
-			Options{HealthCheck: &HealthCheck{Check: func(_ context.Context, u Upstream) error {
+		a, _ := newAppOver(t, Options{
+			HealthCheck: &HealthCheck{Check: func(_ context.Context, u Upstream) error {
 				was := u
 				was.TLS = u.TLS.Clone()
 				u.TLS.NextProtos = []string{"h2"} // its own
@@ -724,8 +724,8 @@ func newHoleDialer() *holeDialer {
 func TestDialMovesOnWhenUpstreamIsFoundDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newHoleDialer()
-		a, log := newCheckedApp(t,
-			HealthCheck{Interval: time.Second, Timeout: time.Second, Fall: 1},
+		a, log := newCheckedApp(t, HealthCheck{
+			Interval: time.Second, Timeout: time.Second, Fall: 1},
 			Options{DialContext: d.dial}, "a:1", "b:1", "c:1")
 		var worst, waited atomic.Int64
 		var wg sync.WaitGroup
@@ -873,8 +873,8 @@ func TestDrainingUpstreamIsChecked(t *testing.T) {
 func TestSetUpstreamsKeepsHealthAndItsCounters(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		asked := make(chan chan error)
-		a, log := newCheckedApp(t,
-			HealthCheck{Timeout: time.Hour, Check: func(ctx context.Context, u Upstream) error {
+		a, log := newCheckedApp(t, HealthCheck{
+			Timeout: time.Hour, Check: func(ctx context.Context, u Upstream) error {
 				answer := make(chan error)
 				select {
 				case asked <- answer:
@@ -919,16 +919,16 @@ func TestRemovingAnUpstreamCancelsItsCheck(t *testing.T) {
 		w := newWard()
 		canceled := make(chan error, 1)
 		goOn := make(chan error)
-		a, log := newCheckedApp(t,
-			HealthCheck{Interval: time.Second, Timeout: time.Hour, Rise: 1, Fall: 1,
-				Check: func(ctx context.Context, u Upstream) error {
-					if w.check(ctx, u); u.Addr != "a:1" || w.count("a:1") > 1 {
-						return nil
-					}
-					<-ctx.Done()
-					canceled <- ctx.Err()
-					return <-goOn
-				}}, Options{DialContext: dialFake(echoFake)}, "a:1")
+		a, log := newCheckedApp(t, HealthCheck{
+			Interval: time.Second, Timeout: time.Hour, Rise: 1, Fall: 1,
+			Check: func(ctx context.Context, u Upstream) error {
+				if w.check(ctx, u); u.Addr != "a:1" || w.count("a:1") > 1 {
+					return nil
+				}
+				<-ctx.Done()
+				canceled <- ctx.Err()
+				return <-goOn
+			}}, Options{DialContext: dialFake(echoFake)}, "a:1")
 		c := serveFake(t.Context(), a, &Conn{}) // so that a drains instead of going at once
 		ping(t, c)
 		time.Sleep(time.Second)
@@ -990,23 +990,23 @@ func TestChecksWhileUpstreamsChange(t *testing.T) {
 		w := newWard()
 		var closed atomic.Bool
 		var checks atomic.Int32
-		a, _ := newCheckedApp(t,
-			HealthCheck{Interval: time.Millisecond, Timeout: time.Millisecond, Rise: 1, Fall: 1,
-				Check: func(_ context.Context, u Upstream) error {
-					checks.Add(1)
-					w.mu.Lock()
-					w.within[u.Addr]++
-					if n := w.within[u.Addr]; n > 1 || closed.Load() {
-						t.Errorf("%s: %d checks at a time; app closed: %v", u.Addr, n,
-							closed.Load())
-					}
-					w.mu.Unlock()
-					time.Sleep(rand.N(2 * time.Millisecond)) // ignores ctx
-					w.mu.Lock()
-					w.within[u.Addr]--
-					w.mu.Unlock()
-					return []error{nil, errSick}[rand.N(2)]
-				}}, Options{DialContext: dialFake(func(net.Conn) {})}, "a:1")
+		a, _ := newCheckedApp(t, HealthCheck{
+			Interval: time.Millisecond, Timeout: time.Millisecond, Rise: 1, Fall: 1,
+			Check: func(_ context.Context, u Upstream) error {
+				checks.Add(1)
+				w.mu.Lock()
+				w.within[u.Addr]++
+				if n := w.within[u.Addr]; n > 1 || closed.Load() {
+					t.Errorf("%s: %d checks at a time; app closed: %v", u.Addr, n,
+						closed.Load())
+				}
+				w.mu.Unlock()
+				time.Sleep(rand.N(2 * time.Millisecond)) // ignores ctx
+				w.mu.Lock()
+				w.within[u.Addr]--
+				w.mu.Unlock()
+				return []error{nil, errSick}[rand.N(2)]
+			}}, Options{DialContext: dialFake(func(net.Conn) {})}, "a:1")
 		var wg sync.WaitGroup
 		for range 4 {
 			wg.Go(func() {
@@ -1043,18 +1043,18 @@ func TestCloseCancelsChecksAndWaitsForThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begun := make(chan bool, 10)
 		var running atomic.Int32
-		a, log := newCheckedApp(t,
-			HealthCheck{Interval: 1, Timeout: time.Hour, Fall: 1,
-				Check: func(ctx context.Context, u Upstream) error {
-					running.Add(1)
-					defer running.Add(-1)
-					begun <- true
-					<-ctx.Done()
-					if u.Addr == "b:1" {
-						time.Sleep(time.Second) // a hook that takes its time
-					}
-					return errSick
-				}}, Options{}, "a:1", "b:1")
+		a, log := newCheckedApp(t, HealthCheck{
+			Interval: 1, Timeout: time.Hour, Fall: 1,
+			Check: func(ctx context.Context, u Upstream) error {
+				running.Add(1)
+				defer running.Add(-1)
+				begun <- true
+				<-ctx.Done()
+				if u.Addr == "b:1" {
+					time.Sleep(time.Second) // a hook that takes its time
+				}
+				return errSick
+			}}, Options{}, "a:1", "b:1")
 		<-begun
 		<-begun
 		begin := time.Now()

@@ -521,8 +521,8 @@ func TestLateEventsDoNotChangeTheResult(t *testing.T) {
 	for _, what := range []string{"idle", "close"} {
 		synctest.Test(t, func(t *testing.T) {
 			release := make(chan struct{})
-			a, _ := newApp(t,
-				Options{IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
+			a, _ := newApp(t, Options{
+				IdleTimeout: time.Minute, DialContext: dialFake(echoFake)}, "u:1")
 			c := serveFake(t.Context(), a, &Conn{RateLimit: limitFunc(func(e Event) Decision {
 				if e.Kind == EventClose {
 					<-release
@@ -566,12 +566,12 @@ func (c *slowReset) SetLinger(int) error {
 func TestServeConnReturnsAfterTheReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := &slowReset{resetting: make(chan struct{}), release: make(chan struct{})}
-		a, _ := newApp(t,
-			Options{IdleTimeout: time.Minute,
-				DialContext: func(context.Context, string, string) (net.Conn, error) {
-					u.duplexConn, _ = duplex()
-					return u, nil
-				}}, "u:1")
+		a, _ := newApp(t, Options{
+			IdleTimeout: time.Minute,
+			DialContext: func(context.Context, string, string) (net.Conn, error) {
+				u.duplexConn, _ = duplex()
+				return u, nil
+			}}, "u:1")
 		c := serveFake(t.Context(), a, &Conn{})
 		<-u.resetting // because it is idle
 		u.Close()     // as its peer might

@@ -248,9 +248,9 @@ func (l *scriptedListener) Close() error {
 func TestAcceptErrorsNeitherEndTheLoopNorSpin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log syncBuffer
-		a, results := newApp(t,
-			Options{Logger: slog.New(slog.NewTextHandler(&log, nil)),
-				DialContext: dialFake(func(c net.Conn) {})}, "u:1")
+		a, results := newApp(t, Options{
+			Logger:      slog.New(slog.NewTextHandler(&log, nil)),
+			DialContext: dialFake(func(c net.Conn) {})}, "u:1")
 		client, ours := duplex()
 		tries := 0
 		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
@@ -454,8 +454,8 @@ func TestConnAcceptedWhileStoppingIsReset(t *testing.T) {
 
 func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
 	var log syncBuffer
-	a, results := newApp(t,
-		Options{Logger: slog.New(slog.NewTextHandler(&log,
+	a, results := newApp(t, Options{
+		Logger: slog.New(slog.NewTextHandler(&log,
 			&slog.HandlerOptions{Level: slog.LevelDebug}))},
 		upstreamDoing(t, echo))
 	cause := errors.New("session over")
@@ -754,8 +754,8 @@ func TestNoGoroutineIsLeftWhenCloseReturns(t *testing.T) {
 		const conns = 50
 		var dialling sync.WaitGroup
 		dialling.Add(conns)
-		a, _ := newApp(t,
-			Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		a, _ := newApp(t, Options{
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 				dialling.Done()
 				dialling.Wait() // all at once
 				return dialFake(echoFake)(ctx, network, addr)
@@ -844,8 +844,8 @@ type pairedConn struct {
 
 func TestOneLogLinePerConnection(t *testing.T) {
 	var log syncBuffer
-	a, results := newApp(t,
-		Options{Logger: slog.New(slog.NewTextHandler(&log,
+	a, results := newApp(t, Options{
+		Logger: slog.New(slog.NewTextHandler(&log,
 			&slog.HandlerOptions{Level: slog.LevelDebug}))},
 		upstreamDoing(t, echo))
 	addr := serve(t, a, nil)

@@ -93,8 +93,8 @@ func TestShutdownWaitsBrieflyForTheLog(t *testing.T) {
 			0: 0, 30 * time.Millisecond: 30 * time.Millisecond, time.Second: 100 * time.Millisecond,
 		} {
 			log := &stuckWriter{read: make(chan bool)}
-			a, results := newApp(t,
-				Options{Logger: textLogger(log), DialContext: dialFake(echoFake)}, "u:1")
+			a, results := newApp(t, Options{
+				Logger: textLogger(log), DialContext: dialFake(echoFake)}, "u:1")
 			comeFake(t, a, nil)().Close()
 			<-results
 			go func() { time.Sleep(d); close(log.read) }()

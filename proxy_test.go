@@ -22,8 +22,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// What speaks to clients before they are admitted, HandshakeTLS and AcceptProxy, and what is said
-// to upstreams of them.
+// Tests of HandshakeTLS and AcceptProxy, which talk to clients before admission, and of the PROXY
+// headers that upstreams get.
 
 // tlsDial connects, and returns when the handshake is done.
 func tlsDial(addr string, config *tls.Config) (net.Conn, error) {
@@ -79,7 +79,7 @@ func TestHandshakeTLSRejectsOtherProtocols(t *testing.T) {
 	}
 }
 
-func TestHandshakeTLSNamesWhatFailed(t *testing.T) {
+func TestHandshakeTLSErrorsNameTheCause(t *testing.T) {
 	serverTLS, _ := tlsConfigs(t)
 	a, results := newApp(t, Options{}, "u:1")
 	dial(t, serve(t, a, HandshakeTLS(serverTLS, nil))).Close()
@@ -133,7 +133,10 @@ type deadlineConn struct {
 	last time.Time
 }
 
-func (c *deadlineConn) SetDeadline(at time.Time) error { c.last = at; return c.Conn.SetDeadline(at) }
+func (c *deadlineConn) SetDeadline(at time.Time) error {
+	c.last = at
+	return c.Conn.SetDeadline(at)
+}
 func (c *deadlineConn) NetConn() net.Conn              { return c.Conn }
 
 func TestAdmitFuncsPanicOnNonsense(t *testing.T) {
@@ -441,8 +444,8 @@ func TestHealthChecksSendALocalHeader(t *testing.T) {
 			got <- string(b)
 		})
 		up := Upstream{Addr: addr, ProxyProtocol: version}
-		a, _ := newAppOver(t,
-			Options{HealthCheck: &HealthCheck{Interval: 10 * time.Millisecond}}, up)
+		a, _ := newAppOver(t, Options{
+			HealthCheck: &HealthCheck{Interval: 10 * time.Millisecond}}, up)
 		if text := <-got; text != want {
 			t.Errorf("v%d: a check sends %q", version, text)
 		}
@@ -463,7 +466,7 @@ func TestHealthChecksSendALocalHeader(t *testing.T) {
 }
 
 // An upstream that takes no header has failed, and the next one gets a header of its own.
-func TestAHeaderThatIsNotTakenIsAFailedDial(t *testing.T) {
+func TestRejectedProxyHeaderIsAFailedDial(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got bytes.Buffer
 		a, _ := newAppOver(t, Options{DialTimeout: time.Second,

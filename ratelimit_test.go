@@ -621,9 +621,8 @@ func FuzzBandwidth(f *testing.F) {
 		nanoseconds := func(n int64) *big.Rat {
 			return new(big.Rat).Mul(big.NewRat(n, 1), big.NewRat(int64(time.Second), rate))
 		}
-		b, shared := &Bandwidth{BytesPerSecond: rate, Burst: burst},
-			&Bandwidth{BytesPerSecond: rate,
-				Burst: burst}
+		b := &Bandwidth{BytesPerSecond: rate, Burst: burst}
+		shared := &Bandwidth{BytesPerSecond: rate, Burst: burst}
 		now, debt, slack := time.Unix(0, 0), new(big.Rat), int64(0)
 		for ; len(steps) >= 9; steps = steps[9:] {
 			op, n := steps[0], int64(binary.BigEndian.Uint64(steps[1:]))

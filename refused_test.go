@@ -216,7 +216,7 @@ func (a *LBProxyApp) running() map[*session]struct{} {
 	return running
 }
 
-func TestCloseResetsWhatOnRefusedWritesTo(t *testing.T) {
+func TestCloseResetsTheConnThatOnRefusedWritesTo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newAppOver(t, Options{}, Upstream{Addr: "u:1", Drain: true})
 		wrote := make(chan error, 1)

@@ -29,8 +29,8 @@ import (
 func mixedApp(t *testing.T) (a *LBProxyApp, results <-chan Result,
 	come func(what string) *duplexConn) {
 	refused := errors.New("refused")
-	a, results = newApp(t,
-		Options{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+	a, results = newApp(t, Options{
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			switch ConnFromContext(ctx).ClientID {
 			case "undialable":
 				return nil, context.Canceled // not the upstream's fault, so it stays up
@@ -260,7 +260,7 @@ func BenchmarkStatsOfConnections(b *testing.B) {
 	}
 }
 
-func TestConnsReturnsThoseThatAreOpenThroughoutOnce(t *testing.T) {
+func TestConnsReturnsEachOpenConnOnce(t *testing.T) {
 	a, err := New("test", []Upstream{{Addr: "u:1"}}, &Options{Logger: quiet})
 	if err != nil {
 		t.Fatal(err)
@@ -378,7 +378,7 @@ func TestConnsHoldsNoLockInTheBody(t *testing.T) {
 	})
 }
 
-func TestConnsLeavesOutThoseThatAreOver(t *testing.T) {
+func TestConnsOmitsEndedConns(t *testing.T) {
 	a, err := New("test", []Upstream{{Addr: "u:1"}}, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -395,7 +395,7 @@ func TestConnsLeavesOutThoseThatAreOver(t *testing.T) {
 	a.leave()
 }
 
-func TestConnsLeavesOutThoseNotAdmitted(t *testing.T) {
+func TestConnsOmitsConnsThatAreNotAdmitted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{DialContext: dialFake(echoFake)}, "u:1")
 		goOn := make(chan bool)

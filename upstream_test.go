@@ -198,12 +198,12 @@ func TestOnUpstreamIsCalledAgainAfterAPanic(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			var log syncBuffer
 			var got []string
-			a, _ := newApp(t,
-				Options{Logger: slog.New(slog.NewTextHandler(&log, nil)),
-					OnUpstream: func(c UpstreamChange) {
-						got = append(got, c.Addr)
-						fail()
-					}}, "a:1")
+			a, _ := newApp(t, Options{
+				Logger: slog.New(slog.NewTextHandler(&log, nil)),
+				OnUpstream: func(c UpstreamChange) {
+					got = append(got, c.Addr)
+					fail()
+				}}, "a:1")
 			a.SetUpstreams([]Upstream{{Addr: "b:1"}})
 			synctest.Wait()
 			if s := strings.Join(got, " "); s != "b:1 a:1" {
@@ -213,8 +213,8 @@ func TestOnUpstreamIsCalledAgainAfterAPanic(t *testing.T) {
 				map[string]int{"panic in a hook": 2, "hook=Options.OnUpstream": 2, "stack=": 2,
 					"app=test": 2})
 
-			b, _ := newApp(t,
-				Options{Logger: slog.New(panicHandler{}), OnUpstream: func(UpstreamChange) {
+			b, _ := newApp(t, Options{
+				Logger: slog.New(panicHandler{}), OnUpstream: func(UpstreamChange) {
 					fail()
 				}}, "a:1")
 			b.SetUpstreams([]Upstream{{Addr: "b:1"}})

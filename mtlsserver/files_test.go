@@ -50,7 +50,9 @@ func FuzzPEM(f *testing.F) {
 			t.Fatalf("taken with %d blocks", n)
 		}
 		letters := strings.Fields(string(text))
-		if again := strings.Fields(string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}))); strings.Join(letters, "") != strings.Join(again, "") {
+		encoded := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
+		again := strings.Fields(string(encoded))
+		if strings.Join(letters, "") != strings.Join(again, "") {
 			t.Fatalf("taken: %q", text)
 		}
 		if first, err := certificate(text, false); err != nil || !first.Equal(cert) {

@@ -8,7 +8,7 @@ import (
 // An upstream that is down by its checks gets no connection. What a reload says of checks holds
 // from then on: when they are gone its dials tell, when they are back it is found down again; and
 // the connections that are open live on.
-func TestHealthChecksOfAnAppAreThoseOfItsConfiguration(t *testing.T) {
+func TestHealthChecksFollowTheConfiguration(t *testing.T) {
 	l := newLab(t, func(l *lab) {
 		l.config.Apps[0].HealthCheck = &HealthCheck{Interval: 10 * time.Millisecond,
 			Timeout: time.Second, Rise: 1, Fall: 1}

@@ -17,18 +17,18 @@ import (
 	"time"
 )
 
-// Each guard has one case that is right in everything but what that guard looks at: without it the
-// client is in.
-func TestEachGuardOfTheDecisionRefusesWhatOnlyItRefuses(t *testing.T) {
+// Each case fails a single check and passes all others, so that the client would be admitted without
+// that check.
+func TestEachCheckRefusesAnOtherwiseGoodCertificate(t *testing.T) {
 	ca, other := newAuthority(t, "ca"), newAuthority(t, "ca")
 	sub, stranger := ca.sub(t), newAuthority(t, "stranger")
 	subsub, twin := sub.sub(t), ca.certify(t, "ca")
 	a := &Authenticator{CAs: []*x509.Certificate{ca.cert},
 		Users: StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}}
-	rsa1024, rsa2048 := mustKey(rsa.GenerateKey(rand.Reader, 1024)),
-		mustKey(rsa.GenerateKey(rand.Reader, 2048))
-	p224, p384 := mustKey(ecdsa.GenerateKey(elliptic.P224(), rand.Reader)),
-		mustKey(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
+	rsa1024 := mustKey(rsa.GenerateKey(rand.Reader, 1024))
+	rsa2048 := mustKey(rsa.GenerateKey(rand.Reader, 2048))
+	p224 := mustKey(ecdsa.GenerateKey(elliptic.P224(), rand.Reader))
+	p384 := mustKey(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
 	_, ed, _ := ed25519.GenerateKey(rand.Reader)
 
 	type setup struct {
@@ -166,7 +166,7 @@ func mustKey[K crypto.Signer](key K, err error) K {
 
 // A renewed CA has the name and the key of the old one: what that has signed is as good, until the
 // new one expires. One of another key is another CA.
-func TestTheSignatureStandsWhileACAHasItsNameAndKey(t *testing.T) {
+func TestSignatureRemainsValidWhileACAHasItsNameAndKey(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	users := StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}
 	a := &Authenticator{CAs: []*x509.Certificate{ca.cert}, Users: users}

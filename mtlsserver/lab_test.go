@@ -384,8 +384,8 @@ func serials(texts ...string) (all []UserSerial) {
 
 func serverOf(serial int64) *x509.Certificate {
 	tmpl := leafOf(serial)
-	tmpl.ExtKeyUsage, tmpl.NotAfter = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-		time.Now().Add(60*24*time.Hour)
+	tmpl.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	tmpl.NotAfter = time.Now().Add(60 * 24 * time.Hour)
 	tmpl.DNSNames, tmpl.IPAddresses = []string{"localhost"}, []net.IP{net.IPv4(127, 0, 0, 1)}
 	return tmpl
 }

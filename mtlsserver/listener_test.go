@@ -79,7 +79,7 @@ func someConn(t *testing.T) net.Conn {
 }
 
 // Whoever is closed while it accepts does not leave the others waiting.
-func TestEachShareThatAcceptsIsServedInTheEnd(t *testing.T) {
+func TestEveryAcceptingShareGetsAConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newFedListener()
 		p := newPort(l)
@@ -135,7 +135,7 @@ func (l *listenerUntil) Close() error                { close(l.closed); return n
 
 // Who waits between one Accept and the next, as lbproxy does after an error, is not told of an
 // error from before.
-func TestAPortHasNoErrorsInStore(t *testing.T) {
+func TestPortReturnsNoStaleError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := &listenerUntil{until: time.Now().Add(time.Minute), closed: make(chan struct{})}
 		p := newPort(l)
@@ -183,7 +183,7 @@ func (l *slowListener) Close() error {
 }
 
 // It is neither in the system's queue nor with another share.
-func TestAConnectionAcceptedWhileTheLastShareClosesIsTheirs(t *testing.T) {
+func TestConnAcceptedWhileTheLastShareClosesIsReturned(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	slow := &slowListener{l.(*net.TCPListener), make(chan struct{}), make(chan struct{})}

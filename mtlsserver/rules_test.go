@@ -26,7 +26,7 @@ func (l *lab) wantReason(t *testing.T, c net.Conn, reason string) entry {
 	return e
 }
 
-func TestClientThatMeansAnotherServerIsRefused(t *testing.T) {
+func TestClientThatAsksForAnotherServerNameIsRefused(t *testing.T) {
 	l := newLab(t, func(l *lab) { l.config.Apps[0].TLS = &AppTLS{ServerName: "localhost"} })
 	l.in(t, "web", &l.alice).Close()
 	raw, err := net.Dial("tcp", l.addr("web"))

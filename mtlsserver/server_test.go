@@ -116,7 +116,7 @@ func certificateTable(t *testing.T, l *lab) []row {
 		{name: "CA:TRUE leaf", cert: good(func(c *x509.Certificate) {
 			c.IsCA = true
 		}), reason: IsCA},
-		// no CA:TRUE, which openssl minds
+		// Go only: openssl refuses keyCertSign without CA:TRUE by itself.
 		{name: "keyCertSign leaf", cert: usage(sign|x509.KeyUsageCertSign, client),
 			reason: IsCA, only: true},
 		{name: "keyEncipherment only", cert: usage(x509.KeyUsageKeyEncipherment, client),
@@ -512,7 +512,7 @@ func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	snap := *l.server.current.Load()
 	snap.apps = nil
 	l.server.current.Store(&snap)
-	// else it was reset while it connected
+	// If Dial fails, the server has reset the connection already.
 	if c, err := net.Dial("tcp", l.addr("web")); err == nil {
 		defer c.Close()
 		must(t, ended(c))
@@ -740,7 +740,7 @@ func TestReloadsUnderLoad(t *testing.T) {
 		if _, err := l.server.Reload(c); (err != nil) != (i%3 == 2) {
 			t.Errorf("reload %d: %v", i, err)
 		}
-		// there is to be load between them
+		// Let connections move data between two reloads.
 		for before := echoes.Load(); echoes.Load() < before+4 && len(errs) == 0; {
 			time.Sleep(100 * time.Microsecond)
 		}
@@ -908,7 +908,7 @@ func TestReloadIsInForceBeforeItEndsSessions(t *testing.T) {
 	l.server.liveMu.Unlock()
 }
 
-func TestIdleTimeoutIsThatOfTheApp(t *testing.T) {
+func TestEachAppHasItsOwnIdleTimeout(t *testing.T) {
 	l := newLab(t, func(l *lab) { l.config.Apps[0].IdleTimeout = 200 * time.Millisecond })
 	c := l.dial(t, "web", &l.alice)
 	must(t, ended(c))
@@ -973,12 +973,13 @@ func TestLimitsAreSharedByAppsAndKeptByReloads(t *testing.T) {
 }
 
 func TestEachPartOfALimitCounts(t *testing.T) {
-	open, data := lbproxy.Event{Kind: lbproxy.EventOpen},
-		lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1000}
+	open := lbproxy.Event{Kind: lbproxy.EventOpen}
+	data := lbproxy.Event{Kind: lbproxy.EventData, Bytes: 1000}
 	for _, l := range []Limit{{Burst: 1, Every: time.Hour}, {Open: 1}, {BytesPerSecond: 1}} {
 		m := l.manager()
-		first, held, second := m.Report(t.Context(), open), m.Report(t.Context(), data),
-			m.Report(t.Context(), open)
+		first := m.Report(t.Context(), open)
+		held := m.Report(t.Context(), data)
+		second := m.Report(t.Context(), open)
 		if first.Exceeded || second.Exceeded != (l.BytesPerSecond == 0) ||
 			(held.Wait > 0) != (l.BytesPerSecond > 0) {
 			t.Errorf("%+v: %+v, %+v, %+v", l, first, held, second)
@@ -995,7 +996,7 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
-func TestReloadOfOtherBoundsOpensAnotherGate(t *testing.T) {
+func TestReloadWithOtherHandshakeBoundsMakesANewGate(t *testing.T) {
 	l := newLab(t, nil)
 	gate := l.server.current.Load().gate
 	l.reload(t, l.with(func(c *Config) { c.Handshake.MaxPerAddress = 16 })) // the default
@@ -1015,7 +1016,7 @@ func TestReloadOfOtherBoundsOpensAnotherGate(t *testing.T) {
 	l.in(t, "web", &l.alice).Close()
 }
 
-func TestUpstreamTLSProvesTheProxyAndIsVerified(t *testing.T) {
+func TestUpstreamTLSAuthenticatesBothSides(t *testing.T) {
 	ca := newAuthority(t, "upstream CA")
 	pool := x509.NewCertPool()
 	pool.AddCert(ca.cert)
@@ -1257,7 +1258,7 @@ func TestRunDrains(t *testing.T) {
 	}
 }
 
-func TestRunCutsWhatDoesNotEndInTime(t *testing.T) {
+func TestRunCutsConnectionsAfterTheDrainTimeout(t *testing.T) {
 	l := newLab(t, func(l *lab) { l.config.DrainTimeout = time.Millisecond })
 	c := l.in(t, "web", &l.alice)
 	l.stop()

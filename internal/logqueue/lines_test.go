@@ -41,7 +41,7 @@ func (h *recorder) lines() []string {
 
 func one() []slog.Attr { return []slog.Attr{slog.Int("n", 1)} }
 
-func TestLinesAreWrittenInOrderAsTheyWere(t *testing.T) {
+func TestLinesAreWrittenInOrderAndUnchanged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &recorder{}
 		q, l := NewLines(), slog.New(h)
@@ -86,8 +86,8 @@ func TestDroppedLinesAreReportedToTheSameHandler(t *testing.T) {
 		close(goOn)
 		q.Flush(time.Second)
 		all := strings.Join(h.lines(), "\n")
-		written, reports := strings.Count(all, "INFO a"),
-			strings.Count(all, "ERROR lbproxy: log lines were dropped")
+		written := strings.Count(all, "INFO a")
+		reports := strings.Count(all, "ERROR lbproxy: log lines were dropped")
 		dropped := fmt.Sprintf("dropped lines=%d", MaxLines+1000-written)
 		if written < MaxLines || reports != 1 || !strings.Contains(all, dropped) {
 			t.Errorf("%d lines, %d reports, none with %q", written, reports, dropped)

@@ -119,7 +119,8 @@ func TestNoGoroutineIsLeft(t *testing.T) {
 	if err := q.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for late := time.Now().Add(20 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+	late := time.Now().Add(20 * time.Second)
+	for ; runtime.NumGoroutine() > before; runtime.Gosched() {
 		if time.Now().After(late) {
 			t.Fatalf("%d goroutines, were %d", runtime.NumGoroutine(), before)
 		}

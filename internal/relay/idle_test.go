@@ -14,9 +14,8 @@ import (
 func TestIdleTimeIsExactOverBothDirections(t *testing.T) {
 	for _, keepAlive := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h,
-				_ := joinPipes(newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive}),
-				nil)
+			engine := newEngine(t, Config{Idle: time.Minute, KeepAlive: keepAlive})
+			client, server, h, _ := joinPipes(engine, nil)
 			go func() {
 				b := make([]byte, 1)
 				io.ReadFull(server, b)       // at 50 s
@@ -97,8 +96,8 @@ func TestOnlyIdleTimeBoundsAHalfClosedRelay(t *testing.T) {
 func TestNoIdleTimeMeansNoLimit(t *testing.T) {
 	for _, idle := range []time.Duration{0, -1} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h,
-				_ := joinPipes(newEngine(t, Config{Idle: idle, KeepAlive: true}), nil)
+			engine := newEngine(t, Config{Idle: idle, KeepAlive: true})
+			client, server, h, _ := joinPipes(engine, nil)
 			go func() { io.Copy(server, server); server.Close() }()
 			time.Sleep(1000 * time.Hour)
 			proxytest.Must(t, proxytest.Ping(client))

@@ -721,7 +721,7 @@ func TestVerdictAborts(t *testing.T) {
 	})
 }
 
-func TestChunkBoundsWhatMovesAtOnce(t *testing.T) {
+func TestChunkBoundsEachMove(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var most [2]int
 		client, ours := proxytest.Pipe()
@@ -755,8 +755,8 @@ func TestPanicInMovedAborts(t *testing.T) {
 	boom := errors.New("boom")
 	for _, d := range []Direction{Upload, Download} {
 		synctest.Test(t, func(t *testing.T) {
-			client, server, h,
-				_ := joinPipes(newEngine(t, Config{}), func(got Direction, n int) Verdict {
+			engine := newEngine(t, Config{})
+			client, server, h, _ := joinPipes(engine, func(got Direction, n int) Verdict {
 				if got == d {
 					panic(boom)
 				}
@@ -909,13 +909,13 @@ func TestDataReadWithAnErrorIsDelivered(t *testing.T) {
 			server, theirs := proxytest.Pipe()
 			reads := 0
 			h := newRecorder(nil)
-			r := newEngine(t,
-				Config{}).Start(oddConn{Conn: ours, read: func(b []byte) (int, error) {
+			read := func(b []byte) (int, error) {
 				if reads++; reads > 1 {
 					return 0, io.EOF
 				}
 				return copy(b, "last words"), err
-			}}, h, 0)
+			}
+			r := newEngine(t, Config{}).Start(oddConn{Conn: ours, read: read}, h, 0)
 			r.Connect(theirs)
 			b := make([]byte, 10)
 			io.ReadFull(server, b)

@@ -266,7 +266,7 @@ func TestEngineClosesItsPipes(t *testing.T) {
 }
 
 // A relay that breaks while bulk is under way leaves no byte for the next one.
-func TestNothingOfABrokenRelayReachesTheNext(t *testing.T) {
+func TestBytesOfAnAbortedRelayReachNoOther(t *testing.T) {
 	const size = 4 << 20
 	e := newEngine(t, Config{})
 	for range 3 {
@@ -662,7 +662,7 @@ func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 }
 
 // The errors of a socket are those that its conn would have returned.
-func TestSocketErrorsAreThoseOfTheConn(t *testing.T) {
+func TestSocketReturnsTheErrorsOfTheConn(t *testing.T) {
 	_, c := duplex(t)
 	s := newSocket(c)
 	c.SetDeadline(time.Unix(1, 0))

@@ -127,7 +127,7 @@ func TestProblemsAreBounded(t *testing.T) {
 	}
 }
 
-func TestAProblemHidesThoseInAndAroundIt(t *testing.T) {
+func TestProblemHidesProblemsInsideAndAroundIt(t *testing.T) {
 	var ps Problems
 	for _, path := range []string{"apps[1].id", "apps[1]", "apps", "", "apps[1].id.x",
 		"apps[1].i", "apps[10].id"} {

@@ -130,8 +130,8 @@ func TestBadSockets(t *testing.T) {
 		if row.file != nil {
 			files = append(files, row.file)
 		}
-		if got := service(t, row.fds, row.names, files...)(); !strings.Contains(got,
-			row.want) || strings.Contains(got, "\nsocket: ") {
+		got := service(t, row.fds, row.names, files...)()
+		if !strings.Contains(got, row.want) || strings.Contains(got, "\nsocket: ") {
 			t.Errorf("LISTEN_FDS=%s: the service says\n%s\nwant %s", row.fds, got, row.want)
 		}
 	}

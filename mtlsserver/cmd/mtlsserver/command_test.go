@@ -270,7 +270,8 @@ func TestInit(t *testing.T) {
 	roots.AddCert(ca.Leaf)
 	for _, host := range []string{"localhost", "127.0.0.1", "::1", "lb.example.org",
 		"192.0.2.1", "other.example.org"} {
-		if _, err := server.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host}); err != nil {
+		opts := x509.VerifyOptions{Roots: roots, DNSName: host}
+		if _, err := server.Leaf.Verify(opts); err != nil {
 			t.Errorf("as %s: %v", host, err)
 		}
 	}
@@ -327,7 +328,8 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	const before = "{\r\n\t\"users\" :[ {\"apps\": " +
 		"[\"web\", \"db\"],\"serials\":[\n\"3a:0f\"\n], \"name\":\"alice\"}\t ],\n" +
 		`"drainTimeout":"5s",  "tls": {"key": "server.key", "cert": "server.pem", "ca": "ca.pem"},
-"apps": [{"id": "web", "listen": ":0", "upstreams": [{"addr": "users:1"}]},{"id":"db","listen":":0","upstreams":[{"addr":"h:2"}]}]}`
+"apps": [{"id": "web", "listen": ":0", "upstreams": [{"addr": "users:1"}]},` +
+		`{"id":"db","listen":":0","upstreams":[{"addr":"h:2"}]}]}`
 	dir := folder(t)
 	config := filepath.Join(dir, "config.json")
 	write(t, dir, "config.json", []byte(before))
@@ -378,8 +380,8 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	}
 }
 
-// The configuration may be a link to a file elsewhere. Then that is what changes, and what it names
-// is still looked for where the link is, as by all who load it.
+// The configuration may be a link to a file elsewhere. Then that file changes, and the paths in it
+// are still relative to the folder of the link, as they are for Load.
 func TestIssueFollowsALink(t *testing.T) {
 	dir, other := folder(t), t.TempDir()
 	config, real := filepath.Join(dir, "config.json"), filepath.Join(other, "real.json")
@@ -464,8 +466,8 @@ func TestIssueThatFails(t *testing.T) {
 	}
 }
 
-// Whoever reads the configuration while it is being changed finds a whole one, and all who change
-// it at once have their turn.
+// A reader of the configuration always finds a complete one, and concurrent changes all take
+// effect.
 func TestIssueIsAtomic(t *testing.T) {
 	dir := folder(t)
 	config := filepath.Join(dir, "config.json")

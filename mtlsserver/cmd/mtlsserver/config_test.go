@@ -160,8 +160,8 @@ func TestBadConfigurations(t *testing.T) {
 	}
 	cut := func(text []byte) []byte { return text[:len(text)-40] }
 	expired := func(template *x509.Certificate) *x509.Certificate {
-		template.NotBefore, template.NotAfter = time.Now().Add(-48*time.Hour),
-			time.Now().Add(-24*time.Hour)
+		template.NotBefore = time.Now().Add(-48 * time.Hour)
+		template.NotAfter = time.Now().Add(-24 * time.Hour)
 		return template
 	}
 	other := mustSign(serverCert(), authority())

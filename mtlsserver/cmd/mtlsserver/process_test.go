@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 
 // Who starts it reads until it is ready, and may then go away: neither reloads nor what is logged
 // ends the server, or stops it. Signals are real here.
-func TestNobodyReadsOn(t *testing.T) {
+func TestRunServesOnWhenNobodyReadsItsOutput(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("no signals")
 	}

@@ -114,12 +114,15 @@ func TestRotateTheCA(t *testing.T) {
 	allOpen("step 4")
 
 	// Bob has been forgotten. The table shows it, and the old CA is not dropped.
-	if table := shell(steps[4]); !has(table, "alice…ca.pem…alice…ca-2.pem…bob…ca.pem") || strings.Count(table, "ca-2.pem") != 1 {
+	table := shell(steps[4])
+	if !has(table, "alice…ca.pem…alice…ca-2.pem…bob…ca.pem") ||
+		strings.Count(table, "ca-2.pem") != 1 {
 		t.Errorf("users prints\n%s", table)
 	}
 	before := contents(t, dir)
 	code, _, stderr := try("rotate", "-dir", dir, "-drop", "ca.pem")
-	if code != 2 || !has(stderr, `-drop "ca.pem": 1 users have certificates of no other CA: ["bob"]: issue`) || !equal(before, contents(t, dir)) {
+	problem := `-drop "ca.pem": 1 users have certificates of no other CA: ["bob"]: issue`
+	if code != 2 || !has(stderr, problem) || !equal(before, contents(t, dir)) {
 		t.Errorf("with bob left: exit code %d, %s", code, stderr)
 	}
 	shell(strings.ReplaceAll(steps[2], "alice", "bob"))
@@ -206,9 +209,14 @@ func TestRotateThatFails(t *testing.T) {
 		want  string
 	}{
 		{[]string{"-drop", "other.pem"}, nil, `-drop "other.pem": want one of ["ca.pem"], which `},
-		{[]string{"-drop", "ca.pem"}, nil, `-drop "ca.pem": it is the only CA: add another first, by mtlsserver rotate -dir `},
-		{nil, func(dir string) { os.Remove(filepath.Join(dir, "config.json")) }, "config.json\": no such file"},
-		{nil, func(dir string) { os.WriteFile(filepath.Join(dir, "config.json"), []byte("{"), 0o600) }, "config.json:1: "},
+		{[]string{"-drop", "ca.pem"}, nil, `-drop "ca.pem": it is the only CA: ` +
+			`add another first, by mtlsserver rotate -dir `},
+		{nil, func(dir string) {
+			os.Remove(filepath.Join(dir, "config.json"))
+		}, "config.json\": no such file"},
+		{nil, func(dir string) {
+			os.WriteFile(filepath.Join(dir, "config.json"), []byte("{"), 0o600)
+		}, "config.json:1: "},
 		{nil, func(dir string) {
 			was := patience
 			patience = 0
@@ -222,7 +230,8 @@ func TestRotateThatFails(t *testing.T) {
 		}
 		before := contents(t, dir)
 		code, stdout, stderr := try(append([]string{"rotate", "-dir", dir}, row.args...)...)
-		if code != 2 || stdout != "" || !strings.Contains(stderr, row.want) || strings.Count(stderr, "\n") != 1 {
+		if code != 2 || stdout != "" || !strings.Contains(stderr, row.want) ||
+			strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%v: exit code %d, %q, %q, want %q", row.args, code, stdout, stderr, row.want)
 		}
 		if !equal(before, contents(t, dir)) {

@@ -161,9 +161,8 @@ func TestServiceTellsItsStates(t *testing.T) {
 		if states := m.await(t, "RELOADING=1\nMONOTONIC_USEC="); usec(states) < sent {
 			t.Errorf("%q, want a time from %d on", states, sent)
 		}
-		if states := m.await(t, row.status); strings.Contains(states,
-			"failed") != strings.Contains(row.status, "failed") ||
-			strings.Count(states, "\n") != 1 {
+		states, fails := m.await(t, row.status), strings.Contains(row.status, "failed")
+		if strings.Contains(states, "failed") != fails || strings.Count(states, "\n") != 1 {
 			t.Errorf("after the reload: %q", states)
 		}
 	}
