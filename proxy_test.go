@@ -137,7 +137,7 @@ func (c *deadlineConn) SetDeadline(at time.Time) error {
 	c.last = at
 	return c.Conn.SetDeadline(at)
 }
-func (c *deadlineConn) NetConn() net.Conn              { return c.Conn }
+func (c *deadlineConn) NetConn() net.Conn { return c.Conn }
 
 func TestAdmitFuncsPanicOnNonsense(t *testing.T) {
 	for what, f := range map[string]func(){

@@ -87,19 +87,24 @@ func TestLoadResolvesPaths(t *testing.T) {
 // control characters.
 func FuzzParse(f *testing.F) {
 	for _, text := range []string{
-		`{"tls": {"cert": "c", "key": "k", "ca": "a"}, "apps": [{"id": "web", "listen": ":0", "upstreams": [{"addr": "h:1", "tls": {}}]}],
-		"users": [{"name": "a", "serials": ["1"], "apps": ["web"], "limit": {"open": 1}, "appLimits": {"web": {"burst": 1, "every": "1s"}}}],
+		`{"tls": {"cert": "c", "key": "k", "ca": "a"},
+		"apps": [{"id": "web", "listen": ":0", "upstreams": [{"addr": "h:1", "tls": {}}]}],
+		"users": [{"name": "a", "serials": ["1"], "apps": ["web"], "limit": {"open": 1},
+		"appLimits": {"web": {"burst": 1, "every": "1s"}}}],
 		"handshake": {"timeout": "1s"}, "drainTimeout": "1m"}`,
-		`{"tls": {"cert": "c"}, "apps": [{"id": "web", "listen": ":1", "idleTimeout": "1m", "healthCheck": {"interval": "1s", "timeout": "2s",
-		"rise": 3, "fall": 4}, "upstreams": [{"addr": "h:1", "weight": 5, "maxConns": 6}, {"tls": {"ca": "a", "cert": "b", "key": "c",
-		"serverName": "d"}}]}], "users": [{"limit": {"open": 7, "bytesPerSecond": 8}}], "handshake": {"maxConcurrent": 9, "maxPerAddress": 10,
-		"maxBytes": 11}}`,
+		`{"tls": {"cert": "c"}, "apps": [{"id": "web", "listen": ":1", "idleTimeout": "1m",
+		"healthCheck": {"interval": "1s", "timeout": "2s", "rise": 3, "fall": 4},
+		"upstreams": [{"addr": "h:1", "weight": 5, "maxConns": 6},
+		{"tls": {"ca": "a", "cert": "b", "key": "c", "serverName": "d"}}]}],
+		"users": [{"limit": {"open": 7, "bytesPerSecond": 8}}],
+		"handshake": {"maxConcurrent": 9, "maxPerAddress": 10, "maxBytes": 11}}`,
 		`{"users": [], "users": null, "x": {"y": [1, {}]}}`, `[`, `{}x`, "{\"\\u000a\":\n1}",
 		`{"apps": [1, "2", null, true, {}]}`, "\xff", `{"": 0}`,
 		`{"users": [{"appLimits": {"a.b[": 1, "a.b[": {}}}]}`,
 		`{"tls": {"ca": ["a", "b"]}, "users": [{"serials": [{"serial": "1", "ca": ` +
 			`"x", "certSHA256": "y"}]}], "defaultLimit": {}, "logAdmissions": true}`,
-		`{"apps": [{"closeNotify": "idle", "acceptProxy": ["10.0.0.0/8", "x"], "maxConns": 1, "tls": {"serverName": "a"},
+		`{"apps": [{"closeNotify": "idle", "acceptProxy": ["10.0.0.0/8", "x"],
+		"maxConns": 1, "tls": {"serverName": "a"},
 		"upstreams": [{"proxyProtocol": 3, "drain": true}]}]}`,
 	} {
 		f.Add([]byte(text))
@@ -127,13 +132,18 @@ func TestConfigCanBeMarshalled(t *testing.T) {
 	l := newLab(t, nil)
 	dir := l.dir
 	text := `{"tls": {"cert": "server.pem", "key": "server.key", "ca": "ca.pem"},
-	"apps": [{"id": "web", "listen": "127.0.0.1:0", "maxConns": 5, "idleTimeout": "1m30s", "dialTimeout": "2s", "failTimeout": "3s",
+	"apps": [{"id": "web", "listen": "127.0.0.1:0", "maxConns": 5,
+		"idleTimeout": "1m30s", "dialTimeout": "2s", "failTimeout": "3s",
 		"closeNotify": "idle", "acceptProxy": ["10.0.0.0/8"], "tls": {"serverName": "localhost"},
 		"healthCheck": {"interval": "5s", "rise": 2},
-		"upstreams": [{"addr": "h:1", "weight": 2, "proxyProtocol": 2}, {"addr": "h:2", "drain": true, "tls": {"ca": "ca.pem"}}]}],
-	"users": [{"name": "alice", "serials": ["0xa11ce", {"serial": "dec:4660", "certSHA256": "` + strings.Repeat("0A:", 31) + `0a"}],
-		"apps": ["web"], "limit": {"burst": 1, "every": "50ms"}, "appLimits": {"web": {"open": 3}}}],
-	"defaultLimit": {"open": 100}, "handshake": {"timeout": "5s"}, "drainTimeout": "1h0m0.5s", "logAdmissions": true}`
+		"upstreams": [{"addr": "h:1", "weight": 2, "proxyProtocol": 2},
+			{"addr": "h:2", "drain": true, "tls": {"ca": "ca.pem"}}]}],
+	"users": [{"name": "alice", "serials": ["0xa11ce",
+		{"serial": "dec:4660", "certSHA256": "` + strings.Repeat("0A:", 31) + `0a"}],
+		"apps": ["web"], "limit": {"burst": 1, "every": "50ms"},
+		"appLimits": {"web": {"open": 3}}}],
+	"defaultLimit": {"open": 100}, "handshake": {"timeout": "5s"},
+	"drainTimeout": "1h0m0.5s", "logAdmissions": true}`
 	first, err := Parse("config.json", dir, []byte(text))
 	must(t, err)
 	written, err := json.Marshal(first)

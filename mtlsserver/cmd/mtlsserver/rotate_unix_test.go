@@ -59,7 +59,8 @@ func TestRotateTheCA(t *testing.T) {
 	p := &process{errs: errs}
 	shell := func(text string) string {
 		t.Helper()
-		text = strings.NewReplacer("/etc/mtlsserver", dir, "$PID", fmt.Sprint(cmd.Process.Pid)).Replace(text)
+		pid := fmt.Sprint(cmd.Process.Pid)
+		text = strings.NewReplacer("/etc/mtlsserver", dir, "$PID", pid).Replace(text)
 		sh := exec.CommandContext(t.Context(), "sh", "-euc", text)
 		sh.Env = append(os.Environ(), "MTLSSERVER_MAIN=1", "PATH="+path)
 		said, err := sh.CombinedOutput()
