@@ -18,10 +18,9 @@ import (
 	"time"
 )
 
-// BenchmarkRefusal measures what crypto/tls and Identify do to refuse a client, its own half of the
-// handshake included: one without a certificate, with one of a foreign CA, and with a chain of its
-// own making, of CAs with the name of ours. cpu-ms/op does not depend on what else the machine
-// does.
+// BenchmarkRefusal measures the cost of refusing a client, the client's own half of the handshake
+// included. The clients have no certificate, one of a foreign CA, or a chain of their own CAs with
+// our CA's name. cpu-ms/op does not depend on the load of the machine.
 func BenchmarkRefusal(b *testing.B) {
 	for _, row := range []struct {
 		name  string
@@ -60,14 +59,14 @@ func BenchmarkRefusal(b *testing.B) {
 	}
 }
 
-// processorTime is what the process has used so far.
+// processorTime returns the CPU time that the process has used so far.
 func processorTime(b *testing.B) time.Duration {
 	var use syscall.Rusage
 	must(b, syscall.Getrusage(syscall.RUSAGE_SELF, &use))
 	return time.Duration(use.Utime.Nano() + use.Stime.Nano())
 }
 
-// sameNames returns CAs of the same name, each of which might have signed the one before.
+// sameNames returns CAs of the same name, each of which could have signed the one before.
 func sameNames(b *testing.B, curve elliptic.Curve, n int, name string) (chain [][]byte) {
 	subject := pkix.Name{CommonName: name}
 	for i := range n {

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// A Config made in Go is judged as one that was read, but for the lines it does not have.
+// A Config built in Go has the same problems as one that was read, without line numbers.
 func TestValidate(t *testing.T) {
 	err := (&Config{
 		TLS: Files{Cert: "no.pem", Key: "-----BEGIN PRIVATE KEY-----\nsecret", CA: []string{""}},
@@ -50,7 +50,7 @@ func TestValidate(t *testing.T) {
 	}
 }
 
-// Paths are relative to the file, wherever the process is.
+// Paths are relative to the file, not to the folder of the process.
 func TestLoadResolvesPaths(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o700); err != nil {
@@ -83,8 +83,8 @@ func TestLoadResolvesPaths(t *testing.T) {
 	}
 }
 
-// Whatever a file holds, its problems have a line each, which begins with the file and shows no
-// control characters.
+// Each problem of a file has one line, which begins with the file's name and has no control
+// characters, whatever bytes the file holds.
 func FuzzParse(f *testing.F) {
 	for _, text := range []string{
 		`{"tls": {"cert": "c", "key": "k", "ca": "a"},
@@ -127,7 +127,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// A Config that has been loaded can be written, and is the same when it is read again.
+// A Config that was loaded can be marshalled, and Parse returns an equal one.
 func TestConfigCanBeMarshalled(t *testing.T) {
 	l := newLab(t, nil)
 	dir := l.dir

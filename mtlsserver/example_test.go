@@ -22,7 +22,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// A server within a program of one's own. Alice reaches web until she is taken off the list.
+// A program runs a server of its own. Alice reaches web until a reload removes her.
 func Example() {
 	dir, err := os.MkdirTemp("", "mtlsserver")
 	check(err)
@@ -78,8 +78,8 @@ func Example() {
 	// <nil>
 }
 
-// Who a client is and what it may reach, for a listener of one's own. The client is told of a
-// refusal by VerifyConnection; but that it holds its key is known only after the handshake.
+// A listener of one's own identifies its clients. VerifyConnection lets crypto/tls send a refused
+// client an alert; only the end of the handshake proves that the client holds its key.
 func ExampleAuthenticator() {
 	dir, err := os.MkdirTemp("", "mtlsserver")
 	check(err)
@@ -131,8 +131,7 @@ func ExampleAuthenticator() {
 	// mtlsserver: refused: app-not-allowed
 }
 
-// certify makes a certificate, signed by its own key if there is no ca, and writes it and the key
-// into dir.
+// certify makes a certificate and writes it and its key into dir. Without a ca it is self-signed.
 func certify(dir, name string, serial int64, ca *tls.Certificate,
 	usage x509.ExtKeyUsage) tls.Certificate {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// A file that is taken for a CA has exactly the block of that certificate, so that no tool reads
-// another one from it.
+// A file that certificate accepts as a CA has exactly one block, so that no tool reads another
+// certificate from it.
 func FuzzPEM(f *testing.F) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -105,7 +105,7 @@ func TestReadFile(t *testing.T) {
 	}
 }
 
-// Root hands a key to a group by its mode, as Kubernetes does.
+// Root gives a group access to a key by its mode, as Kubernetes does.
 func TestAGroupMayReadAKeyThatRootOwns(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root has files that root owns")

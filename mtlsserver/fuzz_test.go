@@ -24,9 +24,9 @@ import (
 	"unicode/utf8"
 )
 
-// What a client has one of is its IPv4 address, however it is written, or the first 64 bits of an
-// IPv6 address, whatever the rest, the port and the zone are. The oracle is made of masks, and of
-// two addresses that are alike or not.
+// A client counts by its IPv4 address, however it is written, or by the first 64 bits of its IPv6
+// address, whatever the other bits, the port and the zone are. The oracle uses masks, and compares
+// two addresses.
 func FuzzNetwork(f *testing.F) {
 	four, six := net.ParseIP("192.0.2.1").To4(), net.ParseIP("2001:db8:1:2:3:4:5:6")
 	for _, pair := range [][2]net.IP{
@@ -73,9 +73,9 @@ func FuzzNetwork(f *testing.F) {
 	})
 }
 
-// Whatever a peer says, in whatever part of a connection, that has one final line in the log, which
-// ends where it should, is not long, and in which nothing that was said looks like anything but a
-// value. Every other line is one line, too.
+// Each connection has one final line in the log, whatever a peer sends in any part of the
+// connection. The line is complete and short, and bytes of the peer appear in it as values only.
+// Every other record is a single line too.
 func FuzzLogLine(f *testing.F) {
 	for way := range byte(ways) {
 		for _, text := range []string{
@@ -146,8 +146,8 @@ func checkFinal(t *testing.T, way int, line string, e map[string]any) {
 	}
 }
 
-// checkText reads a line of slog.TextHandler: key=value, and the value in quotes if it could be
-// taken for anything else.
+// checkText parses a line of slog.TextHandler: key=value, with the value in quotes if it is
+// ambiguous.
 func checkText(t *testing.T, line string) {
 	for rest := strings.TrimSuffix(line, "\n"); rest != ""; rest = strings.TrimPrefix(rest, " ") {
 		key, value, ok := strings.Cut(rest, "=")
@@ -166,7 +166,7 @@ func checkText(t *testing.T, line string) {
 	}
 }
 
-// The ways in which a peer may say something.
+// The places in which a peer may put its bytes.
 const (
 	rawBytes      = iota // instead of a handshake
 	protocolNames        // in the hello
@@ -179,7 +179,7 @@ const (
 	admitted = afterHandshake // from here on the client is alice
 )
 
-// A logLab is what servers need of which each has one connection.
+// A logLab holds the resources that the servers share; each server has one connection.
 type logLab struct {
 	ca, foreign    *authority
 	alice          tls.Certificate
@@ -216,8 +216,8 @@ func newLogLab(f *testing.F) *logLab {
 	return l
 }
 
-// connection has a new server serve one connection, of a client that says text, and returns what
-// there is in its log.
+// connection starts a server that serves one connection, whose client sends text, and returns the
+// lines of its log.
 func (l *logLab) connection(t *testing.T, way int, text string) (asJSON, asText []string) {
 	cert, client, app := l.alice, l.client.Clone(), "web"
 	subject := pkix.Name{CommonName: text, Organization: []string{text}}
@@ -272,7 +272,7 @@ func (l *logLab) connection(t *testing.T, way int, text string) (asJSON, asText 
 	return j, k
 }
 
-// issue signs tmpl, with a key that is there already. What cannot be in a certificate is not tried.
+// issue signs tmpl with a key made before. It skips templates that cannot become a certificate.
 func (l *logLab) issue(t *testing.T, a *authority, tmpl *x509.Certificate) tls.Certificate {
 	key := l.alice.PrivateKey.(crypto.Signer)
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, key.Public(), a.key)
@@ -282,7 +282,7 @@ func (l *logLab) issue(t *testing.T, a *authority, tmpl *x509.Certificate) tls.C
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-// lines are what a slog handler writes, one at a time.
+// lines are the output of a slog handler, one line at a time.
 type lines []string
 
 func (l *lines) Write(b []byte) (int, error) {

@@ -56,8 +56,8 @@ func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
 	}
 }
 
-// dribble sends a hello a byte at a time, now and then, which must not put the end off. It ends
-// when c has.
+// dribble sends a hello byte by byte, which must not extend the deadline. It returns when c has
+// ended.
 func dribble(t *testing.T, c net.Conn) {
 	every := time.NewTicker(50 * time.Millisecond)
 	defer every.Stop()

@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// An upstream that is down by its checks gets no connection. What a reload says of checks holds
-// from then on: when they are gone its dials tell, when they are back it is found down again; and
-// the connections that are open live on.
+// An upstream that its checks found down gets no connections. A reload changes the checks at once:
+// without checks the upstream's dials decide, with new ones it is found down again. Open
+// connections go on throughout.
 func TestHealthChecksFollowTheConfiguration(t *testing.T) {
 	l := newLab(t, func(l *lab) {
 		l.config.Apps[0].HealthCheck = &HealthCheck{Interval: 10 * time.Millisecond,

@@ -164,8 +164,8 @@ func mustKey[K crypto.Signer](key K, err error) K {
 	return key
 }
 
-// A renewed CA has the name and the key of the old one: what that has signed is as good, until the
-// new one expires. One of another key is another CA.
+// A renewed CA has the old one's name and key, so its certificates stay valid until the new CA
+// expires. A CA with another key is another CA.
 func TestSignatureRemainsValidWhileACAHasItsNameAndKey(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	users := StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}

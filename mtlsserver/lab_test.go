@@ -57,13 +57,13 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// openFiles is how many descriptors the process has, where that can be told.
+// openFiles returns the number of open descriptors, or 0 where the system does not tell.
 func openFiles() int {
 	entries, _ := os.ReadDir("/proc/self/fd")
 	return len(entries)
 }
 
-// patience is how long a test waits for what must happen.
+// patience bounds how long a test waits for an expected event.
 const patience = 20 * time.Second
 
 // An authority signs certificates.
@@ -109,7 +109,7 @@ func caOf(name string, serial int64) *x509.Certificate {
 	}
 }
 
-// leafOf is a client certificate that is as it should be.
+// leafOf returns the template of a valid client certificate.
 func leafOf(serial int64) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "peer text\nreason=done"},
@@ -132,7 +132,7 @@ func (a *authority) issue(t testing.TB, tmpl *x509.Certificate,
 }
 
 // issueNegative signs a client certificate with a negative serial, which x509.CreateCertificate
-// would not.
+// refuses.
 func (a *authority) issueNegative(t testing.TB) tls.Certificate {
 	t.Helper()
 	cert := a.issue(t, leafOf(0xa11ce))
@@ -197,7 +197,7 @@ func writePEM(t testing.TB, dir, name string, cert tls.Certificate) (certFile, k
 	return certFile, keyFile
 }
 
-// A book is a slog.Handler that keeps the lines, as a text handler would write them.
+// A book is a slog.Handler that keeps all lines in the form of a text handler.
 type book struct {
 	mu    sync.Mutex
 	lines []entry
@@ -233,7 +233,7 @@ func (b *book) all() []entry {
 	return slices.Clone(b.lines)
 }
 
-// await returns the first line that is as match wants it, of now or later.
+// await returns the first line, logged before or after the call, that match accepts.
 func (b *book) await(t testing.TB, what string, match func(entry) bool) entry {
 	t.Helper()
 	late := time.After(patience)
@@ -252,8 +252,8 @@ func (b *book) await(t testing.TB, what string, match func(entry) bool) entry {
 	}
 }
 
-// of awaits the final line of the connection from addr. Another one, to another app, may have come
-// from there before.
+// of awaits the final line of the connection from addr to app. An earlier connection to another app
+// may have used the same addr.
 func (b *book) of(t testing.TB, addr net.Addr) entry {
 	t.Helper()
 	e := b.await(t, "of "+addr.String(), func(e entry) bool {
@@ -267,7 +267,7 @@ func (b *book) of(t testing.TB, addr net.Addr) entry {
 	return e
 }
 
-// An upstream answers each connection with its name and a newline, and then with what it is sent.
+// An upstream sends its name and a newline on each connection, and then echoes.
 type upstream struct {
 	net.Listener
 	name    string
@@ -311,8 +311,8 @@ func newUpstream(t testing.TB, name string, conf *tls.Config) *upstream {
 	return u
 }
 
-// A lab is a running server and what is around it. Alice may reach web, with a.alice; apps are web
-// and db.
+// A lab is a running server with the apps web and db, and its surroundings. Alice may reach web
+// with the certificate alice.
 type lab struct {
 	ca      *authority
 	dir     string
@@ -326,7 +326,7 @@ type lab struct {
 	ran     chan error         // what Run returns
 }
 
-// newLab starts a server, with a configuration that change, if not nil, has adapted.
+// newLab starts a server. If change is not nil, it changes the configuration first.
 func newLab(t testing.TB, change func(*lab)) *lab {
 	t.Helper()
 	l := &lab{ca: newAuthority(t, "ca"), dir: t.TempDir(), log: &book{told: map[string]bool{},
@@ -367,7 +367,7 @@ func newLab(t testing.TB, change func(*lab)) *lab {
 	return l
 }
 
-// reload has the server reload c, which must succeed.
+// reload reloads c, which must succeed.
 func (l *lab) reload(t testing.TB, c *Config) Changes {
 	t.Helper()
 	changes, err := l.server.Reload(c)
@@ -390,7 +390,7 @@ func serverOf(serial int64) *x509.Certificate {
 	return tmpl
 }
 
-// with returns a copy of the configuration that change has adapted.
+// with returns a copy of the configuration, changed by change.
 func (l *lab) with(change func(*Config)) *Config {
 	c := *l.config
 	c.Apps, c.Users = slices.Clone(c.Apps), slices.Clone(c.Users)
@@ -400,7 +400,7 @@ func (l *lab) with(change func(*Config)) *Config {
 
 func (l *lab) addr(app string) string { return l.server.Addrs()[app].String() }
 
-// clientConfig is for a client that presents cert whatever the server asks for.
+// clientConfig returns the configuration of a client that always presents cert.
 func (l *lab) clientConfig(cert *tls.Certificate) *tls.Config {
 	c := &tls.Config{RootCAs: l.roots, ServerName: "localhost"}
 	if cert != nil {
@@ -411,7 +411,7 @@ func (l *lab) clientConfig(cert *tls.Certificate) *tls.Config {
 	return c
 }
 
-// dial connects to app and makes the handshake, of which a refused client learns only when it
+// dial connects to app and performs the handshake. A refused client notices that only when it
 // reads.
 func (l *lab) dial(t testing.TB, app string, cert *tls.Certificate) *tls.Conn {
 	t.Helper()
@@ -459,7 +459,7 @@ func echoed(c net.Conn) error {
 	return nil
 }
 
-// ended reads until the connection ends, which must be soon, and not by a clean end.
+// ended reads until the connection ends, which must happen soon and must not look like a clean end.
 func ended(c net.Conn) error {
 	c.SetReadDeadline(time.Now().Add(patience))
 	_, err := io.Copy(io.Discard, c)
@@ -472,7 +472,7 @@ func ended(c net.Conn) error {
 	return nil
 }
 
-// untouched reports whether nothing was ever charged to limits with a bucket that regains nothing.
+// untouched reports whether limits, with a bucket that never refills, were never charged.
 func (l *lab) untouched(t testing.TB) bool {
 	t.Helper()
 	limits := l.server.limits.kept
@@ -487,7 +487,7 @@ func (l *lab) untouched(t testing.TB) bool {
 	return true
 }
 
-// noSecrets fails if the log has anything that a peer said, unless it is quoted, or key material.
+// noSecrets fails if the log has key material, or bytes of a peer that are not quoted.
 func (l *lab) noSecrets(t testing.TB) {
 	t.Helper()
 	for _, e := range l.log.all() {

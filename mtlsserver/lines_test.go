@@ -46,9 +46,8 @@ func TestAllReasonsAreMetricsFromTheStart(t *testing.T) {
 	}
 }
 
-// Clients of all kinds come while apps are replaced behind their listeners, users come and go, and
-// in the end the server is closed. Each connection has one line, with a reason of the set, and
-// nothing is left over.
+// Clients of all kinds connect while reloads replace apps and users, and at last the server is
+// closed. Each connection has one line with a known reason, and no goroutine or descriptor leaks.
 func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
 	l := newLab(t, func(l *lab) {
 		// all may wait: none is reset while it dials
@@ -88,8 +87,8 @@ func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
 			}))
 		}
 	}
-	// Connections are accepted in the order they came: when this one has been served, all have
-	// been. What a replaced app has accepted it has taken in when its Serve returns.
+	// Connections are accepted in order: when this one was served, all earlier ones were accepted.
+	// A replaced app has admitted its connections when its Serve returns.
 	l.reload(t, l.with(func(*Config) {}))
 	last, err := net.Dial("tcp", addr)
 	must(t, err)
@@ -118,7 +117,7 @@ func TestEveryConnectionHasExactlyOneLine(t *testing.T) {
 	}
 }
 
-// A hook that ends the goroutine of a handshake must not make it look done.
+// A hook that calls runtime.Goexit must not make its handshake look complete.
 func TestHandshakeThatDoesNotReturnIsRefused(t *testing.T) {
 	l := newLab(t, withSpend)
 	snap := *l.server.current.Load()

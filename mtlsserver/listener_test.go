@@ -34,7 +34,7 @@ func TestAClosedShareAcceptsNothing(t *testing.T) {
 	}
 }
 
-// A fedListener accepts what is put into it.
+// A fedListener accepts the connections that the test puts into it.
 type fedListener struct {
 	net.Listener
 	conns  chan net.Conn
@@ -78,7 +78,7 @@ func someConn(t *testing.T) net.Conn {
 	return a
 }
 
-// Whoever is closed while it accepts does not leave the others waiting.
+// A share that is closed during Accept does not block the other shares.
 func TestEveryAcceptingShareGetsAConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newFedListener()
@@ -133,8 +133,8 @@ func (l *listenerUntil) Accept() (net.Conn, error) {
 func (l *listenerUntil) SetDeadline(time.Time) error { return nil }
 func (l *listenerUntil) Close() error                { close(l.closed); return nil }
 
-// Who waits between one Accept and the next, as lbproxy does after an error, is not told of an
-// error from before.
+// A share that pauses between two Accepts, as lbproxy does after an error, does not get that error
+// again later.
 func TestPortReturnsNoStaleError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := &listenerUntil{until: time.Now().Add(time.Minute), closed: make(chan struct{})}
@@ -164,7 +164,7 @@ func TestPortReturnsNoStaleError(t *testing.T) {
 	})
 }
 
-// A slowListener is closed before it hands out what it has accepted.
+// A slowListener is closed before it returns the connection that it has accepted.
 type slowListener struct {
 	*net.TCPListener
 	has, closed chan struct{}
@@ -182,7 +182,7 @@ func (l *slowListener) Close() error {
 	return l.TCPListener.Close()
 }
 
-// It is neither in the system's queue nor with another share.
+// The connection is neither in the system's queue nor with another share.
 func TestConnAcceptedWhileTheLastShareClosesIsReturned(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -243,8 +243,8 @@ func TestOptionsListen(t *testing.T) {
 	}
 }
 
-// Shares take turns 2,000 times while clients connect. Each connection is accepted, once, and none
-// is reset.
+// Shares replace each other 2,000 times while clients connect. Each connection is accepted once,
+// and none is reset.
 func TestHandOver(t *testing.T) {
 	s, err := bind(listenTCP, "web", "127.0.0.1:0")
 	must(t, err)

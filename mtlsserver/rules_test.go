@@ -13,7 +13,7 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// What a configuration may demand beside a certificate, seen from a client.
+// These tests look from a client at the demands that a configuration has besides a certificate.
 
 // wantReason fails unless the client's connection is refused or ended for reason.
 func (l *lab) wantReason(t *testing.T, c net.Conn, reason string) entry {
@@ -78,8 +78,8 @@ func TestAppOptionsReachLBProxy(t *testing.T) {
 	}
 }
 
-// A CA is renewed, then another one takes its place while both are trusted. Nobody is cut but those
-// of a CA that is gone.
+// A CA is renewed, and then replaced by another one while both are trusted. Only connections of a
+// CA that was removed are cut.
 func TestCAsAreReplacedWithoutAFlagDay(t *testing.T) {
 	l := newLab(t, nil)
 	old := l.in(t, "web", &l.alice)

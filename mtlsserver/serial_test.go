@@ -101,8 +101,8 @@ func TestSerialOf(t *testing.T) {
 	}
 }
 
-// Whatever is taken is canonical, is what big.Int makes of it, and is taken again in every form
-// that tools print.
+// A serial that ParseSerial accepts is canonical, equals big.Int's reading, and is accepted again
+// in every form that tools print.
 func FuzzParseSerial(f *testing.F) {
 	for _, text := range []string{"3A:0F", "0x1234", "dec:4660", "1234", "0", "-1", "a_b", "0x",
 		":", strings.Repeat("f", 41)} {

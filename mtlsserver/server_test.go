@@ -177,7 +177,7 @@ func (c *bytewise) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
-// clearAlert sends an alert, unknown_ca, in place of what would be encrypted, as clients with
+// clearAlert sends an unencrypted unknown_ca alert in place of encrypted records, as clients with
 // OpenSSL do.
 type clearAlert struct{ net.Conn }
 
@@ -207,7 +207,7 @@ func TestABrokenHelloIsAnsweredByAnAlert(t *testing.T) {
 	}
 }
 
-// withSpend gives alice limits that a connection would leave a mark on for good.
+// withSpend gives alice limits that remember every connection for good.
 func withSpend(l *lab) {
 	l.config.Users[0].Serials = append(l.config.Users[0].Serials,
 		serials("0x8000", "0xb0b", "0x7fffffffffffffffffffffffffffffffffffffff")...)
@@ -236,11 +236,11 @@ func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
 	}
 }
 
-// silent are the reasons for which no alert is sent.
+// silent are the reasons for which the server sends no alert.
 var silent = map[Reason]bool{NotTLS: true, HandshakeTooLarge: true, ClientAlert: true,
 	ClientGone: true}
 
-// alerts are those that only crypto/tls sends, before it asks us.
+// alerts are those that crypto/tls sends by itself, before it calls VerifyConnection.
 var alerts = map[Reason]string{OldTLS: "protocol version", NoCertificate: "certificate required"}
 
 func TestCertificateTable(t *testing.T) {
@@ -476,9 +476,9 @@ func TestRevokedWhileConnectingDoesNotSurvive(t *testing.T) {
 	}
 }
 
-// The reload comes while the user is looked up for the first time after the handshake, when the
-// connection is not yet among those that a reload ends; or for the second time, when the answer was
-// asked for before the reload.
+// The reload comes during a look-up of the user. At the first one after the handshake, the
+// connection is not yet among those that a reload ends; at the second one, the look-up began before
+// the reload.
 func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 	for _, during := range []int{1, 2} {
 		l := newLab(t, withSpend)
@@ -506,7 +506,7 @@ func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 	}
 }
 
-// The reload comes when the connection has been accepted for an app that is gone then.
+// A connection has been accepted for an app when the reload removes it.
 func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	l := newLab(t, nil)
 	snap := *l.server.current.Load()
@@ -525,8 +525,8 @@ func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	}
 }
 
-// Reloads that replace the app, twice, come in the middle of a handshake. The client gets to the
-// upstream of the last one.
+// Two reloads replace the app in the middle of a handshake. The client gets an upstream of the
+// second one.
 func TestReloadThatReplacesTheAppDuringAHandshake(t *testing.T) {
 	l := newLab(t, nil)
 	snap := *l.server.current.Load()
@@ -673,7 +673,7 @@ func TestExpiryEndsTheConnection(t *testing.T) {
 	must(t, echoed(other))
 }
 
-// A drain may take long, and a certificate that expires meanwhile ends its connection as ever.
+// A drain may take long. A certificate that expires during it ends its connection as usual.
 func TestExpiryEndsTheConnectionDuringADrain(t *testing.T) {
 	t.Parallel()
 	l := newLab(t, func(l *lab) { l.config.DrainTimeout = time.Hour })
@@ -811,7 +811,7 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 	must(t, greeted(l.dial(t, "www", &l.alice), "web"))
 }
 
-// Port 0 can be written in several ways. However it is, what one app got is not given to another.
+// Port 0 can be written in several ways. Two apps with port 0 never share a port.
 func TestReloadKeepsAppsWithAnyPortApart(t *testing.T) {
 	for _, port := range []string{"0", "00", "+0"} {
 		l := newLab(t, func(l *lab) {
@@ -848,7 +848,7 @@ func TestReloadKeepsTheCountsOfUpstreams(t *testing.T) {
 	must(t, greeted(l.dial(t, "web", &l.alice), "db"))
 }
 
-// ended2 ends c well.
+// ended2 ends c with a clean end of the stream.
 func ended2(c *tls.Conn) error {
 	err := c.CloseWrite()
 	if err == nil {
@@ -857,7 +857,7 @@ func ended2(c *tls.Conn) error {
 	return err
 }
 
-// A resetHook is a connection that calls reset when it is reset.
+// A resetHook is a connection that calls reset before it is reset.
 type resetHook struct {
 	net.Conn
 	reset func()
@@ -868,8 +868,8 @@ func (c resetHook) SetLinger(int) error {
 	return nil
 }
 
-// A client that connects while a reload ends sessions is judged by the new snapshot: otherwise
-// nobody would end its session.
+// The new snapshot judges a client that connects while a reload ends sessions: otherwise no reload
+// would end its session.
 func TestReloadIsInForceBeforeItEndsSessions(t *testing.T) {
 	l := newLab(t, nil)
 	old := l.server.current.Load()
@@ -1087,8 +1087,8 @@ func TestCloseDoesNotWaitForAClientThatDoesNotRead(t *testing.T) {
 	}
 }
 
-// While it writes, crypto/tls answers no KeyUpdate, and while it answers one that is not read it
-// does not close.
+// crypto/tls answers no KeyUpdate while it writes, and does not close while a client leaves its
+// answer unread.
 func TestRevokingDoesNotWaitForAClientThatFloodsKeyUpdatesAndDoesNotRead(t *testing.T) {
 	l := newLab(t, nil)
 	raw, flood := l.records(t)
@@ -1112,7 +1112,7 @@ func TestRevokingDoesNotWaitForAClientThatFloodsKeyUpdatesAndDoesNotRead(t *test
 	}
 }
 
-// KeyUpdates and nothing else, or several in a record, are no way to keep the server busy.
+// A client cannot keep the server busy with KeyUpdates only, or with several in a record.
 func TestAFloodOfKeyUpdatesEndsTheConnection(t *testing.T) {
 	l := newLab(t, nil)
 	for _, at := range []int{1, 2, 100} { // in a record

@@ -16,13 +16,13 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// dialFrom connects to addr from an address of the loopback network, of which Linux has all.
+// dialFrom connects to addr from a loopback address. Linux has all of 127.0.0.0/8.
 func dialFrom(a, b, c byte, addr string) (net.Conn, error) {
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, a, b, c)}}
 	return d.Dial("tcp", addr)
 }
 
-// needLoopback skips t where 127.0.0.0/8 is not all ours.
+// needLoopback skips t on systems without all of 127.0.0.0/8.
 func needLoopback(t *testing.T, addr string) {
 	t.Helper()
 	c, err := dialFrom(1, 1, 1, addr)
@@ -33,7 +33,7 @@ func needLoopback(t *testing.T, addr string) {
 	c.Close()
 }
 
-// silent opens n connections from 50 addresses that say nothing.
+// silent opens n connections from 50 addresses that send nothing.
 func (l *lab) silent(t *testing.T, n int) {
 	t.Helper()
 	for i := range n {
@@ -46,8 +46,8 @@ func (l *lab) silent(t *testing.T, n int) {
 	})
 }
 
-// 1,000 connections from 50 addresses say nothing. None takes a handshake place from a client, and
-// each takes little memory: the bound is for both of its ends.
+// 1,000 connections from 50 addresses send nothing. They take no handshake place from a client and
+// little memory; the bound covers both of their ends.
 func TestSilentStrangersDoNotKeepClientsOut(t *testing.T) {
 	const strangers, most = 1000, 24 << 10
 	l := newLab(t, nil)
@@ -75,8 +75,8 @@ func memoryInUse() int64 {
 	return heap + int64(m.StackInuse)
 }
 
-// Strangers are silent, drip, or make a slow handshake from an address of their own, and come back
-// a second after they were cut. Clients get in, also those with a round trip of 200 ms.
+// Strangers stay silent, drip bytes, or make a slow handshake from an address of their own, and
+// come back a second after they were cut. Clients get through, even with a round trip of 200 ms.
 func TestStrangersOfAllKindsDoNotKeepClientsOut(t *testing.T) {
 	silent, drips, slow, duration := 1000, 500, 2000, 8*time.Second
 	if testing.Short() {
@@ -182,7 +182,7 @@ func (l *lab) visit(raw net.Conn, err error) (time.Duration, error) {
 	return time.Since(start), err
 }
 
-// visits are how long visits took, and why some failed.
+// visits hold the durations of visits and the errors of failed ones.
 type visits struct {
 	mu   sync.Mutex
 	took []time.Duration
@@ -251,8 +251,9 @@ func carry(dst, src net.Conn) {
 	src.Close()
 }
 
-// What a client presents beside its leaf is not looked at, so refusing it costs no more than
-// refusing the leaf. A chain of the client's own making would take a hundred signatures to verify.
+// The server ignores the certificates that a client presents beside its leaf, so refusing a chain
+// costs no more than refusing the leaf. Verifying a chain made to cost much would take a hundred
+// signatures.
 func TestRefusalOfAChainIsCheap(t *testing.T) {
 	ca := newAuthority(t, "CA")
 	foreign := newAuthority(t, "CA") // of the same name
