@@ -571,7 +571,7 @@ func TestIdleTimeBeginsWithTheUpstream(t *testing.T) {
 	})
 }
 
-// Whatever ends a connection, its upstream is the least loaded again.
+// However a connection ends, its upstream is the least loaded one afterwards.
 func TestEveryEndReleasesTheCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		upstreams := make(chan *duplexConn, 1)

@@ -27,7 +27,7 @@ func demoApp(opts *lbproxy.Options, admit lbproxy.AdmitFunc, upstreams ...lbprox
 	return app, l, func() { app.Close() }
 }
 
-// Whoever has a Conn can end it: an administrator, a reload that takes away a right, a timer.
+// Any holder of a Conn can end it: an administrator, a reload that takes away a right, a timer.
 func ExampleConn_Abort() {
 	red := startUpstream("red")
 	defer red.Close()
@@ -80,7 +80,7 @@ func ExampleLBProxyApp_Conns() {
 	// bob open true
 }
 
-// Value is for what a program knows of a connection, wherever it meets it again.
+// Value holds a program's own data about a connection, for its hooks and for Conns.
 func ExampleConn_value() {
 	red := startUpstream("red")
 	defer red.Close()
@@ -103,7 +103,7 @@ func ExampleConn_value() {
 	// kitchen
 }
 
-// A web client that cannot be served is told so.
+// A web client that cannot be served gets a 503 response.
 func ExampleConn_onRefused() {
 	quiet := &lbproxy.Options{Logger: slog.New(slog.DiscardHandler)}
 	_, l, stop := demoApp(quiet, func(_ context.Context, c *lbproxy.Conn) error {
@@ -189,7 +189,7 @@ func ExampleAcceptProxy() {
 	// red got ann
 }
 
-// The upstream is told who the client is.
+// A PROXY protocol header tells the upstream the client's address.
 func ExampleUpstream_proxyProtocol() {
 	l := listen()
 	defer l.Close()
@@ -313,8 +313,8 @@ func ExampleOptions_closeOnDown() {
 	// upstream-error
 }
 
-// A check that speaks the upstream's protocol, over a connection like those of clients: with TLS
-// and a PROXY header if the upstream has them.
+// A health check speaks the upstream's protocol over a connection like a client's, with TLS and a
+// PROXY header if the upstream has them.
 func ExampleUpstream_Dial() {
 	red := startUpstream("red")
 	defer red.Close()

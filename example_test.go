@@ -208,7 +208,7 @@ func ExampleLBProxyApp_Serve() {
 	// lbproxy: app closed
 }
 
-// ServeConn serves one connection that the caller accepted, and says what became of it.
+// ServeConn serves one connection that the caller has accepted, and returns its Result.
 func ExampleLBProxyApp_ServeConn() {
 	red := startUpstream("red")
 	defer red.Close()
@@ -295,8 +295,8 @@ func ExampleTokenBucket() {
 	// Output: let in let in refused
 }
 
-// At most ten connections an hour, and at most two at once. What the second manager refuses costs
-// the first nothing.
+// A client may open ten connections an hour and have two at once. An open that the second manager
+// refuses costs nothing at the first.
 func ExampleAll() {
 	limit := lbproxy.All(
 		&lbproxy.TokenBucket{Burst: 10, Every: time.Hour / 10},
@@ -327,7 +327,8 @@ func ExampleClientLimits() {
 	// let in
 }
 
-// Upstreams change while connections are open: what is removed finishes what it has.
+// SetUpstreams replaces the upstreams while connections are open. A removed upstream keeps its
+// connections until they end.
 func ExampleLBProxyApp_SetUpstreams() {
 	red, green := startUpstream("red"), startUpstream("green")
 	defer red.Close()
@@ -405,7 +406,7 @@ func ExampleHealthCheck() {
 	// up
 }
 
-// Shutdown lets connections come to their end; those that take too long are broken by Close.
+// Shutdown waits for connections to end; Close cuts those that take too long.
 func ExampleLBProxyApp_Shutdown() {
 	red := startUpstream("red")
 	defer red.Close()
@@ -488,7 +489,7 @@ func ExampleHandshakeTLS() {
 	// localhost open
 }
 
-// TLSServer is for those who need other bounds than HandshakeTLS has, or another end of the stream.
+// TLSServer allows other bounds than HandshakeTLS, and another CloseNotify.
 func ExampleTLSServer() {
 	red := startUpstream("red")
 	defer red.Close()

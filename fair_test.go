@@ -21,8 +21,8 @@ func flood(c net.Conn) {
 	}
 }
 
-// Downloads over real sockets share a Bandwidth equally: those that have had it for themselves, and
-// those that join them. All groups run at once, each with a limit of its own.
+// Downloads over real sockets share a Bandwidth equally, the first one as well as later ones. All
+// groups run at once, each with its own limit.
 func TestDownloadsShareABandwidthEqually(t *testing.T) {
 	settle, measure := time.Second, 2*time.Second
 	rates, sizes := []int64{1, 10, 50}, []int{1, 2, 4, 16}

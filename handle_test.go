@@ -21,7 +21,7 @@ import (
 	"time"
 )
 
-// A Conn as a handle: Abort, Info, ConnFromContext, and what is left of it after the end.
+// These tests use a Conn as a handle: Abort, Info, ConnFromContext, and its state after the end.
 
 var errKicked = errors.New("kicked")
 
@@ -102,7 +102,7 @@ func TestAbortBeforeServeConn(t *testing.T) {
 	})
 }
 
-// Whatever admit does when it has been aborted, the cause of the abort is the reason.
+// The cause of an Abort is the reason for the end, whatever admit does afterwards.
 func TestAbortDuringAdmit(t *testing.T) {
 	for name, then := range map[string]func(c *Conn) error{
 		"admits":  func(*Conn) error { return nil },

@@ -516,7 +516,7 @@ func TestServeConnAlwaysClosesTheClient(t *testing.T) {
 	}
 }
 
-// What happens after both sides have ended their streams does not change the Result.
+// Events after both sides have ended their streams do not change the Result.
 func TestLateEventsDoNotChangeTheResult(t *testing.T) {
 	for _, what := range []string{"idle", "close"} {
 		synctest.Test(t, func(t *testing.T) {

@@ -143,7 +143,8 @@ func TestLinesBeyondABoundAreDroppedAndCounted(t *testing.T) {
 	}
 }
 
-// A place of MaxConns, and one at the upstream, are free before hooks are told of the end.
+// A connection frees its slot of MaxConns and its place at the upstream before hooks are called for
+// its end.
 func TestHooksThatBlockAtTheEndHoldNoPlace(t *testing.T) {
 	for _, hook := range []string{"Conn.OnDone", "Options.OnDone", "EventClose", "log"} {
 		t.Run(hook, func(t *testing.T) {

@@ -253,7 +253,7 @@ func TestAcceptProxyRejectsTrustedPeersWithoutAHeader(t *testing.T) {
 	}
 }
 
-// Whoever is not trusted could claim to be anybody.
+// An untrusted peer could claim any address.
 func TestAcceptProxyTakesNoHeaderFromOthers(t *testing.T) {
 	admit := AcceptProxy(prefixes("10.0.0.0/8"), func(ctx context.Context, c *Conn) error {
 		c.ClientID = "asked"
@@ -300,8 +300,8 @@ func TestAcceptProxyWaits3Seconds(t *testing.T) {
 	})
 }
 
-// AcceptProxy and HandshakeTLS go together, and what follows sees the client's address: limits, the
-// log, the Result, and the header to the upstream.
+// AcceptProxy and HandshakeTLS work together. Limits, the log, the Result and the header to the
+// upstream have the client's address.
 func TestAcceptProxyThenTLS(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
 	got := make(chan string, 1)

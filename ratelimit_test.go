@@ -67,7 +67,7 @@ func ratePanic(f func()) (p any) {
 	return nil
 }
 
-// A rateFake is a manager that records its events and answers as it is told.
+// A rateFake is a manager that records its events and returns preset answers.
 type rateFake struct {
 	name   string
 	heard  *[]string
@@ -487,7 +487,7 @@ func TestBandwidthIgnoresEventsWithoutBytes(t *testing.T) {
 	})
 }
 
-// What each stream is told when it has moved n bytes: how long to wait, how much to move next.
+// The table gives the Decision for each stream that has moved n bytes: the wait and the next chunk.
 func TestBandwidthSharesATurn(t *testing.T) {
 	const ms = time.Millisecond
 	start := time.Unix(0, 0)
@@ -726,7 +726,7 @@ func TestAllRefundsAfterALaterRefusal(t *testing.T) {
 	})
 }
 
-// Opens that a later manager refuses are no streams: those that there are keep their share.
+// An open that a later manager refuses adds no stream, so the existing ones keep their share.
 func TestRefusedOpensDoNotCountAsStreams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		band := &Bandwidth{BytesPerSecond: 1 << 20}

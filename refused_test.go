@@ -18,7 +18,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// OnRefused, a last word to those who cannot be served.
+// These tests are about OnRefused, which sends a last word to clients that cannot be served.
 
 const sorry = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 1000\r\nConnection: " +
 	"close\r\n\r\n"

@@ -23,7 +23,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// What an app tells of its connections: Stats, Conns, and a Result for each.
+// These tests are about an app's reports on connections: Stats, Conns, and a Result for each.
 
 // mixedApp is an app in whose connections all kinds of things happen, as their ClientIDs say.
 func mixedApp(t *testing.T) (a *LBProxyApp, results <-chan Result,
@@ -514,7 +514,7 @@ func TestEnumsHaveStrings(t *testing.T) {
 	}
 }
 
-// What a program keeps of connections that are over must not grow with what they were.
+// A Conn that a program keeps after its end must not keep the connection's memory.
 func TestAKeptConnIsSmall(t *testing.T) {
 	const most = 512
 	conns := 20_000

@@ -16,8 +16,8 @@ import (
 
 func report(n uint64) []byte { return fmt.Appendf(nil, "dropped %d\n", n) }
 
-// Whoever writes never waits, lines that find no room are counted, and the count is told when the
-// log can be written again.
+// Writers never wait. Lines without room are counted, and the count is reported when the log takes
+// lines again.
 func TestAFullPipeHoldsNobodyUp(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {

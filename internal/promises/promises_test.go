@@ -13,7 +13,8 @@ import (
 	"testing"
 )
 
-// A name is that of a test, after the folder of its package unless that is the module's root.
+// name matches the name of a test, with its package's folder in front unless that is the module's
+// root.
 var name = regexp.MustCompile("^`(?:([a-z/]+):)?((?:Test|Fuzz|Example)\\w*)`$")
 
 func TestEachPromiseHasTests(t *testing.T) {

@@ -363,8 +363,8 @@ func TestAppendDoesNotAllocateWhereThereIsRoom(t *testing.T) {
 	}
 }
 
-// Whatever the bytes are, Read does not panic. It takes the header and nothing else, in whatever
-// pieces the bytes come.
+// Read does not panic for any bytes. It consumes the header and nothing else, in whatever pieces
+// the bytes come.
 func FuzzRead(f *testing.F) {
 	f.Add([]byte("PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\nGET / HTTP/1.1\r\n"))
 	f.Add([]byte("PROXY TCP6 2001:db8::1 ::ffff:1.2.3.4 1 65535\r\n"))
@@ -408,7 +408,7 @@ func FuzzRead(f *testing.F) {
 	})
 }
 
-// Read returns what was appended, except zones and names.
+// Read returns the Header that was appended, without zones and names.
 func FuzzRoundTrip(f *testing.F) {
 	four, sixteen := []byte{192, 0, 2, 1}, bytes.Repeat([]byte{255}, 16)
 	f.Add(four, four, uint16(1), uint16(65535), "ann", "eth0", uint16(tls.VersionTLS13), true)

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// BenchmarkSweep is one look at 100,000 relays: when the system has to be asked about none of them,
-// as after the first quarter of their silence, and about all. A sweep rests for 19 times as long.
+// BenchmarkSweep measures one look at 100,000 relays, with system calls for none of them, as after
+// the first quarter of their silence, and for all. A sweep rests 19 times as long as it takes.
 func BenchmarkSweep(b *testing.B) {
 	for _, ask := range []bool{false, true} {
 		b.Run(map[bool]string{false: "silent", true: "ask"}[ask], func(b *testing.B) {

@@ -17,9 +17,9 @@ import (
 // in any order, also before there is a server, and while the handler slows or cuts them. It is all
 // in memory, in a time of its own, so that a schedule does the same each time.
 //
-// The oracle is what the two ends know together: what one got is what the other sent; a stream that
-// looks whole is whole; what was read from a side that failed arrives nevertheless; the Outcome and
-// the calls of the handler say what happened.
+// The oracle compares the two ends. Received bytes equal the sent ones; a stream that looks
+// complete is complete; bytes read from a side that failed arrive nevertheless; the Outcome and the
+// handler's calls agree with the events.
 func FuzzRelay(f *testing.F) {
 	random := rand.New(rand.NewPCG(7, 8))
 	for range 16 {
@@ -48,7 +48,7 @@ var (
 	errFuzzLimit = errors.New("limit")
 )
 
-// A fuzzRun is one relay and what is done to it.
+// A fuzzRun is one relay and the steps that it is put through.
 type fuzzRun struct {
 	t              *testing.T
 	schedule       []byte
@@ -208,9 +208,9 @@ func (f *fuzzRun) check(got Outcome) {
 	}
 }
 
-// A fuzzEnd is a client or a server. It is told to write so many bytes, to read up to so many (a
-// negative number), or to end its stream (0), and does one thing after the other; but it reads
-// while it writes, unless it is busy.
+// A fuzzEnd is a client or a server. It takes orders, one after the other: write so many bytes,
+// read up to so many (a negative number), or end the stream (0). It also reads while it writes,
+// unless it is busy.
 type fuzzEnd struct {
 	conn          *proxytest.PipeConn
 	other         *fuzzEnd

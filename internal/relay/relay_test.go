@@ -315,8 +315,8 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	}
 }
 
-// What a quiet connection has moved has long arrived, so its reset is passed on without a wait,
-// also where the system does not say what has arrived.
+// The bytes of a quiet connection arrived long ago, so its reset is passed on at once, even where
+// the system cannot report which bytes have arrived.
 func TestResetOfAQuietConnectionIsPassedOnAtOnce(t *testing.T) {
 	const conns = 8
 	type pair struct {
@@ -668,7 +668,7 @@ func (c *slowBelow) SetDeadline(time.Time) error        { return nil }
 func (c *slowBelow) SetReadDeadline(t time.Time) error  { return nil }
 func (c *slowBelow) SetWriteDeadline(t time.Time) error { return nil }
 
-// What the handler says.
+// These tests are about the handler's Verdicts.
 
 func TestVerdictHoldsOneDirection(t *testing.T) {
 	for _, blocks := range []bool{false, true} {
@@ -775,7 +775,7 @@ func TestPanicInMovedAborts(t *testing.T) {
 	}
 }
 
-// What a verdict says of the bytes that left before an error does not put the error off.
+// A Verdict about the bytes before an error does not delay the error.
 func TestVerdictDoesNotDelayAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, ours := proxytest.Pipe()
@@ -793,8 +793,8 @@ func TestVerdictDoesNotDelayAnError(t *testing.T) {
 	})
 }
 
-// A goneConn, which hides what it is, fails in a write, of which a part has left. What a read finds
-// then looks like an end.
+// A goneConn hides its socket. A write sends part of the bytes and fails, and then a read returns
+// io.EOF.
 type goneConn struct {
 	*proxytest.PipeConn
 	failed chan struct{}
@@ -1050,7 +1050,7 @@ func TestAnswerArrivesAtClientWithoutHalfClose(t *testing.T) {
 	}
 }
 
-// Closing is how such a client can be told that its answer is whole.
+// Only closing tells such a client that its answer is complete.
 func TestWholeAnswerEndsInACloseThoughTheClientCannotHalfClose(t *testing.T) {
 	const size = 1 << 20
 	client, ours := duplex(t)
@@ -1158,7 +1158,7 @@ func TestUnderlying(t *testing.T) {
 	}
 }
 
-// What was written before Linger arrives, though the peer has sent what nobody has read.
+// Bytes written before Linger arrive, although bytes of the peer remain unread.
 func TestLinger(t *testing.T) {
 	peer, ours := duplex(t)
 	peer.Write(make([]byte, 64<<10))

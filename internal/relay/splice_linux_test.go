@@ -412,8 +412,8 @@ func TestServersGetKeepAlive(t *testing.T) {
 	}
 }
 
-// When a write meets a reset, the read of the other direction finds what looks like an end. Here
-// the write returns late.
+// After a write has met a reset, a read in the other direction returns io.EOF. Here the write
+// returns late.
 func TestResetSeenByAWriteIsNotAnEnd(t *testing.T) {
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
@@ -616,8 +616,8 @@ func TestIdleRelaysHoldNoBuffers(t *testing.T) {
 	}
 }
 
-// What a stuck reader does not take is kept in a small buffer, not in the large one it was read
-// into.
+// Bytes that a stuck reader does not take wait in a small buffer, not in the large one that they
+// were read into.
 func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 	_, c := duplex(t)
 	s := newSocket(c)
@@ -661,7 +661,7 @@ func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 	}
 }
 
-// The errors of a socket are those that its conn would have returned.
+// A socket returns the same errors as its conn.
 func TestSocketReturnsTheErrorsOfTheConn(t *testing.T) {
 	_, c := duplex(t)
 	s := newSocket(c)

@@ -80,7 +80,7 @@ func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	}
 }
 
-// Who leaves TLS without close_notify, while what is going on, and what the server sees of it.
+// Each row says which side leaves TLS without close_notify and when, and what the server sees.
 func TestCloseNotify(t *testing.T) {
 	if !canMeasure {
 		t.Skip("elsewhere nobody knows what is unacknowledged, so nothing is quiet")
@@ -395,8 +395,8 @@ func TestTLSReportsABatchThatFailed(t *testing.T) {
 	}
 }
 
-// What is gathered is a second copy of what is written. While the peer does not take it, it is the
-// only one.
+// The gathered records are a second copy of the written bytes. While the peer does not take them,
+// they are the only copy.
 func TestTLSWriteHoldsOneBuffer(t *testing.T) {
 	client, server, wire := tlsPair(t, 0)
 	go io.Copy(io.Discard, client)

@@ -114,7 +114,7 @@ func TestProblems(t *testing.T) {
 	}
 }
 
-// Each problem is compared with those before, so their number must be bounded.
+// Add compares each problem with all others, so their number must be bounded.
 func TestProblemsAreBounded(t *testing.T) {
 	for text, want := range map[string]int{
 		`{"items": [` + strings.Repeat("1,", 1000) + `1]}`:                   MaxProblems,
@@ -138,8 +138,8 @@ func TestProblemHidesProblemsInsideAndAroundIt(t *testing.T) {
 	}
 }
 
-// What has no problem is what encoding/json reads, and what Encode makes of it is read again as
-// the same. What has problems names them in a line each.
+// For a text without problems Decode agrees with encoding/json, and reads back the output of
+// Encode. A text with problems has a line for each.
 func FuzzDecode(f *testing.F) {
 	for _, text := range []string{
 		`{"name": "a", "files": ["x"], "count": 1, "on": false, "wait": "1s", "sub": ` +

@@ -15,8 +15,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// TestMain is a service where a test starts it as a process of its own: it prints what it was
-// handed, and accepts a connection from each socket, twice.
+// TestMain acts as a service when a test starts the program as a process: it prints the sockets
+// passed to it, and accepts a connection from each socket, twice.
 func TestMain(m *testing.M) {
 	if os.Getenv("SYSTEMD_TEST_SERVICE") == "" {
 		proxytest.Main(m)
@@ -137,7 +137,7 @@ func TestBadSockets(t *testing.T) {
 	}
 }
 
-// The variables may be those of a parent, which passed them on.
+// A parent may have left its own variables in the environment.
 func TestSocketsOfAnotherProcess(t *testing.T) {
 	t.Setenv("LISTEN_PID", fmt.Sprint(os.Getppid()))
 	t.Setenv("LISTEN_FDS", "1")
@@ -186,8 +186,7 @@ func TestNotifyDoesNotWaitForADeafManager(t *testing.T) {
 	}
 }
 
-// The time is that of CLOCK_MONOTONIC, which begins when the machine does and stands still while it
-// sleeps.
+// The time is CLOCK_MONOTONIC's, which starts with the machine and stands still while it sleeps.
 func TestReloadingHasTheTime(t *testing.T) {
 	var last int64
 	for range 10 {

@@ -22,7 +22,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// must runs a command that has to go well and returns what it prints.
+// must runs a command that has to succeed, and returns its output.
 func must(t *testing.T, args ...string) string {
 	t.Helper()
 	code, stdout, stderr := try(args...)
@@ -85,7 +85,7 @@ func replace(t *testing.T, path string, oldnew ...string) {
 	}
 }
 
-// A client is what a program needs to connect.
+// A client holds the files and values that a program needs to connect.
 type client tls.Config
 
 // loadClient returns the holder of a certificate, who trusts the first CA.
@@ -109,8 +109,8 @@ func clientOf(dir, stem string, ca []byte) (*client, error) {
 	return &client{RootCAs: roots, Certificates: []tls.Certificate{cert}}, nil
 }
 
-// dial connects as the holder of a certificate and returns what the upstream says first. A client
-// learns that it is refused when it reads.
+// dial connects with the client's certificate and returns the first bytes of the upstream. A
+// refused client notices that only when it reads.
 func dial(dir, stem, addr string) (*tls.Conn, string, error) {
 	c, err := loadClient(dir, stem)
 	if err != nil {
@@ -291,7 +291,7 @@ func TestInit(t *testing.T) {
 	}
 }
 
-// Whichever file is there already, init leaves it and makes no other.
+// init overwrites no file, and if one exists it makes no other.
 func TestInitNeverOverwrites(t *testing.T) {
 	for _, name := range []string{"ca.pem", "ca.key", "server.pem", "server.key", "config.json"} {
 		dir := t.TempDir()

@@ -27,8 +27,8 @@ func dockerfile(t *testing.T, kind string) (all []string) {
 	return all
 }
 
-// The image's command is run as a container runs it: as process 1, with no other file than the
-// image's and the configuration. What the Dockerfile builds it by is run, too.
+// The test runs the image's command as a container does: as process 1, with no files except the
+// image's and the configuration. It also runs the Dockerfile's build command.
 func TestContainer(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it builds the program")

@@ -41,7 +41,7 @@ func TestServerCertificateIsValidFor825DaysAtMost(t *testing.T) {
 	}
 }
 
-// A private key need not be made on the server.
+// A client may keep its private key to itself and send a request.
 func TestIssueSignsARequest(t *testing.T) {
 	dir, config := setUp(t)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -107,7 +107,7 @@ func (p *process) exit(t *testing.T, want int) {
 	}
 }
 
-// Lines are what was written, a line each.
+// Lines are the lines of a log.
 type lines chan string
 
 func (l lines) Write(text []byte) (int, error) {

@@ -9,7 +9,8 @@ import (
 	"testing"
 )
 
-// An administrator issues, and a server that is somebody else's can still read its configuration.
+// An administrator issues a certificate, and the server of another user can still read its
+// configuration.
 func TestIssueKeepsTheOwner(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can have a file be somebody else's")

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// TestMain is the command itself where a test starts it as a process of its own.
+// TestMain runs the command when a test starts the program as a process.
 func TestMain(m *testing.M) {
 	if os.Getenv("MTLSSERVER_MAIN") != "" {
 		main()
@@ -21,8 +21,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// Who starts it reads until it is ready, and may then go away: neither reloads nor what is logged
-// ends the server, or stops it. Signals are real here.
+// A parent may read the output until the server is ready and then go away. Neither a reload nor a
+// log line ends or stops the server then. The signals are real here.
 func TestRunServesOnWhenNobodyReadsItsOutput(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("no signals")

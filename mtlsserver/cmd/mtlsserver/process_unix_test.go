@@ -21,8 +21,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// A certificate may come from a pipe or a terminal. Who does not want to wait for it any longer
-// need not.
+// The command serial may wait for a certificate from a pipe or a terminal; a signal ends it.
 func TestSerialCanBeInterrupted(t *testing.T) {
 	pipe := filepath.Join(t.TempDir(), "pipe")
 	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
@@ -52,7 +51,7 @@ func TestSerialCanBeInterrupted(t *testing.T) {
 	w.Close()
 }
 
-// However often it is told to reload, it is not deaf to being told to end.
+// Many reload signals do not hide a signal to end.
 func TestSIGTERMIsHeardAfterManySIGHUPs(t *testing.T) {
 	_, config := setUp(t)
 	var users []string // so that a reload takes its time
@@ -129,7 +128,7 @@ func (p *fullLog) refused(t *testing.T) {
 	io.Copy(io.Discard, c)
 }
 
-// A standard error that nobody reads, such as a stalled log collector, stops nothing but the log.
+// A standard error that nobody reads, such as a stalled log collector, stops only the log.
 func TestLogThatNobodyReads(t *testing.T) {
 	for _, second := range []bool{false, true} {
 		dir, config := setUp(t)

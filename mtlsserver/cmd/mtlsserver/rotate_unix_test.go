@@ -43,9 +43,9 @@ func installed(t *testing.T) string {
 	return bin + string(filepath.ListSeparator) + os.Getenv("PATH")
 }
 
-// Every command of docs/rotate-ca.md is run, with a server and connections of users beside it. What
-// was open before stays open, and new connections are let in at every step, by the old certificate
-// until the old CA is dropped, and by the new one from when it is there.
+// The test runs every command of docs/rotate-ca.md beside a server with connections. Open
+// connections stay open, and new ones are admitted at every step: with the old certificate until
+// the old CA is dropped, and with the new one as soon as it exists.
 func TestRotateTheCA(t *testing.T) {
 	dir, config := setUp(t)
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")

@@ -19,8 +19,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/systemd"
 )
 
-// A manager acts as systemd does: it holds listening sockets, starts services with them, and hears
-// what they say.
+// A manager acts as systemd does: it holds listening sockets, starts services with them, and
+// receives their states.
 type manager struct {
 	notify  *net.UnixConn
 	names   []string
@@ -62,8 +62,8 @@ func (m *manager) listen(t *testing.T, name string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// As the unit's NonBlocking=yes has it. For a File that does not block when it is made, to
-	// start a process does not change that: the process before is still accepting from the same
+	// The unit's NonBlocking=yes does the same. Starting a process does not make a File blocking
+	// that was non-blocking when it was made: the previous process still accepts from the same
 	// socket.
 	held := os.NewFile(uintptr(fd), name)
 	t.Cleanup(func() { held.Close() })
@@ -173,8 +173,8 @@ func TestServiceTellsItsStates(t *testing.T) {
 	}
 }
 
-// A socket is of the app that it is named after, or else of the one that listens at its address. An
-// app that has none binds by itself.
+// An app gets the socket with its id as name, or else the socket at its address. An app without a
+// socket binds its own.
 func TestSocketsFindTheirApps(t *testing.T) {
 	dir, config := setUp(t)
 	m := newManager(t)
@@ -291,9 +291,9 @@ func TestListensAt(t *testing.T) {
 	}
 }
 
-// While the server is replaced ten times, clients connect without a pause. None is refused, and
-// none is reset. In every second upgrade the old process has ended before the new one begins, as
-// when systemd restarts a service; clients wait in the socket's queue meanwhile.
+// Clients connect without a pause while the server is replaced ten times. None is refused or reset.
+// In every second upgrade the old process ends before the new one starts, as when systemd restarts
+// a service, and clients wait in the listen queue.
 func TestTenUpgradesCutNobody(t *testing.T) {
 	dir, config := setUp(t)
 	replace(t, config, firstAdmin, "") // its socket is one server's at a time
@@ -364,7 +364,7 @@ func TestTenUpgradesCutNobody(t *testing.T) {
 	t.Logf("%d connections", served.Load())
 }
 
-// The units are those that an administrator copies, but for the program's path.
+// The units are those that an administrator copies, except for the program's path.
 func TestUnitsAreValid(t *testing.T) {
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {

@@ -16,7 +16,7 @@ func TestUsers(t *testing.T) {
 	must(t, "issue", "-dir", dir, "-name", "carol", "-apps", "web", "-days", "20")
 	serial := strings.TrimSpace(must(t, "serial", filepath.Join(dir, "carol.pem")))
 	until := certificateIn(t, filepath.Join(dir, "carol.pem")).NotAfter.UTC().Format(time.DateOnly)
-	// Of another CA, a certificate with a serial that a user has tells nothing.
+	// A certificate of another CA says nothing about a user, although the serial is the same.
 	stranger := mustSign(serverCert(),
 		mustSign(&x509.Certificate{IsCA: true, KeyUsage: x509.KeyUsageCertSign}, nil))
 	write(t, dir, "stranger.pem", stranger.cert)
