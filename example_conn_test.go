@@ -163,8 +163,7 @@ func ExampleResult_LogValue() {
 	c.Close()
 	<-logged
 	// Output:
-	// level=INFO msg=done conn.app=demo conn.end=done conn.attempts=1 conn.sent=5 conn.received=13
-	// conn.client_id=ann
+	// level=INFO msg=done conn.app=demo conn.end=done conn.attempts=1 conn.sent=5 conn.received=13 conn.client_id=ann
 }
 
 // Behind another proxy, the client's address comes in a header. Only that proxy is believed.
