@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// Each case fails a single check and passes all others, so that the client would be admitted without
-// that check.
+// Each case fails a single check and passes all others, so that the client would be admitted
+// without that check.
 func TestEachCheckRefusesAnOtherwiseGoodCertificate(t *testing.T) {
 	ca, other := newAuthority(t, "ca"), newAuthority(t, "ca")
 	sub, stranger := ca.sub(t), newAuthority(t, "stranger")
