@@ -29,7 +29,7 @@ const Patience = 20 * time.Second
 // behind. A package uses it in one line:
 //
 //	func TestMain(m *testing.M) { proxytest.Main(m) }
-func Main(m *testing.M) {
+func Main(m interface{ Run() int }) {
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		l.Close() // makes the runtime's poller open its descriptors, which stay open
 	}

@@ -3,6 +3,7 @@
 package relay
 
 import (
+	"net/netip"
 	"syscall"
 	"unsafe"
 )
@@ -37,4 +38,63 @@ func transfer(call, fd uintptr, b []byte, flags uintptr) (int, syscall.Errno) {
 		return 0, errno
 	}
 	return int(n), 0
+}
+
+// What internal/loop asks of the system by itself. Nothing of it waits, and to tell the scheduler
+// would cost more, as above: each call that does wakes the runtime's monitor where that is asleep,
+// which then looks every 20 µs for a while. One such call for each connection is enough.
+
+// ConnectFD begins to connect a socket to addr, which has no zone.
+func ConnectFD(fd int, addr netip.AddrPort) syscall.Errno {
+	port := [2]byte{byte(addr.Port() >> 8), byte(addr.Port())}
+	var sa syscall.RawSockaddrInet6
+	size := uintptr(syscall.SizeofSockaddrInet6)
+	if ip := addr.Addr().Unmap(); ip.Is4() {
+		v4 := (*syscall.RawSockaddrInet4)(unsafe.Pointer(&sa))
+		v4.Family, v4.Addr = syscall.AF_INET, ip.As4()
+		size = syscall.SizeofSockaddrInet4
+	} else {
+		sa.Family, sa.Addr = syscall.AF_INET6, ip.As16()
+	}
+	*(*[2]byte)(unsafe.Pointer(&sa.Port)) = port
+	_, _, errno := syscall.RawSyscall(
+		syscall.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&sa)), size)
+	return errno
+}
+
+// AcceptFD accepts from a listener.
+func AcceptFD(l int) (fd int, from netip.AddrPort, zone uint32, errno syscall.Errno) {
+	var sa syscall.RawSockaddrInet6
+	size := uint32(unsafe.Sizeof(sa))
+	r, _, errno := syscall.RawSyscall6(syscall.SYS_ACCEPT4, uintptr(l), uintptr(unsafe.Pointer(&sa)),
+		uintptr(unsafe.Pointer(&size)), syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0, 0)
+	if errno != 0 {
+		return 0, from, 0, errno
+	}
+	ip := netip.AddrFrom16(sa.Addr).Unmap()
+	if sa.Family == syscall.AF_INET {
+		ip = netip.AddrFrom4((*syscall.RawSockaddrInet4)(unsafe.Pointer(&sa)).Addr)
+	}
+	p := (*[2]byte)(unsafe.Pointer(&sa.Port))
+	return int(r), netip.AddrPortFrom(ip, uint16(p[0])<<8|uint16(p[1])), sa.Scope_id, 0
+}
+
+// NoDelayFD sets TCP_NODELAY.
+func NoDelayFD(fd int) {
+	on := int32(1)
+	syscall.RawSyscall6(syscall.SYS_SETSOCKOPT, uintptr(fd), syscall.IPPROTO_TCP, syscall.TCP_NODELAY,
+		uintptr(unsafe.Pointer(&on)), unsafe.Sizeof(on), 0)
+}
+
+// CloseFD closes a descriptor.
+func CloseFD(fd int) { syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }
+
+// EpollFD takes events without waiting.
+func EpollFD(epfd int, events []syscall.EpollEvent) int {
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epfd),
+		uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
+	if errno != 0 {
+		return 0
+	}
+	return int(n)
 }

@@ -2,7 +2,10 @@
 
 package relay
 
-import "syscall"
+import (
+	"net/netip"
+	"syscall"
+)
 
 // These variants of recvFD and sendFD tell the race detector that received bytes were sent before,
 // as syscall.Read and syscall.Write do. Otherwise a test with both ends in one process would report
@@ -32,4 +35,36 @@ func told(n int, err error) (int, syscall.Errno) {
 		return 0, err.(syscall.Errno)
 	}
 	return n, 0
+}
+
+func ConnectFD(fd int, addr netip.AddrPort) syscall.Errno {
+	port := int(addr.Port())
+	var sa syscall.Sockaddr = &syscall.SockaddrInet6{Port: port, Addr: addr.Addr().As16()}
+	if ip := addr.Addr().Unmap(); ip.Is4() {
+		sa = &syscall.SockaddrInet4{Port: port, Addr: ip.As4()}
+	}
+	_, errno := told(0, syscall.Connect(fd, sa))
+	return errno
+}
+
+func AcceptFD(l int) (fd int, from netip.AddrPort, zone uint32, errno syscall.Errno) {
+	fd, sa, err := syscall.Accept4(l, syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC)
+	switch sa := sa.(type) {
+	case *syscall.SockaddrInet4:
+		from = netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+	case *syscall.SockaddrInet6:
+		from = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
+		zone = sa.ZoneId
+	}
+	_, errno = told(0, err)
+	return fd, from, zone, errno
+}
+
+func NoDelayFD(fd int) { syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1) }
+
+func CloseFD(fd int) { syscall.Close(fd) }
+
+func EpollFD(epfd int, events []syscall.EpollEvent) int {
+	n, _ := syscall.EpollWait(epfd, events, 0)
+	return max(n, 0)
 }

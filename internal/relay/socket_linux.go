@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"syscall"
-	"unsafe"
 )
 
 const canMeasure = true
@@ -173,19 +172,7 @@ func InheritKeepAlive(lc *net.ListenConfig) {
 
 // keepAlive sets what net does by default.
 func keepAlive(raw syscall.RawConn) (wrong error) {
-	err := control(raw, func(fd int) {
-		for _, option := range []struct{ level, name, value int }{
-			{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
-			{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 15},
-			{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, 15},
-			{syscall.IPPROTO_TCP, syscall.TCP_KEEPCNT, 9},
-		} {
-			if wrong == nil {
-				err := syscall.SetsockoptInt(fd, option.level, option.name, option.value)
-				wrong = os.NewSyscallError("setsockopt", err)
-			}
-		}
-	})
+	err := control(raw, func(fd int) { wrong = KeepAliveFD(fd) })
 	return cmp.Or(err, wrong)
 }
 
@@ -199,16 +186,9 @@ func quickAck(raw syscall.RawConn) {
 // unsent is how many bytes a socket has to send that its peer's system has not acknowledged, as far
 // as that is known.
 func unsent(raw syscall.RawConn) int {
-	var queued int32
-	control(raw, func(fd int) {
-		// SIOCOUTQ, tcp(7); it has the number of TIOCOUTQ.
-		syscall.Syscall(
-			syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&queued)))
-		if queued > 0 && tcpState(fd) == tcpClosed {
-			queued = 0 // nobody is there to acknowledge them
-		}
-	})
-	return int(queued)
+	queued := 0
+	control(raw, func(fd int) { queued = UnsentFD(fd) })
+	return queued
 }
 
 // wasReset reports whether a socket has been reset. One in which both sides have ended their

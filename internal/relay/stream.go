@@ -149,8 +149,13 @@ func WasReset(c net.Conn) bool {
 }
 
 func rawTCP(c net.Conn) syscall.RawConn {
-	if tcp, ok := c.(*net.TCPConn); ok {
-		if raw, err := tcp.SyscallConn(); err == nil {
+	switch c := c.(type) {
+	case *net.TCPConn:
+		if raw, err := c.SyscallConn(); err == nil {
+			return raw
+		}
+	case *FileConn:
+		if raw, err := c.File.SyscallConn(); err == nil {
 			return raw
 		}
 	}

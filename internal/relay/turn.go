@@ -32,6 +32,14 @@ var epoch = time.Now()
 // clock is monotonic time since the process began.
 func clock() int64 { return int64(time.Since(epoch)) }
 
+// NoteChunk notes that n bytes have moved elsewhere in the process. (A loop moves small messages
+// while relays move bulk.)
+func NoteChunk(n int) {
+	if n < smallChunk {
+		noteChunk(n, clock())
+	}
+}
+
 // noteChunk is called when n bytes have moved.
 func noteChunk(n int, now int64) {
 	// Unsigned, so that a stamp from the fake time of a test, which is later, does not stay for

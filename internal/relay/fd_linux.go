@@ -1,0 +1,74 @@
+//go:build !lbproxy_portable
+
+package relay
+
+import (
+	"os"
+	"syscall"
+	"unsafe"
+)
+
+// What follows is for internal/loop, which owns bare descriptors. None of it blocks.
+
+// RecvFD reads from a socket into b.
+func RecvFD(fd int, b []byte) (int, syscall.Errno) { return recvFD(uintptr(fd), b, 0) }
+
+// SendFD writes to a socket as much of b as it takes.
+func SendFD(fd int, b []byte) (int, syscall.Errno) { return sendFD(uintptr(fd), b) }
+
+// ShutdownFD ends a socket's stream.
+func ShutdownFD(fd int) syscall.Errno { return shutdownFD(uintptr(fd)) }
+
+// UnsentFD is how many bytes a socket has to send that its peer's system has not acknowledged.
+func UnsentFD(fd int) int {
+	var queued int32
+	// SIOCOUTQ, tcp(7); it has the number of TIOCOUTQ.
+	syscall.Syscall(
+		syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&queued)))
+	if queued > 0 && tcpState(fd) == tcpClosed {
+		return 0 // nobody is there to acknowledge them
+	}
+	return int(queued)
+}
+
+// KeepAliveFD sets the keep-alive that net sets by default.
+func KeepAliveFD(fd int) error {
+	for _, option := range []struct{ level, name, value int }{
+		{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
+		{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 15},
+		{syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, 15},
+		{syscall.IPPROTO_TCP, syscall.TCP_KEEPCNT, 9},
+	} {
+		if err := syscall.SetsockoptInt(fd, option.level, option.name, option.value); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+	}
+	return nil
+}
+
+// CloseWrite implements what the relay needs for half-closes.
+func (c *FileConn) CloseWrite() error {
+	return c.control("shutdown", func(fd int) error { return syscall.Shutdown(fd, syscall.SHUT_WR) })
+}
+
+// SetLinger is [net.TCPConn.SetLinger].
+func (c *FileConn) SetLinger(sec int) error {
+	l := syscall.Linger{Onoff: 1, Linger: int32(sec)}
+	if sec < 0 {
+		l = syscall.Linger{}
+	}
+	return c.control("setsockopt", func(fd int) error {
+		return syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &l)
+	})
+}
+
+func (c *FileConn) control(call string, f func(fd int) error) (wrong error) {
+	raw, err := c.File.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) { wrong = os.NewSyscallError(call, f(int(fd))) })
+	}
+	if err != nil {
+		return err
+	}
+	return wrong
+}
