@@ -1,0 +1,49 @@
+// Package loop serves TCP connections on event loops: a few goroutines that each drive thousands of
+// sessions, without a goroutine or a buffer for each. It dials what its handler chooses and copies
+// bytes both ways, as package relay does and with the same outcomes. It knows nothing of upstreams
+// or limits. docs/engine.md explains it. It exists on Linux; elsewhere NewGroup fails.
+package loop
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/relay"
+)
+
+// A Handler decides for one session, and hears what happens to it. A loop calls its methods, one at
+// a time. None of them may block, or call what others wrote: all sessions of the loop wait.
+type Handler interface {
+	// Next chooses what to dial. failed is why the last dial did not work, nil if there was none. An
+	// error ends the session with it, except for ErrWait and ErrLeave.
+	Next(failed error) (Target, error)
+
+	// Header is what a new server is sent first. It is not counted.
+	Header() []byte
+
+	// Connected is called when the dial has worked and the header was sent.
+	Connected()
+
+	// Moved is called when n bytes were written.
+	Moved(d relay.Direction, n int)
+
+	// Leave gives the sockets away, as the session is better served elsewhere: one that moves bulk,
+	// or asks for it by ErrLeave, when server is -1. Neither side has ended its stream. It is the
+	// last call.
+	Leave(client, server int)
+
+	// Done is called last, unless Leave was. Both sides are closed.
+	Done(relay.Outcome)
+}
+
+// A Target is what to dial.
+type Target struct {
+	Addr    netip.AddrPort // without a zone
+	Timeout time.Duration
+}
+
+var (
+	ErrWait  = errors.New("lbproxy: Resume will be called")
+	ErrLeave = errors.New("lbproxy: the session leaves its loop")
+)

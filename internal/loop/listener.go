@@ -1,0 +1,292 @@
+//go:build linux && !lbproxy_portable
+
+package loop
+
+import (
+	"cmp"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/relay"
+)
+
+// A Listener accepts bare descriptors from a TCP listener, which spares each connection most of
+// what package net asks the system. Loops do it as long as all goes well; the caller of Accept gets
+// what a loop cannot take, and errors, and then that loop goes on.
+//
+// The socket stays that of the TCP listener, and is used only while that keeps it open. An epoll
+// descriptor of its own watches it, so that nothing is left in a loop's when it is closed.
+type Listener struct {
+	acceptor  // that of Accept
+	loops     []*loop
+	epfd      int
+	take      func(Accepted) bool // takes a connection on a loop, or leaves it to Accept
+	back      chan Accepted       // from loops, which have stopped accepting
+	closed    chan struct{}
+	closeOnce sync.Once
+	watching  sync.WaitGroup
+}
+
+// Accepted is a connection that was accepted.
+type Accepted struct {
+	FD            int
+	Local, Remote net.Addr
+
+	group *Group
+	near  *loop // that has accepted it; nil: none
+	err   error // instead of all that
+}
+
+// An acceptor is what one goroutine accepts with.
+type acceptor struct {
+	raw   syscall.RawConn // of the TCP listener
+	local net.Addr        // nil: to be asked for
+	group *Group
+	near  *loop
+
+	accept func(uintptr) // made once
+	fd     int
+	from   netip.AddrPort
+	zone   uint32
+	errno  syscall.Errno
+}
+
+// listening is a loop that accepts.
+type listening struct {
+	acceptor
+	*Listener
+}
+
+const (
+	// goneTime is how long it takes, at most, to notice that somebody else has closed the TCP
+	// listener: the system does not say.
+	goneTime = 50 * time.Millisecond
+
+	accepts = 4 // for each event, before others have their turn
+
+	// acceptLoops is how many loops accept. All of them are woken for each connection; those that
+	// do not accept are given sessions, which costs a wake-up, too.
+	acceptLoops = 4
+)
+
+// NewListener returns a Listener for l. What it accepts inherits TCP_NODELAY and keep-alive, which
+// net sets on each connection. take is called on loops, on one at a time if it may return false: it
+// must not block. The caller closes the Listener, and l.
+func (g *Group) NewListener(
+	l *net.TCPListener, oneLoop bool, take func(Accepted) bool,
+) (*Listener, error) {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	epfd, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("epoll_create1", err)
+	}
+	a := &Listener{
+		acceptor: acceptor{raw: raw, group: g}, loops: g.loops[:min(acceptLoops, len(g.loops))],
+		epfd: epfd, take: take, closed: make(chan struct{}),
+	}
+	if oneLoop {
+		a.loops = a.loops[:1]
+	}
+	// A loop stops after one, and goes on when there was none: it never waits here.
+	a.back = make(chan Accepted, 2*len(a.loops))
+	if addr, ok := l.Addr().(*net.TCPAddr); ok && !addr.IP.IsUnspecified() {
+		a.local = addr
+	}
+	controlErr := raw.Control(func(fd uintptr) { err = a.prepare(int(fd)) })
+	if err = cmp.Or(controlErr, err); err != nil {
+		syscall.Close(epfd)
+		return nil, err
+	}
+	a.acceptor.accept = a.acceptFD
+	a.watching.Go(a.watch)
+	return a, nil
+}
+
+// prepare sets what accepted sockets inherit, and has a's descriptor watch the listener's.
+func (a *Listener) prepare(fd int) error {
+	if err := relay.KeepAliveFD(fd); err != nil {
+		return err
+	}
+	if err := syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1); err != nil {
+		return os.NewSyscallError("setsockopt", err)
+	}
+	ev := syscall.EpollEvent{Events: syscall.EPOLLIN}
+	return os.NewSyscallError("epoll_ctl", syscall.EpollCtl(a.epfd, syscall.EPOLL_CTL_ADD, fd, &ev))
+}
+
+// watch waits until a is closed, or its TCP listener is.
+func (a *Listener) watch() {
+	t := time.NewTicker(goneTime)
+	defer t.Stop()
+	for a.raw.Control(func(uintptr) {}) == nil && !a.isClosed(t.C) {
+	}
+	a.closeOnce.Do(func() { close(a.closed) })
+	for _, l := range a.loops {
+		if ack := make(chan struct{}); l.post(message{op: opUnlisten, listener: a, ack: ack}) {
+			<-ack
+		}
+	}
+	syscall.Close(a.epfd)
+	close(a.back)
+	for c := range a.back { // nobody will ask for it
+		if c.err == nil {
+			Reset(c.FD)
+		}
+	}
+}
+
+// isClosed waits until a is closed, or something comes from timer.
+func (a *Listener) isClosed(timer <-chan time.Time) bool {
+	select {
+	case <-a.closed:
+		return true
+	case <-timer:
+		return false
+	}
+}
+
+// Close makes Accept fail with net.ErrClosed.
+func (a *Listener) Close() {
+	a.closeOnce.Do(func() { close(a.closed) })
+	a.watching.Wait()
+}
+
+// Accept has loops accept, and returns what one of them could not take. One goroutine may call it.
+func (a *Listener) Accept() (Accepted, error) {
+	select {
+	case c, ok := <-a.back:
+		if ok {
+			return c, c.err
+		}
+	default:
+	}
+	c, ok := a.try()
+	if !ok {
+		for _, l := range a.loops {
+			l.post(message{op: opListen, listener: a})
+		}
+		select {
+		case c, ok = <-a.back:
+		case <-a.closed:
+		}
+	}
+	if !ok {
+		return c, net.ErrClosed
+	}
+	return c, c.err
+}
+
+// Start starts a session of c on the loop that has accepted it, unless another has fewer sessions.
+func (c *Accepted) Start(s *Session) {
+	l := c.group.leastLoaded()
+	// It has to have fewer by far, as it would have to be woken.
+	if c.near == nil || l.load.Load()*5/4+4 < c.near.load.Load() {
+		c.group.Start(s)
+		return
+	}
+	c.near.count(s)
+	c.near.fresh = append(c.near.fresh, s)
+}
+
+// try accepts a connection, or returns false if there is none.
+func (a *acceptor) try() (c Accepted, ok bool) {
+	for {
+		if a.raw.Control(a.accept) != nil {
+			return Accepted{err: net.ErrClosed}, true
+		}
+		switch a.errno {
+		case syscall.EAGAIN:
+			return c, false
+		case syscall.EINTR, syscall.ECONNABORTED: // as net does
+			continue
+		case 0:
+			if a.zone != 0 {
+				a.from = netip.AddrPortFrom(a.from.Addr().WithZone(zoneName(a.zone)), a.from.Port())
+			}
+			c = Accepted{
+				FD: a.fd, Local: a.local, Remote: net.TCPAddrFromAddrPort(a.from),
+				group: a.group, near: a.near,
+			}
+			if c.Local != nil {
+				return c, true
+			}
+			sa, err := syscall.Getsockname(a.fd)
+			if err != nil {
+				Reset(a.fd)
+				continue
+			}
+			c.Local = net.TCPAddrFromAddrPort(addrPort(sa))
+			return c, true
+		}
+		err := &net.OpError{Op: "accept", Net: "tcp", Err: os.NewSyscallError("accept4", a.errno)}
+		return Accepted{err: err}, true
+	}
+}
+
+func (a *acceptor) acceptFD(fd uintptr) {
+	a.fd, a.from, a.zone, a.errno = relay.AcceptFD(int(fd))
+}
+
+// listen has the loop accept from a, unless it does, or a was closed meanwhile.
+func (l *loop) listen(a *Listener) {
+	select {
+	case <-a.closed:
+		return
+	default:
+	}
+	for _, other := range l.listeners {
+		if other.Listener == a {
+			return
+		}
+	}
+	l.lastGen++
+	ev := syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: listenerEvent, Pad: int32(l.lastGen)}
+	if err := syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, a.epfd, &ev); err != nil {
+		a.back <- Accepted{err: os.NewSyscallError("epoll_ctl", err)}
+		return
+	}
+	on := &listening{acceptor{raw: a.raw, local: a.local, group: a.group, near: l}, a}
+	on.acceptor.accept = on.acceptFD
+	l.listeners[int32(l.lastGen)] = on
+}
+
+// unlisten ends that.
+func (l *loop) unlisten(a *Listener) {
+	for id, other := range l.listeners {
+		if other.Listener == a {
+			delete(l.listeners, id)
+			syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_DEL, a.epfd, &syscall.EpollEvent{})
+		}
+	}
+}
+
+const listenerEvent = -1 // in place of a slot and a side
+
+// acceptSome accepts, and leaves it to Accept when it meets an error or a connection is not taken.
+func (l *loop) acceptSome(a *listening) {
+	for range accepts {
+		c, ok := a.acceptor.try()
+		if !ok {
+			return
+		}
+		if c.err != nil || !a.take(c) {
+			l.unlisten(a.Listener)
+			c.near = nil
+			a.back <- c
+			return
+		}
+	}
+}
+
+// Reset resets and closes a socket.
+func Reset(fd int) {
+	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1})
+	syscall.Close(fd)
+}

@@ -1,0 +1,413 @@
+//go:build linux && !lbproxy_portable
+
+package loop
+
+import (
+	"container/heap"
+	"errors"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/relay"
+)
+
+// A Group is the loops of an app. Sessions are spread over them when they start.
+type Group struct {
+	loops   []*loop
+	running sync.WaitGroup
+}
+
+// A loop is a goroutine that drives many sessions. It waits by its epoll descriptor, which the
+// runtime polls like any socket: so no thread is locked, and no call blocks one.
+type loop struct {
+	config  relay.Config
+	running *sync.WaitGroup
+	epfd    int
+	file    *os.File // of epfd
+	raw     syscall.RawConn
+	load    atomic.Int64 // sessions, those in the inbox included
+	started atomic.Int64 // sessions ever
+
+	mu     sync.Mutex // guards what follows; held over no system call
+	inbox  []message
+	spare  []message // is the inbox next; the loop's own
+	closed bool      // nobody reads the inbox any more
+
+	// What follows belongs to the loop's goroutine.
+	now       int64 // clock when the batch began
+	armed     int64 // clock at which waiting ends at the latest; 0: when there are events
+	stopping  bool
+	events    [256]syscall.EpollEvent
+	n         int        // of them
+	sessions  []*Session // by slot; nil: free
+	free      []int32    // slots
+	lastGen   uint32
+	again     []*Session           // have more to do, though no event will say so
+	over      []*Session           // are ended when the batch is done
+	closing   []int32              // descriptors, likewise: no number is used anew in a batch
+	fresh     []*Session           // are to be started
+	listeners map[int32]*listening // from which it accepts
+	timers    timers
+	sweep     sweep
+	buf       [bufferSize]byte
+}
+
+// A message is something that another goroutine wants a loop to do.
+type message struct {
+	op  op
+	s   *Session
+	err error
+	n   uint32
+
+	listener *Listener
+	ack      chan struct{}
+}
+
+type op uint8
+
+const (
+	opStop op = iota
+	opListen
+	opUnlisten
+	opStart
+	opResume
+	opCancelDial
+	opAbort
+)
+
+var (
+	epoch = time.Now()
+	past  = time.Unix(1, 0)
+
+	errNotPollable = errors.New("lbproxy: the runtime does not poll epoll descriptors")
+	setNonblock    = syscall.SetNonblock // tests make it fail
+)
+
+func clock() int64 { return int64(time.Since(epoch)) }
+
+// NewGroup starts n loops. It fails if the runtime or the system refuses what they need. Config's
+// KeepAlive holds for all sessions.
+func NewGroup(config relay.Config, n int) (*Group, error) {
+	g := &Group{}
+	for range n {
+		l, err := newLoop(config, &g.running)
+		if err != nil {
+			g.Close()
+			return nil, err
+		}
+		g.loops = append(g.loops, l)
+		g.running.Add(1)
+		go l.run()
+	}
+	return g, nil
+}
+
+func newLoop(config relay.Config, running *sync.WaitGroup) (*loop, error) {
+	l := &loop{config: config, running: running, listeners: map[int32]*listening{}}
+	var err error
+	l.epfd, l.file, l.raw, err = newEpoll()
+	return l, err
+}
+
+// newEpoll returns an epoll descriptor that the runtime polls.
+func newEpoll() (int, *os.File, syscall.RawConn, error) {
+	epfd, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
+	if err != nil {
+		return 0, nil, nil, os.NewSyscallError("epoll_create1", err)
+	}
+	if err := setNonblock(epfd, true); err != nil {
+		syscall.Close(epfd)
+		return 0, nil, nil, os.NewSyscallError("fcntl", err)
+	}
+	file := os.NewFile(uintptr(epfd), "epoll")
+	raw, err := file.SyscallConn()
+	if err == nil && file.SetReadDeadline(time.Time{}) != nil {
+		err = errNotPollable
+	}
+	if err != nil {
+		file.Close()
+		return 0, nil, nil, err
+	}
+	return epfd, file, raw, nil
+}
+
+// Close ends the loops and waits for them. No session may be open.
+func (g *Group) Close() {
+	for _, l := range g.loops {
+		l.post(message{})
+	}
+	g.running.Wait()
+}
+
+// Started returns how many sessions the group was ever given.
+func (g *Group) Started() (n int64) {
+	for _, l := range g.loops {
+		n += l.started.Load()
+	}
+	return n
+}
+
+// Start gives s to the loop with the fewest sessions.
+func (g *Group) Start(s *Session) {
+	l := g.leastLoaded()
+	l.count(s)
+	l.post(message{op: opStart, s: s})
+}
+
+func (g *Group) leastLoaded() *loop {
+	l := g.loops[0]
+	for _, other := range g.loops[1:] {
+		if other.load.Load() < l.load.Load() {
+			l = other
+		}
+	}
+	return l
+}
+
+// count counts s as one of l's.
+func (l *loop) count(s *Session) {
+	l.load.Add(1)
+	l.started.Add(1)
+	s.loop.Store(l)
+}
+
+// post gives the loop a message, and wakes it if need be. It returns false if the loop has ended.
+func (l *loop) post(m message) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	if l.inbox = append(l.inbox, m); len(l.inbox) == 1 {
+		l.file.SetReadDeadline(past) // costs less than a descriptor to write to
+	}
+	return true
+}
+
+func (l *loop) run() {
+	defer l.running.Done()
+	defer l.file.Close()
+	ready := l.poll
+	for !l.stopping {
+		if l.isBusy() {
+			l.poll(uintptr(l.epfd))
+		} else {
+			l.wait(ready)
+		}
+		l.now = clock()
+		for i := range l.n {
+			l.dispatch(&l.events[i])
+		}
+		l.startFresh() // before messages for them
+		l.receive()
+		l.expire()
+		l.resume()
+		l.sweepSome()
+		l.bury()
+	}
+}
+
+// isBusy reports whether there is work that no event announces.
+func (l *loop) isBusy() bool { return len(l.again) > 0 || l.sweep.isRunning() }
+
+// wait waits for events, for messages, or until the next timer is due.
+func (l *loop) wait(ready func(uintptr) bool) {
+	l.n = 0
+	next := l.sweep.next
+	if len(l.timers) > 0 && (next == 0 || l.timers[0].at < next) {
+		next = l.timers[0].at
+	}
+	if next != 0 && (l.armed == 0 || l.armed > next) || l.armed == expired {
+		l.arm(next)
+	}
+	if l.raw.Read(ready) != nil { // the deadline has passed, perhaps since there is a message
+		l.armed = expired
+		l.poll(uintptr(l.epfd)) // messages alone must not keep the loop from looking
+	}
+}
+
+const expired = -1 // the deadline that waiting has, if any, has passed
+
+// arm sets when waiting ends. A message in the inbox has made that now.
+func (l *loop) arm(at int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.inbox) > 0 {
+		return
+	}
+	l.armed = at
+	if at == 0 {
+		l.file.SetReadDeadline(time.Time{})
+	} else {
+		l.file.SetReadDeadline(epoch.Add(time.Duration(at)))
+	}
+}
+
+// poll takes the events there are. The runtime calls it again when the descriptor has events.
+func (l *loop) poll(epfd uintptr) bool {
+	l.n = relay.EpollFD(int(epfd), l.events[:])
+	return l.n > 0
+}
+
+// dispatch hands an event to its session. A descriptor that was closed, or has left, in this batch
+// has no generation any more.
+func (l *loop) dispatch(ev *syscall.EpollEvent) {
+	if ev.Fd == listenerEvent {
+		if a := l.listeners[ev.Pad]; a != nil {
+			l.acceptSome(a)
+		}
+		return
+	}
+	slot, i := int(ev.Fd>>1), int(ev.Fd&1)
+	if s := l.sessions[slot]; s != nil && s.side[i].gen == uint32(ev.Pad) {
+		l.event(s, i, ev.Events)
+	}
+}
+
+// register has epoll report events of a side of s, which names it anew.
+func (l *loop) register(s *Session, i int) error {
+	c := &s.side[i]
+	if l.lastGen++; l.lastGen == 0 {
+		l.lastGen++ // 0 is for sides that expect none
+	}
+	c.gen = l.lastGen
+	const edges = -syscall.EPOLLET // EPOLLET is 1<<31, as an int32
+	const events = syscall.EPOLLIN | syscall.EPOLLPRI | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edges
+	ev := syscall.EpollEvent{Events: events, Fd: s.slot<<1 | int32(i), Pad: int32(c.gen)}
+	err := syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, int(c.fd), &ev)
+	return os.NewSyscallError("epoll_ctl", err)
+}
+
+// receive does what others have asked for.
+func (l *loop) receive() {
+	l.mu.Lock()
+	inbox := l.inbox
+	l.inbox = l.spare[:0]
+	if len(inbox) > 0 {
+		l.armed = expired
+		l.closed = slices.ContainsFunc(inbox, func(m message) bool { return m.op == opStop })
+	}
+	l.mu.Unlock()
+	for _, m := range inbox {
+		switch s := m.s; {
+		case m.op == opStop:
+			l.stopping = true
+		case m.op == opListen:
+			l.listen(m.listener)
+		case m.op == opUnlisten:
+			l.unlisten(m.listener)
+			close(m.ack)
+		case m.op == opStart:
+			l.start(s)
+		case s.phase == over || s.phase == left:
+		case m.op == opAbort && s.phase == lingering:
+			l.end(s, s.cause)
+		case m.op == opAbort:
+			l.end(s, m.err)
+		case m.op == opResume && s.phase == waiting:
+			l.choose(s)
+		case m.op == opCancelDial && s.phase == connecting && s.dials == m.n:
+			l.dialFailed(s, m.err)
+		}
+	}
+	clear(inbox)
+	l.spare = inbox[:0]
+}
+
+func (l *loop) startFresh() {
+	for i, s := range l.fresh {
+		l.fresh[i] = nil
+		l.start(s)
+	}
+	l.fresh = l.fresh[:0]
+}
+
+// later gives s another turn, behind the others.
+func (l *loop) later(s *Session) {
+	if !s.queued {
+		s.queued = true
+		l.again = append(l.again, s)
+	}
+}
+
+func (l *loop) resume() {
+	n := len(l.again) // who comes again meanwhile has to wait for the next batch
+	for i := range n {
+		s := l.again[i]
+		s.queued = false
+		l.step(s)
+	}
+	rest := copy(l.again, l.again[n:])
+	clear(l.again[rest:])
+	l.again = l.again[:rest]
+}
+
+// bury ends what is over.
+func (l *loop) bury() {
+	for _, fd := range l.closing {
+		relay.CloseFD(int(fd))
+	}
+	l.closing = l.closing[:0]
+	for i, s := range l.over {
+		l.over[i] = nil
+		s.close()
+		l.load.Add(-1)
+		s.handler.Done(s.outcome())
+	}
+	l.over = l.over[:0]
+}
+
+// setTimer gives s a turn at a time, once; 0: never. It takes the place of an earlier one.
+func (l *loop) setTimer(s *Session, at int64) {
+	switch s.at = at; {
+	case at == 0 && s.timer >= 0:
+		heap.Remove(&l.timers, int(s.timer))
+	case at != 0 && s.timer >= 0:
+		heap.Fix(&l.timers, int(s.timer))
+	case at != 0:
+		heap.Push(&l.timers, s)
+	}
+}
+
+// expire gives a turn to the sessions whose time has come.
+func (l *loop) expire() {
+	for len(l.timers) > 0 && l.timers[0].at <= l.now {
+		s := l.timers[0]
+		l.setTimer(s, 0)
+		switch s.phase {
+		case connecting:
+			l.dialFailed(s, os.ErrDeadlineExceeded)
+		case lingering:
+			l.linger(s)
+		}
+	}
+}
+
+// timers is a heap of sessions, the next one in front.
+type timers []*Session
+
+func (t timers) Len() int           { return len(t) }
+func (t timers) Less(i, j int) bool { return t[i].at < t[j].at }
+func (t timers) Swap(i, j int) {
+	t[i], t[j] = t[j], t[i]
+	t[i].timer, t[j].timer = int32(i), int32(j)
+}
+
+func (t *timers) Push(x any) {
+	s := x.(*Session)
+	s.timer = int32(len(*t))
+	*t = append(*t, s)
+}
+
+func (t *timers) Pop() any {
+	last := len(*t) - 1
+	s := (*t)[last]
+	(*t)[last] = nil
+	*t = (*t)[:last]
+	s.timer = -1
+	return s
+}

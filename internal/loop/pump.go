@@ -1,0 +1,254 @@
+//go:build linux && !lbproxy_portable
+
+package loop
+
+import (
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/relay"
+)
+
+const (
+	bufferSize  = 64 << 10
+	smallBuffer = 4 << 10
+
+	// lingerTime bounds how long a session goes on to deliver what a side that has failed has sent.
+	lingerTime = time.Second
+
+	// budget is how many reads of a side there are in a turn, before others have theirs.
+	budget = 2
+
+	// bulkReads in a row that fill the buffer make a session leave for the relay's pumps. They
+	// splice, which costs less than half, and do not keep others waiting.
+	bulkReads = 4
+)
+
+// pending is what a slow reader has yet to take. Of a buffer that is nearly empty the rest moves to
+// a small one, as the reader may be slow for long.
+type pending struct {
+	buf  *[]byte
+	left []byte // of buf
+}
+
+var (
+	largeBuffers = sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }}
+	smallBuffers = sync.Pool{New: func() any { b := make([]byte, smallBuffer); return &b }}
+)
+
+func pool(size int) *sync.Pool {
+	if size <= smallBuffer {
+		return &smallBuffers
+	}
+	return &largeBuffers
+}
+
+// newPending keeps a copy of b, which is not longer than bufferSize.
+func newPending(b []byte) *pending {
+	p := &pending{buf: pool(len(b)).Get().(*[]byte)}
+	p.left = (*p.buf)[:copy(*p.buf, b)]
+	return p
+}
+
+// drop frees what c has yet to take.
+func (l *loop) drop(c *side) {
+	if p := c.pending; p != nil {
+		c.pending = nil
+		pool(len(*p.buf)).Put(p.buf)
+	}
+}
+
+// touch notes that bytes of s have moved.
+func (l *loop) touch(s *Session) { s.idle.last = l.now }
+
+// relay moves what can be moved.
+func (l *loop) relay(s *Session) {
+	down := l.pump(s, server)
+	if s.phase == open && l.pump(s, client) && down && s.phase == open {
+		l.end(s, nil)
+	}
+}
+
+// pump moves what can be moved from side i to the other. It returns true if side i has ended and
+// the other has taken all of it.
+func (l *loop) pump(s *Session, i int) bool {
+	from, to := &s.side[i], &s.side[1-i]
+	for left := budget; ; left-- {
+		if to.pending != nil && !l.flush(s, i) {
+			l.checkReset(s, i) // nothing is read meanwhile, which would tell
+			return false
+		}
+		if from.state&ended != 0 {
+			return l.passEnd(s, i)
+		}
+		switch {
+		case from.state&readable == 0:
+			return false
+		case from.full >= bulkReads && s.mayLeave():
+			l.leave(s)
+			return false
+		case left == 0:
+			l.later(s)
+			return false
+		}
+		n, errno := relay.RecvFD(int(from.fd), l.buf[:])
+		l.noteRead(from, n, errno)
+		switch errno {
+		case 0:
+			if n > 0 && !l.write(s, i, l.buf[:n]) {
+				return false
+			}
+		case syscall.EAGAIN:
+		default:
+			if s.phase == open {
+				l.fail(s, i, readError(errno))
+				return false
+			}
+		}
+	}
+}
+
+// noteRead notes what a read of c that returned n and errno says of the next one.
+//
+// After a FIN was announced, a read that returns less than it might has met it. Without one there
+// is nothing left, and an event will tell of more. Neither holds for a side that has an error,
+// which only a read tells, nor for one with urgent data, at which a read stops short.
+func (l *loop) noteRead(c *side, n int, errno syscall.Errno) {
+	if c.full++; n < bufferSize {
+		c.full = 0
+	}
+	switch {
+	case errno == syscall.EAGAIN:
+		c.state &^= readable
+	case errno != 0, n == 0:
+		c.state |= ended
+	case n == bufferSize, c.state&(broken|urgent) != 0:
+	case c.state&finished != 0:
+		c.state |= ended
+	default:
+		c.state &^= readable
+	}
+}
+
+// write writes b, which came from side i, and keeps what the other side does not take. It returns
+// false if that has failed.
+func (l *loop) write(s *Session, i int, b []byte) bool {
+	to := &s.side[1-i]
+	n, errno := relay.SendFD(int(to.fd), b)
+	if errno != 0 && errno != syscall.EAGAIN {
+		l.writeFailed(s, i, writeError("write", errno))
+		return false
+	}
+	if n > 0 {
+		l.account(s, i, n)
+	}
+	if n < len(b) {
+		to.pending = newPending(b[n:]) // to be tried at once: a signal, too, makes a send short
+	}
+	return true
+}
+
+// flush writes what came from side i and is kept for the other. It returns true if all is written.
+func (l *loop) flush(s *Session, i int) bool {
+	to := &s.side[1-i]
+	for p := to.pending; len(p.left) > 0; {
+		if to.state&writable == 0 {
+			if len(p.left) <= smallBuffer && len(*p.buf) > smallBuffer {
+				small := newPending(p.left)
+				l.drop(to)
+				to.pending = small
+			}
+			return false
+		}
+		n, errno := relay.SendFD(int(to.fd), p.left)
+		switch errno {
+		case 0:
+			p.left = p.left[n:]
+			l.account(s, i, n)
+		case syscall.EAGAIN:
+			to.state &^= writable
+		default:
+			l.writeFailed(s, i, writeError("write", errno))
+			return false
+		}
+	}
+	l.drop(to)
+	return true
+}
+
+// account notes that n bytes from side i were written.
+func (l *loop) account(s *Session, i, n int) {
+	s.moved[i].Add(int64(n))
+	l.touch(s)
+	relay.NoteChunk(n)
+	d := relay.Upload
+	if i == server {
+		d = relay.Download
+	}
+	s.handler.Moved(d, n)
+}
+
+// writeFailed is called when what came from side i cannot be written.
+func (l *loop) writeFailed(s *Session, i int, err error) {
+	if s.phase == open {
+		l.fail(s, 1-i, err)
+	} else { // nobody is left to deliver to
+		l.end(s, s.cause)
+	}
+}
+
+// passEnd passes the end of side i's stream on, once. All that came before it was written. When
+// both have ended, closing says the same.
+func (l *loop) passEnd(s *Session, i int) bool {
+	from, to := &s.side[i], &s.side[1-i]
+	if s.phase != open {
+		return true
+	}
+	if l.checkReset(s, i) { // after its end
+		return false
+	}
+	if to.state&shut != 0 || to.state&ended != 0 && from.pending == nil {
+		return true
+	}
+	to.state |= shut
+	if errno := relay.ShutdownFD(int(to.fd)); errno != 0 {
+		l.fail(s, 1-i, writeError("shutdown", errno))
+		return false
+	}
+	return true
+}
+
+// checkReset reports whether side i has an error, by which s fails.
+func (l *loop) checkReset(s *Session, i int) bool {
+	c := &s.side[i]
+	if s.phase != open || c.state&broken == 0 {
+		return false
+	}
+	if err := takeError(c.fd); err != nil {
+		l.fail(s, i, readError(err))
+		return true
+	}
+	c.state &^= broken
+	return false
+}
+
+// discard throws away what side i sends.
+func (l *loop) discard(s *Session, i int) {
+	c := &s.side[i]
+	for left := budget; c.state&readable != 0 && c.state&ended == 0; left-- {
+		if left == 0 {
+			l.later(s)
+			return
+		}
+		n, errno := relay.RecvFD(int(c.fd), l.buf[:])
+		l.noteRead(c, n, errno)
+	}
+}
+
+// mayLeave reports whether s is as if nothing had been relayed yet, so that a relay can go on.
+func (s *Session) mayLeave() bool {
+	const told = ended | shut | finished | broken | urgent
+	a, b := &s.side[client], &s.side[server]
+	return s.phase == open && a.pending == nil && b.pending == nil && (a.state|b.state)&told == 0
+}
