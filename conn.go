@@ -129,8 +129,13 @@ func (c *Conn) Info() ConnInfo {
 		return c.info
 	}
 	info := ConnInfo{Upstream: s.addr, Start: s.start, State: s.state}
+	if s.loop != nil {
+		info.Sent, info.Received = s.loop.Counts()
+	}
 	if s.relay != nil {
-		info.Sent, info.Received = s.relay.Counts()
+		sent, received := s.relay.Counts()
+		info.Sent += sent
+		info.Received += received
 	}
 	return info
 }
@@ -158,8 +163,12 @@ func (c *Conn) abort(e *ending) {
 	if c.cause == nil && (s != nil || !c.used) {
 		c.cause = e
 	}
+	isOnLoop := s != nil && s.loop != nil
 	c.mu.Unlock()
-	if s != nil { // also after admit has rejected it, while what admit wrote is on its way
+	if isOnLoop { // or is about to go on by a relay, which looks for a cause first
+		s.stop(e)
+		s.loop.Abort(e)
+	} else if s != nil { // also after admit has rejected it, while what admit wrote is on its way
 		if l, ok := relay.Underlying(s.raw).(interface{ SetLinger(int) error }); ok {
 			l.SetLinger(0) // first: a TLS handshake closes it when its context ends
 		}

@@ -82,6 +82,10 @@
 // pass through pooled buffers; each idle direction holds one. A wrapper around a TCP connection
 // hides what it is: pass the connection itself if you can.
 //
+// [Options].Loops, which is off by default and experimental, runs plain TCP on event loops. They
+// are for many short or idle connections. A goroutine dump does not show such connections;
+// [LBProxyApp.Conns] does.
+//
 // # What it does not do
 //
 // It knows nothing of HTTP, UDP, SNI routing, users, files or flags. It does not queue connections

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy/internal/logqueue"
+	"github.com/danielepagano/lbproxy/internal/loop"
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
@@ -83,6 +84,13 @@ type Options struct {
 	// each listener may hold one more. 0 means no bound.
 	MaxConns int
 
+	// Loops makes Serve run plain TCP on event loops, one for each processor (GOMAXPROCS): short
+	// connections cost about half, idle ones a small part of the memory. It holds for a
+	// *net.TCPListener without an AdmitFunc and without Options.DialContext, and not for upstreams
+	// with TLS; other connections run on goroutines as ever. Connections that move bulk leave their
+	// loop for goroutines. It is experimental, for Linux only, and ignored elsewhere.
+	Loops bool
+
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was
 	// the cause and at Debug otherwise, and a line for each upstream that fails, recovers, or is
 	// found down or up by health checks. Lines are written by a goroutine of their own, so a
@@ -106,6 +114,7 @@ type LBProxyApp struct {
 	balancer balancer
 	checker  *checker // nil: no health checks
 	engine   *relay.Engine
+	loops    loops // those of Options.Loops
 	lines    *logqueue.Lines
 	slots    chan struct{}   // holds an element for each connection of Serve; nil: no bound
 	ctx      context.Context // ends with ErrAppClosed when the app has been closed
@@ -166,10 +175,15 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		a.slots = make(chan struct{}, o.MaxConns)
 	}
 	a.ctx, a.cancel = context.WithCancelCause(context.Background())
-	a.engine = relay.NewEngine(relay.Config{
+	config := relay.Config{
 		Idle: o.IdleTimeout, IdleErr: &ending{EndIdleTimeout, ErrIdleTimeout}, KeepAlive: plainDialer,
+	}
+	a.engine = relay.NewEngine(config)
+	a.loops.config, a.loops.wanted = config, o.Loops && plainDialer
+	a.ended = sync.OnceFunc(func() {
+		a.loops.close()
+		a.engine.Close()
 	})
-	a.ended = sync.OnceFunc(a.engine.Close)
 	if o.HealthCheck != nil {
 		hc, wrong := o.HealthCheck.complete()
 		if wrong != "" {
@@ -269,6 +283,7 @@ func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
 	if l == nil {
 		return fmt.Errorf("lbproxy: app %q: Serve: the listener is nil", a.id)
 	}
+	l = a.listenForLoops(l, admit)
 	once := &closeOnce{Listener: l}
 	if !a.trackListener(once) {
 		once.Close()
@@ -301,6 +316,13 @@ func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
 // serve starts to serve an accepted connection, when there is a slot for it. It returns false if
 // the app is stopping; then c has been reset.
 func (a *LBProxyApp) serve(c net.Conn, admit AdmitFunc) bool {
+	if on, ok := c.(*loopConn); ok {
+		if a.takeSlot() && a.startOnLoop(on) {
+			return true
+		}
+		loop.Reset(on.accepted.FD)
+		return false
+	}
 	if a.takeSlot() {
 		s := a.begin(context.Background(), &Conn{Client: c})
 		s.accepted = true

@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -32,12 +34,71 @@ func TestMain(m *testing.M) {
 	default:
 		childMain(run)
 	}
-	proxytest.Main(m)
+	proxytest.Main(runner{m})
+}
+
+// A runner runs the tests, and says what they ran on.
+type runner struct{ *testing.M }
+
+func (r runner) Run() int {
+	code := r.M.Run()
+	if useLoops {
+		printEngines()
+	}
+	return code
 }
 
 func (b *balancer) stats() []UpstreamStats {
 	all, _ := b.snapshot()
 	return all
+}
+
+// useLoops has every app of newApp use event loops where it can. Then the tests say in the end how
+// many connections each engine has served.
+var useLoops = os.Getenv("LBPROXY_LOOPS") != ""
+
+var engines struct {
+	sync.Mutex
+	onLoops, onGoroutines uint64
+	goroutinesOnly        map[string]bool // tests of which no connection was on a loop
+}
+
+// countEngines counts the connections that a has served.
+func countEngines(test string, a *LBProxyApp) {
+	engines.Lock()
+	defer engines.Unlock()
+	all, n := a.Stats().Accepted, uint64(loopSessions(a))
+	engines.onLoops += n
+	engines.onGoroutines += all - n
+	if engines.goroutinesOnly == nil {
+		engines.goroutinesOnly = map[string]bool{}
+	}
+	if top, _, _ := strings.Cut(test, "/"); n > 0 {
+		engines.goroutinesOnly[top] = false
+	} else if _, known := engines.goroutinesOnly[top]; !known && all > 0 {
+		engines.goroutinesOnly[top] = true
+	}
+}
+
+// loopSessions is how many sessions a has given to loops.
+func loopSessions(a *LBProxyApp) int64 {
+	a.loops.mu.Lock()
+	defer a.loops.mu.Unlock()
+	if a.loops.group == nil {
+		return 0
+	}
+	return a.loops.group.Started()
+}
+
+func printEngines() {
+	engines.Lock()
+	defer engines.Unlock()
+	fmt.Printf("connections on loops: %d, on goroutines: %d\n", engines.onLoops, engines.onGoroutines)
+	for _, test := range slices.Sorted(maps.Keys(engines.goroutinesOnly)) {
+		if engines.goroutinesOnly[test] {
+			fmt.Println("on goroutines only:", test)
+		}
+	}
 }
 
 // quiet is for tests that break things on purpose.
@@ -66,11 +127,17 @@ func newAppOver(t testing.TB, opts Options, ups ...Upstream) (*LBProxyApp, <-cha
 	if opts.Logger == nil {
 		opts.Logger = quiet
 	}
+	opts.Loops = opts.Loops || useLoops
 	a, err := New("test", ups, &opts)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { a.Close() })
+	t.Cleanup(func() {
+		a.Close()
+		if useLoops {
+			countEngines(t.Name(), a)
+		}
+	})
 	return a, results
 }
 

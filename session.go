@@ -9,14 +9,16 @@ import (
 	"net"
 	"reflect"
 	"runtime/debug"
+	"slices"
 	"time"
 
+	"github.com/danielepagano/lbproxy/internal/loop"
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
 // A session drives one Conn from when it is counted in until its Result is known. Its fields
-// belong to one goroutine at a time: Serve's or ServeConn's until Connect, then the relay's, then
-// the one that calls finish. What others may look at is guarded by Conn.mu.
+// belong to one goroutine at a time: Serve's or ServeConn's until Connect, then the relay's (or its
+// loop's: see loops.go), then the one that calls finish. What others may look at is guarded by Conn.mu.
 type session struct {
 	app      *LBProxyApp
 	conn     *Conn
@@ -28,6 +30,7 @@ type session struct {
 	element  *list.Element   // of app.sessions; belongs to app.mu
 
 	client   net.Conn  // what is relayed: conn.Client as admit left it
+	finding  *finding  // while it is on a loop and not connected
 	upstream *upstream // what it is counted on
 	unlost   func()    // ends what CloseOnDown waits for; nil: nothing
 	opened   bool      // the RateLimit is owed an EventClose
@@ -37,7 +40,8 @@ type session struct {
 	done     chan struct{} // closed by Done where a goroutine waits to finish the session
 	result   *Result       // set by settle: before that it would only take room
 
-	relay  *relay.Relay // guarded by conn.mu, like all that follows
+	relay  *relay.Relay  // guarded by conn.mu, like all that follows
+	loop   *loop.Session // on which it is, or was before relay
 	state  ConnState
 	addr   string // of the upstream that was dialed last
 	isOver bool
@@ -173,26 +177,30 @@ func (s *session) serve(wait bool) {
 	s.hold()
 	s.setState(ConnDialing, "") // also while the RateLimitManager is asked
 	delay, chunk, failed := s.open()
-	var server net.Conn
 	if failed == nil {
-		if failed = s.startRelay(chunk); failed == nil {
-			s.pause(delay)
-			server, failed = s.connect()
-		}
+		failed = s.join(delay, chunk, wait)
 	}
+	if e = failed; e == nil && wait {
+		<-s.done
+		s.finish()
+	}
+}
+
+// join starts the relay and finds it a server.
+func (s *session) join(delay time.Duration, chunk int, wait bool) *ending {
+	if failed := s.startRelay(chunk); failed != nil {
+		return failed
+	}
+	s.pause(delay)
+	server, failed := s.connect()
 	if failed != nil {
-		e = failed
-		return
+		return failed
 	}
 	if wait {
 		s.done = make(chan struct{})
 	}
 	s.relay.Connect(server) // which asks server for the connections below it
-	e = nil
-	if wait {
-		<-s.done
-		s.finish()
-	}
+	return nil
 }
 
 // open asks the RateLimitManager whether the session may go on, after what delay, and how many
@@ -279,54 +287,87 @@ func (s *session) giveUp(e *ending) {
 	s.finish()
 }
 
+// finding is a session's search for an upstream that answers.
+type finding struct {
+	search search
+	pick   pick    // the upstream that is being tried; the zero pick: none
+	errs   []error // of those that were
+	none   error   // why there is no other
+
+	dialing // for a session on a loop
+}
+
 // connect finds an upstream that answers.
 func (s *session) connect() (net.Conn, *ending) {
-	b := &s.app.balancer
-	var search search
-	var errs []error
-	var none error
-	onlyDown := true // all that was dialed was found down meanwhile
-	for !s.over() {
-		p, err := b.acquire(&search, time.Now())
-		if err != nil {
-			none = err
-			break
-		}
-		s.upstream = p.u
-		s.attempts++
-		s.setState(ConnDialing, p.conf.Addr)
-		server, changed, err := s.try(p)
+	f := s.finding
+	if f == nil {
+		f = new(finding)
+	}
+	s.finding = nil
+	for f.pick.u != nil || s.choose(f) {
+		server, changed, err := s.try(f.pick)
 		if err == nil {
-			s.setState(ConnOpen, p.conf.Addr)
-			if changed {
-				s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
-			}
-			if s.app.opts.CloseOnDown && p.lost != nil {
-				s.unlost = after(p.lost, func() { s.conn.abort(&ending{EndUpstreamError, context.Cause(p.lost)}) })
-			}
+			s.connected(f.pick, changed)
 			return server, nil
 		}
-		s.upstream = nil
-		b.release(p.u)
-		if changed {
-			s.app.log(slog.LevelWarn, "lbproxy: upstream failed and is skipped",
-				slog.String("upstream", p.conf.Addr), slog.Duration("for", b.failTimeout),
-				slog.String("err", err.Error()))
-		}
-		errs = append(errs, &DialError{App: s.app.id, Addr: p.conf.Addr, Err: err})
-		onlyDown = onlyDown && errors.Is(err, errUpstreamDown)
-		if exhausted(err) {
+		if !s.next(f, changed, err) {
 			break
 		}
-		search.add(p.u)
 	}
+	return nil, f.ending()
+}
+
+// choose picks the next upstream to try. It returns false if there is none, or s is over.
+func (s *session) choose(f *finding) bool {
+	if s.over() {
+		return false
+	}
+	f.pick, f.none = s.app.balancer.acquire(&f.search, time.Now())
+	if f.none != nil {
+		return false
+	}
+	s.upstream = f.pick.u
+	s.attempts++
+	s.setState(ConnDialing, f.pick.conf.Addr)
+	return true
+}
+
+// connected notes that p has answered, which is news if changed is set.
+func (s *session) connected(p pick, changed bool) {
+	s.setState(ConnOpen, p.conf.Addr)
+	if changed {
+		s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
+	}
+	if s.app.opts.CloseOnDown && p.lost != nil {
+		s.unlost = after(p.lost, func() { s.conn.abort(&ending{EndUpstreamError, context.Cause(p.lost)}) })
+	}
+}
+
+// next gives back the pick of f, whose dial has failed. It returns false if no other need be tried.
+func (s *session) next(f *finding, changed bool, err error) bool {
+	p := f.pick
+	f.pick, s.upstream = pick{}, nil
+	s.app.balancer.release(p.u)
+	if changed {
+		s.app.log(slog.LevelWarn, "lbproxy: upstream failed and is skipped",
+			slog.String("upstream", p.conf.Addr), slog.Duration("for", s.app.balancer.failTimeout),
+			slog.String("err", err.Error()))
+	}
+	f.errs = append(f.errs, &DialError{App: s.app.id, Addr: p.conf.Addr, Err: err})
+	f.search.add(p.u)
+	return !exhausted(err)
+}
+
+// ending is how a session ends for which no upstream was found.
+func (f *finding) ending() *ending {
+	answersBadly := func(err error) bool { return !errors.Is(err, errUpstreamDown) }
 	switch {
-	case errs == nil:
-		return nil, &ending{EndNoUpstream, none}
-	case onlyDown:
-		return nil, &ending{EndNoUpstream, errors.Join(append([]error{none}, errs...)...)}
+	case f.errs == nil:
+		return &ending{EndNoUpstream, f.none}
+	case !slices.ContainsFunc(f.errs, answersBadly): // all were found down meanwhile
+		return &ending{EndNoUpstream, errors.Join(append([]error{f.none}, f.errs...)...)}
 	}
-	return nil, &ending{EndDialFailed, errors.Join(errs...)}
+	return &ending{EndDialFailed, errors.Join(f.errs...)}
 }
 
 func (s *session) setState(state ConnState, addr string) {
@@ -390,6 +431,11 @@ func (s *session) Over(cause error) { s.stop(cause) }
 
 // Done implements relay.Handler.
 func (s *session) Done(o relay.Outcome) {
+	if s.loop != nil {
+		sent, received := s.loop.Counts()
+		o.Sent += sent
+		o.Received += received
+	}
 	s.outcome = o
 	if s.done != nil {
 		close(s.done)

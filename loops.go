@@ -1,0 +1,345 @@
+package lbproxy
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/loop"
+	"github.com/danielepagano/lbproxy/internal/relay"
+)
+
+// loops are the event loops of an app. They start with the first Serve that may use them.
+type loops struct {
+	wanted bool // by Options, which allow them
+	config relay.Config
+
+	mu     sync.Mutex
+	group  *loop.Group // nil: none yet
+	failed bool        // the system refused them
+	closed bool
+}
+
+var newLoops = loop.NewGroup // tests make it fail
+
+// start returns the loops, or nil if there are none. The error says why, once.
+func (l *loops) start() (*loop.Group, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.group != nil || l.failed || l.closed {
+		return l.group, nil
+	}
+	g, err := newLoops(l.config, runtime.GOMAXPROCS(0))
+	l.group, l.failed = g, err != nil
+	return g, err
+}
+
+// close is called when no session is left.
+func (l *loops) close() {
+	l.mu.Lock()
+	g := l.group
+	l.closed = true
+	l.mu.Unlock()
+	if g != nil {
+		g.Close()
+	}
+}
+
+// A loopListener has a loop accept. Its own Accept returns what a loop cannot take.
+type loopListener struct {
+	*net.TCPListener
+	bare *loop.Listener
+}
+
+// A loopConn is what it accepts: a descriptor, which Serve owns, and what stands for it in Conn.
+type loopConn struct {
+	heldConn
+	accepted loop.Accepted
+}
+
+// listenForLoops returns a listener in the place of l if its connections may be served by loops,
+// else l.
+func (a *LBProxyApp) listenForLoops(l net.Listener, admit AdmitFunc) net.Listener {
+	tcp, ok := l.(*net.TCPListener)
+	if !ok || admit != nil || !a.loops.wanted {
+		return l
+	}
+	g, err := a.loops.start()
+	on := &loopListener{TCPListener: tcp}
+	if g != nil {
+		on.bare, err = g.NewListener(tcp, a.slots != nil, a.takeOnLoop)
+	}
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) && !errors.Is(err, net.ErrClosed) {
+		a.log(slog.LevelWarn, "lbproxy: no event loops: connections run on goroutines",
+			slog.String("err", err.Error()))
+	}
+	if on.bare == nil {
+		return l
+	}
+	return on
+}
+
+// takeOnLoop serves what a loop has accepted, on the loop, or returns false if there is no slot.
+func (a *LBProxyApp) takeOnLoop(c loop.Accepted) bool {
+	if a.slots != nil {
+		select {
+		case a.slots <- struct{}{}:
+		default:
+			return false
+		}
+	}
+	if !a.startOnLoop(newLoopConn(c)) {
+		loop.Reset(c.FD)
+	}
+	return true
+}
+
+func newLoopConn(c loop.Accepted) *loopConn { return &loopConn{heldConn{c.Local, c.Remote}, c} }
+
+func (l *loopListener) Accept() (net.Conn, error) {
+	c, err := l.bare.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return newLoopConn(c), nil
+}
+
+func (l *loopListener) Close() error {
+	err := l.TCPListener.Close()
+	l.bare.Close()
+	return err
+}
+
+// startOnLoop serves c, for which there is a slot, on a loop. It returns false if the app is
+// stopping; then c is still the caller's, and the slot is free.
+func (a *LBProxyApp) startOnLoop(c *loopConn) bool {
+	s := a.begin(context.Background(), &Conn{Client: &c.heldConn})
+	s.accepted, s.client, s.state = true, s.raw, ConnDialing
+	if !a.enter(s) {
+		a.freeSlot()
+		return false
+	}
+	s.conn.mu.Lock()
+	cause := s.conn.cause
+	if cause == nil {
+		s.loop = loop.NewSession(c.accepted.FD, (*onLoop)(s))
+		c.accepted.Start(s.loop)
+	}
+	s.conn.mu.Unlock()
+	if cause != nil {
+		loop.Reset(c.accepted.FD)
+		s.outcome.Err = cause
+		go s.finishOnLoop()
+	}
+	return true
+}
+
+// onLoop is a session while it is on a loop: its loop.Handler.
+type onLoop session
+
+// dialing is what a session on a loop knows of the upstream that it dials.
+type dialing struct {
+	resolving sync.WaitGroup   // the goroutine that sets addrs and err
+	addrs     []netip.AddrPort // to be dialed, one after the other
+	err       error            // the first that was met
+	late      time.Time        // when DialTimeout ends
+	unwatch   func() bool      // ends the wait for the upstream to be found down; nil: none
+}
+
+// Next implements loop.Handler.
+func (o *onLoop) Next(failed error) (loop.Target, error) {
+	s := (*session)(o)
+	if s.finding == nil {
+		s.finding = new(finding)
+	}
+	f := s.finding
+	f.endWatch()
+	if failed != nil {
+		f.dialFailed(failed)
+	}
+	if f.pick.u != nil && len(f.addrs) == 0 {
+		v, err := f.pick.judge(f.err)
+		if v == fails && s.over() {
+			v = unknown
+		}
+		changed := s.app.balancer.settle(f.pick.u, v, err, time.Now())
+		if !s.next(f, changed, err) {
+			return loop.Target{}, s.conn.decide(f.ending())
+		}
+	}
+	if f.pick.u == nil {
+		if !s.choose(f) {
+			return loop.Target{}, s.conn.decide(f.ending())
+		}
+		if err := o.resolve(f); err != nil {
+			return loop.Target{}, err
+		}
+	}
+	if lost := f.pick.lost; lost != nil {
+		dial := s.loop.Dials() + 1
+		f.unwatch = context.AfterFunc(lost, func() { s.loop.CancelDial(dial, context.Canceled) })
+	}
+	return loop.Target{Addr: f.addrs[0], Timeout: f.timeout()}, nil
+}
+
+// resolve finds the addresses of a new pick. If there is a name to look up it returns ErrWait.
+func (o *onLoop) resolve(f *finding) error {
+	s, conf := (*session)(o), f.pick.conf
+	f.addrs, f.err, f.late = nil, nil, time.Now().Add(s.app.opts.DialTimeout)
+	if conf.TLS != nil {
+		return loop.ErrLeave
+	}
+	addr, err := netip.ParseAddrPort(conf.Addr)
+	switch {
+	case err != nil:
+		f.resolving.Go(func() { s.lookup(f) })
+		return loop.ErrWait
+	case addr.Addr().Zone() != "":
+		return loop.ErrLeave
+	}
+	f.addrs = []netip.AddrPort{addr}
+	return nil
+}
+
+// lookup resolves the name of f's pick, and has the loop go on.
+func (s *session) lookup(f *finding) {
+	ctx, cancel := s.dialContext()
+	defer cancel()
+	if f.pick.lost != nil {
+		defer context.AfterFunc(f.pick.lost, cancel)()
+	}
+	f.addrs, f.err = lookup(ctx, f.pick.conf.Addr)
+	s.loop.Resume()
+}
+
+func lookup(ctx context.Context, addr string) (addrs []netip.AddrPort, err error) {
+	defer func() {
+		if err != nil {
+			err = &net.OpError{Op: "dial", Net: "tcp", Err: err}
+		}
+	}()
+	host, service, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	port, err := net.DefaultResolver.LookupPort(ctx, "tcp", service)
+	if err != nil {
+		return nil, err
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	for _, ip := range ips {
+		addrs = append(addrs, netip.AddrPortFrom(ip.Unmap().WithZone(""), uint16(port)))
+	}
+	return addrs, err
+}
+
+// dialFailed notes that the dial of the first address has failed.
+func (f *finding) dialFailed(err error) {
+	if f.err == nil {
+		addr := net.TCPAddrFromAddrPort(f.addrs[0])
+		f.err = &net.OpError{Op: "dial", Net: "tcp", Addr: addr, Err: err}
+	}
+	f.addrs = f.addrs[1:]
+	if !time.Now().Before(f.late) || f.pick.lost != nil && f.pick.lost.Err() != nil {
+		f.addrs = nil
+	}
+}
+
+// timeout is how long the next address may take: its share of the time that is left, but 2 seconds
+// if there are as many, as net has it.
+func (f *finding) timeout() time.Duration {
+	left := time.Until(f.late)
+	return max(left/time.Duration(len(f.addrs)), min(left, 2*time.Second))
+}
+
+func (f *finding) endWatch() {
+	if f.unwatch != nil {
+		f.unwatch()
+		f.unwatch = nil
+	}
+}
+
+// Header implements loop.Handler.
+func (o *onLoop) Header() []byte {
+	version := o.finding.pick.conf.ProxyProtocol
+	if version == 0 {
+		return nil
+	}
+	return proxyHeader(version, o.conn)
+}
+
+// Connected implements loop.Handler.
+func (o *onLoop) Connected() {
+	s, f := (*session)(o), o.finding
+	f.endWatch()
+	s.connected(f.pick, s.app.balancer.settle(f.pick.u, works, nil, time.Now()))
+	s.finding = nil
+}
+
+// Moved implements loop.Handler.
+func (o *onLoop) Moved(d relay.Direction, n int) {
+	if d == relay.Upload {
+		o.upstream.sent.Add(uint64(n))
+	} else {
+		o.upstream.received.Add(uint64(n))
+	}
+}
+
+// Leave implements loop.Handler.
+func (o *onLoop) Leave(client, server int) { go (*session)(o).goOn(client, server) }
+
+// goOn serves a session that has left its loop, with a server unless that is negative.
+func (s *session) goOn(client, server int) {
+	defer s.logPanic()
+	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
+	defer func() {
+		if e != nil {
+			s.outcome.Sent, s.outcome.Received = s.loop.Counts()
+			s.giveUp(e)
+		}
+	}()
+	c := relay.NewFileConn(client, s.raw.LocalAddr(), s.raw.RemoteAddr())
+	s.raw, s.client = c, c
+	if server < 0 {
+		e = s.join(0, 0, false)
+		return
+	}
+	up := relay.NewFileConn(server, nil, nil)
+	if e = s.startRelay(0); e != nil {
+		relay.Reset(up)
+		s.outcome.Connected = true
+		return
+	}
+	s.relay.Connect(up)
+}
+
+// Done implements loop.Handler.
+func (o *onLoop) Done(outcome relay.Outcome) {
+	s := (*session)(o)
+	s.outcome = outcome
+	if s.finding == nil && s.unlost == nil && s.app.opts.OnDone == nil {
+		s.finishOnLoop() // there is no hook, and nothing to wait for
+	} else {
+		go s.finishOnLoop()
+	}
+}
+
+// finishOnLoop ends a session whose loop has closed it.
+func (s *session) finishOnLoop() {
+	defer s.logPanic()
+	if f := s.finding; f != nil {
+		s.stop(s.outcome.Err) // ends the lookup
+		f.resolving.Wait()
+		f.endWatch()
+		if f.pick.u != nil {
+			s.app.balancer.settle(f.pick.u, unknown, nil, time.Now())
+		}
+		s.finding = nil
+	}
+	s.finish()
+}
