@@ -92,6 +92,7 @@ type config struct {
 
 	dial, fail, idle, check time.Duration
 	maxConns                int
+	loops                   bool
 
 	admin    string          // the address of the status page; empty: none
 	recorder *admin.Recorder // nil without admin
@@ -116,6 +117,8 @@ const usage = `usage: basic -listen ADDR -upstream ADDR[,weight=N] [-upstream ..
                           twice this time that it is gone (default: never)
   -admin ADDR             serve a status page and metrics at a loopback
                           address, such as 127.0.0.1:9090 (default: nowhere)
+  -loops                  run connections on event loops: experimental, Linux
+                          only, and without the limits below
   -v                      log every connection
 
 What each client address may do, without limit by default:
@@ -144,6 +147,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.Func("check", "", number(&c.check, time.ParseDuration,
 		"want a duration such as 1s, or 0 for never"))
 	f.Func("admin", "", c.setAdmin)
+	f.BoolFunc("loops", "", onOff(&c.loops))
 	f.BoolFunc("v", "", c.setVerbose)
 	l := &c.limits
 	f.Func("rate", "", number(&l.rate, parseRate,
@@ -220,14 +224,23 @@ func (c *config) setAdmin(s string) error {
 }
 
 func (c *config) setVerbose(s string) error {
-	on, err := strconv.ParseBool(s)
-	if err != nil {
-		return errors.New("want true or false, or nothing")
+	var on bool
+	if err := onOff(&on)(s); err != nil {
+		return err
 	}
 	if on {
 		c.level = slog.LevelDebug
 	}
 	return nil
+}
+
+func onOff(p *bool) func(string) error {
+	return func(s string) (err error) {
+		if *p, err = strconv.ParseBool(s); err != nil {
+			return errors.New("want true or false, or nothing")
+		}
+		return nil
+	}
 }
 
 // number returns a function that sets p to the value of a flag, which must not be negative.

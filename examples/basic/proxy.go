@@ -30,6 +30,7 @@ func newApp(conf config, log *slog.Logger) (*lbproxy.LBProxyApp, error) {
 func (c config) options() *lbproxy.Options {
 	opts := &lbproxy.Options{
 		MaxConns: c.maxConns, DialTimeout: c.dial, FailTimeout: c.fail, IdleTimeout: c.idle,
+		Loops: c.loops,
 	}
 	if c.idle == 0 {
 		opts.IdleTimeout = -1 // never; 0 would mean the default

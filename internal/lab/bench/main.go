@@ -165,6 +165,9 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 // peers are all there are, own first.
 func (b *bench) peers(own peer) []peer {
 	peers := []peer{own}
+	if runtime.GOOS == "linux" && !b.mtls {
+		peers = append(peers, onLoops(own))
+	}
 	add := func(p peer, err error) {
 		if err != nil {
 			b.note("%v", err)
@@ -173,7 +176,7 @@ func (b *bench) peers(own peer) []peer {
 		}
 	}
 	add(haproxy("haproxy", ""))
-	if len(peers) > 1 && !b.mtls { // which cannot be spliced
+	if peers[len(peers)-1].name == "haproxy" && !b.mtls { // TLS cannot be spliced
 		add(haproxy("haproxy, splice", "option splice-request\n\toption splice-response"))
 	}
 	add(nginx())

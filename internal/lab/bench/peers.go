@@ -78,6 +78,14 @@ func (b *bench) build(ctx context.Context) (peer, error) {
 	}}, nil
 }
 
+// onLoops is own with event loops.
+func onLoops(own peer) peer {
+	return peer{name: own.name + ", loops", command: func(c conf) ([]string, error) {
+		argv, err := own.command(c)
+		return append(argv, "-loops"), err
+	}}
+}
+
 func mtlsserver(program string, c conf) ([]string, error) {
 	text, err := os.ReadFile(filepath.Join(c.certs, "config.json"))
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -100,6 +101,7 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 				DialTimeout: dialTimeout}},
 		{"kill", r.mortal, lbproxy.Options{FailTimeout: 20 * time.Millisecond}},
 	} {
+		app.opts.Loops = useLoops
 		app.opts.Logger, app.opts.OnDone = slog.New(panicLog{r}), f.done
 		if app.opts.DialTimeout == 0 {
 			app.opts.DialTimeout = giveUp
@@ -109,16 +111,32 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		proxytest.Must(t, err)
 		f.apps[app.id], f.addrs[app.id] = a, l.Addr().String()
-		if app.id == "web" {
+		admit := f.admit
+		switch {
+		case useLoops && app.id != "limits" && app.opts.DialContext == nil:
+			admit = nil
+		case app.id == "web":
 			l = &flakyListener{Listener: l, run: r}
 		}
 		f.serving.Go(func() {
-			if err := a.Serve(l, f.admit); !errors.Is(err, lbproxy.ErrAppClosed) {
+			if err := a.Serve(l, admit); !errors.Is(err, lbproxy.ErrAppClosed) {
 				r.fail("app %s: Serve returned %v", app.id, err)
 			}
 		})
 	}
 	return f
+}
+
+// useLoops has the plain connections run on event loops, which no AdmitFunc can see.
+var useLoops = os.Getenv("LBPROXY_LOOPS") != ""
+
+// abort aborts a connection that admit has not seen.
+func (f *plainFront) abort(c *conn, cause error) {
+	for conn := range f.apps[c.app].Conns() {
+		if id, ok := idOf(conn.Client.RemoteAddr()); ok && id == c.id {
+			conn.Abort(cause)
+		}
+	}
 }
 
 func (f *plainFront) upstreams(servers []*server) (all []lbproxy.Upstream) {
@@ -176,7 +194,9 @@ func (f *plainFront) admit(_ context.Context, conn *lbproxy.Conn) error {
 	if c == nil {
 		return fmt.Errorf("soak: nobody connects from %v", conn.Client.RemoteAddr())
 	}
-	c.abort = conn.Abort
+	if !useLoops {
+		c.abort = conn.Abort
+	}
 	conn.ClientID, conn.Value = fmt.Sprint(id%64), c
 	switch {
 	case c.kind == overLimit:

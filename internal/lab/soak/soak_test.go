@@ -372,6 +372,8 @@ func (r *run) client(c *conn) {
 	addr := r.plain.addrs[c.app]
 	if c.mtls {
 		addr = r.mtls.addrs[c.app]
+	} else if useLoops {
+		c.abort = func(cause error) { r.plain.abort(c, cause) }
 	}
 	e := &c.up
 	dialer := net.Dialer{Deadline: c.started.Add(giveUp), LocalAddr: addrOf(c.id)}
