@@ -16,7 +16,7 @@ import (
 // childMain is the main function of a child process: it serves the given upstream until its
 // standard input ends.
 func childMain(upstream string) {
-	a, err := New("child", []Upstream{{Addr: upstream}}, &Options{Loops: useLoops})
+	a, err := New("child", []Upstream{{Addr: upstream}}, &Options{Loops: useLoops()})
 	if err != nil {
 		panic(err)
 	}

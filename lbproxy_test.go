@@ -42,7 +42,7 @@ type runner struct{ *testing.M }
 
 func (r runner) Run() int {
 	code := r.M.Run()
-	if useLoops {
+	if useLoops() {
 		printEngines()
 	}
 	return code
@@ -53,9 +53,9 @@ func (b *balancer) stats() []UpstreamStats {
 	return all
 }
 
-// useLoops has every app of newApp use event loops where it can. Then the tests say in the end how
+// useLoops says that apps of newApp use event loops where they can. Then the tests say in the end how
 // many connections each engine has served.
-var useLoops = os.Getenv("LBPROXY_LOOPS") != ""
+func useLoops() bool { return os.Getenv("LBPROXY_LOOPS") != "" }
 
 var engines struct {
 	sync.Mutex
@@ -127,14 +127,14 @@ func newAppOver(t testing.TB, opts Options, ups ...Upstream) (*LBProxyApp, <-cha
 	if opts.Logger == nil {
 		opts.Logger = quiet
 	}
-	opts.Loops = opts.Loops || useLoops
+	opts.Loops = opts.Loops || useLoops()
 	a, err := New("test", ups, &opts)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		a.Close()
-		if useLoops {
+		if useLoops() {
 			countEngines(t.Name(), a)
 		}
 	})

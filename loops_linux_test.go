@@ -100,7 +100,7 @@ func TestLoopsAreNotForOtherConnections(t *testing.T) {
 		}},
 		"off": {Options{}, nil, nil},
 	} {
-		if name == "off" && useLoops {
+		if name == "off" && useLoops() {
 			continue // newApp sets it
 		}
 		t.Run(name, func(t *testing.T) {

@@ -101,7 +101,7 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 				DialTimeout: dialTimeout}},
 		{"kill", r.mortal, lbproxy.Options{FailTimeout: 20 * time.Millisecond}},
 	} {
-		app.opts.Loops = useLoops
+		app.opts.Loops = useLoops()
 		app.opts.Logger, app.opts.OnDone = slog.New(panicLog{r}), f.done
 		if app.opts.DialTimeout == 0 {
 			app.opts.DialTimeout = giveUp
@@ -113,7 +113,7 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		f.apps[app.id], f.addrs[app.id] = a, l.Addr().String()
 		admit := f.admit
 		switch {
-		case useLoops && app.id != "limits" && app.opts.DialContext == nil:
+		case useLoops() && app.id != "limits" && app.opts.DialContext == nil:
 			admit = nil
 		case app.id == "web":
 			l = &flakyListener{Listener: l, run: r}
@@ -127,8 +127,8 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 	return f
 }
 
-// useLoops has the plain connections run on event loops, which no AdmitFunc can see.
-var useLoops = os.Getenv("LBPROXY_LOOPS") != ""
+// useLoops says that the plain connections run on event loops, which no AdmitFunc can see.
+func useLoops() bool { return os.Getenv("LBPROXY_LOOPS") != "" }
 
 // abort aborts a connection that admit has not seen.
 func (f *plainFront) abort(c *conn, cause error) {
@@ -194,7 +194,7 @@ func (f *plainFront) admit(_ context.Context, conn *lbproxy.Conn) error {
 	if c == nil {
 		return fmt.Errorf("soak: nobody connects from %v", conn.Client.RemoteAddr())
 	}
-	if !useLoops {
+	if !useLoops() {
 		c.abort = conn.Abort
 	}
 	conn.ClientID, conn.Value = fmt.Sprint(id%64), c

@@ -372,7 +372,7 @@ func (r *run) client(c *conn) {
 	addr := r.plain.addrs[c.app]
 	if c.mtls {
 		addr = r.mtls.addrs[c.app]
-	} else if useLoops {
+	} else if useLoops() {
 		c.abort = func(cause error) { r.plain.abort(c, cause) }
 	}
 	e := &c.up
