@@ -224,6 +224,7 @@ type Result struct {
 	App, ClientID    string
 	Client, Upstream string        // addresses: the client's, and the upstream's Addr (empty if none was reached)
 	Attempts         int           // dials tried
+	DialTime         time.Duration // of the one that succeeded, with PROXY header and TLS; 0: none did
 	Start            time.Time     // when it was accepted or given to ServeConn
 	Duration         time.Duration // since Start, so with Serve the time in admit is in it
 	Sent, Received   int64         // bytes client to upstream, upstream to client

@@ -128,6 +128,32 @@ func TestBlackHoleCostsOneDialTimeout(t *testing.T) {
 	})
 }
 
+func TestDialTimeIsOfTheDialThatSucceeded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _ := newApp(t, Options{
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				if addr == "bad:1" {
+					time.Sleep(time.Second)
+					return nil, errors.New("no")
+				}
+				time.Sleep(2 * time.Second)
+				return dialFake(echoFake)(ctx, network, addr)
+			},
+		}, "bad:1", "good:1")
+		c := serveFake(t.Context(), a, &Conn{})
+		ping(t, c)
+		c.Close()
+		if r := <-c.result; r.Attempts != 2 || r.DialTime != 2*time.Second {
+			t.Errorf("%+v", r)
+		}
+		a.SetUpstreams([]Upstream{{Addr: "bad:1"}})
+		c = serveFake(t.Context(), a, &Conn{})
+		if r := <-c.result; r.End != EndDialFailed || r.DialTime != 0 {
+			t.Errorf("none succeeded: %+v", r)
+		}
+	})
+}
+
 func TestDefaultDialTimeoutAndFailTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _ := newApp(t, Options{

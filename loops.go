@@ -277,7 +277,7 @@ func (o *onLoop) Header() []byte {
 func (o *onLoop) Connected() {
 	s, f := (*session)(o), o.finding
 	f.endWatch()
-	s.connected(f.pick, s.app.balancer.settle(f.pick.u, works, nil, time.Now()))
+	s.connected(f, s.app.balancer.settle(f.pick.u, works, nil, time.Now()))
 	s.finding = nil
 }
 

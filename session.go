@@ -35,7 +35,8 @@ type session struct {
 	unlost   func()    // ends what CloseOnDown waits for; nil: nothing
 	opened   bool      // the RateLimit is owed an EventClose
 	attempts int
-	keep     bool // client outlives the relay, for OnRefused
+	dialTime time.Duration // of the attempt that succeeded
+	keep     bool          // client outlives the relay, for OnRefused
 	outcome  relay.Outcome
 	done     chan struct{} // closed by Done where a goroutine waits to finish the session
 	result   *Result       // set by settle: before that it would only take room
@@ -290,9 +291,10 @@ func (s *session) giveUp(e *ending) {
 // finding is a session's search for an upstream that answers.
 type finding struct {
 	search search
-	pick   pick    // the upstream that is being tried; the zero pick: none
-	errs   []error // of those that were
-	none   error   // why there is no other
+	pick   pick      // the upstream that is being tried; the zero pick: none
+	began  time.Time // to try it
+	errs   []error   // of those that were
+	none   error     // why there is no other
 
 	dialing // for a session on a loop
 }
@@ -307,7 +309,7 @@ func (s *session) connect() (net.Conn, *ending) {
 	for f.pick.u != nil || s.choose(f) {
 		server, changed, err := s.try(f.pick)
 		if err == nil {
-			s.connected(f.pick, changed)
+			s.connected(f, changed)
 			return server, nil
 		}
 		if !s.next(f, changed, err) {
@@ -322,7 +324,8 @@ func (s *session) choose(f *finding) bool {
 	if s.over() {
 		return false
 	}
-	f.pick, f.none = s.app.balancer.acquire(&f.search, time.Now())
+	f.began = time.Now()
+	f.pick, f.none = s.app.balancer.acquire(&f.search, f.began)
 	if f.none != nil {
 		return false
 	}
@@ -332,8 +335,10 @@ func (s *session) choose(f *finding) bool {
 	return true
 }
 
-// connected notes that p has answered, which is news if changed is set.
-func (s *session) connected(p pick, changed bool) {
+// connected notes that the pick of f has answered, which is news if changed is set.
+func (s *session) connected(f *finding, changed bool) {
+	p := f.pick
+	s.dialTime = time.Since(f.began)
 	s.setState(ConnOpen, p.conf.Addr)
 	if changed {
 		s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
@@ -526,7 +531,7 @@ func (s *session) settle() {
 	c.session = nil
 	c.mu.Unlock()
 	s.result = &Result{
-		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: s.attempts,
+		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: s.attempts, DialTime: s.dialTime,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
 		End: end, Err: err,
 	}

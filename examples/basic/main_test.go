@@ -459,7 +459,7 @@ func TestStatusPage(t *testing.T) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	for path, want := range map[string]string{
 		"":        `<dt>Accepted</dt><dd><data value="2">`,
-		"metrics": `lbproxy_dial_duration_seconds_count{app="basic"} 2`,
+		"metrics": `lbproxy_accepted_connections_total{app="basic"} 2`,
 	} {
 		answer, err := client.Get(url + path)
 		proxytest.Must(t, err)

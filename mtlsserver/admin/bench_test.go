@@ -99,40 +99,18 @@ func BenchmarkConnection(b *testing.B) {
 }
 
 func BenchmarkRecord(b *testing.B) {
-	opts := new(admin.Recorder).Record("web", &lbproxy.Options{
-		DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, nil },
-	})
-	ctx := context.Background()
+	opts := new(admin.Recorder).Record("web", nil)
 	for b.Loop() {
-		_, _ = opts.DialContext(ctx, "tcp", "")
-		opts.OnDone(lbproxy.Result{Duration: time.Second})
+		opts.OnDone(lbproxy.Result{Duration: time.Second, DialTime: time.Millisecond})
 	}
 }
 
-// The bounds are ten times what is promised: tests of other packages run at the same time.
-func TestPagesOfManyAreQuick(t *testing.T) {
+// However much there is to show, a page is one page: BenchmarkStatusPage… and its like measure them.
+func TestPagesOfManyAreBounded(t *testing.T) {
 	h := admin.Handler(listOf(crowd(t, 500, 10_000)), &admin.Options{Info: fullInfo("alice")})
-	large := admin.Handler(listOf(newApp(t, "web", nil, addrs(10_000)...)), nil)
-	for _, row := range []struct {
-		name string
-		most time.Duration
-		do   func() string
-	}{
-		{"/", 500 * time.Millisecond, func() string { return get(t, h, "/") }},
-		{"/conns", 500 * time.Millisecond, func() string { return get(t, h, "/conns") }},
-		{"/metrics", time.Second, func() string { return get(t, large, "/metrics") }},
-	} {
-		best, size := time.Hour, 0
-		for range 3 {
-			began := time.Now()
-			size = len(row.do())
-			best = min(best, time.Since(began))
-		}
-		if best > row.most && !proxytest.Race {
-			t.Errorf("%s took %v, want at most %v", row.name, best, row.most)
-		}
-		if row.name != "/metrics" && size > 200<<10 {
-			t.Errorf("%s has %d bytes: it is to be paged", row.name, size)
+	for _, path := range []string{"/", "/conns"} {
+		if size := len(get(t, h, path)); size > 200<<10 {
+			t.Errorf("%s has %d bytes, want at most 200 KiB", path, size)
 		}
 	}
 }

@@ -1,8 +1,6 @@
 package admin
 
 import (
-	"context"
-	"net"
 	"sync/atomic"
 	"time"
 
@@ -43,28 +41,19 @@ func (h *histogram) observe(d time.Duration, bounds []time.Duration) {
 // Record changes the options of the app that is to have an id, so that r hears how long its dials
 // and connections last. It returns them; nil stands for the zero Options.
 //
-// Dials that succeed are counted, without a PROXY header and TLS handshake. With Record the app has
-// an Options.DialContext, which if there was none is that of a zero net.Dialer.
+// Both are counted when the connection is over.
 func (r *Recorder) Record(id string, opts *lbproxy.Options) *lbproxy.Options {
 	if opts == nil {
 		opts = &lbproxy.Options{}
 	}
 	v, _ := r.times.LoadOrStore(id, &times{})
 	t := v.(*times)
-	dial, done := opts.DialContext, opts.OnDone
-	if dial == nil {
-		dial = new(net.Dialer).DialContext
-	}
-	opts.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		began := time.Now()
-		c, err := dial(ctx, network, addr)
-		if err == nil && lbproxy.ConnFromContext(ctx) != nil { // not a health check
-			t.dials.observe(time.Since(began), dialBounds[:])
-		}
-		return c, err
-	}
+	done := opts.OnDone
 	opts.OnDone = func(result lbproxy.Result) {
 		t.conns.observe(result.Duration, connBounds[:])
+		if result.DialTime > 0 {
+			t.dials.observe(result.DialTime, dialBounds[:])
+		}
 		if done != nil {
 			done(result)
 		}
