@@ -275,7 +275,7 @@ func (l *loop) register(s *Session, i int) error {
 		l.lastGen++ // 0 is for sides that expect none
 	}
 	c.gen = l.lastGen
-	const edges = -syscall.EPOLLET // EPOLLET is 1<<31, as an int32
+	const edges = 1 << 31 // EPOLLET, which syscall has as an int32 on some machines
 	const events = syscall.EPOLLIN | syscall.EPOLLPRI | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edges
 	ev := syscall.EpollEvent{Events: events, Fd: s.slot<<1 | int32(i), Pad: int32(c.gen)}
 	err := syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, int(c.fd), &ev)
