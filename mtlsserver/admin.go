@@ -167,6 +167,9 @@ func (s *Server) adminInfo() (info admin.Info) {
 	default:
 		info.NotReady = "not running yet"
 	}
+	if s.sections != nil {
+		info.Sections = s.sections()
+	}
 	info.Refused = map[string]uint64{}
 	s.liveMu.Lock()
 	for reason, n := range s.denied {

@@ -50,6 +50,10 @@ type Options struct {
 	// Reload is called when an administrator asks for a reload (see Config.Admin). It should call
 	// Server.Reload with a new Config. If it is nil, administrators cannot reload.
 	Reload func() (Changes, error)
+
+	// Sections returns what administrators see besides: on the status page, in /api/stats and as
+	// metrics. It is called for each request and must not wait. nil means nothing.
+	Sections func() []admin.Section
 }
 
 // A Server authenticates the clients of its apps by certificate and forwards those that may reach
@@ -60,6 +64,7 @@ type Server struct {
 	refusals refusals
 	users    Users // of Options; may be nil
 	onReload func() (Changes, error)
+	sections func() []admin.Section
 	recorder admin.Recorder
 	limits   limits
 	bind     func(app, addr string) (net.Listener, error)
@@ -98,6 +103,7 @@ func New(c *Config, opts *Options) (*Server, error) {
 		refusals: refusals{most: cmp.Or(opts.RefusalLines, 10), seconds: map[Reason]*second{}},
 		users:    opts.Users,
 		onReload: opts.Reload,
+		sections: opts.Sections,
 		limits:   limits{make: opts.NewLimit, kept: map[limitKey]*keptLimit{}},
 		running:  make(chan struct{}),
 		proxies:  map[*proxy]struct{}{},

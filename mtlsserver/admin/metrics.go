@@ -167,6 +167,20 @@ func (t *exposition) info(info Info) {
 	for _, file := range sorted(ends) {
 		t.add(uint64(max(ends[file].Unix(), 0)), "file", file)
 	}
+	for _, section := range info.Sections {
+		for _, fact := range section.Facts {
+			if fact.Metric == "" {
+				continue
+			}
+			kind := "gauge"
+			if strings.HasSuffix(fact.Metric, "_total") {
+				kind = "counter"
+			}
+			t.family(fact.Metric, kind, fact.Help)
+			t.text = append(append(t.text, fact.Metric...), ' ')
+			t.text = append(strconv.AppendFloat(t.text, fact.Number, 'g', -1, 64), '\n')
+		}
+	}
 }
 
 // An exposition is a text of metrics.

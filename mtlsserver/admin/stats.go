@@ -67,6 +67,25 @@ type Info struct {
 	Refused      map[string]uint64 `json:"refused,omitempty"`  // clients, by reason
 	Users        []User            `json:"users,omitempty"`    // who have connections open
 	Certificates []Certificate     `json:"certificates,omitempty"`
+	Sections     []Section         `json:"sections,omitempty"`
+}
+
+// A Section has facts that only the program knows, such as the state of a store that it uses.
+type Section struct {
+	Title string `json:"title"`
+	Facts []Fact `json:"facts"`
+}
+
+// A Fact is a line of a Section, and may be a metric: a counter if its name ends in _total, else a
+// gauge.
+type Fact struct {
+	Name  string `json:"name"`
+	Value string `json:"value"` // as a person reads it; empty: the line is a metric only
+	Bad   bool   `json:"bad,omitempty"`
+
+	Metric string  `json:"metric,omitempty"` // its name; empty: none
+	Help   string  `json:"-"`
+	Number float64 `json:"number,omitempty"` // its value
 }
 
 // A User has connections open to an app.

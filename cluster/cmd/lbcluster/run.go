@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
@@ -34,6 +35,8 @@ type runner struct {
 	log    *slog.Logger
 	store  *cluster.Store
 	policy cluster.Outage
+	watch  atomic.Pointer[cluster.Watch]  // nil until the first configuration runs
+	member atomic.Pointer[cluster.Member] // nil until it has joined
 
 	mu      sync.Mutex // held while a configuration is applied
 	server  *mtlsserver.Server
@@ -90,6 +93,7 @@ func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
 	}
 	defer watch.Stop()
 	defer r.server.Close()
+	r.watch.Store(watch)
 	member, err := s.Join(cluster.Self{
 		ID: cmp.Or(r.id, hostID()), Addr: r.advertise, Capacity: r.capacity, Version: version(),
 		Ports: r.ports, Apps: r.apps, Config: watch.Running,
@@ -98,6 +102,7 @@ func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
 		return err
 	}
 	defer member.Leave()
+	r.member.Store(member)
 	fmt.Fprintf(r.stdout, "proxy %s:\n", member.Place().ID)
 	for app, addr := range r.server.Addrs() {
 		fmt.Fprintf(r.stdout, "app %q listens on %v\n", app, addr)
@@ -178,7 +183,9 @@ func (r *runner) load(c cluster.Config) error {
 	}
 	adapt(conf, r.host, r.sharing)
 	if r.server == nil {
-		r.server, err = mtlsserver.New(conf, &mtlsserver.Options{Logger: r.log, NewLimit: r.limit})
+		r.server, err = mtlsserver.New(conf, &mtlsserver.Options{
+			Logger: r.log, NewLimit: r.limit, Sections: r.sections,
+		})
 		return err
 	}
 	_, err = r.server.Reload(conf)
