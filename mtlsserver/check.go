@@ -241,6 +241,7 @@ func (r *report) cas() (cas []*x509.Certificate) {
 	if len(files) == 0 {
 		r.add("tls.ca", "missing: name its file")
 	}
+	byKey := map[string]string{} // their files
 	for i, file := range files {
 		key := "tls.ca"
 		if at := fmt.Sprintf("tls.ca[%d]", i); len(files) > 1 || r.config.doc.Has(at) {
@@ -250,10 +251,10 @@ func (r *report) cas() (cas []*x509.Certificate) {
 		if ca == nil {
 			continue
 		}
-		sameKey := func(other *x509.Certificate) bool { return KeyID(other) == KeyID(ca) }
-		if same := slices.IndexFunc(cas, sameKey); same >= 0 {
-			r.add(key, "%q: has the key of %q: keep one of the two", file, files[same])
+		if other, ok := byKey[KeyID(ca)]; ok {
+			r.add(key, "%q: has the key of %q: keep one of the two", file, other)
 		}
+		byKey[KeyID(ca)] = file
 		cas = append(cas, ca)
 	}
 	return cas
