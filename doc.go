@@ -72,7 +72,8 @@
 // documentation says so. Functions return errors and do not log them. Serve, whose connections have
 // no caller, logs a line for each to [Options].Logger and passes its [Result] to [Options].OnDone.
 //
-// No lock, place or descriptor waits for a hook or a log line.
+// No hook runs under a lock. An OnDone or a log that blocks holds no slot of [Options].MaxConns and
+// no descriptor.
 //
 // # On Linux
 //

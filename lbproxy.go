@@ -84,11 +84,11 @@ type Options struct {
 	// each listener may hold one more. 0 means no bound.
 	MaxConns int
 
-	// Loops makes Serve run plain TCP on event loops, one for each processor (GOMAXPROCS): short
-	// connections cost about half, idle ones a small part of the memory. It holds for a
-	// *net.TCPListener without an AdmitFunc and without Options.DialContext, and not for upstreams
-	// with TLS; other connections run on goroutines as ever. Connections that move bulk leave their
-	// loop for goroutines. It is experimental, for Linux only, and ignored elsewhere.
+	// Loops makes Serve run plain TCP on event loops, one for each processor (GOMAXPROCS). A short
+	// connection then takes about two thirds of the CPU, an idle one a small part of the memory.
+	// Loops apply to a *net.TCPListener without an AdmitFunc and without Options.DialContext, and
+	// not to upstreams with TLS; other connections run on goroutines. Connections that move bulk
+	// leave their loop for goroutines. Loops are experimental, for Linux only, and ignored elsewhere.
 	Loops bool
 
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was
