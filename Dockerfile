@@ -5,8 +5,9 @@
 #   docker run -v ./lb:/etc/mtlsserver -p 9443:9443 mtlsserver
 #
 # /etc/mtlsserver and its files must be user 65532's, as the admin's socket is made there; without
-# an admin the folder may be read-only. The listen addresses of config.json must be such as ":9443". The server is process 1: SIGTERM (docker stop -t 45) begins a drain,
-# SIGHUP (docker kill -s HUP) a reload. It starts no process, so there is none to wait for.
+# an admin the folder may be read-only. An app's listen must not be a loopback address: use ":9443".
+# The server is process 1: SIGTERM (docker stop -t 45) begins a drain, SIGHUP (docker kill -s HUP) a
+# reload. It starts no process, so there is none to wait for.
 FROM golang:1.26 AS build
 WORKDIR /src
 COPY . .

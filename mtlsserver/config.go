@@ -155,11 +155,11 @@ type Handshake struct {
 // Admin says where package admin serves its page, metrics and API. It serves before the apps do,
 // and until the last connection has ended.
 type Admin struct {
-	Listen string `json:"listen,omitzero"` // "127.0.0.1:9090", read-only; empty means none
+	Listen string `json:"listen,omitzero"` // "127.0.0.1:9090", see Token; empty means none
 	Socket string `json:"socket,omitzero"` // a Unix socket, read and write; empty means none
 
 	// Token names a file that others cannot read. It holds 16 characters or more; a request to
-	// Listen with that bearer token may change things. Empty means that no request may.
+	// Listen with that bearer token may change things. Empty means that no request to Listen may.
 	Token string `json:"token,omitzero"`
 
 	// Hosts are host names that requests to Listen may have, besides localhost and IP addresses.
