@@ -68,8 +68,8 @@ type Options struct {
 	// judged by its dials.
 	HealthCheck *HealthCheck
 
-	// OnUpstream is called for every change of an upstream, also of the set that SetUpstreams gives;
-	// not for the upstreams that New is given. One goroutine for the app calls it, in the order of
+	// OnUpstream is called for every change of an upstream. One that SetUpstreams adds or removes
+	// counts; those that New is given do not. One goroutine for the app calls it, in the order of
 	// the changes. While it runs, changes of one upstream are merged into the newest, so that at
 	// most one for each waits. It may block, and call the app: nothing waits for it, neither
 	// Shutdown nor Close. A panic is logged. nil means no call.

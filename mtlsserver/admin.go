@@ -132,7 +132,8 @@ func (s *Server) adminHandler(c *Config, m *materials) http.Handler {
 	return admin.Handler(s.currentApps, opts)
 }
 
-// AdminAddr returns where Config.Admin.Listen is; nil if it is nowhere.
+// AdminAddr returns the address that the server listens on for Config.Admin.Listen, or nil if there
+// is none.
 func (s *Server) AdminAddr() net.Addr {
 	for _, a := range s.current.Load().admins {
 		if a.Addr() != nil {

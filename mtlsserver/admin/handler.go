@@ -34,12 +34,13 @@ type Options struct {
 	// mtlsserver. nil means nothing.
 	Info func() Info
 
-	// Drain keeps new connections from an upstream, or ends that. Its error is told to who asked:
-	// one that is ErrNotFound is a 404. nil means that this is not offered.
+	// Drain keeps new connections from an upstream if drain is true, and lets it have them again if
+	// not. Its error is the answer to the request; ErrNotFound makes that a 404. nil means that
+	// draining is not offered.
 	Drain func(app, upstream string, drain bool) error
 
-	// Reload reloads the configuration. What it returns is answered in JSON, or its error. nil
-	// means that this is not offered.
+	// Reload reloads the configuration. The answer is what it returns, in JSON, or its error. nil
+	// means that reloading is not offered.
 	Reload func() (any, error)
 
 	// Logger gets a line for each change, also one that is refused, on a goroutine of its own.
