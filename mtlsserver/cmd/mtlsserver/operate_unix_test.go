@@ -403,9 +403,6 @@ func TestOperateHasEveryLineOfTheLog(t *testing.T) {
 	want = append(want, literals(t, `text :?= "(certificate [^"]+)"`, "mtlsserver")...)
 	want = append(want, literals(t, `logger\(&b\)\.Error\("([^"]+)"`, "mtlsserver/cmd/mtlsserver")...)
 	want = append(want, literals(t, `h\.log\(r, level, "([^"]+)"`, "mtlsserver/admin")...)
-	want = slices.DeleteFunc(want, func(line string) bool { // mtlsserver does not ask for them
-		return line == "lbproxy: no event loops: connections run on goroutines"
-	})
 	slices.Sort(want)
 	if got := cells(t, "## What the log's lines mean", "## Limits for the open internet"); !slices.Equal(got, want) {
 		t.Errorf("the page has\n%q, want\n%q", got, want)

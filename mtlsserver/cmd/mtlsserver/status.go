@@ -104,7 +104,9 @@ func userRows(users []admin.User) [][]string {
 func refusedRows(refused map[string]uint64) [][]string {
 	rows := [][]string{{"REFUSED", "CLIENTS"}}
 	for _, reason := range slices.Sorted(maps.Keys(refused)) {
-		rows = append(rows, []string{short(plain(reason), 40), fmt.Sprint(refused[reason])})
+		if n := refused[reason]; n > 0 {
+			rows = append(rows, []string{short(plain(reason), 40), fmt.Sprint(n)})
+		}
 	}
 	return rows
 }

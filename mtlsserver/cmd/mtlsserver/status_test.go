@@ -58,6 +58,10 @@ func TestStatus(t *testing.T) {
 		}
 	}
 
+	if strings.Contains(said, "\nREFUSED") { // reasons that nobody was refused for are no news
+		t.Errorf("nobody was refused:\n%s", said)
+	}
+
 	// A drained upstream leaves no other. A server that drains says so, and refuses to reload.
 	replace(t, config, `"addr": "127`, `"drain": true, "addr": "127`)
 	if said := must(t, "reload", "-config", config); !has(said, "Reloaded, and ended 0 connections.\n  upstreams  ~web/127.0.0.1:") {
