@@ -173,8 +173,11 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 	if n := e.Bytes; n > 0 && m.moved.Add(n) == n {
 		m.moving()
 	}
-	bytes := int64(float64(e.Bytes) / share)
-	d := m.pace.Report(ctx, lbproxy.Event{Kind: e.Kind, Bytes: bytes})
+	if share == 1 {
+		return m.pace.Report(ctx, e)
+	}
+	e.Bytes = int64(float64(e.Bytes) / share)
+	d := m.pace.Report(ctx, e)
 	d.Chunk = max(int(float64(d.Chunk)*share), 512)
 	return d
 }
