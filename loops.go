@@ -299,6 +299,7 @@ func (s *session) goOn(client, server int) {
 	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
 	defer func() {
 		if e != nil {
+			s.endFinding()
 			s.outcome.Sent, s.outcome.Received = s.loop.Counts()
 			s.giveUp(e)
 		}
@@ -332,14 +333,23 @@ func (o *onLoop) Done(outcome relay.Outcome) {
 // finishOnLoop ends a session whose loop has closed it.
 func (s *session) finishOnLoop() {
 	defer s.logPanic()
-	if f := s.finding; f != nil {
+	if s.finding != nil {
 		s.stop(s.outcome.Err) // ends the lookup
-		f.resolving.Wait()
-		f.endWatch()
-		if f.pick.u != nil {
-			s.app.balancer.settle(f.pick.u, unknown, nil, time.Now())
-		}
-		s.finding = nil
+		s.endFinding()
 	}
 	s.finish()
+}
+
+// endFinding settles what a search that nobody goes on with owes, if there is one.
+func (s *session) endFinding() {
+	f := s.finding
+	if f == nil {
+		return
+	}
+	f.resolving.Wait()
+	f.endWatch()
+	if f.pick.u != nil {
+		s.app.balancer.settle(f.pick.u, unknown, nil, time.Now())
+	}
+	s.finding = nil
 }

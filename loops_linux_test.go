@@ -661,3 +661,29 @@ func TestLoopSessionsStress(t *testing.T) {
 	}
 	wantOnLoops(t, a, int64(s.Accepted))
 }
+
+// TestAbortOnTheWayFromALoop aborts a session that has chosen an upstream with TLS, and left its
+// loop for that, but has no relay yet: the dial that it owes is settled.
+func TestAbortOnTheWayFromALoop(t *testing.T) {
+	a, results := newAppOver(t, Options{}, Upstream{Addr: "127.0.0.1:1", TLS: new(tls.Config)})
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK, 0)
+	proxytest.Must(t, err)
+	defer syscall.Close(fds[0])
+	s := a.begin(context.Background(), &Conn{Client: &heldConn{}})
+	s.client = s.raw
+	if !a.enter(s) {
+		t.Fatal("the app is stopped")
+	}
+	s.loop = loop.NewSession(fds[1], (*onLoop)(s))
+	if _, err := (*onLoop)(s).Next(nil); err != loop.ErrLeave {
+		t.Fatal(err)
+	}
+	s.conn.Abort(errors.New("aborted"))
+	s.goOn(fds[1], -1)
+	if r := result(t, results); r.End != EndCanceled {
+		t.Errorf("%+v", r)
+	}
+	if u := a.balancer.heap[0]; u.dialing != 0 || u.open != 0 {
+		t.Errorf("%d dials and %d connections are left", u.dialing, u.open)
+	}
+}
