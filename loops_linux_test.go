@@ -687,3 +687,25 @@ func TestAbortOnTheWayFromALoop(t *testing.T) {
 		t.Errorf("%d dials and %d connections are left", u.dialing, u.open)
 	}
 }
+
+// TestLoopsAcceptFromASocketThatWasMadeBlocking has somebody who shares the listener's socket,
+// as other processes may, make it block, which holds for all.
+func TestLoopsAcceptFromASocketThatWasMadeBlocking(t *testing.T) {
+	up := upstreamDoing(t, echo)
+	a, _ := newApp(t, Options{Loops: true}, up)
+	l, err := Listen("127.0.0.1:0")
+	proxytest.Must(t, err)
+	go a.Serve(l, nil)
+	addr := l.Addr().String()
+	ping(t, dial(t, addr))
+	shared, err := l.(*net.TCPListener).File()
+	proxytest.Must(t, err)
+	defer shared.Close()
+	proxytest.Must(t, syscall.SetNonblock(int(shared.Fd()), false))
+	for range 3 {
+		c := dial(t, addr)
+		c.SetDeadline(time.Now().Add(proxytest.Patience))
+		ping(t, c)
+		c.Close()
+	}
+}
