@@ -323,7 +323,9 @@ func (s *session) goOn(client, server int) {
 func (o *onLoop) Done(outcome relay.Outcome) {
 	s := (*session)(o)
 	s.outcome = outcome
-	if s.finding == nil && s.unlost == nil && s.app.opts.OnDone == nil {
+	e, _ := outcome.Err.(*ending)
+	foreign := e != nil && e.end == EndCanceled // the log asks for the text of Abort's cause
+	if s.finding == nil && s.unlost == nil && s.app.opts.OnDone == nil && !foreign {
 		s.finishOnLoop() // there is no hook, and nothing to wait for
 	} else {
 		go s.finishOnLoop()

@@ -709,3 +709,34 @@ func TestLoopsAcceptFromASocketThatWasMadeBlocking(t *testing.T) {
 		c.Close()
 	}
 }
+
+// A slowError blocks whoever asks for its text.
+type slowError chan struct{}
+
+func (e slowError) Error() string {
+	<-e
+	return "slow"
+}
+
+// TestTextOfACauseDoesNotHoldLoopsUp aborts with an error whose text the log has to wait for.
+func TestTextOfACauseDoesNotHoldLoopsUp(t *testing.T) {
+	slow := make(slowError)
+	a, err := New("test", []Upstream{{Addr: upstreamDoing(t, echo)}}, &Options{
+		Loops: true, Logger: slog.New(slog.NewTextHandler(
+			io.Discard, &slog.HandlerOptions{Level: slog.LevelDebug})),
+	})
+	proxytest.Must(t, err)
+	defer a.Close()
+	defer close(slow)
+	addr := serve(t, a, nil)
+	for range 4 {
+		ping(t, dial(t, addr))
+	}
+	for c := range a.Conns() {
+		c.Abort(slow)
+	}
+	proxytest.Eventually(t, "all are counted out", func() bool { return a.Stats().Open == 0 })
+	for range 4 {
+		ping(t, dial(t, addr))
+	}
+}
