@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -319,6 +320,48 @@ func TestUrgentByteLosesNothingElse(t *testing.T) {
 	server.Close()
 	if o := h.wait(t); o.Err != nil || o.Sent != 11 {
 		t.Errorf("%+v", o)
+	}
+}
+
+// TestUrgentByteWhileSignalsCome sends bytes behind urgent ones, while signals interrupt the reads.
+func TestUrgentByteWhileSignalsCome(t *testing.T) {
+	client, server, h := join(t, newGroup(t, relay.Config{}))
+	raw, err := client.SyscallConn()
+	proxytest.Must(t, err)
+	stop, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		signalThreads(stop)
+	}()
+	defer func() { close(stop); <-ended }()
+	b := make([]byte, 1)
+	for n := range 20_000 {
+		raw.Control(func(fd uintptr) { err = syscall.Sendto(int(fd), []byte("!"), syscall.MSG_OOB, nil) })
+		proxytest.Must(t, err)
+		client.Write([]byte("a"))
+		if _, err := io.ReadFull(server, b); err != nil {
+			t.Fatalf("byte %d: %v", n, err)
+		}
+	}
+	client.CloseWrite()
+	server.Close()
+	h.wait(t)
+}
+
+// signalThreads sends the process's threads the signal by which the runtime preempts them.
+func signalThreads(stop <-chan struct{}) {
+	for {
+		tasks, _ := os.ReadDir("/proc/self/task")
+		for i := range 200 * len(tasks) {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			tid, _ := strconv.Atoi(tasks[i%len(tasks)].Name())
+			syscall.Syscall(syscall.SYS_TGKILL,
+				uintptr(os.Getpid()), uintptr(tid), uintptr(syscall.SIGURG))
+		}
 	}
 }
 

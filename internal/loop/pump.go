@@ -23,6 +23,9 @@ const (
 	// bulkReads in a row that fill the buffer make a session leave for the relay's pumps. They
 	// splice, which costs less than half, and do not keep others waiting.
 	bulkReads = 4
+
+	// urgentReads without bytes are believed: a signal may come in one, but not in all of them.
+	urgentReads = 4
 )
 
 // pending is what a slow reader has yet to take. Of a buffer that is nearly empty the rest moves to
@@ -92,8 +95,7 @@ func (l *loop) pump(s *Session, i int) bool {
 			l.later(s)
 			return false
 		}
-		n, errno := relay.RecvFD(int(from.fd), l.buf[:])
-		l.noteRead(from, n, errno)
+		n, errno := l.read(from)
 		switch errno {
 		case 0:
 			if n > 0 && !l.write(s, i, l.buf[:n]) {
@@ -107,6 +109,19 @@ func (l *loop) pump(s *Session, i int) bool {
 			}
 		}
 	}
+}
+
+// read reads from c into the loop's buffer. At an urgent byte a signal makes the system say that
+// there is nothing, of which no event would tell: then it is asked again.
+func (l *loop) read(c *side) (n int, errno syscall.Errno) {
+	for range urgentReads {
+		n, errno = relay.RecvFD(int(c.fd), l.buf[:])
+		if errno != syscall.EAGAIN || c.state&urgent == 0 {
+			break
+		}
+	}
+	l.noteRead(c, n, errno)
+	return n, errno
 }
 
 // noteRead notes what a read of c that returned n and errno says of the next one.
@@ -241,8 +256,7 @@ func (l *loop) discard(s *Session, i int) {
 			l.later(s)
 			return
 		}
-		n, errno := relay.RecvFD(int(c.fd), l.buf[:])
-		l.noteRead(c, n, errno)
+		l.read(c)
 	}
 }
 
