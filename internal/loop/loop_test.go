@@ -335,7 +335,7 @@ func TestUrgentByteWhileSignalsCome(t *testing.T) {
 	}()
 	defer func() { close(stop); <-ended }()
 	b := make([]byte, 1)
-	for n := range 20_000 {
+	for n := range 10_000 {
 		raw.Control(func(fd uintptr) { err = syscall.Sendto(int(fd), []byte("!"), syscall.MSG_OOB, nil) })
 		proxytest.Must(t, err)
 		client.Write([]byte("a"))
