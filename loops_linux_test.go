@@ -458,7 +458,7 @@ func TestLoopHealthChecks(t *testing.T) {
 	up, hole := upstreamDoing(t, echo), blackHole(t)
 	var mu sync.Mutex
 	bad := map[string]bool{}
-	_, addr, results := newLoopApp(t, Options{CloseOnDown: true, HealthCheck: &HealthCheck{
+	a, addr, results := newLoopApp(t, Options{CloseOnDown: true, HealthCheck: &HealthCheck{
 		Interval: 10 * time.Millisecond, Fall: 1, Rise: 1,
 		Check: func(_ context.Context, u Upstream) error {
 			mu.Lock()
@@ -475,6 +475,7 @@ func TestLoopHealthChecks(t *testing.T) {
 		bad[addr] = true
 	}
 	c := dial(t, addr)
+	proxytest.Eventually(t, "it is dialled", func() bool { return a.Stats().Upstreams[0].Open == 1 })
 	isBad(hole) // the dial moves on
 	ping(t, c)
 	isBad(up) // the connection is reset

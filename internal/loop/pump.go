@@ -25,7 +25,7 @@ const (
 	bulkReads = 4
 
 	// urgentReads without bytes are believed: a signal may come in one, but not in all of them.
-	urgentReads = 4
+	urgentReads = 100
 )
 
 // pending is what a slow reader has yet to take. Of a buffer that is nearly empty the rest moves to
@@ -116,7 +116,7 @@ func (l *loop) pump(s *Session, i int) bool {
 func (l *loop) read(c *side) (n int, errno syscall.Errno) {
 	for range urgentReads {
 		n, errno = relay.RecvFD(int(c.fd), l.buf[:])
-		if errno != syscall.EAGAIN || c.state&urgent == 0 {
+		if errno != syscall.EAGAIN || c.state&urgent == 0 || !relay.AtMarkFD(int(c.fd)) {
 			break
 		}
 	}

@@ -31,6 +31,14 @@ func UnsentFD(fd int) int {
 	return int(queued)
 }
 
+// AtMarkFD reports whether the next byte of a socket is the urgent one.
+func AtMarkFD(fd int) bool {
+	const siocatmark = 0x8905 // SIOCATMARK, sockatmark(3)
+	var at int32
+	syscall.RawSyscall(syscall.SYS_IOCTL, uintptr(fd), siocatmark, uintptr(unsafe.Pointer(&at)))
+	return at != 0
+}
+
 // KeepAliveFD sets the keep-alive that net sets by default.
 func KeepAliveFD(fd int) error {
 	for _, option := range []struct{ level, name, value int }{
