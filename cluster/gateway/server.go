@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy/cluster"
+	"github.com/danielepagano/lbproxy/internal/connlimit"
 	"github.com/miekg/dns"
 )
 
@@ -55,7 +56,7 @@ func Listen(addr string, zone *Zone, source Source, log *slog.Logger) (*Server, 
 			return nil, err
 		}
 	}
-	s.tcp = &fewConns{Listener: s.tcp, places: make(chan struct{}, 256)}
+	s.tcp = connlimit.Listener(s.tcp, 256)
 	return s, nil
 }
 
@@ -204,35 +205,4 @@ func (r *rates) allow(ip netip.Addr, now time.Time) bool {
 		p.answers.Store(0)
 	}
 	return p.answers.Add(1) <= answersPerSecond
-}
-
-// fewConns closes connections beyond its places.
-type fewConns struct {
-	net.Listener
-	places chan struct{}
-}
-
-func (l *fewConns) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.places <- struct{}{}:
-			return &placedConn{Conn: c, give: sync.OnceFunc(func() { <-l.places })}, nil
-		default:
-			c.Close()
-		}
-	}
-}
-
-type placedConn struct {
-	net.Conn
-	give func()
-}
-
-func (c *placedConn) Close() error {
-	c.give()
-	return c.Conn.Close()
 }

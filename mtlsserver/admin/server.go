@@ -16,6 +16,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/connlimit"
 )
 
 // Listen says where a [Server] listens.
@@ -50,7 +52,7 @@ func Serve(at Listen, h http.Handler) (*Server, error) {
 		MaxHeaderBytes: 16 << 10,
 		ErrorLog:       log.New(io.Discard, "", 0), // what a client did wrong it has been told
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			if socket, ok := c.(*placed).Conn.(*net.UnixConn); ok {
+			if socket, ok := c.(*connlimit.Conn).Conn.(*net.UnixConn); ok {
 				return context.WithValue(ctx, socketKey{}, "unix socket"+peerOf(socket))
 			}
 			return ctx
@@ -76,7 +78,7 @@ func Serve(at Listen, h http.Handler) (*Server, error) {
 		listeners = append(listeners, l)
 	}
 	for _, l := range listeners {
-		s.done.Go(func() { _ = s.http.Serve(&bounded{Listener: l, places: make(chan struct{}, 64)}) })
+		s.done.Go(func() { _ = s.http.Serve(connlimit.Listener(l, 64)) })
 	}
 	return s, nil
 }
@@ -223,35 +225,4 @@ func (s *Server) restrict(h http.Handler) http.Handler {
 		}
 		h.ServeHTTP(w, r)
 	})
-}
-
-// A bounded listener closes connections that are too many at once.
-type bounded struct {
-	net.Listener
-	places chan struct{}
-}
-
-func (l *bounded) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.places <- struct{}{}:
-			return &placed{Conn: c, free: sync.OnceFunc(func() { <-l.places })}, nil
-		default:
-			c.Close()
-		}
-	}
-}
-
-type placed struct {
-	net.Conn
-	free func()
-}
-
-func (c *placed) Close() error {
-	defer c.free()
-	return c.Conn.Close()
 }
