@@ -75,7 +75,7 @@ func fuzzOnce(t *testing.T, g *Group, schedule []byte) {
 		schedule = schedule[1:]
 		switch {
 		case op < 20:
-			sizes := []int{1, 2, 100, smallBuffer, smallBuffer + 1, bufferSize, 5*bufferSize + 7}
+			sizes := []int{1, 2, 100, relay.SmallBuffer, relay.SmallBuffer + 1, bufferSize, 5*bufferSize + 7}
 			c.writes <- sizes[int(op)%len(sizes)]
 		case op < 26:
 			time.Sleep(time.Duration(op%4) * time.Millisecond)

@@ -233,8 +233,7 @@ func (a *acceptor) try() (c Accepted, ok bool) {
 // acceptFD accepts. Whoever shares the socket, as another process after a socket activation, may
 // have made it block. An accept that waits would hold up the loop, and the garbage collector.
 func (a *acceptor) acceptFD(fd uintptr) {
-	flags, _, errno := syscall.RawSyscall(syscall.SYS_FCNTL, fd, syscall.F_GETFL, 0)
-	if errno == 0 && flags&syscall.O_NONBLOCK == 0 {
+	if relay.BlocksFD(int(fd)) {
 		syscall.SetNonblock(int(fd), true)
 	}
 	a.fd, a.from, a.zone, a.errno = relay.AcceptFD(int(fd))
@@ -294,5 +293,5 @@ func (l *loop) acceptSome(a *listening) {
 // Reset resets and closes a socket.
 func Reset(fd int) {
 	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1})
-	syscall.Close(fd)
+	relay.CloseFD(fd)
 }

@@ -80,14 +80,11 @@ const (
 )
 
 var (
-	epoch = time.Now()
-	past  = time.Unix(1, 0)
+	past = time.Unix(1, 0)
 
 	errNotPollable = errors.New("lbproxy: the runtime does not poll epoll descriptors")
 	setNonblock    = syscall.SetNonblock // tests make it fail
 )
-
-func clock() int64 { return int64(time.Since(epoch)) }
 
 // NewGroup starts n loops. It fails if the runtime or the system refuses what they need. Config's
 // KeepAlive holds for all sessions.
@@ -198,7 +195,7 @@ func (l *loop) run() {
 		} else {
 			l.wait(ready)
 		}
-		l.now = clock()
+		l.now = relay.Clock()
 		for i := range l.n {
 			l.dispatch(&l.events[i])
 		}
@@ -243,7 +240,7 @@ func (l *loop) arm(at int64) {
 	if at == 0 {
 		l.file.SetReadDeadline(time.Time{})
 	} else {
-		l.file.SetReadDeadline(epoch.Add(time.Duration(at)))
+		l.file.SetReadDeadline(relay.Epoch.Add(time.Duration(at)))
 	}
 }
 

@@ -281,7 +281,7 @@ func TestStuckReaderIsWaitedForASecond(t *testing.T) {
 	client.SetLinger(0)
 	client.Close()
 	o := h.wait(t)
-	if took := time.Since(start); o.Failed != relay.Client || took < lingerTime {
+	if took := time.Since(start); o.Failed != relay.Client || took < relay.LingerTime {
 		t.Errorf("after %v: %+v", took, o)
 	}
 	readCut(t, server)

@@ -3,19 +3,13 @@
 package loop
 
 import (
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
 const (
-	bufferSize  = 64 << 10
-	smallBuffer = 4 << 10
-
-	// lingerTime bounds how long a session goes on to deliver what a side that has failed has sent.
-	lingerTime = time.Second
+	bufferSize = relay.LargeBuffer
 
 	// budget is how many reads of a side there are in a turn, before others have theirs.
 	budget = 2
@@ -31,25 +25,17 @@ const (
 // pending is what a slow reader has yet to take. Of a buffer that is nearly empty the rest moves to
 // a small one, as the reader may be slow for long.
 type pending struct {
-	buf  *[]byte
+	buf  *relay.Buffer
 	left []byte // of buf
-}
-
-var (
-	largeBuffers = sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }}
-	smallBuffers = sync.Pool{New: func() any { b := make([]byte, smallBuffer); return &b }}
-)
-
-func pool(size int) *sync.Pool {
-	if size <= smallBuffer {
-		return &smallBuffers
-	}
-	return &largeBuffers
 }
 
 // newPending keeps a copy of b, which is not longer than bufferSize.
 func newPending(b []byte) *pending {
-	p := &pending{buf: pool(len(b)).Get().(*[]byte)}
+	size := bufferSize
+	if len(b) <= relay.SmallBuffer {
+		size = relay.SmallBuffer
+	}
+	p := &pending{buf: relay.NewBuffer(size)}
 	p.left = (*p.buf)[:copy(*p.buf, b)]
 	return p
 }
@@ -58,7 +44,7 @@ func newPending(b []byte) *pending {
 func (l *loop) drop(c *side) {
 	if p := c.pending; p != nil {
 		c.pending = nil
-		pool(len(*p.buf)).Put(p.buf)
+		p.buf.Free()
 	}
 }
 
@@ -169,7 +155,7 @@ func (l *loop) flush(s *Session, i int) bool {
 	to := &s.side[1-i]
 	for p := to.pending; len(p.left) > 0; {
 		if to.state&writable == 0 {
-			if len(p.left) <= smallBuffer && len(*p.buf) > smallBuffer {
+			if len(p.left) <= relay.SmallBuffer && len(*p.buf) > relay.SmallBuffer {
 				small := newPending(p.left)
 				l.drop(to)
 				to.pending = small
@@ -196,7 +182,7 @@ func (l *loop) flush(s *Session, i int) bool {
 func (l *loop) account(s *Session, i, n int) {
 	s.moved[i].Add(int64(n))
 	l.touch(s)
-	relay.NoteChunk(n)
+	relay.NoteChunk(n, l.now)
 	d := relay.Upload
 	if i == server {
 		d = relay.Download

@@ -291,7 +291,7 @@ func (l *loop) connected(s *Session, events uint32) {
 
 // fail is called when side i of s has failed. What it has sent is delivered first.
 func (l *loop) fail(s *Session, i int, err error) {
-	s.phase, s.failed, s.cause, s.late = lingering, int8(i), err, l.now+int64(lingerTime)
+	s.phase, s.failed, s.cause, s.late = lingering, int8(i), err, l.now+int64(relay.LingerTime)
 	s.side[i].state |= readable | broken // until a read says that there is no more
 	l.drop(&s.side[i])
 	l.linger(s)
@@ -338,14 +338,13 @@ func (l *loop) vacate(s *Session) {
 // close closes what s has open.
 func (s *Session) close() {
 	for i := range s.side {
-		fd := int(s.side[i].fd)
-		if fd < 0 {
-			continue
+		switch fd := int(s.side[i].fd); {
+		case fd < 0:
+		case s.reset:
+			Reset(fd)
+		default:
+			relay.CloseFD(fd)
 		}
-		if s.reset {
-			syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1})
-		}
-		relay.CloseFD(fd)
 	}
 }
 

@@ -9,9 +9,6 @@ import (
 )
 
 const (
-	// keepAliveAge is how long a session is open, at least, before its server gets keep-alive.
-	keepAliveAge = 15 * time.Second
-
 	// A turn of the sweep ends when this much was done: looking at a slot costs 1, asking the
 	// system about a session sweepAsk.
 	sweepTurn = 256
@@ -29,35 +26,19 @@ type sweep struct {
 
 // idleState is what the sweep knows of a session.
 type idleState struct {
-	last      int64 // clock at which bytes last moved
-	since     int64 // clock when it was connected
-	asked     int64 // clock when the system was last asked for unsent
-	unsent    int   // and what it said
-	keptAlive bool  // keep-alive was set on its server
+	relay.Idleness
+	last int64 // clock at which bytes last moved
 }
 
 func (w *sweep) isRunning() bool { return w.running }
 
 // opened has the sweep look at s.
 func (w *sweep) opened(l *loop, s *Session) {
-	s.idle.since = l.now
+	s.idle.Since = l.now
 	w.again = true
 	if w.next == 0 && (l.config.Idle > 0 || l.config.KeepAlive) {
-		w.next = l.now + l.sweepPeriod()
+		w.next = l.now + int64(l.config.SweepPeriod())
 	}
-}
-
-// sweepPeriod is the longest time between two sweeps: a quarter of the timeout, so that the system
-// is asked more than once about a reader that is slow.
-func (l *loop) sweepPeriod() int64 {
-	period := int64(keepAliveAge)
-	if l.config.Idle > 0 {
-		quarter := int64(l.config.Idle/4 + 1)
-		if !l.config.KeepAlive || quarter < period {
-			return quarter
-		}
-	}
-	return period
 }
 
 // sweepSome goes on with the sweep, or begins it when it is time.
@@ -67,7 +48,7 @@ func (l *loop) sweepSome() {
 		if w.next == 0 || l.now < w.next {
 			return
 		}
-		*w = sweep{running: true, left: l.sweepPeriod()}
+		*w = sweep{running: true, left: int64(l.config.SweepPeriod())}
 	}
 	for work := 0; work < sweepTurn && w.slot < len(l.sessions); w.slot++ {
 		work++
@@ -86,27 +67,20 @@ func (l *loop) sweepSome() {
 // look ends s if it is idle, and says when to look again. It reports whether the system was asked.
 func (l *loop) look(s *Session) (asked bool) {
 	w, i, idle := &l.sweep, &s.idle, int64(l.config.Idle)
-	if l.config.KeepAlive && !i.keptAlive {
-		if i.keptAlive = l.now-i.since >= int64(keepAliveAge); i.keptAlive {
-			relay.KeepAliveFD(int(s.side[server].fd))
-			asked = true
-		}
-		w.again = w.again || !i.keptAlive
+	if i.KeepAliveDue(&l.config, l.now) {
+		relay.KeepAliveFD(int(s.side[server].fd))
+		asked = true
 	}
+	w.again = w.again || idle > 0 || i.LacksKeepAlive(&l.config)
 	if idle <= 0 {
 		return asked
 	}
-	w.again = true
-	// Only what was written after the last question can have made the queues longer. So there is
-	// nothing to ask about a session that was silent since, and had nothing in them.
-	silent := l.now - max(i.last, i.asked)
-	if (i.unsent > 0 || i.last > i.asked) && (silent >= idle/4 || l.now-i.last >= idle) {
-		asked = true
-		unsent := relay.UnsentFD(int(s.side[client].fd)) + relay.UnsentFD(int(s.side[server].fd))
-		if unsent < i.unsent && i.last <= i.asked {
-			i.last = l.now // a slow reader has taken something
-		}
-		i.unsent, i.asked = unsent, l.now
+	queued, taken := i.Ask(&l.config, i.last, l.now, func() int {
+		return relay.UnsentFD(int(s.side[client].fd)) + relay.UnsentFD(int(s.side[server].fd))
+	})
+	asked = asked || queued
+	if taken {
+		i.last = l.now
 	}
 	left := idle - (l.now - i.last)
 	if left <= 0 {

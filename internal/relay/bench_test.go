@@ -22,9 +22,9 @@ func BenchmarkSweep(b *testing.B) {
 			for b.Loop() {
 				if ask {
 					for _, r := range e.relays {
-						now := clock() - int64(20*time.Second)
+						now := Clock() - int64(20*time.Second)
 						r.last.Store(now)
-						r.asked = now - 1
+						r.idle.asked = now - 1
 					}
 				}
 				e.sweeping.Add(1)

@@ -19,7 +19,7 @@ type direction struct {
 	atEnd    bool         // from has ended its stream, and to is being told; guarded by Relay.mu
 
 	pacer     Pacer
-	buf       *buffer // try has read n bytes into it, and then err
+	buf       *Buffer // try has read n bytes into it, and then err
 	n         int
 	err       error
 	lastRead  int
@@ -80,13 +80,13 @@ func (d *direction) end() {
 func (d *direction) linger() {
 	r := d.relay
 	if d.to != nil {
-		late := time.Now().Add(lingerTime)
+		late := time.Now().Add(LingerTime)
 		if !d.to.measured {
 			// The system cannot report when the bytes have arrived, so allow a second from the
 			// last write. A connection that was quiet for longer is reset at once.
-			late = late.Add(-time.Duration(clock() - r.last.Load()))
+			late = late.Add(-time.Duration(Clock() - r.last.Load()))
 			if r.politely {
-				late = late.Add(-lingerTime / 2) // leave time for closing
+				late = late.Add(-LingerTime / 2) // leave time for closing
 			}
 		}
 		wait := time.Millisecond
@@ -184,7 +184,7 @@ func (d *direction) read() (int, error) {
 	if d.n == 0 {
 		d.freeBuffer()
 	}
-	if d.fullReads++; d.n < largeBuffer {
+	if d.fullReads++; d.n < LargeBuffer {
 		d.fullReads = 0
 	}
 	d.lastRead = d.n
@@ -193,7 +193,7 @@ func (d *direction) read() (int, error) {
 
 // try reads the bytes that are available, and returns false if there are none.
 func (d *direction) try() bool {
-	d.buf = newBuffer(d.bufferSize())
+	d.buf = NewBuffer(d.bufferSize())
 	d.n, d.err = d.from.stream.read((*d.buf)[:d.pacer.Limit(len(*d.buf))])
 	if d.err == errWait {
 		d.freeBuffer()
@@ -206,14 +206,14 @@ func (d *direction) try() bool {
 // buffer while they wait, and after a read that has filled a small one. It is small during the
 // dial, because the bytes read then wait in their buffer for the server.
 func (d *direction) bufferSize() int {
-	if d.to != nil && (d.from.isSocket || d.lastRead >= smallBuffer) {
-		return largeBuffer
+	if d.to != nil && (d.from.isSocket || d.lastRead >= SmallBuffer) {
+		return LargeBuffer
 	}
-	return smallBuffer
+	return SmallBuffer
 }
 
 func (d *direction) freeBuffer() {
-	d.buf.free()
+	d.buf.Free()
 	d.buf = nil
 }
 
@@ -224,7 +224,7 @@ func (d *direction) write(n int) (int, error) {
 	d.buf = nil
 	if d.to == nil {
 		if d.to = d.relay.awaitServer(); d.to == nil {
-			b.free()
+			b.Free()
 			return 0, net.ErrClosed
 		}
 	}
@@ -237,13 +237,13 @@ func (d *direction) write(n int) (int, error) {
 	return n, err
 }
 
-func (d *direction) writePieces(p []byte, b *buffer) (written int, err error) {
+func (d *direction) writePieces(p []byte, b *Buffer) (written int, err error) {
 	for !d.to.measured && len(p) > writePiece {
 		n, err := d.to.stream.write(p[:writePiece], nil)
 		n, err = checkCount(n, writePiece, err)
 		written += n
 		if err != nil {
-			b.free()
+			b.Free()
 			return written, err
 		}
 		p = p[writePiece:]
@@ -276,14 +276,14 @@ func (d *direction) account(n int) {
 		return
 	}
 	if wait := d.pacer.Moved(n, v.Wait, v.Chunk); wait > 0 {
-		began := clock()
+		began := Clock()
 		r.pause(wait)
-		d.pacer.Paused(time.Duration(clock() - began))
+		d.pacer.Paused(time.Duration(Clock() - began))
 	}
-	now := clock()
+	now := Clock()
 	r.last.Store(now) // before held drops, or the relay might look idle for a moment
 	r.held.Add(-1)
-	noteChunk(n, now)
+	NoteChunk(n, now)
 }
 
 // judge returns io.EOF for the error of a read that CloseNotify accepts as the end of the stream: a
@@ -326,7 +326,7 @@ func (d *direction) isQuiet() bool {
 			return false
 		}
 	}
-	answered := q.moved.Load() > d.before || clock()-d.relay.last.Load() > int64(quietTime)
+	answered := q.moved.Load() > d.before || Clock()-d.relay.last.Load() > int64(quietTime)
 	return answered && q.from.unsent() == 0 && d.from.unsent() == 0
 }
 

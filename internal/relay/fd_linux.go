@@ -31,6 +31,12 @@ func UnsentFD(fd int) int {
 	return int(queued)
 }
 
+// BlocksFD reports whether a call on a descriptor may wait, as far as the system says.
+func BlocksFD(fd int) bool {
+	flags, _, errno := syscall.RawSyscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFL, 0)
+	return errno != 0 || flags&syscall.O_NONBLOCK == 0
+}
+
 // AtMarkFD reports whether the next byte of a socket is the urgent one.
 func AtMarkFD(fd int) bool {
 	const siocatmark = 0x8905 // SIOCATMARK, sockatmark(3)

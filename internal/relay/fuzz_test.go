@@ -40,7 +40,7 @@ func FuzzRelay(f *testing.F) {
 
 const (
 	fuzzIdle = time.Minute
-	fuzzMost = 3*largeBuffer + 7 // bytes at once
+	fuzzMost = 3*LargeBuffer + 7 // bytes at once
 )
 
 var (
@@ -107,7 +107,7 @@ func (f *fuzzRun) run() {
 	f.client.finish()
 	f.server.finish()
 	o := <-h.done
-	if took := time.Since(start); f.limit.wait == 0 && took > dialTime+2*lingerTime {
+	if took := time.Since(start); f.limit.wait == 0 && took > dialTime+2*LingerTime {
 		f.t.Errorf("with both ends reading and at their ends it took %v: %+v", took, o)
 	}
 	dialling.Wait()
@@ -128,7 +128,7 @@ func (f *fuzzRun) step() {
 	if op&1 == 1 {
 		end, other, side = f.server, f.client, Server
 	}
-	sizes := []int{1, 2, 100, smallBuffer, smallBuffer + 1, largeBuffer, fuzzMost}
+	sizes := []int{1, 2, 100, SmallBuffer, SmallBuffer + 1, LargeBuffer, fuzzMost}
 	switch op /= 2; {
 	case op < 10:
 		size := sizes[f.next(len(sizes))]

@@ -34,12 +34,45 @@ type Engine struct {
 
 // swept is the sweep's state for a relay. Only the sweep uses it, except for index.
 type swept struct {
-	index     int   // in Engine.relays; guarded by Engine.mu
-	since     int64 // clock when it was connected
+	index     int // in Engine.relays; guarded by Engine.mu
+	idle      Idleness
+	condemned bool // the relay was found idle
+}
+
+// Idleness is a sweep's state for a pair of connections. Only the sweep uses it.
+type Idleness struct {
+	Since     int64 // clock when the pair was connected
 	asked     int64 // clock when the system was last asked for unsent
 	unsent    int   // the answer
-	keptAlive bool  // keep-alive was set on its server
-	condemned bool  // the relay was found idle
+	keptAlive bool  // keep-alive was set on the server
+}
+
+// LacksKeepAlive reports whether the server of the pair is yet to get keep-alive.
+func (i *Idleness) LacksKeepAlive(c *Config) bool { return c.KeepAlive && !i.keptAlive }
+
+// KeepAliveDue returns true once, when the pair is old enough for its server to get keep-alive.
+func (i *Idleness) KeepAliveDue(c *Config, now int64) bool {
+	if !i.LacksKeepAlive(c) {
+		return false
+	}
+	i.keptAlive = now-i.Since >= int64(keepAliveAge)
+	return i.keptAlive
+}
+
+// Ask calls unsent, for the bytes in the queues of a pair whose last byte moved at last, if the
+// answer may tell something. taken means that a slow reader has taken bytes since the last answer.
+func (i *Idleness) Ask(c *Config, last, now int64, unsent func() int) (asked, taken bool) {
+	// Only writes after the last question can have made the queues longer. So skip the system calls
+	// for a pair that was silent since, and whose queues were empty then.
+	changed := i.unsent > 0 || last > i.asked
+	silent := now - max(last, i.asked)
+	if !changed || silent < int64(c.Idle/4) && now-last < int64(c.Idle) {
+		return false, false
+	}
+	n := unsent()
+	taken = canMeasure && n < i.unsent && last <= i.asked
+	i.unsent, i.asked = n, now
+	return true, taken
 }
 
 const (
@@ -73,14 +106,14 @@ func (e *Engine) Close() {
 
 // add makes the sweep look at r.
 func (e *Engine) add(r *Relay) {
-	r.since = r.last.Load()
+	r.idle.Since = r.last.Load()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	r.index = len(e.relays)
 	e.relays = append(e.relays, r)
 	e.added = true
 	if !e.armed && !e.closed && (e.config.Idle > 0 || e.config.KeepAlive) {
-		e.arm(e.period())
+		e.arm(e.config.SweepPeriod())
 	}
 }
 
@@ -109,23 +142,23 @@ func (e *Engine) arm(d time.Duration) {
 	}
 }
 
-// period returns the longest time between two sweeps. A quarter of the timeout lets the engine ask
+// SweepPeriod returns the longest time between two sweeps. A quarter of the timeout lets a sweep ask
 // the system about a slow reader more than once.
-func (e *Engine) period() time.Duration {
-	if e.config.Idle <= 0 {
+func (c *Config) SweepPeriod() time.Duration {
+	if c.Idle <= 0 {
 		return keepAliveAge
 	}
-	if e.config.KeepAlive {
-		return min(e.config.Idle/4+1, keepAliveAge)
+	if c.KeepAlive {
+		return min(c.Idle/4+1, keepAliveAge)
 	}
-	return e.config.Idle/4 + 1
+	return c.Idle/4 + 1
 }
 
 // sweep looks at every relay, aborts those that have been idle for too long, and schedules the next
 // sweep for when another relay may have been.
 func (e *Engine) sweep() {
 	defer e.sweeping.Done()
-	began, next, more := clock(), e.period(), false
+	began, next, more := Clock(), e.config.SweepPeriod(), false
 	var batch [sweepBatch]*Relay
 	// Go backwards: the last relay takes the place of a removed one, and has been seen by then.
 	for at := int(^uint(0) >> 1); at > 0; {
@@ -137,14 +170,14 @@ func (e *Engine) sweep() {
 		at = max(high-sweepBatch, 0)
 		n := copy(batch[:], e.relays[at:high])
 		e.mu.Unlock()
-		now := clock()
+		now := Clock()
 		for _, r := range batch[:n] {
 			left, again := e.look(r, now)
 			next, more = min(next, left), more || again
 		}
 	}
-	took := time.Duration(clock() - began)
-	next = max(next, min(sweepRest*took, e.period()), 100*time.Microsecond)
+	took := time.Duration(Clock() - began)
+	next = max(next, min(sweepRest*took, e.config.SweepPeriod()), 100*time.Microsecond)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.armed = (more || e.added) && !e.closed; e.armed {
@@ -156,28 +189,20 @@ func (e *Engine) sweep() {
 // be so, and whether r needs another look at all.
 func (e *Engine) look(r *Relay, now int64) (left time.Duration, again bool) {
 	idle := e.config.Idle
-	if e.config.KeepAlive && !r.keptAlive {
-		if r.keptAlive = now-r.since >= int64(keepAliveAge); r.keptAlive {
-			keepAlive(r.server.raw)
-		}
+	if r.idle.KeepAliveDue(&e.config, now) {
+		keepAlive(r.server.raw)
 	}
 	if idle <= 0 || r.condemned {
-		return e.period(), idle > 0 || e.config.KeepAlive && !r.keptAlive
+		return e.config.SweepPeriod(), idle > 0 || r.idle.LacksKeepAlive(&e.config)
 	}
 	last := r.last.Load()
 	if r.held.Load() > 0 {
 		return idle, true
 	}
-	// Only writes after the last question can have made the queues longer. So skip the system calls
-	// for a relay that was silent since, and whose queues were empty then.
-	silent := now - max(last, r.asked)
-	if (r.unsent > 0 || last > r.asked) && (silent >= int64(idle/4) || now-last >= int64(idle)) {
-		unsent := r.client.unsent() + r.server.unsent()
-		if canMeasure && unsent < r.unsent && last <= r.asked {
-			r.last.CompareAndSwap(last, now)
-			last = now
-		}
-		r.unsent, r.asked = unsent, now
+	unsent := func() int { return r.client.unsent() + r.server.unsent() }
+	if _, taken := r.idle.Ask(&e.config, last, now, unsent); taken {
+		r.last.CompareAndSwap(last, now)
+		last = now
 	}
 	if left = idle - time.Duration(now-last); left <= 0 {
 		r.condemned = true

@@ -246,7 +246,7 @@ func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
 	}
 	// Before a relay is condemned the system is asked again, however short it is since it last was:
 	// what a slow reader has taken meanwhile has moved.
-	r.unsent, r.asked = 10, now
+	r.idle.unsent, r.idle.asked = 10, now
 	r.last.Store(now + int64(time.Second) - int64(time.Minute))
 	if left := look(time.Second); asked != 6 || left != time.Minute || r.condemned {
 		t.Errorf("%v left after %d questions, condemned %v", left, asked, r.condemned)

@@ -39,10 +39,7 @@ func newSplicer(d *direction) *splicer {
 
 func blocks(raw syscall.RawConn) bool {
 	blocks := true
-	control(raw, func(fd int) {
-		flags, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFL, 0)
-		blocks = errno != 0 || flags&syscall.O_NONBLOCK == 0
-	})
+	control(raw, func(fd int) { blocks = BlocksFD(fd) })
 	return blocks
 }
 
@@ -68,7 +65,7 @@ func (s *splicer) move() (n int, readErr, writeErr error) {
 		pipes.put(s.pipe)
 		return 0, io.EOF, nil
 	}
-	if s.small++; s.n >= largeBuffer/4 {
+	if s.small++; s.n >= LargeBuffer/4 {
 		s.small = 0
 	}
 	if s.small >= 2 {
@@ -101,7 +98,7 @@ func (s *splicer) fillReady(fd uintptr) bool {
 		return true
 	}
 	most := maxChunk
-	if smallAbout(clock()) {
+	if smallAbout(Clock()) {
 		most = sharedChunk
 	}
 	s.splice(int(fd), s.pipe.w, s.d.pacer.Limit(most))

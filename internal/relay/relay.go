@@ -74,8 +74,8 @@ var (
 	ErrBadCount = errors.New("lbproxy: conn returned an impossible count")
 )
 
-// lingerTime bounds how long a relay goes on to deliver bytes from a side that has failed.
-const lingerTime = time.Second
+// LingerTime bounds how long a relay goes on to deliver bytes from a side that has failed.
+const LingerTime = time.Second
 
 // longestWait is the longest time between two questions whether written bytes have arrived.
 const longestWait = 16 * time.Millisecond
@@ -120,7 +120,7 @@ type Relay struct {
 	hungUp   bool          // both sides have been reset or are being reset
 	lingerer *direction    // calls hangUp once it has ended and its bytes have arrived
 	politely bool          // the lingerer closes its destination before hangUp
-	timer    *time.Timer   // calls hangUp after lingerTime; set with lingerer
+	timer    *time.Timer   // calls hangUp after LingerTime; set with lingerer
 	settled  chan struct{} // closed when there is a server, or over; nil until awaited
 	gone     chan struct{} // closed when over; nil until awaited
 }
@@ -247,7 +247,7 @@ func (r *Relay) failLingering(side Side, err error, quiet bool, d *direction, po
 	}
 	r.quiet, r.lingerer, r.politely = quiet, d, politely
 	r.refs++ // for the timer
-	r.timer = time.AfterFunc(lingerTime, func() { r.hangUp(); r.release() })
+	r.timer = time.AfterFunc(LingerTime, func() { r.hangUp(); r.release() })
 	ended := d.phase.Load() == ended
 	if ended {
 		r.refs++
@@ -351,7 +351,7 @@ func waitFor(c <-chan struct{}, d time.Duration) (closed bool) {
 }
 
 // touch records that bytes have moved now.
-func (r *Relay) touch() { r.last.Store(clock()) }
+func (r *Relay) touch() { r.last.Store(Clock()) }
 
 // panicking records a panic of a hook or a conn and ends the relay. A nil p means runtime.Goexit.
 func (r *Relay) panicking(p any) {

@@ -331,7 +331,7 @@ func TestResetOfAQuietConnectionIsPassedOnAtOnce(t *testing.T) {
 		io.ReadFull(server, make([]byte, 1000))
 		all = append(all, pair{client, server, h})
 	}
-	time.Sleep(lingerTime + lingerTime/10)
+	time.Sleep(LingerTime + LingerTime/10)
 	start := time.Now()
 	for _, p := range all {
 		p.client.SetLinger(0)
@@ -342,7 +342,7 @@ func TestResetOfAQuietConnectionIsPassedOnAtOnce(t *testing.T) {
 			t.Errorf("%+v", o)
 		}
 	}
-	if took := time.Since(start); took > conns*lingerTime/2 {
+	if took := time.Since(start); took > conns*LingerTime/2 {
 		t.Errorf("%d resets took %v", conns, took)
 	}
 }
@@ -1176,7 +1176,7 @@ func TestLinger(t *testing.T) {
 	}
 	start := time.Now()
 	Linger(ours, stop)
-	if took := time.Since(start); took > lingerTime/2 {
+	if took := time.Since(start); took > LingerTime/2 {
 		t.Errorf("stopped, and it took %v", took)
 	}
 	peer.Close()

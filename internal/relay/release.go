@@ -19,7 +19,7 @@ func (r *Relay) Release(cause error) bool {
 			// The upload's read ends by the deadline below, or by this reset if the conn has no
 			// deadlines.
 			r.refs++
-			r.timer = time.AfterFunc(lingerTime, func() { r.client.reset(); r.release() })
+			r.timer = time.AfterFunc(LingerTime, func() { r.client.reset(); r.release() })
 		}
 	}
 	r.mu.Unlock()
@@ -36,10 +36,10 @@ func (r *Relay) Release(cause error) bool {
 // it, and then the peer may lose the end of the stream. Nobody else may use c any more.
 func LastWord(c net.Conn) {
 	// Not every conn has deadlines.
-	late := time.AfterFunc(lingerTime, func() { reset(Underlying(c)) })
+	late := time.AfterFunc(LingerTime, func() { reset(Underlying(c)) })
 	defer late.Stop()
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(lingerTime)) // replaces a deadline of the caller
+	c.SetDeadline(time.Now().Add(LingerTime)) // replaces a deadline of the caller
 	if h, ok := c.(halfCloser); ok {
 		h.CloseWrite()
 	}

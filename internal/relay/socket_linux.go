@@ -28,7 +28,7 @@ type transfers struct {
 	ready func(fd uintptr) bool // called when the descriptor is, until it returns true
 	fd    uintptr
 	b     []byte  // what to read into, or is left to write
-	buf   *buffer // that b is in
+	buf   *Buffer // that b is in
 	n     int     // read
 	errno syscall.Errno
 }
@@ -96,11 +96,11 @@ func (s *socket) read(b []byte) (int, error) { return s.Read(b) }
 
 func (s *socket) Write(b []byte) (int, error) { return s.write(b, nil) }
 
-func (s *socket) write(b []byte, buf *buffer) (int, error) {
+func (s *socket) write(b []byte, buf *Buffer) (int, error) {
 	s.out.b, s.out.buf, s.out.errno = b, buf, 0
 	err := s.raw.Write(s.out.ready)
 	n := len(b) - len(s.out.b)
-	s.out.buf.free()
+	s.out.buf.Free()
 	s.out.b, s.out.buf = nil, nil
 	if err == nil && s.out.errno != 0 {
 		err = s.opError("write", "write", s.out.errno)
@@ -139,10 +139,10 @@ func (s *socket) writeReady(fd uintptr) bool {
 
 // shrink leaves what is little in a small buffer, for a wait that may be long.
 func (o *transfers) shrink() {
-	if o.buf != nil && len(*o.buf) > smallBuffer && len(o.b) <= smallBuffer {
-		small := newBuffer(smallBuffer)
+	if o.buf != nil && len(*o.buf) > SmallBuffer && len(o.b) <= SmallBuffer {
+		small := NewBuffer(SmallBuffer)
 		o.b = (*small)[:copy(*small, o.b)]
-		o.buf.free()
+		o.buf.Free()
 		o.buf = small
 	}
 }

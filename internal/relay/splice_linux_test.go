@@ -314,7 +314,7 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	}
 	client.Close()
 	h.wait(t)
-	if most.Load() > maxChunk || most.Load() <= largeBuffer {
+	if most.Load() > maxChunk || most.Load() <= LargeBuffer {
 		t.Errorf("%d bytes at once", most.Load())
 	}
 }
@@ -397,9 +397,9 @@ func TestServersGetKeepAlive(t *testing.T) {
 		server.SetKeepAlive(false)
 		e := NewEngine(Config{Idle: idle, KeepAlive: true})
 		r := &Relay{server: newEnd(server)}
-		now := clock()
+		now := Clock()
 		r.last.Store(now)
-		r.since = now
+		r.idle.Since = now
 		if _, again := e.look(r, now+int64(14*time.Second)); keepAliveOf(server)[0] != 0 || !again {
 			t.Errorf("set after 14 s, or not looked at again: %v", again)
 		}
@@ -627,12 +627,12 @@ func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 		_, err = s.Write(make([]byte, 64<<10))
 	}
 	c.SetWriteDeadline(time.Time{})
-	s.out.buf = newBuffer(largeBuffer)
+	s.out.buf = NewBuffer(LargeBuffer)
 	s.out.b = (*s.out.buf)[:100]
 	copy(s.out.b, pattern.At(0, 100))
 	waits := false
 	s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
-	if !waits || len(*s.out.buf) != smallBuffer || len(s.out.b) != 100 ||
+	if !waits || len(*s.out.buf) != SmallBuffer || len(s.out.b) != 100 ||
 		pattern.Check(0, s.out.b) != nil {
 		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits,
 			len(*s.out.buf),

@@ -19,7 +19,7 @@ type stream interface {
 	read(b []byte) (int, error)
 
 	// write writes all of p, which is in b unless b is nil, and frees b as soon as it can.
-	write(p []byte, b *buffer) (int, error)
+	write(p []byte, b *Buffer) (int, error)
 
 	closeWrite() error
 }
@@ -133,7 +133,7 @@ func Reset(c net.Conn) {
 // not after stop is closed, and resets c.
 func Linger(c net.Conn, stop <-chan struct{}) {
 	raw := rawTCP(Underlying(c))
-	late := time.Now().Add(lingerTime)
+	late := time.Now().Add(LingerTime)
 	wait := time.Millisecond
 	for unsent(raw) > 0 && time.Now().Before(late) && !waitFor(stop, wait) {
 		wait = min(2*wait, longestWait)
@@ -183,35 +183,38 @@ func (p plain) read(b []byte) (int, error) {
 	return 0, io.ErrNoProgress
 }
 
-func (p plain) write(b []byte, buf *buffer) (int, error) {
-	defer buf.free()
+func (p plain) write(b []byte, buf *Buffer) (int, error) {
+	defer buf.Free()
 	return p.Write(b)
 }
 
 func (p plain) closeWrite() error { return p.Conn.(halfCloser).CloseWrite() }
 
-// A buffer is pooled memory that bytes pass through.
-type buffer []byte
+// A Buffer is pooled memory that bytes pass through.
+type Buffer []byte
 
+// Sizes of buffers.
 const (
-	smallBuffer = 4 << 10
-	largeBuffer = 64 << 10
+	SmallBuffer = 4 << 10
+	LargeBuffer = 64 << 10
 	tlsBuffer   = 66 << 10 // has room for the records of a large one
 )
 
 var (
-	smallBuffers = bufferPool(smallBuffer)
-	largeBuffers = bufferPool(largeBuffer)
+	smallBuffers = bufferPool(SmallBuffer)
+	largeBuffers = bufferPool(LargeBuffer)
 	tlsBuffers   = bufferPool(tlsBuffer)
 )
 
 func bufferPool(size int) *sync.Pool {
-	return &sync.Pool{New: func() any { b := make(buffer, size); return &b }}
+	return &sync.Pool{New: func() any { b := make(Buffer, size); return &b }}
 }
 
-func newBuffer(size int) *buffer { return poolOf(size).Get().(*buffer) }
+// NewBuffer returns a buffer of one of these sizes, with old bytes in it.
+func NewBuffer(size int) *Buffer { return poolOf(size).Get().(*Buffer) }
 
-func (b *buffer) free() {
+// Free gives b back. b may be nil.
+func (b *Buffer) Free() {
 	if b != nil {
 		poolOf(len(*b)).Put(b)
 	}
@@ -219,7 +222,7 @@ func (b *buffer) free() {
 
 func poolOf(size int) *sync.Pool {
 	switch size {
-	case largeBuffer:
+	case LargeBuffer:
 		return largeBuffers
 	case tlsBuffer:
 		return tlsBuffers

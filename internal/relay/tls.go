@@ -97,18 +97,18 @@ func (t *TLS) Write(b []byte) (int, error) { return t.write(b, nil) }
 
 const tlsRecord = 16 << 10 // the most bytes in a record
 
-func (t *TLS) write(p []byte, b *buffer) (int, error) {
+func (t *TLS) write(p []byte, b *Buffer) (int, error) {
 	if len(p) <= tlsRecord || !t.resumable {
-		defer b.free()
+		defer b.Free()
 		return t.Conn.Write(p)
 	}
 	if err := t.Handshake(); err != nil { // before gathering, so that its records go out at once
-		b.free()
+		b.Free()
 		return 0, err
 	}
 	t.wire.gather()
 	n, err := t.Conn.Write(p)
-	b.free() // before waiting for the peer, since the records are a second copy
+	b.Free() // before waiting for the peer, since the records are a second copy
 	if e := t.wire.flush(); e != nil {
 		err = e
 	}
@@ -160,7 +160,7 @@ type wire struct {
 
 	mu      sync.Mutex
 	writers int     // calls of TLS.write in progress, whose records are gathered
-	held    *buffer // the gathered records, in its first full bytes; nil: none
+	held    *Buffer // the gathered records, in its first full bytes; nil: none
 	full    int
 	err     error // the first error of writing held
 }
@@ -205,7 +205,7 @@ func (w *wire) Write(b []byte) (int, error) {
 		w.send()
 	}
 	if w.held == nil {
-		w.held = newBuffer(tlsBuffer)
+		w.held = NewBuffer(tlsBuffer)
 	}
 	n := copy((*w.held)[w.full:], b)
 	w.full += n
@@ -235,6 +235,6 @@ func (w *wire) send() {
 			w.err = io.ErrShortWrite
 		}
 	}
-	w.held.free()
+	w.held.Free()
 	w.held, w.full = nil, 0
 }

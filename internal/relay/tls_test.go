@@ -403,7 +403,7 @@ func TestTLSWriteHoldsOneBuffer(t *testing.T) {
 	proxytest.Must(t, server.Handshake())
 	freed := false
 	for range 50 { // a pool may lose what it is given, and does so often under the race detector
-		b := make(buffer, largeBuffer)
+		b := make(Buffer, LargeBuffer)
 		wire.onWrite = func() { freed = freed || bufferIsFree(&b) }
 		if n, err := server.write(b, &b); n != len(b) || err != nil {
 			t.Errorf("%d, %v", n, err)
@@ -415,7 +415,7 @@ func TestTLSWriteHoldsOneBuffer(t *testing.T) {
 }
 
 // bufferIsFree reports whether b is in the pool that it would go to.
-func bufferIsFree(b *buffer) bool {
+func bufferIsFree(b *Buffer) bool {
 	for range 100 {
 		if poolOf(len(*b)).Get() == any(b) {
 			return true

@@ -27,21 +27,15 @@ var (
 	lastSmall atomic.Int64 // clock of a small message
 )
 
-var epoch = time.Now()
+// Epoch is the zero of Clock.
+var Epoch = time.Now()
 
-// clock is monotonic time since the process began.
-func clock() int64 { return int64(time.Since(epoch)) }
+// Clock returns the monotonic time since Epoch, in nanoseconds.
+func Clock() int64 { return int64(time.Since(Epoch)) }
 
-// NoteChunk notes that n bytes have moved elsewhere in the process. (A loop moves small messages
-// while relays move bulk.)
-func NoteChunk(n int) {
-	if n < smallChunk {
-		noteChunk(n, clock())
-	}
-}
-
-// noteChunk is called when n bytes have moved.
-func noteChunk(n int, now int64) {
+// NoteChunk is called when n bytes have moved, in a relay or elsewhere in the process. now is a
+// recent Clock.
+func NoteChunk(n int, now int64) {
 	// Unsigned, so that a stamp from the fake time of a test, which is later, does not stay for
 	// ever.
 	if n < smallChunk && uint64(now-lastSmall.Load()) > uint64(smallGrain) {
@@ -55,7 +49,7 @@ func smallAbout(now int64) bool { return uint64(now-lastSmall.Load()) <= uint64(
 // takeTurn waits for a turn if there are small messages. The caller gives back what it has got when
 // its move, which must not wait for anything, is done.
 func takeTurn() (taken bool) {
-	if !smallAbout(clock()) {
+	if !smallAbout(Clock()) {
 		return false
 	}
 	turns <- struct{}{}

@@ -9,7 +9,7 @@ import (
 
 func TestLargeMovesTakeTurnsBesideSmallMessages(t *testing.T) {
 	defer lastSmall.Store(0)
-	now := clock() + int64(smallRecent) // after the last test's
+	now := Clock() + int64(smallRecent) // after the last test's
 	for _, row := range []struct {
 		moved int
 		after int64
@@ -21,7 +21,7 @@ func TestLargeMovesTakeTurnsBesideSmallMessages(t *testing.T) {
 		{smallChunk, int64(smallRecent) + int64(smallGrain), false},
 	} {
 		now += row.after
-		noteChunk(row.moved, now)
+		NoteChunk(row.moved, now)
 		if got := smallAbout(now); got != row.small {
 			t.Errorf("after %d bytes at %d: small messages about %v", row.moved, now, got)
 		}
@@ -39,7 +39,7 @@ func TestTurnsAreBounded(t *testing.T) {
 	got := make(chan struct{})
 	go func() {
 		for taken := false; !taken; taken = takeTurn() {
-			lastSmall.Store(clock())
+			lastSmall.Store(Clock())
 		}
 		close(got)
 	}()
