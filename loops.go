@@ -163,10 +163,7 @@ func (o *onLoop) Next(failed error) (loop.Target, error) {
 		f.dialFailed(failed)
 	}
 	if f.pick.u != nil && len(f.addrs) == 0 {
-		v, err := f.pick.judge(f.err)
-		if v == fails && s.over() {
-			v = unknown
-		}
+		v, err := s.judge(f.pick, f.err)
 		changed := s.app.balancer.settle(f.pick.u, v, err, time.Now())
 		if !s.next(f, changed, err) {
 			return loop.Target{}, s.conn.decide(f.ending())

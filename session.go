@@ -365,11 +365,11 @@ func (s *session) next(f *finding, changed bool, err error) bool {
 
 // ending is how a session ends for which no upstream was found.
 func (f *finding) ending() *ending {
-	answersBadly := func(err error) bool { return !errors.Is(err, errUpstreamDown) }
+	isNotDown := func(err error) bool { return !errors.Is(err, errUpstreamDown) }
 	switch {
 	case f.errs == nil:
 		return &ending{EndNoUpstream, f.none}
-	case !slices.ContainsFunc(f.errs, answersBadly): // all were found down meanwhile
+	case !slices.ContainsFunc(f.errs, isNotDown): // health checks found all of them down meanwhile
 		return &ending{EndNoUpstream, errors.Join(append([]error{f.none}, f.errs...)...)}
 	}
 	return &ending{EndDialFailed, errors.Join(f.errs...)}
@@ -391,11 +391,17 @@ func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
 		defer context.AfterFunc(p.lost, cancel)()
 	}
 	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
-	v, err = p.judge(err)
+	v, err = s.judge(p, err)
+	return c, false, err
+}
+
+// judge is p.judge for a dial of s, which fails of itself when s is over.
+func (s *session) judge(p pick, err error) (verdict, error) {
+	v, err := p.judge(err)
 	if v == fails && s.over() {
 		v = unknown
 	}
-	return c, false, err
+	return v, err
 }
 
 // dialContext returns the context of a dial, which ends when the session is over.
