@@ -226,9 +226,9 @@ func (s *Server) withDrains(app string, upstreams []lbproxy.Upstream) {
 
 // forgetDrains forgets what was set for upstreams that are gone.
 func (s *Server) forgetDrains(snap *snapshot) {
-	maps.DeleteFunc(s.drains, func(key appUpstreamKey, _ bool) bool {
-		return !slices.ContainsFunc(upstreamsOf(snap.config), func(u appUpstream) bool {
-			return u.app == key.app && u.Addr == key.addr
-		})
-	})
+	now := map[appUpstreamKey]bool{}
+	for _, u := range upstreamsOf(snap.config) {
+		now[appUpstreamKey{u.app, u.Addr}] = true
+	}
+	maps.DeleteFunc(s.drains, func(key appUpstreamKey, _ bool) bool { return !now[key] })
 }
