@@ -23,7 +23,8 @@ import (
 //	              └────────────────┬────────────────────────┘        or ServeConn's caller
 //	                           dialing ── limited, no upstream ──► over
 //	                               │ connected
-//	                             open                                the relay's two goroutines
+//	                             open                                the relay's two goroutines,
+//	                               │                                 or a loop: docs/engine.md
 //	                               │ both streams ended, or the first failure or Abort
 //	                             over: counted out, EventClose, Result, OnDone, log
 //
@@ -222,9 +223,9 @@ func (c *Conn) clientAddr() string {
 type Result struct {
 	Conn             *Conn
 	App, ClientID    string
-	Client, Upstream string        // addresses: the client's, and the upstream's Addr (empty if none was reached)
+	Client, Upstream string        // the client's address; the upstream's Addr, empty if none was reached
 	Attempts         int           // dials tried
-	DialTime         time.Duration // of the one that succeeded, with PROXY header and TLS; 0: none did
+	DialTime         time.Duration // of the dial that succeeded, PROXY header and TLS included, or 0
 	Start            time.Time     // when it was accepted or given to ServeConn
 	Duration         time.Duration // since Start, so with Serve the time in admit is in it
 	Sent, Received   int64         // bytes client to upstream, upstream to client
@@ -258,9 +259,9 @@ type EndReason string
 
 const (
 	EndDone          EndReason = "done"           // both sides ended their streams
-	EndClientClosed  EndReason = "client-closed"  // the client closed a quiet TLS connection without close_notify
+	EndClientClosed  EndReason = "client-closed"  // the client closed quiet TLS without close_notify
 	EndNotAdmitted   EndReason = "not-admitted"   // admit returned an error
-	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by its RateLimitManager
+	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by a limit
 	EndNoUpstream    EndReason = "no-upstream"    // every upstream is full, down or draining
 	EndDialFailed    EndReason = "dial-failed"    // each upstream that was tried failed: see Err
 	EndClientError   EndReason = "client-error"   // the client's side failed

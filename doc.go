@@ -22,9 +22,9 @@
 // # Who gets the next connection
 //
 // The upstream with the lowest (open+1)/Weight; of equals, the first in the slice. With equal
-// weights, a client alone always gets the first: open several connections to see them spread. Choosing and
-// counting are one step, before the dial, so connections that open at the same time see each
-// other. Upstreams that are full (MaxConns) or draining are skipped.
+// weights, a client alone always gets the first: open several connections to see them spread.
+// Choosing and counting are one step, before the dial, so connections that open at the same time
+// see each other. Upstreams that are full (MaxConns) or draining are skipped.
 //
 // When a dial fails, the next best upstream is tried, each at most once for a connection. A failed
 // upstream is skipped for [Options].FailTimeout, unless every upstream has failed. After that a

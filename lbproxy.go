@@ -88,7 +88,8 @@ type Options struct {
 	// connection then takes about two thirds of the CPU, an idle one a small part of the memory.
 	// Loops apply to a *net.TCPListener without an AdmitFunc and without Options.DialContext, and
 	// not to upstreams with TLS; other connections run on goroutines. Connections that move bulk
-	// leave their loop for goroutines. Loops are experimental, for Linux only, and ignored elsewhere.
+	// leave their loop for goroutines. Loops are experimental; they exist on Linux, and elsewhere
+	// the field is ignored.
 	Loops bool
 
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was
@@ -159,10 +160,12 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 	}
 	o := &a.opts
 	if o.DialTimeout < 0 {
-		return nil, fmt.Errorf("lbproxy: app %q: Options.DialTimeout %v is negative: use 0 for the default of 5s", id, o.DialTimeout)
+		return nil, fmt.Errorf("lbproxy: app %q: Options.DialTimeout %v is negative: "+
+			"use 0 for the default of 5s", id, o.DialTimeout)
 	}
 	if o.MaxConns < 0 {
-		return nil, fmt.Errorf("lbproxy: app %q: Options.MaxConns %d is negative: use 0 for no bound", id, o.MaxConns)
+		return nil, fmt.Errorf("lbproxy: app %q: Options.MaxConns %d is negative: "+
+			"use 0 for no bound", id, o.MaxConns)
 	}
 	plainDialer := o.DialContext == nil
 	if plainDialer {

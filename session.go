@@ -18,7 +18,8 @@ import (
 
 // A session drives one Conn from when it is counted in until its Result is known. Its fields
 // belong to one goroutine at a time: Serve's or ServeConn's until Connect, then the relay's (or its
-// loop's: see loops.go), then the one that calls finish. What others may look at is guarded by Conn.mu.
+// loop's: see loops.go), then the one that calls finish. Conn.mu guards the fields that others may
+// read.
 type session struct {
 	app      *LBProxyApp
 	conn     *Conn

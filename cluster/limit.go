@@ -78,9 +78,8 @@ const (
 
 // A limiter is one proxy's part in a Limit.
 //
-// What it tells the store are changes, any of which may be lost, but for the number of its open
-// connections: that is told again as an absolute number every 2 s and after a call that failed,
-// when no other call is in flight.
+// It tells the store changes, and any of them may be lost. It tells its open connections as an
+// absolute number as well: every 2 s, and after a failed call, when no other call is in flight.
 type limiter struct {
 	store  *Store
 	l      Limit
@@ -182,8 +181,8 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 	return d
 }
 
-// Idle reports whether another limiter of the same key would serve as well: what was spent is in
-// the store.
+// Idle reports whether a new limiter of the same key could replace this one. The store remembers
+// what was spent.
 func (m *limiter) Idle() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

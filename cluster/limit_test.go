@@ -532,7 +532,7 @@ func TestCrashLosesOneBatch(t *testing.T) {
 		t.Errorf("%d let in, of 40 without the %d that are lost", in, lost)
 	}
 	server.SetTime(at.Add(time.Duration(lost) * time.Millisecond))
-	storetest.Await(t, "what was lost is regained", func() error {
+	storetest.Await(t, "the lost batch is regained", func() error {
 		in += count(t, 1, m)
 		return storetest.Want(in >= 40, strconv.Itoa(in))
 	})

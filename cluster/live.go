@@ -23,12 +23,12 @@ var liveScript = rueidis.NewLuaScript(liveText)
 // A Proxy is a member of the cluster as the others know it.
 type Proxy struct {
 	ID       string         `json:"id"`
-	Addr     string         `json:"addr"`     // its host: an IP address or a name; empty if it did not say
+	Addr     string         `json:"addr"`     // its host: an IP address or a name; may be empty
 	Ports    map[string]int `json:"ports"`    // where its apps listen
 	Open     int            `json:"open"`     // connections
 	Capacity int            `json:"capacity"` // 0: no bound
 	Draining bool           `json:"draining"`
-	Config   int64          `json:"config"`            // version it runs; 0 if it does not follow the store's
+	Config   int64          `json:"config"`            // version it runs; 0: none of the store's
 	Problem  string         `json:"problem,omitempty"` // why it does not run the store's
 	Since    time.Time      `json:"since"`             // it joined, by its own clock
 	Version  string         `json:"version,omitempty"` // of the program

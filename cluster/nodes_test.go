@@ -71,7 +71,7 @@ sentinel failover-timeout mymaster 3000
 	storetest.Await(t, "the replica is found", func() error { return s.Ping(t.Context()) })
 	t.Log("the store was away for", time.Since(began))
 	if c, err := s.Config(t.Context()); err != nil || c.Version != 1 || string(c.Text) != "text" {
-		t.Error("what was put is lost:", c, err)
+		t.Error("the configuration is lost:", c, err)
 	}
 	storetest.Await(t, "it is a member there", func() error {
 		tally, err := s.Live(t.Context())

@@ -65,11 +65,11 @@ const (
 // allReasons are the constants above. Each is a metric from the start, so that the first refusal is
 // an increase.
 var allReasons = []Reason{
-	TooManyHandshakes, TooManyFromAddress, HandshakeTimeout, HandshakeTooLarge, NoProxyHeader, NotTLS,
-	OldTLS, WrongServerName, NoCertificate, BadCertificate, UnknownExtension, WeakSignature, UnknownCA,
-	NotYetValid, Expired, NotDirect, IsCA, BadKeyUsage, BadExtKeyUsage, WeakKey, BadSerial,
-	UnknownSerial, OtherCertificate, AppNotAllowed, NoProof, ClientGone, ClientAlert, HandshakeFailed,
-	AppRemoved, Revoked,
+	TooManyHandshakes, TooManyFromAddress, HandshakeTimeout, HandshakeTooLarge, NoProxyHeader,
+	NotTLS, OldTLS, WrongServerName, NoCertificate, BadCertificate, UnknownExtension,
+	WeakSignature, UnknownCA, NotYetValid, Expired, NotDirect, IsCA, BadKeyUsage, BadExtKeyUsage,
+	WeakKey, BadSerial, UnknownSerial, OtherCertificate, AppNotAllowed, NoProof, ClientGone,
+	ClientAlert, HandshakeFailed, AppRemoved, Revoked,
 }
 
 // String returns the reason's word.

@@ -244,7 +244,7 @@ func carry(dst, src net.Conn) {
 	for p := range pieces {
 		time.Sleep(time.Until(p.due))
 		if _, err := dst.Write(p.bytes); err != nil {
-			src.Close() // ends the reads; what is left is thrown away
+			src.Close() // ends the reads; bytes still under way are discarded
 		}
 	}
 	dst.Close()

@@ -50,7 +50,7 @@ func (f *File) Keep(ctx context.Context, source Source) error {
 		s := f.Zone.set(t, 0)
 		change := before == nil || !sameNames(before, s)
 		if !s.alive && before != nil {
-			change = false // with nobody there an empty zone would be remembered: the last one is as good
+			change = false // resolvers would remember an empty zone: keep the last one
 		}
 		if change || time.Since(written) >= refresh && s.alive && !same(before, s) {
 			serial = max(uint32(time.Now().Unix()), serial+1)

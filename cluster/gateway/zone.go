@@ -7,7 +7,7 @@
 // A zone has these names. Proxies whose address is a name have SRV records alone.
 //
 //	ZONE            A, AAAA  all proxies
-//	_APP._tcp.ZONE  SRV      those that serve the app, with its port; the weight is by free capacity
+//	_APP._tcp.ZONE  SRV      proxies that serve the app, with its port; weighted by free capacity
 //	ID.ZONE         A, AAAA  one proxy
 //
 // A [File] keeps the zone in a file, for any DNS server that reads one. A [Server] is a small DNS
@@ -70,7 +70,8 @@ func (z *Zone) Check() error {
 		}
 	}
 	if z.TTL > 24*time.Hour {
-		return fmt.Errorf("gateway: TTL %v: want a day at most: for so long a dead proxy would be named", z.TTL)
+		return fmt.Errorf("gateway: TTL %v: want a day at most: for so long a dead proxy would be named",
+			z.TTL)
 	}
 	return nil
 }
@@ -210,9 +211,10 @@ func (z *Zone) Text(t cluster.Tally, serial uint32) string {
 
 func (s *set) text() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "; Written by lbcluster, and again whenever proxies come or go: changes here are lost.\n")
+	b.WriteString("; Written by lbcluster, and again whenever proxies come or go: changes here are lost.\n")
 	for _, name := range slices.SortedFunc(maps.Keys(s.records), func(a, b string) int {
-		return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) // the SOA record has to be the first
+		// The SOA record, of the shortest name, has to be the first.
+		return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b))
 	}) {
 		kinds := s.records[name]
 		for _, kind := range []uint16{dns.TypeSOA, dns.TypeNS, dns.TypeA, dns.TypeAAAA,

@@ -17,11 +17,11 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// FuzzSession has a client and a server write, end and break their streams as a schedule says, over
-// sockets. A session that leaves its loop goes on by a relay, so that what is compared is the whole
-// way. It is what relay's FuzzRelay does in memory; here the system is in between, so what the ends
-// know together is less: what one got is a part, from its beginning, of what the other sent; a
-// stream that looks whole is whole; and if nothing was broken, all of both has arrived.
+// FuzzSession makes a client and a server write, end and break their streams as a schedule says,
+// over sockets. When a session leaves its loop, a relay goes on with it, so the test covers the
+// hand-over. It is the counterpart of relay's FuzzRelay, which runs in memory. Behind sockets less
+// can be checked: each end has received a prefix of the other's bytes; a stream that looks whole is
+// whole; and if nothing was broken, every byte has arrived.
 func FuzzSession(f *testing.F) {
 	random := rand.New(rand.NewPCG(5, 6))
 	for range 24 {

@@ -15,8 +15,8 @@ import (
 // A Handler decides for one session, and hears what happens to it. A loop calls its methods, one at
 // a time. None of them may block, or call what others wrote: all sessions of the loop wait.
 type Handler interface {
-	// Next chooses what to dial. failed is why the last dial did not work, nil if there was none. An
-	// error ends the session with it, except for ErrWait and ErrLeave.
+	// Next chooses what to dial. failed is the error of the last dial, nil before the first. An error
+	// other than ErrWait and ErrLeave ends the session.
 	Next(failed error) (Target, error)
 
 	// Header is what a new server is sent first. It is not counted.
@@ -28,9 +28,8 @@ type Handler interface {
 	// Moved is called when n bytes were written.
 	Moved(d relay.Direction, n int)
 
-	// Leave gives the sockets away, as the session is better served elsewhere: one that moves bulk,
-	// or asks for it by ErrLeave, when server is -1. Neither side has ended its stream. It is the
-	// last call.
+	// Leave gives the sockets away, because the session moves bulk, or because Next returned
+	// ErrLeave; then server is -1. Neither side has ended its stream. It is the last call.
 	Leave(client, server int)
 
 	// Done is called last, unless Leave was. Both sides are closed.

@@ -14,12 +14,13 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// A Listener accepts bare descriptors from a TCP listener, which spares each connection most of
-// what package net asks the system. Loops do it as long as all goes well; the caller of Accept gets
-// what a loop cannot take, and errors, and then that loop goes on.
+// A Listener accepts bare descriptors from a TCP listener, which spares each connection most of the
+// system calls of package net. Loops accept until one meets an error or a connection that it cannot
+// take. Accept returns that one, and its next call lets the loop accept again.
 //
-// The socket stays that of the TCP listener, and is used only while that keeps it open. An epoll
-// descriptor of its own watches it, so that nothing is left in a loop's when it is closed.
+// The TCP listener owns the socket, and the Listener uses it only while the TCP listener is open. An
+// epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an entry
+// for it when it is closed.
 type Listener struct {
 	acceptor  // that of Accept
 	loops     []*loop
@@ -94,7 +95,7 @@ func (g *Group) NewListener(
 	if oneLoop {
 		a.loops = a.loops[:1]
 	}
-	// A loop stops after one, and goes on when there was none: it never waits here.
+	// A loop that sends here stops accepting until Accept has found none: so it never waits.
 	a.back = make(chan Accepted, 2*len(a.loops))
 	if addr, ok := l.Addr().(*net.TCPAddr); ok && !addr.IP.IsUnspecified() {
 		a.local = addr
@@ -230,8 +231,8 @@ func (a *acceptor) try() (c Accepted, ok bool) {
 	}
 }
 
-// acceptFD accepts. Whoever shares the socket, as another process after a socket activation, may
-// have made it block. An accept that waits would hold up the loop, and the garbage collector.
+// acceptFD accepts. Another process that shares the socket, as after a socket activation, may have
+// made it block. An accept that waits would hold up the loop, and the garbage collector.
 func (a *acceptor) acceptFD(fd uintptr) {
 	if relay.BlocksFD(int(fd)) {
 		syscall.SetNonblock(int(fd), true)

@@ -18,12 +18,12 @@ const (
 	// splice, which costs less than half, and do not keep others waiting.
 	bulkReads = 4
 
-	// urgentReads without bytes are believed: a signal may come in one, but not in all of them.
+	// urgentReads bounds the reads at an urgent byte: a signal may disturb some, but not all of them.
 	urgentReads = 100
 )
 
-// pending is what a slow reader has yet to take. Of a buffer that is nearly empty the rest moves to
-// a small one, as the reader may be slow for long.
+// pending holds the bytes that a slow reader has yet to take. The last few move to a small buffer,
+// since the reader may be slow for long.
 type pending struct {
 	buf  *relay.Buffer
 	left []byte // of buf
@@ -97,8 +97,8 @@ func (l *loop) pump(s *Session, i int) bool {
 	}
 }
 
-// read reads from c into the loop's buffer. At an urgent byte a signal makes the system say that
-// there is nothing, of which no event would tell: then it is asked again.
+// read reads from c into the loop's buffer. At an urgent byte a pending signal makes the system say
+// that there is nothing, although bytes may follow for which no event comes. Then read tries again.
 func (l *loop) read(c *side) (n int, errno syscall.Errno) {
 	for range urgentReads {
 		n, errno = relay.RecvFD(int(c.fd), l.buf[:])

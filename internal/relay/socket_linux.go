@@ -108,8 +108,8 @@ func (s *socket) write(b []byte, buf *Buffer) (int, error) {
 	return n, plainOp(err, "write")
 }
 
-// plainOp makes an error of a RawConn, such as "raw-read tcp …: i/o timeout", what that of the conn
-// itself would be.
+// plainOp changes an error of a RawConn, such as "raw-read tcp …: i/o timeout", into the error that
+// the conn itself would return.
 func plainOp(err error, op string) error {
 	if e, ok := err.(*net.OpError); ok {
 		e.Op = op

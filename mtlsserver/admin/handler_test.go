@@ -128,7 +128,8 @@ func TestChangesNeedPermissionAndTheSameOrigin(t *testing.T) {
 	log.await(t, "change=drain", "by=192.0.2.1:1234", "not allowed", "level=WARN")
 	log.await(t, "change=reload", `config.json:3: apps: none\\nconfig.json:4: users: none`)
 
-	// Without a token in the options no token is the right one, and what is missing is not offered.
+	// Without Options.Token every token is wrong. Without Options.Drain and Reload these are not
+	// offered.
 	bare := admin.Handler(listOf(), &admin.Options{Logger: slog.New(slog.DiscardHandler)})
 	if w := ask(bare, "POST", drain, header("Authorization", "Bearer ")); w.Code != 403 {
 		t.Errorf("no token in the options: %d, want 403", w.Code)

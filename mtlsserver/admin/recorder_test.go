@@ -13,7 +13,7 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// What is gone is remembered by name only so far; sums are kept for ever.
+// Of apps and upstreams that are gone, a Recorder keeps a bounded number of names and all sums.
 func TestPastIsBoundedAndKeepsItsSums(t *testing.T) {
 	r := &Recorder{}
 	r.stats(nil, time.Now())

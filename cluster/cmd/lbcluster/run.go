@@ -171,7 +171,8 @@ func (r *runner) rescale(n int) {
 	r.sharing = n
 	if err := r.load(r.running); err != nil {
 		r.sharing = was
-		r.log.Error("the configuration that runs does not load any more, so maxConns stay as they are", "problem", err)
+		r.log.Error("the configuration that runs does not load any more, so maxConns stay as they are",
+			"problem", err)
 	}
 }
 

@@ -205,7 +205,7 @@ func TestRun(t *testing.T) {
 	}
 	lsHas(t, env, "configuration 4")
 
-	// The store dies. Nobody notices, and a proxy that is started goes by the last good
+	// The store dies. No client notices, and a proxy that starts now runs by the last good
 	// configuration.
 	held, _, err := enter(p, eastAddr)
 	if err != nil {

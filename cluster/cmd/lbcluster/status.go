@@ -8,7 +8,9 @@ import (
 )
 
 // sections is for mtlsserver.Options: what the status page and the metrics say of the cluster.
-func (r *runner) sections() []admin.Section { return []admin.Section{r.storeFacts(), r.proxyFacts()} }
+func (r *runner) sections() []admin.Section {
+	return []admin.Section{r.storeFacts(), r.proxyFacts()}
+}
 
 func (r *runner) storeFacts() admin.Section {
 	s := r.store.Status()
@@ -17,7 +19,9 @@ func (r *runner) storeFacts() admin.Section {
 		state, connected = "away", 0
 	}
 	count := func(name, metric, help string, n uint64) admin.Fact {
-		return admin.Fact{Name: name, Value: fmt.Sprint(n), Metric: metric, Help: help, Number: float64(n)}
+		return admin.Fact{
+			Name: name, Value: fmt.Sprint(n), Metric: metric, Help: help, Number: float64(n),
+		}
 	}
 	return admin.Section{Title: "Store", Facts: []admin.Fact{
 		{Name: "Address", Value: s.Addr},
@@ -29,8 +33,10 @@ func (r *runner) storeFacts() admin.Section {
 		{Name: "Proxies that share limits", Value: fmt.Sprint(s.Peers), Metric: "lbcluster_peers",
 			Help: "Proxies that share the limits, this one included.", Number: float64(s.Peers)},
 		count("Calls", "lbcluster_store_calls_total", "Calls to the store.", s.Calls),
-		count("Failures", "lbcluster_store_failures_total", "Calls without a useful answer.", s.Failures),
-		count("Timeouts", "lbcluster_store_timeouts_total", "Calls without an answer in time.", s.Timeouts),
+		count("Failures", "lbcluster_store_failures_total",
+			"Calls without a useful answer.", s.Failures),
+		count("Timeouts", "lbcluster_store_timeouts_total",
+			"Calls without an answer in time.", s.Timeouts),
 		count("Let in without it", "lbcluster_alone_total",
 			"Connections let in by the policy, without the store.", s.Alone),
 		count("Refused without it", "lbcluster_turned_away_total",
@@ -44,18 +50,27 @@ func (r *runner) proxyFacts() admin.Section {
 		p := m.Place()
 		section.Facts = append(section.Facts,
 			admin.Fact{Name: "Name", Value: p.ID},
-			admin.Fact{Name: "Place", Value: fmt.Sprintf("%d of %d", p.Index+1, p.Count), Metric: "lbcluster_proxies",
-				Help: "Live proxies, as the last beat said.", Number: float64(p.Count)},
-			admin.Fact{Name: "Last beat", Value: fmt.Sprintf("%.1f s ago", p.Lag.Seconds()), Bad: p.Lag > 5*time.Second,
+			admin.Fact{
+				Name: "Place", Value: fmt.Sprintf("%d of %d", p.Index+1, p.Count),
+				Metric: "lbcluster_proxies", Help: "Live proxies, as the last beat said.",
+				Number: float64(p.Count),
+			},
+			admin.Fact{
+				Name: "Last beat", Value: fmt.Sprintf("%.1f s ago", p.Lag.Seconds()),
+				Bad:    p.Lag > 5*time.Second,
 				Metric: "lbcluster_lag_seconds", Help: "Time since the last beat that was answered.",
-				Number: p.Lag.Seconds()},
+				Number: p.Lag.Seconds(),
+			},
 			admin.Fact{Name: "Problem", Value: p.Err, Bad: true})
 	}
 	if w := r.watch.Load(); w != nil {
 		version, problem := w.Running()
 		section.Facts = append(section.Facts,
-			admin.Fact{Name: "Configuration", Value: fmt.Sprint(version), Metric: "lbcluster_configuration_version",
-				Help: "The version in force.", Number: float64(version)},
+			admin.Fact{
+				Name: "Configuration", Value: fmt.Sprint(version),
+				Metric: "lbcluster_configuration_version", Help: "The version in force.",
+				Number: float64(version),
+			},
 			admin.Fact{Name: "Problem with it", Value: problem, Bad: true})
 	}
 	return section

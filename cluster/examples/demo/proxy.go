@@ -35,7 +35,8 @@ func startProxy(ctx context.Context, id, storeURL string, log *slog.Logger,
 	if p.listener, err = lbproxy.Listen("127.0.0.1:0"); err != nil {
 		return nil, err
 	}
-	if p.store, err = cluster.Dial(storeURL, &cluster.Options{Timeout: patience, Logger: log}); err != nil {
+	p.store, err = cluster.Dial(storeURL, &cluster.Options{Timeout: patience, Logger: log})
+	if err != nil {
 		return nil, err
 	}
 	p.watch, err = p.store.Watch(ctx, cluster.Watcher{Apply: func(c cluster.Config) error {
@@ -51,7 +52,9 @@ func startProxy(ctx context.Context, id, storeURL string, log *slog.Logger,
 	p.member, err = p.store.Join(cluster.Self{
 		ID: id, Addr: "127.0.0.1", Config: p.watch.Running,
 		Ports: func() map[string]int { return map[string]int{"demo": port} },
-		Apps:  func() map[string]*lbproxy.LBProxyApp { return map[string]*lbproxy.LBProxyApp{"demo": p.app} },
+		Apps: func() map[string]*lbproxy.LBProxyApp {
+			return map[string]*lbproxy.LBProxyApp{"demo": p.app}
+		},
 	})
 	if err != nil {
 		return nil, err

@@ -321,7 +321,8 @@ func (s *server) serve() error {
 		return s.explain(err)
 	}
 	b := buildInfo()
-	s.log.Info("starting", "version", b.version, "revision", b.revision, "modified", b.modified, "go", b.goVersion)
+	s.log.Info("starting",
+		"version", b.version, "revision", b.revision, "modified", b.modified, "go", b.goVersion)
 	s.ready(srv, config, s.stdout)
 	s.notify(systemd.Ready, "STATUS=serving")
 	done := make(chan error, 1)
@@ -354,7 +355,8 @@ func (s *server) serve() error {
 func (s *server) ready(srv *mtlsserver.Server, config *mtlsserver.Config, w io.Writer) {
 	addrs := srv.Addrs()
 	for _, app := range config.Apps {
-		s.log.Debug("listening", "app", app.ID, "addr", addrs[app.ID].String(), "upstreams", len(app.Upstreams))
+		s.log.Debug("listening",
+			"app", app.ID, "addr", addrs[app.ID].String(), "upstreams", len(app.Upstreams))
 		fmt.Fprintf(w, "app %q listens on %v\n", app.ID, addrs[app.ID])
 	}
 	if addr := srv.AdminAddr(); addr != nil {
@@ -388,7 +390,7 @@ func (s *server) reload(ctx context.Context) (changes mtlsserver.Changes, err er
 	if err := s.sockets.unused(config); err != nil { // no reason to keep users in who were removed
 		s.log.Warn("a socket is not used", "err", err)
 	}
-	s.ready(s.srv, config, io.Discard) // whoever waited for the server to be ready need not be reading any more
+	s.ready(s.srv, config, io.Discard) // nobody may be reading standard output any more
 	return changes, nil
 }
 

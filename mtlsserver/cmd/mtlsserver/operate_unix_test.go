@@ -88,8 +88,8 @@ func (f *follower) serve(t *testing.T, text string) (cmd *exec.Cmd, addr string,
 	}
 }
 
-// Every command of docs/operate.md is run, in its order, but for those that are named here: they
-// need systemd as process 1, or Docker.
+// TestOperate runs the commands of docs/operate.md in their order. It names those that it cannot
+// run, because they need systemd as process 1, or Docker.
 func TestOperate(t *testing.T) {
 	needs(t, "curl", "openssl")
 	folder, err := os.MkdirTemp("", "lb") // a socket's path must be short
