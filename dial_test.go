@@ -74,7 +74,7 @@ func TestRefusingUpstreamCostsNoClient(t *testing.T) {
 
 func TestBlackHoleCostsOneDialTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var log syncBuffer
+		var log proxytest.Buffer
 		a, _ := newApp(t, Options{
 			DialTimeout: 3 * time.Second,
 			Logger:      slog.New(slog.NewTextHandler(&log, nil)),

@@ -20,6 +20,8 @@ import (
 	"testing/synctest"
 	"time"
 	"weak"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 var errSick = errors.New("sick")
@@ -66,9 +68,9 @@ func (w *ward) count(addr string) (n int) {
 // newCheckedApp returns an app with health checks, and its log.
 func newCheckedApp(
 	t *testing.T, hc HealthCheck, opts Options, addrs ...string,
-) (*LBProxyApp, *syncBuffer) {
+) (*LBProxyApp, *proxytest.Buffer) {
 	t.Helper()
-	var log syncBuffer
+	var log proxytest.Buffer
 	opts.HealthCheck = &hc
 	opts.Logger = slog.New(slog.NewTextHandler(&log, nil))
 	a, _ := newApp(t, opts, addrs...)
@@ -91,7 +93,7 @@ func wantStates(t *testing.T, when string, a *LBProxyApp, want string) {
 }
 
 // wantLines checks how often the log has each text.
-func wantLines(t *testing.T, log *syncBuffer, want map[string]int) {
+func wantLines(t *testing.T, log *proxytest.Buffer, want map[string]int) {
 	t.Helper()
 	for text, n := range want {
 		if got := strings.Count(log.String(), text); got != n {

@@ -1,7 +1,6 @@
 package lbproxy
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -314,7 +313,7 @@ func (l *scriptedListener) Close() error {
 
 func TestAcceptErrorsNeitherEndTheLoopNorSpin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var log syncBuffer
+		var log proxytest.Buffer
 		a, results := newApp(t, Options{
 			Logger:      slog.New(slog.NewTextHandler(&log, nil)),
 			DialContext: dialFake(func(c net.Conn) {})}, "u:1")
@@ -520,7 +519,7 @@ func TestConnAcceptedWhileStoppingIsReset(t *testing.T) {
 }
 
 func TestAdmitDecidesHowAConnectionIsServed(t *testing.T) {
-	var log syncBuffer
+	var log proxytest.Buffer
 	a, results := newApp(t, Options{
 		Logger: slog.New(slog.NewTextHandler(&log,
 			&slog.HandlerOptions{Level: slog.LevelDebug}))},
@@ -615,23 +614,6 @@ func TestAcceptedConnIsClosedWhenAdmitReplacesIt(t *testing.T) {
 	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("it reads %v, want an end", err)
 	}
-}
-
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 func TestConnDuringAdmitCountsAsOpen(t *testing.T) {
@@ -910,7 +892,7 @@ type pairedConn struct {
 }
 
 func TestOneLogLinePerConnection(t *testing.T) {
-	var log syncBuffer
+	var log proxytest.Buffer
 	a, results := newApp(t, Options{
 		Logger: slog.New(slog.NewTextHandler(&log,
 			&slog.HandlerOptions{Level: slog.LevelDebug}))},

@@ -124,7 +124,7 @@ func TestLoopsAreNotForOtherConnections(t *testing.T) {
 func TestLoopsThatAreRefusedAreDoneWithout(t *testing.T) {
 	newLoops = func(relay.Config, int) (*loop.Group, error) { return nil, errors.New("no such thing") }
 	defer func() { newLoops = loop.NewGroup }()
-	var log syncBuffer
+	var log proxytest.Buffer
 	a, addr, results := newLoopApp(t, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))},
 		Upstream{Addr: upstreamDoing(t, echo)})
 	c := dial(t, addr)
@@ -143,9 +143,9 @@ func TestLoopsThatAreRefusedAreDoneWithout(t *testing.T) {
 
 func TestLoopDialFails(t *testing.T) {
 	refusing := proxytest.RefusingAddr(t)
-	hole := blackHole(t)
+	hole := proxytest.BlackHole(t)
 	up := upstreamDoing(t, echo)
-	var log syncBuffer
+	var log proxytest.Buffer
 	a, addr, results := newLoopApp(t, Options{
 		DialTimeout: 300 * time.Millisecond, Logger: slog.New(slog.NewTextHandler(&log, nil)),
 	}, Upstream{Addr: refusing}, Upstream{Addr: hole}, Upstream{Addr: up})
@@ -182,25 +182,6 @@ func TestLoopDialFails(t *testing.T) {
 	wantOnLoops(t, a, 2)
 }
 
-// blackHole returns an address at which no dial is answered: its queue is full.
-func blackHole(t testing.TB) string {
-	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-	proxytest.Must(t, err)
-	t.Cleanup(func() { syscall.Close(fd) })
-	proxytest.Must(t, syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
-	proxytest.Must(t, syscall.Listen(fd, 0))
-	sa, err := syscall.Getsockname(fd)
-	proxytest.Must(t, err)
-	addr := fmt.Sprint("127.0.0.1:", sa.(*syscall.SockaddrInet4).Port)
-	for range 5 {
-		if c, err := net.DialTimeout("tcp", addr, 100*time.Millisecond); err == nil {
-			t.Cleanup(func() { c.Close() })
-		}
-	}
-	return addr
-}
-
 func TestLoopWithoutUpstream(t *testing.T) {
 	a, addr, results := newLoopApp(t, Options{}, Upstream{Addr: "127.0.0.1:1", Drain: true})
 	if n := bytesFrom(addr); n != 0 { // it may be reset while it connects
@@ -218,7 +199,7 @@ func TestLoopAbort(t *testing.T) {
 	for _, dialling := range []bool{false, true} {
 		up := upstreamDoing(t, echo)
 		if dialling {
-			up = blackHole(t)
+			up = proxytest.BlackHole(t)
 		}
 		a, addr, results := newLoopApp(t, Options{}, Upstream{Addr: up})
 		c := dial(t, addr)
@@ -252,7 +233,7 @@ func TestLoopAbort(t *testing.T) {
 }
 
 func TestLoopCloseAndShutdown(t *testing.T) {
-	open, hole := upstreamDoing(t, echo), blackHole(t)
+	open, hole := upstreamDoing(t, echo), proxytest.BlackHole(t)
 	a, addr, results := newLoopApp(t, Options{},
 		Upstream{Addr: open, MaxConns: 20}, Upstream{Addr: hole})
 	var clients []*net.TCPConn
@@ -455,7 +436,7 @@ func TestLoopResets(t *testing.T) {
 }
 
 func TestLoopHealthChecks(t *testing.T) {
-	up, hole := upstreamDoing(t, echo), blackHole(t)
+	up, hole := upstreamDoing(t, echo), proxytest.BlackHole(t)
 	var mu sync.Mutex
 	bad := map[string]bool{}
 	a, addr, results := newLoopApp(t, Options{CloseOnDown: true, HealthCheck: &HealthCheck{
@@ -540,7 +521,7 @@ func (w blockedWriter) Write(b []byte) (int, error) {
 }
 
 func TestPanicInOnDoneOfALoopSession(t *testing.T) {
-	var log syncBuffer
+	var log proxytest.Buffer
 	up := upstreamDoing(t, echo)
 	a, addr, _ := newLoopApp(t, Options{
 		OnDone: func(Result) { panic("oops") }, Logger: slog.New(slog.NewTextHandler(&log, nil)),

@@ -276,7 +276,7 @@ func TestALastWordHasASecond(t *testing.T) {
 }
 
 func TestAPanicInOnRefusedIsLogged(t *testing.T) {
-	var log syncBuffer
+	var log proxytest.Buffer
 	a, results := newAppOver(t, Options{Logger: textLogger(&log)},
 		Upstream{Addr: "127.0.0.1:1", Drain: true})
 	c := dial(t, serve(t, a, func(_ context.Context, c *Conn) error {

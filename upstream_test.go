@@ -196,7 +196,7 @@ func TestOnUpstreamIsCalledAgainAfterAPanic(t *testing.T) {
 	for name, fail := range map[string]func(){"panic": func() { panic("boom") },
 		"Goexit": runtime.Goexit} {
 		synctest.Test(t, func(t *testing.T) {
-			var log syncBuffer
+			var log proxytest.Buffer
 			var got []string
 			a, _ := newApp(t, Options{
 				Logger: slog.New(slog.NewTextHandler(&log, nil)),

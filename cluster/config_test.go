@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 func TestPut(t *testing.T) {
@@ -246,7 +247,7 @@ func TestEmptyStoreReplacesNothing(t *testing.T) {
 }
 
 func TestWatchNeedsApply(t *testing.T) {
-	s, _ := dial(t, "redis://"+storetest.FreeAddr(t), nil)
+	s, _ := dial(t, "redis://"+proxytest.FreeAddr(t), nil)
 	if _, err := s.Watch(t.Context(), Watcher{}); err == nil ||
 		!strings.Contains(err.Error(), "required") {
 		t.Error(err)
@@ -255,7 +256,7 @@ func TestWatchNeedsApply(t *testing.T) {
 
 func TestLastGoodFileThatSomebodyChanged(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "config.json")
-	s, _ := dial(t, "redis://"+storetest.FreeAddr(t), nil)
+	s, _ := dial(t, "redis://"+proxytest.FreeAddr(t), nil)
 	var f follower
 	w := f.watcher(file)
 	if err := w.keep(Config{Version: 3, Text: []byte("three")}); err != nil {

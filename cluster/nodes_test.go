@@ -8,8 +8,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
 	"github.com/redis/rueidis"
+
+	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // command gives a server a command that the package has no use for, and returns the answer.
@@ -90,7 +92,7 @@ func TestRedisCluster(t *testing.T) {
 	var nodes [2]*storetest.Server
 	var host, port, bus string // of the last one
 	for i, slots := range [][]string{{"0", "8191"}, {"8192", "16383"}} {
-		_, bus, _ = strings.Cut(storetest.FreeAddr(t), ":")
+		_, bus, _ = strings.Cut(proxytest.FreeAddr(t), ":")
 		nodes[i] = storetest.Redis(t, "--cluster-enabled", "yes", "--cluster-port", bus)
 		host, port, _ = strings.Cut(nodes[i].Addr, ":")
 		command(t, nodes[i], append([]string{"CLUSTER", "ADDSLOTSRANGE"}, slots...)...)

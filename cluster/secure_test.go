@@ -24,7 +24,7 @@ func TestTLSAndACL(t *testing.T) {
 	if err := os.WriteFile(acl, []byte(aclOf(t)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	addr := storetest.FreeAddr(t)
+	addr := proxytest.FreeAddr(t)
 	storetest.Redis(t, "--tls-port", addr[strings.LastIndexByte(addr, ':')+1:], "--tls-cert-file",
 		certFile, "--tls-key-file", keyFile,
 		"--tls-ca-cert-file", caFile, "--tls-auth-clients", "yes", "--aclfile", acl)

@@ -1,7 +1,6 @@
 package cluster
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -10,7 +9,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -28,32 +26,14 @@ func TestMain(m *testing.M) {
 	proxytest.Main(m)
 }
 
-// A log is what a store logs, for a test to look at.
-type log struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *log) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *log) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
 // dial returns a store of the test's own.
-func dial(t testing.TB, url string, opts *Options) (*Store, *log) {
+func dial(t testing.TB, url string, opts *Options) (*Store, *proxytest.Buffer) {
 	t.Helper()
 	var o Options
 	if opts != nil {
 		o = *opts
 	}
-	l := new(log)
+	l := new(proxytest.Buffer)
 	o.Logger = slog.New(slog.NewTextHandler(l, nil))
 	s, err := Dial(url, &o)
 	if err != nil {

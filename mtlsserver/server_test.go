@@ -33,6 +33,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // A row is a client of the certificate table. It asks for web, which alice may reach.
@@ -761,10 +762,7 @@ func TestReloadKeepsWhatIsTheSame(t *testing.T) {
 	l := newLab(t, func(l *lab) {
 		l.config.Users[0].Apps = []string{"web", "db"}
 		for i := range l.config.Apps {
-			free, err := net.Listen("tcp", "127.0.0.1:0")
-			must(t, err)
-			defer free.Close()
-			l.config.Apps[i].Listen = free.Addr().String()
+			l.config.Apps[i].Listen = proxytest.FreeAddr(t)
 		}
 	})
 	web, db := l.addr("web"), l.addr("db")
@@ -920,12 +918,10 @@ func TestEachAppHasItsOwnIdleTimeout(t *testing.T) {
 func TestReloadThatFailsChangesNothing(t *testing.T) {
 	l := newLab(t, nil)
 	c := l.in(t, "web", &l.alice)
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	free.Close()
-	_, err = l.server.Reload(l.with(func(c *Config) {
+	free := proxytest.FreeAddr(t)
+	_, err := l.server.Reload(l.with(func(c *Config) {
 		c.Users = nil
-		c.Apps = append([]App{{ID: "new", Listen: free.Addr().String(),
+		c.Apps = append([]App{{ID: "new", Listen: free,
 			HealthCheck: &HealthCheck{}, Upstreams: c.Apps[0].Upstreams}}, c.Apps...)
 		c.Apps[1].Listen = l.web.Addr().String()
 	}))
@@ -937,7 +933,7 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 	if _, ok := l.server.Addrs()["new"]; ok {
 		t.Error("the new app is there")
 	}
-	again, err := net.Listen("tcp", free.Addr().String())
+	again, err := net.Listen("tcp", free)
 	must(t, err)
 	again.Close()
 }

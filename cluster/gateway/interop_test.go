@@ -11,9 +11,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
+
 	"github.com/danielepagano/lbproxy/cluster"
 	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
-	"github.com/miekg/dns"
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // daemon runs a program until the test ends, and shows what it wrote if the test fails.
@@ -65,7 +67,7 @@ func has(addr, ip string, want bool) func() error {
 
 // unbound resolves by the servers at these addresses.
 func unbound(t *testing.T, to ...string) string {
-	addr := storetest.FreeAddr(t)
+	addr := proxytest.FreeAddr(t)
 	_, port, _ := net.SplitHostPort(addr)
 	conf := storetest.WriteFile(t, "unbound.conf", fmt.Sprintf(`server:
   interface: 127.0.0.1
@@ -91,7 +93,7 @@ stub-zone:
 }
 
 func dnsmasq(t *testing.T, to string) string {
-	addr := storetest.FreeAddr(t)
+	addr := proxytest.FreeAddr(t)
 	_, port, _ := net.SplitHostPort(addr)
 	daemon(t, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv",
 		"--no-hosts", "--pid-file=", "--user=",
@@ -102,7 +104,7 @@ func dnsmasq(t *testing.T, to string) string {
 
 // knot serves the zone in a file, and returns its address and what has it read the file.
 func knot(t *testing.T, file string) (addr string, reload func(context.Context) error) {
-	addr = storetest.FreeAddr(t)
+	addr = proxytest.FreeAddr(t)
 	knotc := storetest.Need(t, "knotc")
 	dir, err := os.MkdirTemp("", "knot") // a socket's path has to be short
 	if err != nil {

@@ -144,15 +144,6 @@ func join(t testing.TB, g *Group) (client, server *net.TCPConn, h *recorder) {
 
 func addrOf(l net.Listener) netip.AddrPort { return l.Addr().(*net.TCPAddr).AddrPort() }
 
-func readCut(t testing.TB, c io.Reader) []byte {
-	t.Helper()
-	b, err := io.ReadAll(c)
-	if !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("read %d bytes, then %v; want a reset", len(b), err)
-	}
-	return b
-}
-
 func TestBothStreamsArriveWhole(t *testing.T) {
 	g := newGroup(t, relay.Config{})
 	for _, size := range []int64{0, 1, 4096, bufferSize - 1, bufferSize, bufferSize + 1, 200_000} {
@@ -243,7 +234,7 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 		time.Sleep(50 * time.Millisecond) // it has arrived: a reset throws away what has not
 		from.SetLinger(0)
 		from.Close()
-		if b := readCut(t, to); len(b) != size || pattern.Check(0, b) != nil {
+		if b := proxytest.ReadReset(t, to); len(b) != size || pattern.Check(0, b) != nil {
 			t.Errorf("%d bytes of %d arrived before the reset", len(b), size)
 		}
 		if o := h.wait(t); o.Failed != side || !errors.Is(o.Err, syscall.ECONNRESET) {
@@ -284,7 +275,7 @@ func TestStuckReaderIsWaitedForASecond(t *testing.T) {
 	if took := time.Since(start); o.Failed != relay.Client || took < relay.LingerTime {
 		t.Errorf("after %v: %+v", took, o)
 	}
-	readCut(t, server)
+	proxytest.ReadReset(t, server)
 }
 
 func TestResetOfAReaderReachesTheWriter(t *testing.T) {
@@ -370,8 +361,8 @@ func TestAbort(t *testing.T) {
 	proxytest.Must(t, pingBoth(client, server))
 	h.session.Abort(errAborted)
 	h.session.Abort(errIdle) // the first counts
-	readCut(t, client)
-	readCut(t, server)
+	proxytest.ReadReset(t, client)
+	proxytest.ReadReset(t, server)
 	if o := h.wait(t); o.Err != errAborted || o.Failed != relay.NoSide {
 		t.Errorf("%+v", o)
 	}
@@ -392,8 +383,8 @@ func TestIdleTimeout(t *testing.T) {
 	if took := time.Since(start); o.Err != errIdle || took < idle-50*time.Millisecond {
 		t.Errorf("after %v: %+v", took, o)
 	}
-	readCut(t, client)
-	readCut(t, server)
+	proxytest.ReadReset(t, client)
+	proxytest.ReadReset(t, server)
 }
 
 func TestSlowReaderIsNotIdle(t *testing.T) {
@@ -425,7 +416,7 @@ func TestNextTargetIsDialledWhenOneFails(t *testing.T) {
 	g := newGroup(t, relay.Config{})
 	l := proxytest.Listen(t)
 	refusing := netip.MustParseAddrPort(proxytest.RefusingAddr(t))
-	hole := blackHole(t)
+	hole := netip.MustParseAddrPort(proxytest.BlackHole(t))
 	h := &recorder{
 		targets: []netip.AddrPort{refusing, hole, addrOf(l)}, timeout: 200 * time.Millisecond,
 	}
@@ -444,25 +435,6 @@ func TestNextTargetIsDialledWhenOneFails(t *testing.T) {
 	}
 }
 
-// blackHole returns an address at which no dial is answered: its queue is full.
-func blackHole(t testing.TB) netip.AddrPort {
-	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-	proxytest.Must(t, err)
-	t.Cleanup(func() { syscall.Close(fd) })
-	proxytest.Must(t, syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
-	proxytest.Must(t, syscall.Listen(fd, 0))
-	sa, err := syscall.Getsockname(fd)
-	proxytest.Must(t, err)
-	addr := addrPort(sa)
-	for range 5 {
-		if c, err := net.DialTimeout("tcp", addr.String(), 100*time.Millisecond); err == nil {
-			t.Cleanup(func() { c.Close() })
-		}
-	}
-	return addr
-}
-
 func TestManyRefusingTargets(t *testing.T) {
 	refusing := netip.MustParseAddrPort(proxytest.RefusingAddr(t))
 	h := &recorder{}
@@ -470,14 +442,14 @@ func TestManyRefusingTargets(t *testing.T) {
 		h.targets = append(h.targets, refusing)
 	}
 	client := start(t, newGroup(t, relay.Config{}), h)
-	readCut(t, client)
+	proxytest.ReadReset(t, client)
 	if o := h.wait(t); o.Err != errNone || len(h.failures) != 1000 || o.Connected {
 		t.Errorf("%d failures, %+v", len(h.failures), o)
 	}
 }
 
 func TestClientGoneDuringDial(t *testing.T) {
-	h := &recorder{targets: []netip.AddrPort{blackHole(t)}}
+	h := &recorder{targets: []netip.AddrPort{netip.MustParseAddrPort(proxytest.BlackHole(t))}}
 	client := start(t, newGroup(t, relay.Config{}), h)
 	client.Write([]byte("unread"))
 	client.SetLinger(0)
@@ -489,7 +461,7 @@ func TestClientGoneDuringDial(t *testing.T) {
 
 func TestCanceledDialMovesOn(t *testing.T) {
 	l := proxytest.Listen(t)
-	first := blackHole(t)
+	first := netip.MustParseAddrPort(proxytest.BlackHole(t))
 	h := &recorder{}
 	dialling := make(chan uint32, 1)
 	h.next = func(failed error) (Target, error) {

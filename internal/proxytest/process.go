@@ -38,3 +38,22 @@ func ProcessUse(t testing.TB, pid int) (resident int64, descriptors int) {
 	Must(t, err)
 	return resident << 10, len(entries)
 }
+
+// WantNoGrowth fails the test unless a process comes to have hardly more descriptors than it had,
+// and its resident memory has grown by a few MiB at most.
+func WantNoGrowth(t testing.TB, pid int, resident int64, descriptors int) {
+	t.Helper()
+	var grown int64
+	Eventually(t, "no more descriptors open than before", func() bool {
+		now, open := ProcessUse(t, pid)
+		grown = now - resident
+		return open <= descriptors+8
+	})
+	most := int64(16 << 20)
+	if Race {
+		most *= 4
+	}
+	if grown > most {
+		t.Errorf("process %d has grown by %d MiB, want at most %d", pid, grown>>20, most>>20)
+	}
+}

@@ -11,12 +11,14 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"math/rand/v2"
 	"net"
 	"os"
 	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -150,12 +152,32 @@ func Listen(t testing.TB) *net.TCPListener {
 	return l.(*net.TCPListener)
 }
 
+// taken has the addresses that FreeAddr has returned.
+var taken sync.Map
+
+// FreeAddr returns an address of 127.0.0.1 that was free a moment ago, and that no other call
+// returns. Its port is below those that the kernel hands out, so that nobody gets it by chance before
+// the test listens there, or while a server is away.
+func FreeAddr(t testing.TB) string {
+	t.Helper()
+	for range 1000 {
+		addr := fmt.Sprintf("127.0.0.1:%d", 11000+rand.IntN(20000))
+		if _, known := taken.LoadOrStore(addr, true); known {
+			continue
+		}
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
+	}
+	t.Fatal("no port is free")
+	return ""
+}
+
 // RefusingAddr returns a loopback address where nobody listens.
 func RefusingAddr(t testing.TB) string {
 	t.Helper()
-	l := Listen(t)
-	defer l.Close()
-	return l.Addr().String()
+	return FreeAddr(t)
 }
 
 // Dial connects to addr. The connection has a deadline of Patience, so that no test hangs, and is
@@ -240,4 +262,15 @@ func Cut(c net.Conn) error {
 		return fmt.Errorf("proxytest: still open after %d bytes", n)
 	}
 	return nil
+}
+
+// ReadReset reads c until it is reset, and returns what came before. It fails the test if c ends in
+// any other way.
+func ReadReset(t testing.TB, c io.Reader) []byte {
+	t.Helper()
+	b, err := io.ReadAll(c)
+	if !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read %d bytes, then %v; want a reset", len(b), err)
+	}
+	return b
 }

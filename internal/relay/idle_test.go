@@ -26,7 +26,7 @@ func TestIdleTimeIsExactOverBothDirections(t *testing.T) {
 			start := time.Now()
 			time.Sleep(50 * time.Second)
 			proxytest.Must(t, proxytest.Ping(client))
-			readCut(t, client)
+			proxytest.ReadReset(t, client)
 			if took := time.Since(start); took != 160*time.Second {
 				t.Errorf("ended after %v, want 160s", took)
 			}

@@ -2,12 +2,10 @@ package relay
 
 import (
 	"errors"
-	"io"
 	"net"
 	"os"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -130,16 +128,6 @@ func joinPipes(
 	r = e.Start(ours, h, 0)
 	r.Connect(theirs)
 	return client, server, h, r
-}
-
-// readCut reads c to a reset and fails if it ends in any other way.
-func readCut(t testing.TB, c io.Reader) []byte {
-	t.Helper()
-	b, err := io.ReadAll(c)
-	if !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("read %d bytes, then %v; want a reset", len(b), err)
-	}
-	return b
 }
 
 // openPipes returns the pipes of which the process holds an end.

@@ -276,7 +276,7 @@ func TestConnectWithoutServerAborts(t *testing.T) {
 	if newEngine(t, Config{}).Start(ours, h, 0).Connect(nil) {
 		t.Error("Connect returned true")
 	}
-	readCut(t, client)
+	proxytest.ReadReset(t, client)
 	if o := h.wait(t); o.Failed != NoSide || o.Err != errNoServer {
 		t.Errorf("%+v", o)
 	}
@@ -304,7 +304,7 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 			}
 			from.SetLinger(0)
 			from.Close()
-			if more := readCut(t, to); len(more) > 0 || pattern.Check(0, got) != nil {
+			if more := proxytest.ReadReset(t, to); len(more) > 0 || pattern.Check(0, got) != nil {
 				t.Fatalf("%d bytes more, %v", len(more), pattern.Check(0, got))
 			}
 			if o := h.wait(t); o.Failed != side || o.Err == nil {
@@ -336,7 +336,7 @@ func TestResetOfAQuietConnectionIsPassedOnAtOnce(t *testing.T) {
 	for _, p := range all {
 		p.client.SetLinger(0)
 		p.client.Close()
-		readCut(t, p.server)
+		proxytest.ReadReset(t, p.server)
 		p.server.Close()
 		if o := p.h.wait(t); o.Failed != Client {
 			t.Errorf("%+v", o)
@@ -413,7 +413,7 @@ func TestResetFollowsDeliveryAtOnce(t *testing.T) {
 		client, h := answeredThenReset(t)
 		start := time.Now()
 		time.Sleep(100 * time.Millisecond)
-		if b := readCut(t, client); string(b) != "answer" {
+		if b := proxytest.ReadReset(t, client); string(b) != "answer" {
 			t.Errorf("client got %q", b)
 		}
 		if o := h.wait(t); o.Failed != Server || time.Since(start) != 100*time.Millisecond {
@@ -430,7 +430,7 @@ func TestResetWaitsOneSecondForUnreadData(t *testing.T) {
 			time.Since(start) != time.Second {
 			t.Errorf("%+v after %v", o, time.Since(start))
 		}
-		readCut(t, client)
+		proxytest.ReadReset(t, client)
 	})
 }
 
@@ -714,7 +714,7 @@ func TestVerdictAborts(t *testing.T) {
 		})
 		go io.Copy(io.Discard, server)
 		client.Write([]byte("x"))
-		readCut(t, client)
+		proxytest.ReadReset(t, client)
 		if o := h.wait(t); o.Err != tooMuch || o.Failed != NoSide || o.Sent != 1 {
 			t.Errorf("%+v", o)
 		}
@@ -764,7 +764,7 @@ func TestPanicInMovedAborts(t *testing.T) {
 			})
 			go io.Copy(server, server)
 			client.Write([]byte("x"))
-			readCut(t, client)
+			proxytest.ReadReset(t, client)
 			o := h.wait(t)
 			err, ok := o.Panic.(error)
 			if o.Err != ErrPanicked || !ok || !errors.Is(err, boom) ||
@@ -785,7 +785,7 @@ func TestVerdictDoesNotDelayAnError(t *testing.T) {
 		r.Connect(theirs)
 		start := time.Now()
 		server.Write([]byte("answer"))
-		readCut(t, server)
+		proxytest.ReadReset(t, server)
 		if o := h.wait(t); o.Failed != Client || o.Received != 1 ||
 			time.Since(start) > time.Second {
 			t.Errorf("%+v after %v", o, time.Since(start))
@@ -894,7 +894,7 @@ func TestPanickingConnAborts(t *testing.T) {
 		h := newRecorder(nil)
 		r := newEngine(t, Config{}).Start(ours, h, 0)
 		r.Connect(oddConn{Conn: theirs, read: func([]byte) (int, error) { panic("boom") }})
-		readCut(t, client)
+		proxytest.ReadReset(t, client)
 		if o := h.wait(t); !strings.HasPrefix(fmt.Sprint(o.Panic), "boom\n\ngoroutine") {
 			t.Errorf("%+v", o)
 		}
@@ -941,7 +941,7 @@ func TestServerWithoutHalfClose(t *testing.T) {
 			t.Error(err)
 		}
 		client.CloseWrite()
-		readCut(t, client) // for its answer may be cut
+		proxytest.ReadReset(t, client) // for its answer may be cut
 		if o := h.wait(t); o.Failed != Server || !strings.Contains(fmt.Sprint(o.Err),
 			"CloseWrite") || o.Sent != 1 || o.Received != 1 {
 			t.Errorf("%+v", o)
@@ -964,7 +964,7 @@ func TestClientWithoutHalfClose(t *testing.T) {
 			!strings.Contains(fmt.Sprint(o.Err), "CloseWrite") {
 			t.Errorf("%+v", o)
 		}
-		readCut(t, server) // for what it was sent may be cut
+		proxytest.ReadReset(t, server) // for what it was sent may be cut
 		client.Close()
 	})
 }
@@ -1062,7 +1062,7 @@ func TestWholeAnswerEndsInACloseThoughTheClientCannotHalfClose(t *testing.T) {
 	if err := pattern.Exactly(client, size); err != nil {
 		t.Error(err)
 	}
-	readCut(t, server) // for what it was sent may be cut
+	proxytest.ReadReset(t, server) // for what it was sent may be cut
 	if o := h.wait(t); o.Failed != Client {
 		t.Errorf("%+v", o)
 	}
@@ -1164,7 +1164,7 @@ func TestLinger(t *testing.T) {
 	peer.Write(make([]byte, 64<<10))
 	ours.Write(bytes.Repeat([]byte("no "), 1000))
 	Linger(ours, nil)
-	if b := readCut(t, peer); len(b) != 3000 {
+	if b := proxytest.ReadReset(t, peer); len(b) != 3000 {
 		t.Errorf("%d bytes arrived, want 3000", len(b))
 	}
 	stop := make(chan struct{})

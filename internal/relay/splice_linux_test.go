@@ -426,7 +426,7 @@ func TestResetSeenByAWriteIsNotAnEnd(t *testing.T) {
 	<-writing
 	server.SetLinger(0)
 	server.Close()
-	readCut(t, client)
+	proxytest.ReadReset(t, client)
 	close(release)
 	if o := h.wait(t); o.Failed != Server || o.Err != errReset {
 		t.Errorf("%+v", o)

@@ -72,7 +72,7 @@ func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	io.ReadFull(over, make([]byte, 5))
 	over.Write([]byte("half of the ans"))
 	server.Close()
-	if b := readCut(t, client); string(b) != "half of the ans" {
+	if b := proxytest.ReadReset(t, client); string(b) != "half of the ans" {
 		t.Errorf("client got %q", b)
 	}
 	if o := h.wait(t); o.Failed != Server || o.Err != io.ErrUnexpectedEOF || o.Quiet {

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 	"unicode"
@@ -30,8 +29,8 @@ func header(key, value string) func(*http.Request) {
 }
 
 // changeable returns a handler that offers every change, and what it logs.
-func changeable(apps ...*lbproxy.LBProxyApp) (http.Handler, *logBuffer) {
-	log := &logBuffer{}
+func changeable(apps ...*lbproxy.LBProxyApp) (http.Handler, *proxytest.Buffer) {
+	log := &proxytest.Buffer{}
 	return admin.Handler(listOf(apps...), &admin.Options{
 		Hosts: []string{"lb.example"}, Token: token, Logger: slog.New(slog.NewTextHandler(log, nil)),
 		Drain: func(app, upstream string, drain bool) error {
@@ -46,24 +45,11 @@ func changeable(apps ...*lbproxy.LBProxyApp) (http.Handler, *logBuffer) {
 	}), log
 }
 
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-// await waits for a line that has all the texts.
-func (l *logBuffer) await(t *testing.T, texts ...string) {
+// awaitLine waits for a line of log that has all the texts.
+func awaitLine(t *testing.T, log *proxytest.Buffer, texts ...string) {
 	t.Helper()
 	proxytest.Eventually(t, fmt.Sprintf("a line with %q", texts), func() bool {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		for line := range strings.Lines(l.b.String()) {
+		for line := range strings.Lines(log.String()) {
 			missing := false
 			for _, text := range texts {
 				missing = missing || !strings.Contains(line, text)
@@ -124,9 +110,9 @@ func TestChangesNeedPermissionAndTheSameOrigin(t *testing.T) {
 			t.Errorf("%s: %d %s, want %d", row.name, w.Code, w.Body, row.want)
 		}
 	}
-	log.await(t, "change=drain", "by=192.0.2.1:1234", "app=web", "upstream=127.0.0.1:1", "level=INFO")
-	log.await(t, "change=drain", "by=192.0.2.1:1234", "not allowed", "level=WARN")
-	log.await(t, "change=reload", `config.json:3: apps: none\\nconfig.json:4: users: none`)
+	awaitLine(t, log, "change=drain", "by=192.0.2.1:1234", "app=web", "upstream=127.0.0.1:1", "level=INFO")
+	awaitLine(t, log, "change=drain", "by=192.0.2.1:1234", "not allowed", "level=WARN")
+	awaitLine(t, log, "change=reload", `config.json:3: apps: none\\nconfig.json:4: users: none`)
 
 	// Without Options.Token every token is wrong. Without Options.Drain and Reload these are not
 	// offered.
@@ -215,7 +201,7 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 			t.Errorf("ended: %v", r)
 		}
 	}
-	log.await(t, "change=end", "user=user1", "upstream="+addr)
+	awaitLine(t, log, "change=end", "user=user1", "upstream="+addr)
 	if got := conns(""); len(got.Conns) != 6 {
 		t.Errorf("%d connections are left, want 6", len(got.Conns))
 	}
@@ -226,7 +212,7 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 
 // A hook that panics costs its request alone, and is logged.
 func TestPanicOfAHookIsLogged(t *testing.T) {
-	log := &logBuffer{}
+	log := &proxytest.Buffer{}
 	h := admin.Handler(listOf(), &admin.Options{
 		Info: func() admin.Info { panic("no\nway") }, Logger: slog.New(slog.NewTextHandler(log, nil)),
 	})
@@ -241,7 +227,7 @@ func TestPanicOfAHookIsLogged(t *testing.T) {
 	proxytest.Must(t, err)
 	answer.Body.Close()
 	http.DefaultClient.CloseIdleConnections()
-	log.await(t, "level=ERROR", "admin: panic", `panic="no\nway"`, "goroutine")
+	awaitLine(t, log, "level=ERROR", "admin: panic", `panic="no\nway"`, "goroutine")
 }
 
 func TestReadyzSaysWhyNot(t *testing.T) {

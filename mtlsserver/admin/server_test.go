@@ -60,9 +60,9 @@ func TestSocketMayChangeThings(t *testing.T) {
 	if code, body := curl(t, socket, "POST", "/api/drain?app=web&upstream=127.0.0.1:1"); code != 200 {
 		t.Errorf("drain: %d %s", code, body)
 	}
-	log.await(t, "change=drain", `by="unix socket`)
+	awaitLine(t, log, "change=drain", `by="unix socket`)
 	if runtime.GOOS == "linux" {
-		log.await(t, fmt.Sprintf("user %d, process %d", os.Getuid(), os.Getpid()))
+		awaitLine(t, log, fmt.Sprintf("user %d, process %d", os.Getuid(), os.Getpid()))
 	}
 	if code, body := curl(t, socket, "GET", "/metrics"); code != 200 ||
 		!strings.Contains(body, "lbproxy_build_info") {

@@ -1,15 +1,14 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
 	"os"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
 	"github.com/alicebob/miniredis/v2"
+
 	"github.com/danielepagano/lbproxy/cluster"
 	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
 	"github.com/danielepagano/lbproxy/internal/proxytest"
@@ -17,28 +16,10 @@ import (
 
 func TestMain(m *testing.M) { proxytest.Main(m) }
 
-// A buffer may be read while a command writes to it.
-type buffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (b *buffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.text.Write(p)
-}
-
-func (b *buffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.text.String()
-}
-
 // A process is a command at work.
 type process struct {
 	signals     chan os.Signal
-	stdout, log buffer
+	stdout, log proxytest.Buffer
 	code        chan int
 }
 

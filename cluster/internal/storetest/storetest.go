@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -17,6 +16,8 @@ import (
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // Each runs f twice: on miniredis and on redis-server.
@@ -56,7 +57,7 @@ type Server struct {
 func Redis(t testing.TB, args ...string) *Server {
 	t.Helper()
 	Need(t, "redis-server")
-	s := &Server{Addr: FreeAddr(t), t: t}
+	s := &Server{Addr: proxytest.FreeAddr(t), t: t}
 	s.args = append([]string{"--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir",
 		t.TempDir(),
 		"--port", s.Addr[strings.LastIndexByte(s.Addr, ':')+1:], "--loglevel", "warning"}, args...)
@@ -69,7 +70,7 @@ func Redis(t testing.TB, args ...string) *Server {
 func Sentinel(t testing.TB, conf string) *Server {
 	t.Helper()
 	Need(t, "redis-server")
-	s := &Server{Addr: FreeAddr(t), t: t}
+	s := &Server{Addr: proxytest.FreeAddr(t), t: t}
 	conf += fmt.Sprintf("bind 127.0.0.1\nport %s\ndir %s\n",
 		s.Addr[strings.LastIndexByte(s.Addr, ':')+1:], t.TempDir())
 	s.args = []string{WriteFile(t, "sentinel.conf", conf), "--sentinel"}
@@ -118,28 +119,6 @@ func (s *Server) Freeze() { stop(s.cmd.Process) }
 
 // Thaw is SIGCONT.
 func (s *Server) Thaw() { resume(s.cmd.Process) }
-
-// taken are the ports that FreeAddr has returned.
-var taken sync.Map
-
-// FreeAddr returns an address of 127.0.0.1 that was free a moment ago, and that no other call
-// returns. The port is below those that the kernel hands out: one of a server that is killed, and
-// started again later, is not given to somebody else meanwhile.
-func FreeAddr(t testing.TB) string {
-	t.Helper()
-	for range 1000 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 11000+rand.IntN(20000))
-		if _, known := taken.LoadOrStore(addr, true); known {
-			continue
-		}
-		if l, err := net.Listen("tcp", addr); err == nil {
-			l.Close()
-			return addr
-		}
-	}
-	t.Fatal("no port is free")
-	return ""
-}
 
 // Patience is more than anything takes that a test waits for.
 const Patience = 20 * time.Second

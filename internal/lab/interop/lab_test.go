@@ -109,12 +109,11 @@ func patternFile(t *testing.T, dir string, n int64) (path string, content []byte
 	return path, b.Bytes()
 }
 
-// freePort returns a port of loopback, IPv4 and IPv6, that nobody listens on.
+// freePort returns a port of loopback that nobody listens on.
 func freePort(t *testing.T) string {
 	t.Helper()
-	l := proxytest.Listen(t)
-	defer l.Close()
-	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+	_, port, _ := net.SplitHostPort(proxytest.FreeAddr(t))
+	return port
 }
 
 // timeout bounds each command that ends by itself.

@@ -40,19 +40,7 @@ func TestUnreadLogTakesBoundedMemory(t *testing.T) {
 			p.refused(t)
 		}
 	}
-	var grown int64
-	proxytest.Eventually(t, "no more descriptors open than halfway", func() bool {
-		now, open := proxytest.ProcessUse(t, p.cmd.Process.Pid)
-		grown = now - resident
-		return open <= descriptors+8
-	})
-	most := int64(16 << 20)
-	if proxytest.Race {
-		most *= 4
-	}
-	if grown > most {
-		t.Errorf("it has grown by %d MiB during the last %d connections", grown>>20, conns-conns/2)
-	}
+	proxytest.WantNoGrowth(t, p.cmd.Process.Pid, resident, descriptors)
 
 	text := make(chan string, 1)
 	go func() {
