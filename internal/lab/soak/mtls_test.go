@@ -86,7 +86,9 @@ func newMTLSFront(t testing.TB, r *run) *mtlsFront {
 	f := &mtlsFront{run: r, addrs: map[string]string{}, ran: make(chan error, 1), web: r.web,
 		idle: time.Minute, apart: -1}
 	var err error
-	f.server, err = mtlsserver.New(f.config(), &mtlsserver.Options{Logger: slog.New(resultLog{r})})
+	f.server, err = mtlsserver.New(f.config(), &mtlsserver.Options{
+		Logger: slog.New(resultLog{r}), RefusalLines: -1, // each refusal has its line
+	})
 	proxytest.Must(t, err)
 	for app, addr := range f.server.Addrs() {
 		f.addrs[app] = addr.String()
