@@ -165,16 +165,20 @@ func (c *Conn) abort(e *ending) {
 		c.cause = e
 	}
 	isOnLoop := s != nil && s.loop != nil
+	var raw net.Conn
+	if s != nil && !isOnLoop {
+		raw = s.raw
+	}
 	c.mu.Unlock()
 	if isOnLoop { // or is about to go on by a relay, which looks for a cause first
 		s.stop(e)
 		s.loop.Abort(e)
 	} else if s != nil { // also after admit has rejected it, while what admit wrote is on its way
-		if l, ok := relay.Underlying(s.raw).(interface{ SetLinger(int) error }); ok {
+		if l, ok := relay.Underlying(raw).(interface{ SetLinger(int) error }); ok {
 			l.SetLinger(0) // first: a TLS handshake closes it when its context ends
 		}
 		s.stop(e)
-		relay.Reset(s.raw)
+		relay.Reset(raw)
 	}
 }
 

@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -66,22 +68,36 @@ type loopConn struct {
 // else l.
 func (a *LBProxyApp) listenForLoops(l net.Listener, admit AdmitFunc) net.Listener {
 	tcp, ok := l.(*net.TCPListener)
-	if !ok || admit != nil || !a.loops.wanted {
+	if !ok || admit != nil {
 		return l
 	}
-	g, err := a.loops.start()
-	on := &loopListener{TCPListener: tcp}
-	if g != nil {
-		on.bare, err = g.NewListener(tcp, a.slots != nil, a.takeOnLoop)
+	g := a.startLoops()
+	if g == nil {
+		return l
 	}
+	bare, err := g.NewListener(tcp, a.slots != nil, a.takeOnLoop)
+	if err != nil {
+		a.logNoLoops(err)
+		return l
+	}
+	return &loopListener{tcp, bare}
+}
+
+// startLoops returns the app's loops, or nil if there are none.
+func (a *LBProxyApp) startLoops() *loop.Group {
+	if !a.loops.wanted {
+		return nil
+	}
+	g, err := a.loops.start()
+	a.logNoLoops(err)
+	return g
+}
+
+func (a *LBProxyApp) logNoLoops(err error) {
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) && !errors.Is(err, net.ErrClosed) {
 		a.log(slog.LevelWarn, "lbproxy: no event loops: connections run on goroutines",
 			slog.String("err", err.Error()))
 	}
-	if on.bare == nil {
-		return l
-	}
-	return on
 }
 
 // takeOnLoop serves what a loop has accepted, on the loop, or returns false if there is no slot.
@@ -139,6 +155,63 @@ func (a *LBProxyApp) startOnLoop(c *loopConn) bool {
 	return true
 }
 
+// moveToLoop gives s, which Serve has accepted and admit has let in, to a loop. The loop dials after
+// delay, and moves chunk bytes at most before the RateLimit is asked. It returns false if s has to
+// stay: its client is not plain TCP, or a loop would have to call what others wrote.
+func (s *session) moveToLoop(delay time.Duration, chunk int) bool {
+	c := s.conn
+	tcp, ok := s.client.(*net.TCPConn)
+	if !ok || !isSame(s.raw, tcp) || !isOwn(c.RateLimit) || !isPlain(c.ClientAddr) ||
+		!isPlain(c.ServerAddr) {
+		return false
+	}
+	g := s.app.startLoops()
+	if g == nil {
+		return false
+	}
+	fd, err := loop.Duplicate(tcp)
+	if err != nil {
+		return false
+	}
+	on := loop.NewSession(fd, (*onLoop)(s))
+	if c.RateLimit != nil {
+		on.Limit(chunk, delay)
+	}
+	c.mu.Lock()
+	aborted := c.cause != nil
+	if !aborted {
+		s.loop, s.raw, s.client = on, c.Client, c.Client // the stub
+	}
+	c.mu.Unlock()
+	if aborted {
+		loop.Reset(fd)
+		return false
+	}
+	tcp.Close() // the loop has the duplicate
+	g.Start(on)
+	return true
+}
+
+// isPlain reports whether a, which may be nil, has methods of net's own, which do not block.
+func isPlain(a net.Addr) bool {
+	_, ok := a.(*net.TCPAddr)
+	return a == nil || ok
+}
+
+// isOwn reports whether m, which has allowed a session to open, and all that it asks are this
+// package's own managers, which do not block.
+func isOwn(m RateLimitManager) bool {
+	switch m := m.(type) {
+	case nil, *TokenBucket, *OpenLimit, *Bandwidth:
+		return true
+	case all:
+		return !slices.ContainsFunc(m, func(m RateLimitManager) bool { return !isOwn(m) })
+	case *clientLimit:
+		return isOwn(m.known.limit)
+	}
+	return false
+}
+
 // onLoop is a session while it is on a loop: its loop.Handler.
 type onLoop session
 
@@ -149,6 +222,7 @@ type dialing struct {
 	err       error            // the first that was met
 	late      time.Time        // when DialTimeout ends
 	unwatch   func() bool      // ends the wait for the upstream to be found down; nil: none
+	over      bool             // there is none, and OnRefused is to be called
 }
 
 // Next implements loop.Handler.
@@ -166,12 +240,12 @@ func (o *onLoop) Next(failed error) (loop.Target, error) {
 		v, err := s.judge(f.pick, f.err)
 		changed := s.app.balancer.settle(f.pick.u, v, err, time.Now())
 		if !s.next(f, changed, err) {
-			return loop.Target{}, s.conn.decide(f.ending())
+			return loop.Target{}, o.notFound(f)
 		}
 	}
 	if f.pick.u == nil {
 		if !s.choose(f) {
-			return loop.Target{}, s.conn.decide(f.ending())
+			return loop.Target{}, o.notFound(f)
 		}
 		if err := o.resolve(f); err != nil {
 			return loop.Target{}, err
@@ -182,6 +256,16 @@ func (o *onLoop) Next(failed error) (loop.Target, error) {
 		f.unwatch = context.AfterFunc(lost, func() { s.loop.CancelDial(dial, context.Canceled) })
 	}
 	return loop.Target{Addr: f.addrs[0], Timeout: f.timeout()}, nil
+}
+
+// notFound ends the search f without an upstream. A session with an OnRefused leaves its loop for
+// that.
+func (o *onLoop) notFound(f *finding) error {
+	if o.conn.OnRefused == nil {
+		return o.conn.decide(f.ending())
+	}
+	f.over = true
+	return loop.ErrLeave
 }
 
 // resolve finds the addresses of a new pick. If there is a name to look up it returns ErrWait.
@@ -278,13 +362,18 @@ func (o *onLoop) Connected() {
 	s.finding = nil
 }
 
-// Moved implements loop.Handler.
-func (o *onLoop) Moved(d relay.Direction, n int) {
-	if d == relay.Upload {
-		o.upstream.sent.Add(uint64(n))
-	} else {
-		o.upstream.received.Add(uint64(n))
+// Moved implements loop.Handler. A manager that is used against its contract may panic.
+func (o *onLoop) Moved(d relay.Direction, n int) (v relay.Verdict) {
+	s := (*session)(o)
+	if s.conn.RateLimit != nil {
+		defer func() {
+			if p := recover(); p != nil {
+				s.app.logPanic("serving a connection", p, string(debug.Stack()))
+				v.Err = &ending{EndCanceled, relay.ErrPanicked}
+			}
+		}()
 	}
+	return s.Moved(d, n)
 }
 
 // Leave implements loop.Handler.
@@ -304,11 +393,15 @@ func (s *session) goOn(client, server int) {
 	c := relay.NewFileConn(client, s.raw.LocalAddr(), s.raw.RemoteAddr())
 	s.raw, s.client = c, c
 	if server < 0 {
-		e = s.join(0, 0, false)
+		if s.finding.over {
+			e = s.finding.ending()
+			return
+		}
+		e = s.join(0, s.loop.Chunk(), false)
 		return
 	}
 	up := relay.NewFileConn(server, nil, nil)
-	if e = s.startRelay(0); e != nil {
+	if e = s.startRelay(s.loop.Chunk()); e != nil {
 		relay.Reset(up)
 		s.outcome.Connected = true
 		return
@@ -322,8 +415,9 @@ func (o *onLoop) Done(outcome relay.Outcome) {
 	s.outcome = outcome
 	e, _ := outcome.Err.(*ending)
 	foreign := e != nil && e.end == EndCanceled // the log asks for the text of Abort's cause
-	if s.finding == nil && s.unlost == nil && s.app.opts.OnDone == nil && !foreign {
-		s.finishOnLoop() // there is no hook, and nothing to wait for
+	hooks := s.app.opts.OnDone != nil || s.conn.OnDone != nil
+	if s.finding == nil && s.unlost == nil && !hooks && !foreign {
+		s.finishOnLoop() // there is nothing to wait for
 	} else {
 		go s.finishOnLoop()
 	}

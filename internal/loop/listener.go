@@ -4,6 +4,7 @@ package loop
 
 import (
 	"cmp"
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -290,6 +291,31 @@ func (l *loop) acceptSome(a *listening) {
 		}
 	}
 }
+
+// Duplicate returns a duplicate of a connection's descriptor, which the caller owns. It fails if
+// calls on that may wait.
+func Duplicate(c syscall.Conn) (fd int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd = -1
+	controlErr := raw.Control(func(old uintptr) {
+		if relay.BlocksFD(int(old)) {
+			err = errBlocks
+			return
+		}
+		n, _, errno := syscall.RawSyscall(syscall.SYS_FCNTL, old, syscall.F_DUPFD_CLOEXEC, 0)
+		if errno != 0 {
+			err = os.NewSyscallError("fcntl", errno)
+			return
+		}
+		fd = int(n)
+	})
+	return fd, cmp.Or(controlErr, err)
+}
+
+var errBlocks = errors.New("lbproxy: the socket was made to block")
 
 // Reset resets and closes a socket.
 func Reset(fd int) {

@@ -65,7 +65,10 @@ func (h *recorder) Next(failed error) (Target, error) {
 func (h *recorder) Header() []byte { return h.header }
 func (h *recorder) Connected()     { h.connected++ }
 
-func (h *recorder) Moved(d relay.Direction, n int) { h.sums[d] += int64(n) }
+func (h *recorder) Moved(d relay.Direction, n int) relay.Verdict {
+	h.sums[d] += int64(n)
+	return relay.Verdict{}
+}
 
 func (h *recorder) Leave(client, server int) {
 	h.calls.Add(1)

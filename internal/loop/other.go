@@ -5,6 +5,8 @@ package loop
 import (
 	"errors"
 	"net"
+	"syscall"
+	"time"
 
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
@@ -40,5 +42,8 @@ func (*Session) Abort(error)                    {}
 func (*Session) Resume()                        {}
 func (*Session) Dials() uint32                  { return 0 }
 func (*Session) CancelDial(uint32, error)       {}
+func (*Session) Limit(int, time.Duration)       {}
+func (*Session) Chunk() int                     { return 0 }
 
-func Reset(int) {}
+func Duplicate(syscall.Conn) (int, error) { return -1, errors.ErrUnsupported }
+func Reset(int)                           {}

@@ -68,6 +68,10 @@ func (l *loop) pump(s *Session, i int) bool {
 			l.checkReset(s, i) // nothing is read meanwhile, which would tell
 			return false
 		}
+		if s.isHeld(i) {
+			l.checkReset(s, i)
+			return false
+		}
 		if from.state&ended != 0 {
 			return l.passEnd(s, i)
 		}
@@ -81,7 +85,7 @@ func (l *loop) pump(s *Session, i int) bool {
 			l.later(s)
 			return false
 		}
-		n, errno := l.read(from)
+		n, errno := l.read(from, s.room(i))
 		switch errno {
 		case 0:
 			if n > 0 && !l.write(s, i, l.buf[:n]) {
@@ -97,25 +101,25 @@ func (l *loop) pump(s *Session, i int) bool {
 	}
 }
 
-// read reads from c into the loop's buffer. At an urgent byte a pending signal makes the system say
+// read reads from c into the loop's buffer, most bytes at most. At an urgent byte a pending signal makes the system say
 // that there is nothing, although bytes may follow for which no event comes. Then read tries again.
-func (l *loop) read(c *side) (n int, errno syscall.Errno) {
+func (l *loop) read(c *side, most int) (n int, errno syscall.Errno) {
 	for range urgentReads {
-		n, errno = relay.RecvFD(int(c.fd), l.buf[:])
+		n, errno = relay.RecvFD(int(c.fd), l.buf[:most])
 		if errno != syscall.EAGAIN || c.state&urgent == 0 || !relay.AtMarkFD(int(c.fd)) {
 			break
 		}
 	}
-	l.noteRead(c, n, errno)
+	l.noteRead(c, n, most, errno)
 	return n, errno
 }
 
-// noteRead notes what a read of c that returned n and errno says of the next one.
+// noteRead notes what a read of c for most bytes that returned n and errno says of the next one.
 //
 // After a FIN was announced, a read that returns less than it might has met it. Without one there
 // is nothing left, and an event will tell of more. Neither holds for a side that has an error,
 // which only a read tells, nor for one with urgent data, at which a read stops short.
-func (l *loop) noteRead(c *side, n int, errno syscall.Errno) {
+func (l *loop) noteRead(c *side, n, most int, errno syscall.Errno) {
 	if c.full++; n < bufferSize {
 		c.full = 0
 	}
@@ -124,7 +128,7 @@ func (l *loop) noteRead(c *side, n int, errno syscall.Errno) {
 		c.state &^= readable
 	case errno != 0, n == 0:
 		c.state |= ended
-	case n == bufferSize, c.state&(broken|urgent) != 0:
+	case n == most, c.state&(broken|urgent) != 0:
 	case c.state&finished != 0:
 		c.state |= ended
 	default:
@@ -141,8 +145,8 @@ func (l *loop) write(s *Session, i int, b []byte) bool {
 		l.writeFailed(s, i, writeError("write", errno))
 		return false
 	}
-	if n > 0 {
-		l.account(s, i, n)
+	if n > 0 && !l.account(s, i, n) {
+		return false
 	}
 	if n < len(b) {
 		to.pending = newPending(b[n:]) // to be tried at once: a signal, too, makes a send short
@@ -166,7 +170,9 @@ func (l *loop) flush(s *Session, i int) bool {
 		switch errno {
 		case 0:
 			p.left = p.left[n:]
-			l.account(s, i, n)
+			if !l.account(s, i, n) {
+				return false
+			}
 		case syscall.EAGAIN:
 			to.state &^= writable
 		default:
@@ -178,8 +184,8 @@ func (l *loop) flush(s *Session, i int) bool {
 	return true
 }
 
-// account notes that n bytes from side i were written.
-func (l *loop) account(s *Session, i, n int) {
+// account notes that n bytes from side i were written. It returns false if that ends s.
+func (l *loop) account(s *Session, i, n int) bool {
 	s.moved[i].Add(int64(n))
 	l.touch(s)
 	relay.NoteChunk(n, l.now)
@@ -187,7 +193,16 @@ func (l *loop) account(s *Session, i, n int) {
 	if i == server {
 		d = relay.Download
 	}
-	s.handler.Moved(d, n)
+	v := s.handler.Moved(d, n)
+	if v.Err != nil {
+		if s.phase == open {
+			s.cause = v.Err
+		}
+		l.end(s, s.cause)
+		return false
+	}
+	l.obey(s, i, n, v)
+	return true
 }
 
 // writeFailed is called when what came from side i cannot be written.
@@ -242,7 +257,7 @@ func (l *loop) discard(s *Session, i int) {
 			l.later(s)
 			return
 		}
-		l.read(c)
+		l.read(c, bufferSize)
 	}
 }
 
@@ -250,5 +265,6 @@ func (l *loop) discard(s *Session, i int) {
 func (s *Session) mayLeave() bool {
 	const told = ended | shut | finished | broken | urgent
 	a, b := &s.side[client], &s.side[server]
-	return s.phase == open && a.pending == nil && b.pending == nil && (a.state|b.state)&told == 0
+	held := s.limit != nil && s.limit.next() != 0
+	return s.phase == open && !held && a.pending == nil && b.pending == nil && (a.state|b.state)&told == 0
 }

@@ -36,9 +36,10 @@ type Session struct {
 	reset  bool  // end by a reset
 	linked bool  // there was a server
 
-	at    int64 // clock of the timer
+	at    int64 // clock of the timer; before the start: how long to wait until choosing
 	late  int64 // clock at which lingering ends
 	cause error // why it is over, or lingers; while choosing: how the last dial failed
+	limit *limit
 	idle  idleState
 }
 
@@ -72,7 +73,7 @@ type phase uint8
 
 const (
 	choosing   phase = iota // asks the handler when its turn comes
-	waiting                 // for Resume
+	waiting                 // for Resume, or the timer
 	connecting              // to a server
 	open                    // relaying
 	lingering               // a side has failed: what it sent is delivered, for a second at most
@@ -137,6 +138,11 @@ func (l *loop) start(s *Session) {
 	l.sessions[s.slot] = s
 	if err := l.register(s, client); err != nil {
 		l.end(s, err)
+		return
+	}
+	if s.at > 0 {
+		s.phase = waiting
+		l.setTimer(s, l.now+s.at)
 		return
 	}
 	l.choose(s)

@@ -79,7 +79,7 @@ func (l *loop) look(s *Session) (asked bool) {
 		return relay.UnsentFD(int(s.side[client].fd)) + relay.UnsentFD(int(s.side[server].fd))
 	})
 	asked = asked || queued
-	if taken {
+	if taken || s.isHeld(client) || s.isHeld(server) {
 		i.last = l.now
 	}
 	left := idle - (l.now - i.last)
