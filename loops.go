@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -155,10 +154,10 @@ func (a *LBProxyApp) startOnLoop(c *loopConn) bool {
 	return true
 }
 
-// moveToLoop gives s, which Serve has accepted and admit has let in, to a loop. The loop dials after
-// delay, and moves chunk bytes at most before the RateLimit is asked. It returns false if s has to
-// stay: its client is not plain TCP, or a loop would have to call what others wrote.
-func (s *session) moveToLoop(delay time.Duration, chunk int) bool {
+// moveToLoop gives s, which Serve has accepted and admit has let in, to a loop. At most chunk bytes
+// move before the RateLimit is asked. It returns false if s has to stay: its client is not plain
+// TCP, or a loop would have to call what others wrote.
+func (s *session) moveToLoop(chunk int) bool {
 	c := s.conn
 	tcp, ok := s.client.(*net.TCPConn)
 	if !ok || !isSame(s.raw, tcp) || !isOwn(c.RateLimit) || !isPlain(c.ClientAddr) ||
@@ -175,7 +174,7 @@ func (s *session) moveToLoop(delay time.Duration, chunk int) bool {
 	}
 	on := loop.NewSession(fd, (*onLoop)(s))
 	if c.RateLimit != nil {
-		on.Limit(chunk, delay)
+		on.Limit(chunk)
 	}
 	c.mu.Lock()
 	aborted := c.cause != nil
@@ -362,19 +361,8 @@ func (o *onLoop) Connected() {
 	s.finding = nil
 }
 
-// Moved implements loop.Handler. A manager that is used against its contract may panic.
-func (o *onLoop) Moved(d relay.Direction, n int) (v relay.Verdict) {
-	s := (*session)(o)
-	if s.conn.RateLimit != nil {
-		defer func() {
-			if p := recover(); p != nil {
-				s.app.logPanic("serving a connection", p, string(debug.Stack()))
-				v.Err = &ending{EndCanceled, relay.ErrPanicked}
-			}
-		}()
-	}
-	return s.Moved(d, n)
-}
+// Moved implements loop.Handler.
+func (o *onLoop) Moved(d relay.Direction, n int) relay.Verdict { return (*session)(o).Moved(d, n) }
 
 // Leave implements loop.Handler.
 func (o *onLoop) Leave(client, server int) { go (*session)(o).goOn(client, server) }

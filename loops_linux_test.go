@@ -87,18 +87,36 @@ func TestLoopsServe(t *testing.T) {
 
 func TestLoopsAreNotForOtherConnections(t *testing.T) {
 	up := upstreamDoing(t, echo)
-	yes := func(context.Context, *Conn) error { return nil }
+	with := func(change func(*Conn)) AdmitFunc {
+		return func(_ context.Context, c *Conn) error {
+			change(c)
+			return nil
+		}
+	}
+	foreign := limitFunc(func(Event) Decision { return Decision{} })
+	clients := NewClientLimits(10, func(string) RateLimitManager { return foreign })
 	for name, tc := range map[string]struct {
 		opts  Options
 		admit AdmitFunc
-		wrap  func(net.Listener) net.Listener
 	}{
-		"admit":       {Options{Loops: true}, yes, nil},
-		"DialContext": {Options{Loops: true, DialContext: new(net.Dialer).DialContext}, nil, nil},
-		"listener": {Options{Loops: true}, nil, func(l net.Listener) net.Listener {
-			return struct{ net.Listener }{l}
-		}},
-		"off": {Options{}, nil, nil},
+		"a client of another type": {Options{Loops: true}, with(func(c *Conn) {
+			c.Client = struct{ *net.TCPConn }{c.Client.(*net.TCPConn)}
+		})},
+		"a client that blocks": {Options{Loops: true}, with(func(c *Conn) {
+			f, err := c.Client.(*net.TCPConn).File()
+			proxytest.Must(t, err)
+			f.Fd() // makes both block
+			f.Close()
+		})},
+		"a caller's RateLimit": {Options{Loops: true}, with(func(c *Conn) { c.RateLimit = foreign })},
+		"a caller's limit for clients": {Options{Loops: true}, with(func(c *Conn) {
+			c.RateLimit = All(&OpenLimit{Max: 9}, clients.For("x"))
+		})},
+		"a caller's address": {Options{Loops: true}, with(func(c *Conn) {
+			c.ClientAddr = struct{ net.Addr }{c.Client.RemoteAddr()}
+		})},
+		"DialContext": {Options{Loops: true, DialContext: new(net.Dialer).DialContext}, nil},
+		"off":         {Options{}, nil},
 	} {
 		if name == "off" && useLoops() {
 			continue // newApp sets it
@@ -106,9 +124,6 @@ func TestLoopsAreNotForOtherConnections(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			a, results := newApp(t, tc.opts, up)
 			l := listen(t)
-			if tc.wrap != nil {
-				l = tc.wrap(l)
-			}
 			go a.Serve(l, tc.admit)
 			c := dial(t, l.Addr().String())
 			ping(t, c)

@@ -179,7 +179,7 @@ func (s *session) serve(wait bool) {
 	s.hold()
 	s.setState(ConnDialing, "") // also while the RateLimitManager is asked
 	delay, chunk, failed := s.open()
-	if failed == nil && (wait || !s.moveToLoop(delay, chunk)) {
+	if failed == nil && (wait || delay > 0 || !s.moveToLoop(chunk)) {
 		failed = s.join(delay, chunk, wait)
 	}
 	if e = failed; e == nil && wait {

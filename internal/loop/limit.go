@@ -15,15 +15,14 @@ type limit struct {
 	until [2]int64       // clock until which it is held; 0: it is not
 }
 
-// Limit bounds the bytes that move before the handler's first verdict, and how soon the handler is
-// asked what to dial. It is called before the session is started, if the handler's verdicts may
-// have a wait or a chunk: those of other sessions are not obeyed.
-func (s *Session) Limit(chunk int, delay time.Duration) {
+// Limit bounds the bytes that move before the handler's first verdict. It is called before the
+// session is started, if the handler's verdicts may have a wait or a chunk: those of other sessions
+// are not obeyed.
+func (s *Session) Limit(chunk int) {
 	s.limit = &limit{}
 	for i := range s.limit.pacer {
 		s.limit.pacer[i].Chunk = chunk
 	}
-	s.at = int64(delay)
 }
 
 // Chunk returns how many bytes may move at once; 0: there is no bound. It is called by Leave.

@@ -376,8 +376,6 @@ func (l *loop) expire() {
 		s := l.timers[0]
 		l.setTimer(s, 0)
 		switch s.phase {
-		case waiting:
-			l.choose(s)
 		case connecting:
 			l.dialFailed(s, os.ErrDeadlineExceeded)
 		case open:

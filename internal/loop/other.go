@@ -6,7 +6,6 @@ import (
 	"errors"
 	"net"
 	"syscall"
-	"time"
 
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
@@ -42,7 +41,7 @@ func (*Session) Abort(error)                    {}
 func (*Session) Resume()                        {}
 func (*Session) Dials() uint32                  { return 0 }
 func (*Session) CancelDial(uint32, error)       {}
-func (*Session) Limit(int, time.Duration)       {}
+func (*Session) Limit(int)                      {}
 func (*Session) Chunk() int                     { return 0 }
 
 func Duplicate(syscall.Conn) (int, error) { return -1, errors.ErrUnsupported }

@@ -36,7 +36,7 @@ type Session struct {
 	reset  bool  // end by a reset
 	linked bool  // there was a server
 
-	at    int64 // clock of the timer; before the start: how long to wait until choosing
+	at    int64 // clock of the timer
 	late  int64 // clock at which lingering ends
 	cause error // why it is over, or lingers; while choosing: how the last dial failed
 	limit *limit
@@ -73,7 +73,7 @@ type phase uint8
 
 const (
 	choosing   phase = iota // asks the handler when its turn comes
-	waiting                 // for Resume, or the timer
+	waiting                 // for Resume
 	connecting              // to a server
 	open                    // relaying
 	lingering               // a side has failed: what it sent is delivered, for a second at most
@@ -138,11 +138,6 @@ func (l *loop) start(s *Session) {
 	l.sessions[s.slot] = s
 	if err := l.register(s, client); err != nil {
 		l.end(s, err)
-		return
-	}
-	if s.at > 0 {
-		s.phase = waiting
-		l.setTimer(s, l.now+s.at)
 		return
 	}
 	l.choose(s)
