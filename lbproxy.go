@@ -86,10 +86,11 @@ type Options struct {
 
 	// Loops makes Serve run plain TCP on event loops, one for each processor (GOMAXPROCS). A short
 	// connection then takes about two thirds of the CPU, an idle one a small part of the memory.
-	// Loops apply to a *net.TCPListener without an AdmitFunc and without Options.DialContext, and
-	// not to upstreams with TLS; other connections run on goroutines. Connections that move bulk
-	// leave their loop for goroutines. Loops are experimental; they exist on Linux, and elsewhere
-	// the field is ignored.
+	// An AdmitFunc and the RateLimit's EventOpen run on a goroutine, which costs some of the gain.
+	// A connection stays on goroutines if its Client is not a *net.TCPConn then, if its RateLimit
+	// asks a manager that is not this package's own, if the upstream has TLS, or with
+	// Options.DialContext. Connections that move bulk leave their loop for goroutines. Loops are
+	// experimental; they exist on Linux, and elsewhere the field is ignored.
 	Loops bool
 
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was

@@ -44,6 +44,9 @@ func fuzzOnce(t *testing.T, g *Group, schedule []byte) {
 	defer e.Close()
 	l := proxytest.Listen(t)
 	h := &recorder{targets: []netip.AddrPort{addrOf(l)}}
+	if len(schedule) > 0 && schedule[0]%3 == 0 {
+		h.verdict = briefVerdict(schedule)
+	}
 	client := start(t, g, h)
 	server, err := l.AcceptTCP()
 	proxytest.Must(t, err)
@@ -55,7 +58,7 @@ func fuzzOnce(t *testing.T, g *Group, schedule []byte) {
 			outcome <- o
 		case fds := <-h.left:
 			after := &relayed{done: make(chan relay.Outcome, 1)}
-			r := e.Start(relay.NewFileConn(fds[0], nil, nil), after, 0)
+			r := e.Start(relay.NewFileConn(fds[0], nil, nil), after, h.session.Chunk())
 			r.Connect(relay.NewFileConn(fds[1], nil, nil))
 			o := <-after.done
 			sent, received := h.session.Counts()
@@ -122,6 +125,16 @@ func fuzzOnce(t *testing.T, g *Group, schedule []byte) {
 	}
 	if o.Sent < ends[1].got || o.Received < ends[0].got {
 		t.Errorf("more has arrived than was sent: %d, %d, %+v", ends[1].got, ends[0].got, o)
+	}
+}
+
+// briefVerdict returns verdicts with waits and chunks that depend on the schedule.
+func briefVerdict(schedule []byte) func(int) relay.Verdict {
+	i := 0
+	return func(int) relay.Verdict {
+		b := int(schedule[i%len(schedule)])
+		i++
+		return relay.Verdict{Wait: time.Duration(b%5-2) * time.Millisecond, Chunk: b * b * b}
 	}
 }
 

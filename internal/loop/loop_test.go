@@ -38,6 +38,7 @@ type recorder struct {
 	timeout time.Duration
 	header  []byte
 	next    func(failed error) (Target, error) // nil: the next of targets
+	verdict func(n int) relay.Verdict          // nil: there is no limit
 
 	failures  []error
 	connected int
@@ -67,6 +68,9 @@ func (h *recorder) Connected()     { h.connected++ }
 
 func (h *recorder) Moved(d relay.Direction, n int) relay.Verdict {
 	h.sums[d] += int64(n)
+	if h.verdict != nil {
+		return h.verdict(n)
+	}
 	return relay.Verdict{}
 }
 
@@ -102,6 +106,8 @@ func newGroup(t testing.TB, config relay.Config) *Group {
 	return g
 }
 
+const firstChunk = 4 << 10 // of sessions with a limit
+
 // start starts a session of a new client, and returns the client.
 func start(t testing.TB, g *Group, h *recorder) *net.TCPConn {
 	t.Helper()
@@ -128,21 +134,31 @@ func begin(start func(*Session), h *recorder, fd int) {
 		h.timeout = proxytest.Patience
 	}
 	h.session = NewSession(fd, h)
+	if h.verdict != nil {
+		h.session.Limit(firstChunk)
+	}
 	start(h.session)
 }
 
 // join starts a session, and returns both ends.
 func join(t testing.TB, g *Group) (client, server *net.TCPConn, h *recorder) {
 	t.Helper()
+	h = &recorder{}
+	client, server = joinAs(t, g, h)
+	return client, server, h
+}
+
+func joinAs(t testing.TB, g *Group, h *recorder) (client, server *net.TCPConn) {
+	t.Helper()
 	l := proxytest.Listen(t)
 	defer l.Close()
-	h = &recorder{targets: []netip.AddrPort{addrOf(l)}}
+	h.targets = []netip.AddrPort{addrOf(l)}
 	client = start(t, g, h)
 	server, err := l.AcceptTCP()
 	proxytest.Must(t, err)
 	t.Cleanup(func() { server.Close() })
 	proxytest.Must(t, server.SetDeadline(time.Now().Add(proxytest.Patience)))
-	return client, server, h
+	return client, server
 }
 
 func addrOf(l net.Listener) netip.AddrPort { return l.Addr().(*net.TCPAddr).AddrPort() }
