@@ -94,7 +94,7 @@ type Conn struct {
 	used    bool       // Serve or ServeConn has taken it
 	session *session   // nil before and after
 	cause   *ending    // of an Abort, a Close or a refusal, from before the relay began
-	info    ConnInfo   // after the end
+	info    *ConnInfo  // after the end
 
 	tls *tls.ConnectionState // of Client, until the end; the session's
 }
@@ -126,8 +126,11 @@ func (c *Conn) Info() ConnInfo {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.session
-	if s == nil {
-		return c.info
+	switch {
+	case s == nil && c.info == nil:
+		return ConnInfo{}
+	case s == nil:
+		return *c.info
 	}
 	info := ConnInfo{Upstream: s.addr, Start: s.start, State: s.state}
 	if s.loop != nil {
@@ -318,7 +321,7 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 	}
 	if !a.enter(s) {
 		relay.Reset(c.Client)
-		s.outcome.Err = &ending{EndClosed, ErrAppClosed}
+		s.endBy(&ending{EndClosed, ErrAppClosed})
 		s.settle()
 		s.report()
 		return *s.result, s.result.Err

@@ -321,7 +321,7 @@ func (a *LBProxyApp) Serve(l net.Listener, admit AdmitFunc) error {
 // the app is stopping; then c has been reset.
 func (a *LBProxyApp) serve(c net.Conn, admit AdmitFunc) bool {
 	if on, ok := c.(*loopConn); ok {
-		if a.takeSlot() && a.startOnLoop(on) {
+		if a.takeSlot() && a.startOnLoop(on.accepted) {
 			return true
 		}
 		loop.Reset(on.accepted.FD)

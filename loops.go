@@ -57,7 +57,7 @@ type loopListener struct {
 	bare *loop.Listener
 }
 
-// A loopConn is what it accepts: a descriptor, which Serve owns, and what stands for it in Conn.
+// A loopConn is what it accepts: a descriptor, which Serve owns.
 type loopConn struct {
 	heldConn
 	accepted loop.Accepted
@@ -108,20 +108,18 @@ func (a *LBProxyApp) takeOnLoop(c loop.Accepted) bool {
 			return false
 		}
 	}
-	if !a.startOnLoop(newLoopConn(c)) {
+	if !a.startOnLoop(c) {
 		loop.Reset(c.FD)
 	}
 	return true
 }
-
-func newLoopConn(c loop.Accepted) *loopConn { return &loopConn{heldConn{c.Local, c.Remote}, c} }
 
 func (l *loopListener) Accept() (net.Conn, error) {
 	c, err := l.bare.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return newLoopConn(c), nil
+	return &loopConn{accepted: c}, nil
 }
 
 func (l *loopListener) Close() error {
@@ -132,8 +130,8 @@ func (l *loopListener) Close() error {
 
 // startOnLoop serves c, for which there is a slot, on a loop. It returns false if the app is
 // stopping; then c is still the caller's, and the slot is free.
-func (a *LBProxyApp) startOnLoop(c *loopConn) bool {
-	s := a.begin(context.Background(), &Conn{Client: &c.heldConn})
+func (a *LBProxyApp) startOnLoop(c loop.Accepted) bool {
+	s := a.begin(context.Background(), &Conn{Client: &heldConn{c.Local, c.Remote}})
 	s.accepted, s.client, s.state = true, s.raw, ConnDialing
 	if !a.enter(s) {
 		a.freeSlot()
@@ -142,13 +140,13 @@ func (a *LBProxyApp) startOnLoop(c *loopConn) bool {
 	s.conn.mu.Lock()
 	cause := s.conn.cause
 	if cause == nil {
-		s.loop = loop.NewSession(c.accepted.FD, (*onLoop)(s))
-		c.accepted.Start(s.loop)
+		s.loop = loop.NewSession(c.FD, (*onLoop)(s))
+		c.Start(s.loop)
 	}
 	s.conn.mu.Unlock()
 	if cause != nil {
-		loop.Reset(c.accepted.FD)
-		s.outcome.Err = cause
+		loop.Reset(c.FD)
+		s.endBy(cause)
 		go s.finishOnLoop()
 	}
 	return true
@@ -374,7 +372,6 @@ func (s *session) goOn(client, server int) {
 	defer func() {
 		if e != nil {
 			s.endFinding()
-			s.outcome.Sent, s.outcome.Received = s.loop.Counts()
 			s.giveUp(e)
 		}
 	}()
@@ -391,7 +388,8 @@ func (s *session) goOn(client, server int) {
 	up := relay.NewFileConn(server, nil, nil)
 	if e = s.startRelay(s.loop.Chunk()); e != nil {
 		relay.Reset(up)
-		s.outcome.Connected = true
+		sent, received := s.loop.Counts()
+		s.outcome = &relay.Outcome{Sent: sent, Received: received, Connected: true}
 		return
 	}
 	s.relay.Connect(up)
@@ -400,7 +398,7 @@ func (s *session) goOn(client, server int) {
 // Done implements loop.Handler.
 func (o *onLoop) Done(outcome relay.Outcome) {
 	s := (*session)(o)
-	s.outcome = outcome
+	s.outcome = &outcome
 	e, _ := outcome.Err.(*ending)
 	foreign := e != nil && e.end == EndCanceled // the log asks for the text of Abort's cause
 	hooks := s.app.opts.OnDone != nil || s.conn.OnDone != nil

@@ -21,32 +21,32 @@ import (
 // loop's: see loops.go), then the one that calls finish. Conn.mu guards the fields that others may
 // read.
 type session struct {
-	app      *LBProxyApp
-	conn     *Conn
-	raw      net.Conn // what was accepted; admit may have wrapped it
-	accepted bool     // by Serve: it has a slot, and its end is logged
-	start    time.Time
-	base     context.Context // has the values of the caller's, and the Conn, but does not end
-	ctx      context.Context // base, and ends with the session where a hook is there to see it
-	element  *list.Element   // of app.sessions; belongs to app.mu
+	app     *LBProxyApp
+	conn    *Conn
+	raw     net.Conn // what was accepted; admit may have wrapped it
+	start   time.Time
+	ctx     context.Context // ends with the session where a hook is there to see it
+	element *list.Element   // of app.sessions; belongs to app.mu
 
 	client   net.Conn  // what is relayed: conn.Client as admit left it
 	finding  *finding  // while it is on a loop and not connected
 	upstream *upstream // what it is counted on
 	unlost   func()    // ends what CloseOnDown waits for; nil: nothing
-	opened   bool      // the RateLimit is owed an EventClose
 	attempts int
-	dialTime time.Duration // of the attempt that succeeded
-	keep     bool          // client outlives the relay, for OnRefused
-	outcome  relay.Outcome
-	done     chan struct{} // closed by Done where a goroutine waits to finish the session
-	result   *Result       // set by settle: before that it would only take room
+	dialTime time.Duration  // of the attempt that succeeded
+	done     chan struct{}  // closed by Done where a goroutine waits to finish the session
+	outcome  *relay.Outcome // of what was relayed; nil before the end
+	result   *Result        // set by settle
 
-	relay  *relay.Relay  // guarded by conn.mu, like all that follows
+	accepted bool // by Serve: it has a slot, and its end is logged
+	opened   bool // the RateLimit is owed an EventClose
+	keep     bool // client outlives the relay, for OnRefused
+
+	isOver bool // guarded by conn.mu, like all that follows
+	relay  *relay.Relay
 	loop   *loop.Session // on which it is, or was before relay
 	state  ConnState
-	addr   string // of the upstream that was dialed last
-	isOver bool
+	addr   string                  // of the upstream that was dialed last
 	cancel context.CancelCauseFunc // of ctx; nil if that does not end
 	undial context.CancelFunc      // ends the dial in progress, or one before; nil before any
 }
@@ -54,8 +54,10 @@ type session struct {
 // begin makes a session of c, or returns nil if c has had one.
 func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
 	s := &session{app: a, conn: c, raw: c.Client, start: time.Now(), state: ConnAdmitting}
-	s.base = context.WithValue(context.WithoutCancel(ctx), connKey{}, c)
-	s.ctx = s.base
+	s.ctx = connContext{c}
+	if ctx != context.Background() {
+		s.ctx = context.WithValue(context.WithoutCancel(ctx), connKey{}, c)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.used {
@@ -66,13 +68,27 @@ func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
 	return s
 }
 
+// A connContext is a context that has its Conn as a value. Most sessions need no other.
+type connContext struct{ conn *Conn }
+
+func (connContext) Deadline() (t time.Time, ok bool) { return t, false }
+func (connContext) Done() <-chan struct{}            { return nil }
+func (connContext) Err() error                       { return nil }
+
+func (c connContext) Value(key any) any {
+	if key == (connKey{}) {
+		return c.conn
+	}
+	return nil
+}
+
 // endCtx makes ctx end with the session, for hooks. A session that has none is spared the cost.
 func (s *session) endCtx() {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if s.cancel == nil {
-		s.ctx, s.cancel = context.WithCancelCause(s.base)
+		s.ctx, s.cancel = context.WithCancelCause(s.ctx)
 		if c.cause != nil {
 			s.cancel(c.cause.err)
 		}
@@ -154,7 +170,7 @@ func (s *session) admit(f AdmitFunc) (ok bool) {
 			}
 		}
 		if !ok {
-			s.outcome.Err = s.conn.decide(e)
+			s.endBy(s.conn.decide(e))
 			relay.Linger(s.raw, s.ctx.Done())
 			s.finish()
 		}
@@ -269,7 +285,7 @@ func (s *session) pause(d time.Duration) {
 func (s *session) giveUp(e *ending) {
 	if s.relay == nil {
 		e = s.conn.decide(e)
-		s.outcome.Err = e
+		s.endBy(e)
 		if s.keep = s.reserveLastWord(e); !s.keep {
 			relay.Reset(s.client)
 		}
@@ -287,6 +303,14 @@ func (s *session) giveUp(e *ending) {
 	}
 	<-s.done
 	s.finish()
+}
+
+// endBy notes why the session ends, if no relay and no loop says so.
+func (s *session) endBy(e *ending) {
+	if s.outcome == nil {
+		s.outcome = new(relay.Outcome)
+	}
+	s.outcome.Err = e
 }
 
 // finding is a session's search for an upstream that answers.
@@ -407,7 +431,7 @@ func (s *session) judge(p pick, err error) (verdict, error) {
 
 // dialContext returns the context of a dial, which ends when the session is over.
 func (s *session) dialContext() (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithTimeout(s.base, s.app.opts.DialTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), s.app.opts.DialTimeout)
 	s.conn.mu.Lock()
 	s.undial = cancel
 	over := s.isOver
@@ -448,7 +472,7 @@ func (s *session) Done(o relay.Outcome) {
 		o.Sent += sent
 		o.Received += received
 	}
-	s.outcome = o
+	s.outcome = &o
 	if s.done != nil {
 		close(s.done)
 		return
@@ -468,7 +492,7 @@ func (s *session) finish() {
 	defer s.report()
 	defer func() {
 		if s.opened {
-			s.conn.RateLimit.Report(s.base, s.event(EventClose))
+			s.conn.RateLimit.Report(context.WithoutCancel(s.ctx), s.event(EventClose))
 		}
 	}()
 	defer func() {
@@ -532,8 +556,9 @@ func (s *session) settle() {
 	s.stub() // if admit has rejected it
 	end, err := s.verdict()
 	c.mu.Lock()
-	c.info = ConnInfo{
-		Upstream: s.addr, Start: s.start, Sent: s.outcome.Sent, Received: s.outcome.Received, State: ConnOver,
+	c.info = &ConnInfo{
+		Upstream: s.addr, Start: s.start, State: ConnOver,
+		Sent: s.outcome.Sent, Received: s.outcome.Received,
 	}
 	c.session = nil
 	c.mu.Unlock()
@@ -562,7 +587,7 @@ func (s *session) release() {
 
 // verdict names the outcome.
 func (s *session) verdict() (EndReason, error) {
-	o := &s.outcome
+	o := s.outcome
 	if e, ok := o.Err.(*ending); ok {
 		return e.end, e.err
 	}
@@ -599,7 +624,7 @@ func (s *session) log() {
 	case EndNoUpstream, EndDialFailed, EndUpstreamError:
 		level = slog.LevelWarn
 	}
-	s.app.lines.Add(s.base, s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
+	s.app.lines.Add(context.WithoutCancel(s.ctx), s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
 }
 
 func (s *session) event(kind EventKind) Event {

@@ -386,7 +386,7 @@ func TestConnsOmitsEndedConns(t *testing.T) {
 	s := a.begin(t.Context(), &Conn{Client: addrConn{}})
 	s.accepted = true
 	a.enter(s)
-	s.outcome.Err = &ending{EndNotAdmitted, errKicked}
+	s.endBy(&ending{EndNotAdmitted, errKicked})
 	s.settle() // and still to be counted out
 	for range a.Conns() {
 		t.Error("one came that was rejected")
