@@ -118,7 +118,6 @@ const usage = `usage: basic -listen ADDR -upstream ADDR[,weight=N] [-upstream ..
   -admin ADDR             serve a status page and metrics at a loopback
                           address, such as 127.0.0.1:9090 (default: nowhere)
   -loops                  run connections on event loops: experimental, Linux
-                          only, and without the limits below
   -v                      log every connection
 
 What each client address may do, without limit by default:

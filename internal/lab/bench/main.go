@@ -4,6 +4,7 @@
 //	go run ./bench          # some minutes
 //	go run ./bench -quick   # under a minute, and less exact
 //	go run ./bench -mtls    # mtlsserver, and the others with TLS 1.3 and client certificates
+//	go run ./bench -versus 'before=/tmp/before'   # two builds of examples/basic
 //	go run ./bench -scale   # lbproxy alone: with many idle connections, and with many upstreams
 //
 // All is on loopback. Clients and upstreams are in this process, whose own cost does not count:
@@ -57,6 +58,7 @@ type bench struct {
 	idle        int
 	mtls, scale bool
 	md          string
+	versus      []string // name=program argument...
 
 	log       io.Writer // progress
 	began     time.Time
@@ -82,6 +84,14 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	flags.BoolVar(&b.scale, "scale", false,
 		"measure lbproxy with many idle connections, and with 10000 upstreams")
 	flags.StringVar(&b.md, "md", "", "`file` to write the result to, as Markdown")
+	flags.Func("versus", "`name=program argument...` to measure, too: it takes -listen and -upstream "+
+		"as\nexamples/basic does; the program basic is lbproxy's own", func(v string) error {
+		if _, command, _ := strings.Cut(v, "="); strings.TrimSpace(command) == "" {
+			return errors.New("want name=program argument...")
+		}
+		b.versus = append(b.versus, v)
+		return nil
+	})
 	quick := flags.Bool("quick", false, "take less time, and be less exact")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
@@ -167,6 +177,9 @@ func (b *bench) peers(own peer) []peer {
 	peers := []peer{own}
 	if runtime.GOOS == "linux" && !b.mtls {
 		peers = append(peers, onLoops(own))
+	}
+	for _, v := range b.versus {
+		peers = append(peers, versus(own, v))
 	}
 	add := func(p peer, err error) {
 		if err != nil {

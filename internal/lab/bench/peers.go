@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -86,6 +87,19 @@ func onLoops(own peer) peer {
 	}}
 }
 
+// versus is a peer as -versus describes it.
+func versus(own peer, description string) peer {
+	name, command, _ := strings.Cut(description, "=")
+	argv := strings.Fields(command)
+	return peer{name: name, command: func(c conf) ([]string, error) {
+		ours, err := own.command(c)
+		if argv[0] == "basic" {
+			return append(ours, argv[1:]...), err
+		}
+		return slices.Concat(argv, ours[1:]), err
+	}}
+}
+
 func mtlsserver(program string, c conf) ([]string, error) {
 	text, err := os.ReadFile(filepath.Join(c.certs, "config.json"))
 	if err != nil {
@@ -158,6 +172,7 @@ func haproxy(name, options string) (peer, error) {
 			fmt.Fprintf(&servers, "\tserver s%d %s\n", i, u)
 		}
 		path, err := c.write("haproxy.cfg", `global
+	no strict-limits
 	nbthread %d
 	maxconn %d
 defaults
