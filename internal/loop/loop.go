@@ -39,7 +39,8 @@ type loop struct {
 
 	// What follows belongs to the loop's goroutine.
 	now       int64 // clock when the batch began
-	armed     int64 // clock at which waiting ends at the latest; 0: when there are events
+	alarm     *time.Timer
+	armed     int64 // clock at which the alarm posts a message; 0: it does not
 	stopping  bool
 	events    [256]syscall.EpollEvent
 	n         int        // of them
@@ -59,7 +60,7 @@ type loop struct {
 // A message is something that another goroutine wants a loop to do.
 type message struct {
 	op  op
-	s   *Session
+	s   *Session // nil for what is about the loop
 	err error
 	n   uint32
 
@@ -71,6 +72,7 @@ type op uint8
 
 const (
 	opStop op = iota
+	opAlarm
 	opListen
 	opUnlisten
 	opStart
@@ -107,6 +109,9 @@ func newLoop(config relay.Config, running *sync.WaitGroup) (*loop, error) {
 	l := &loop{config: config, running: running, listeners: map[int32]*listening{}}
 	var err error
 	l.epfd, l.file, l.raw, err = newEpoll()
+	if err == nil {
+		l.alarm = time.AfterFunc(forever, func() { l.post(message{op: opAlarm}) })
+	}
 	return l, err
 }
 
@@ -188,6 +193,7 @@ func (l *loop) post(m message) bool {
 func (l *loop) run() {
 	defer l.running.Done()
 	defer l.file.Close()
+	defer l.alarm.Stop()
 	ready := l.poll
 	for !l.stopping {
 		if l.isBusy() {
@@ -211,36 +217,19 @@ func (l *loop) run() {
 // isBusy reports whether there is work that no event announces.
 func (l *loop) isBusy() bool { return len(l.again) > 0 || l.sweep.isRunning() }
 
-// wait waits for events, for messages, or until the next timer is due.
+// wait waits for events, or for messages. The next timer is one.
 func (l *loop) wait(ready func(uintptr) bool) {
 	l.n = 0
 	next := l.sweep.next
 	if len(l.timers) > 0 && (next == 0 || l.timers[0].at < next) {
 		next = l.timers[0].at
 	}
-	if next != 0 && (l.armed == 0 || l.armed > next) || l.armed == expired {
-		l.arm(next)
+	if next != 0 && (l.armed == 0 || next < l.armed) {
+		l.armed = next
+		l.alarm.Reset(time.Duration(next - relay.Clock()))
 	}
-	if l.raw.Read(ready) != nil { // the deadline has passed, perhaps since there is a message
-		l.armed = expired
+	if l.raw.Read(ready) != nil { // there is a message
 		l.poll(uintptr(l.epfd)) // messages alone must not keep the loop from looking
-	}
-}
-
-const expired = -1 // the deadline that waiting has, if any, has passed
-
-// arm sets when waiting ends. A message in the inbox has made that now.
-func (l *loop) arm(at int64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if len(l.inbox) > 0 {
-		return
-	}
-	l.armed = at
-	if at == 0 {
-		l.file.SetReadDeadline(time.Time{})
-	} else {
-		l.file.SetReadDeadline(relay.Epoch.Add(time.Duration(at)))
 	}
 }
 
@@ -285,7 +274,7 @@ func (l *loop) receive() {
 	inbox := l.inbox
 	l.inbox = l.spare[:0]
 	if len(inbox) > 0 {
-		l.armed = expired
+		l.file.SetReadDeadline(time.Time{})
 		l.closed = slices.ContainsFunc(inbox, func(m message) bool { return m.op == opStop })
 	}
 	l.mu.Unlock()
@@ -293,6 +282,8 @@ func (l *loop) receive() {
 		switch s := m.s; {
 		case m.op == opStop:
 			l.stopping = true
+		case m.op == opAlarm:
+			l.armed = 0
 		case m.op == opListen:
 			l.listen(m.listener)
 		case m.op == opUnlisten:

@@ -27,11 +27,11 @@ var (
 	lastSmall atomic.Int64 // clock of a small message
 )
 
-// Epoch is the zero of Clock.
-var Epoch = time.Now()
+// epoch is the zero of Clock.
+var epoch = time.Now()
 
-// Clock returns the monotonic time since Epoch, in nanoseconds.
-func Clock() int64 { return int64(time.Since(Epoch)) }
+// Clock returns the monotonic time since epoch, in nanoseconds.
+func Clock() int64 { return int64(time.Since(epoch)) }
 
 // NoteChunk is called when n bytes have moved, in a relay or elsewhere in the process. now is a
 // recent Clock.
