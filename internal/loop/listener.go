@@ -65,14 +65,15 @@ type listening struct {
 
 const (
 	// goneTime is how long it takes, at most, to notice that somebody else has closed the TCP
-	// listener: the system does not say.
-	goneTime = 50 * time.Millisecond
+	// listener: the system does not say. Each look wakes the runtime's monitor, which then looks
+	// around for a while: every 50 ms it cost some percent of the CPU of short connections.
+	goneTime = 500 * time.Millisecond
 
 	accepts = 4 // for each event, before others have their turn
 
-	// acceptLoops is how many loops accept. All of them are woken for each connection; those that
-	// do not accept are given sessions, which costs a wake-up, too.
-	acceptLoops = 4
+	// maxAcceptLoops is how many loops accept at most. All of them are woken for each connection;
+	// those that do not accept are given sessions, which costs a wake-up, too.
+	maxAcceptLoops = 4
 )
 
 // NewListener returns a Listener for l. What it accepts inherits TCP_NODELAY and keep-alive, which
@@ -90,8 +91,8 @@ func (g *Group) NewListener(
 		return nil, os.NewSyscallError("epoll_create1", err)
 	}
 	a := &Listener{
-		acceptor: acceptor{raw: raw, group: g}, loops: g.loops[:min(acceptLoops, len(g.loops))],
-		epfd: epfd, take: take, closed: make(chan struct{}),
+		acceptor: acceptor{raw: raw, group: g}, epfd: epfd, take: take, closed: make(chan struct{}),
+		loops: g.loops[:min((len(g.loops)+1)/2, maxAcceptLoops)],
 	}
 	if oneLoop {
 		a.loops = a.loops[:1]
