@@ -218,7 +218,7 @@ func TestHalfClose(t *testing.T) {
 func TestSlowReaderGetsAll(t *testing.T) {
 	client, server, h := join(t, newGroup(t, relay.Config{}))
 	client.CloseWrite()
-	const size = 12 << 20 // more than all queues hold
+	const size = 64 << 20 // more than all queues hold
 	sent := make(chan struct{})
 	go func() {
 		pattern.Send(server, size)
