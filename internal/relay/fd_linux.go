@@ -45,6 +45,27 @@ func AtMarkFD(fd int) bool {
 	return at != 0
 }
 
+// pollFD returns which of events a descriptor has now, and EPOLLERR if it has an error, which it
+// leaves there. If the system refuses to say, it returns events.
+func pollFD(fd int, events int16) int16 {
+	p := struct {
+		fd           int32
+		events, have int16
+	}{int32(fd), events, 0}
+	var wait syscall.Timespec
+	for {
+		_, _, errno := syscall.RawSyscall6(syscall.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1,
+			uintptr(unsafe.Pointer(&wait)), 0, 0, 0)
+		switch errno {
+		case 0:
+			return p.have
+		case syscall.EINTR:
+		default:
+			return events
+		}
+	}
+}
+
 // KeepAliveFD sets the keep-alive that net sets by default.
 func KeepAliveFD(fd int) error {
 	for _, option := range []struct{ level, name, value int }{

@@ -3,7 +3,6 @@
 package relay
 
 import (
-	"io"
 	"sync"
 	"syscall"
 	"time"
@@ -61,9 +60,6 @@ func (s *splicer) move() (n int, readErr, writeErr error) {
 	case s.errno != 0:
 		pipes.put(s.pipe)
 		return 0, s.from.opError("read", "splice", s.errno), nil
-	case s.n == 0:
-		pipes.put(s.pipe)
-		return 0, io.EOF, nil
 	}
 	if s.small++; s.n >= LargeBuffer/4 {
 		s.small = 0
@@ -91,7 +87,7 @@ func (s *splicer) move() (n int, readErr, writeErr error) {
 func (s *splicer) stop() { s.d.splicer, s.d.fullReads = nil, 0 }
 
 // fillReady moves the available bytes into a pipe. If s has no pipe afterwards, the pool has none,
-// or the bytes cannot be spliced.
+// or a read has to go on.
 func (s *splicer) fillReady(fd uintptr) bool {
 	pipes := &s.d.relay.engine.pipes
 	if s.pipe = pipes.get(); s.pipe == nil {
@@ -106,15 +102,10 @@ func (s *splicer) fillReady(fd uintptr) bool {
 		return true
 	}
 	// splice stops before an urgent byte: it returns EAGAIN, or 0 once the stream has ended, though
-	// more bytes follow. A read skips the urgent byte, so peek to see what a read would find.
-	var b [1]byte
-	s.n, s.errno = recvFD(fd, b[:], syscall.MSG_PEEK)
-	if s.n == 0 && s.errno != syscall.EAGAIN {
-		return true // the end, or an error
-	}
+	// more bytes follow. A read skips the urgent byte, and finds an end, too.
 	pipes.put(s.pipe)
 	s.pipe = nil
-	return s.n > 0
+	return pollFD(int(fd), syscall.EPOLLIN) != 0
 }
 
 func (s *splicer) drainReady(fd uintptr) bool {

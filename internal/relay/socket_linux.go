@@ -13,23 +13,27 @@ import (
 
 const canMeasure = true
 
+// urgentReads bounds the reads at an urgent byte: a signal may disturb some, but not all of them.
+const urgentReads = 100
+
 // A socket is a TCP connection that is waited for without a buffer, and then read and written
 // without waiting. TLS is spoken over one, too.
 type socket struct {
 	net.Conn
 	raw     syscall.RawConn
 	in, out transfers
-	trier   trier // in await
+	trier   trier   // in await
+	fd      uintptr // in await
+	n       int     // read
+	drained bool    // the last read found less than it had room for
 }
 
 // transfers is one way of a socket: its arguments and results of calls with the descriptor. ready
 // is made once, since a closure for each would be an allocation for each.
 type transfers struct {
 	ready func(fd uintptr) bool // called when the descriptor is, until it returns true
-	fd    uintptr
-	b     []byte  // what to read into, or is left to write
-	buf   *Buffer // that b is in
-	n     int     // read
+	b     []byte                // what to read into, or is left to write
+	buf   *Buffer               // that b is in
 	errno syscall.Errno
 }
 
@@ -52,20 +56,37 @@ func (s *socket) await(t trier) error {
 
 func (s *socket) readReady(fd uintptr) bool {
 	if s.trier != nil {
-		s.in.fd = fd
+		s.fd = fd
 		return s.trier.try()
 	}
 	return s.receive(fd)
 }
 
 // receive reads into in.b, or returns false if there is nothing.
+//
+// At an urgent byte a pending signal makes a receive say that there is nothing, although bytes may
+// follow for which no event comes. poll knows of them. It takes the place of the receive that would
+// most likely find nothing, and otherwise costs a call only when a receive has found nothing.
 func (s *socket) receive(fd uintptr) bool {
-	turn := s.in.n >= bulkChunk && takeTurn()
-	for s.in.errno = syscall.EINTR; s.in.errno == syscall.EINTR; {
-		s.in.n, s.in.errno = recvFD(fd, s.in.b, 0)
+	poll := s.drained
+	s.drained = false
+	for range urgentReads {
+		if poll && pollFD(int(fd), syscall.EPOLLIN) == 0 {
+			break
+		}
+		turn := s.n >= bulkChunk && takeTurn()
+		s.n, s.in.errno = recvFD(fd, s.in.b, 0)
+		giveTurn(turn)
+		switch s.in.errno {
+		case syscall.EINTR:
+		case syscall.EAGAIN:
+			poll = true
+		default:
+			s.drained = s.n < len(s.in.b)
+			return true
+		}
 	}
-	giveTurn(turn)
-	return s.in.errno != syscall.EAGAIN
+	return false
 }
 
 // Read waits for bytes, except within await: there it returns errWait.
@@ -77,7 +98,7 @@ func (s *socket) Read(b []byte) (int, error) {
 	var err error
 	if s.trier == nil {
 		err = s.raw.Read(s.in.ready)
-	} else if !s.receive(s.in.fd) {
+	} else if !s.receive(s.fd) {
 		err = errWait
 	}
 	s.in.b = nil
@@ -86,10 +107,10 @@ func (s *socket) Read(b []byte) (int, error) {
 		return 0, plainOp(err, "read")
 	case s.in.errno != 0:
 		return 0, s.opError("read", "read", s.in.errno)
-	case s.in.n == 0:
+	case s.n == 0:
 		return 0, io.EOF
 	}
-	return s.in.n, nil
+	return s.n, nil
 }
 
 func (s *socket) read(b []byte) (int, error) { return s.Read(b) }
