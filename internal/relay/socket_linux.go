@@ -25,7 +25,9 @@ type socket struct {
 	trier   trier   // in await
 	fd      uintptr // in await
 	n       int     // read
-	drained bool    // the last read found less than it had room for
+
+	promised bool // an event or a full buffer has promised the next receive bytes
+	busy     bool // the last receive without such a promise found bytes
 }
 
 // transfers is one way of a socket: its arguments and results of calls with the descriptor. ready
@@ -64,12 +66,20 @@ func (s *socket) readReady(fd uintptr) bool {
 
 // receive reads into in.b, or returns false if there is nothing.
 //
-// At an urgent byte a pending signal makes a receive say that there is nothing, although bytes may
-// follow for which no event comes. poll knows of them. It takes the place of the receive that would
-// most likely find nothing, and otherwise costs a call only when a receive has found nothing.
+// At an urgent byte a pending signal makes the system say that there is nothing, although bytes may
+// follow for which no event comes. Only poll knows of them. It takes the place of a receive that
+// would most likely find nothing, as between two messages, so that it costs no call there.
 func (s *socket) receive(fd uintptr) bool {
-	poll := s.drained
-	s.drained = false
+	promised := s.promised
+	found := s.tryReceive(fd, !promised && !s.busy)
+	if !promised {
+		s.busy = found
+	}
+	s.promised = !found || s.n == len(s.in.b)
+	return found
+}
+
+func (s *socket) tryReceive(fd uintptr, poll bool) (found bool) {
 	for range urgentReads {
 		if poll && pollFD(int(fd), syscall.EPOLLIN) == 0 {
 			break
@@ -82,7 +92,6 @@ func (s *socket) receive(fd uintptr) bool {
 		case syscall.EAGAIN:
 			poll = true
 		default:
-			s.drained = s.n < len(s.in.b)
 			return true
 		}
 	}
