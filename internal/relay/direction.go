@@ -16,7 +16,9 @@ type direction struct {
 	moved    atomic.Int64 // bytes written to to
 	before   int64        // the other direction's moved at the last write to to
 	phase    atomic.Int32 // set to ended under Relay.mu; any goroutine may read it
+	watched  atomic.Bool  // a timer runs watch
 	atEnd    bool         // from has ended its stream, and to is being told; guarded by Relay.mu
+	noSplice bool         // the system refuses to splice between from and to
 
 	pacer     Pacer
 	buf       *Buffer // try has read n bytes into it, and then err
@@ -25,7 +27,6 @@ type direction struct {
 	lastRead  int
 	fullReads int      // reads in a row that filled a large buffer; two start splicing
 	splicer   *splicer // nil: not splicing
-	noSplice  bool     // the system refuses to splice between from and to
 }
 
 // The phases of a direction.

@@ -111,8 +111,12 @@ func (s *splicer) fillReady(fd uintptr) bool {
 func (s *splicer) drainReady(fd uintptr) bool {
 	for s.held > 0 {
 		s.splice(s.pipe.r, int(fd), s.held)
+		if s.errno == syscall.EAGAIN {
+			s.d.stuck()
+			return false
+		}
 		if s.errno != 0 {
-			return s.errno != syscall.EAGAIN
+			return true
 		}
 		s.held -= s.n
 		s.d.relay.touch()

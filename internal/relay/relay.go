@@ -148,6 +148,7 @@ func (e *Engine) New(client net.Conn, h Handler, chunk int) *Relay {
 	r := &Relay{engine: e, handler: h, client: newEnd(client), refs: 2} // the upload and Connect
 	r.up = direction{relay: r, name: Upload, from: &r.client, pacer: Pacer{Chunk: chunk}}
 	r.down = direction{relay: r, name: Download, to: &r.client, pacer: Pacer{Chunk: chunk}}
+	r.client.socket().writtenBy(&r.down)
 	return r
 }
 
@@ -164,6 +165,7 @@ func (r *Relay) Connect(server net.Conn) bool {
 		return false
 	}
 	e := newEnd(server)
+	e.socket().writtenBy(&r.up)
 	r.mu.Lock()
 	over := r.over
 	if !over {

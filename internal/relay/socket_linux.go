@@ -22,9 +22,10 @@ type socket struct {
 	net.Conn
 	raw     syscall.RawConn
 	in, out transfers
-	trier   trier   // in await
-	fd      uintptr // in await
-	n       int     // read
+	trier   trier      // in await
+	fd      uintptr    // in await
+	n       int        // read
+	writer  *direction // is told when a write waits; nil: nobody
 
 	promised bool // an event or a full buffer has promised the next receive bytes
 	busy     bool // the last receive without such a promise found bytes
@@ -47,6 +48,13 @@ func newSocket(c net.Conn) *socket {
 	s := &socket{Conn: c, raw: raw}
 	s.in.ready, s.out.ready = s.readReady, s.writeReady
 	return s
+}
+
+// writtenBy says whose writes go to s, which may be nil.
+func (s *socket) writtenBy(d *direction) {
+	if s != nil {
+		s.writer = d
+	}
 }
 
 func (s *socket) await(t trier) error {
@@ -159,6 +167,7 @@ func (s *socket) writeReady(fd uintptr) bool {
 		case syscall.EINTR:
 		case syscall.EAGAIN:
 			o.shrink()
+			s.writer.stuck()
 			return false
 		default:
 			return true

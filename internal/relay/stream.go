@@ -66,6 +66,17 @@ func newEnd(c net.Conn) end {
 	return e
 }
 
+// socket returns what the bytes to e are written to, if that is a socket.
+func (e *end) socket() *socket {
+	switch s := e.stream.(type) {
+	case *socket:
+		return s
+	case *TLS:
+		return s.wire.socket
+	}
+	return nil
+}
+
 func (e *end) unsent() int                   { return unsent(e.raw) }
 func (e *end) wasReset() (reset, known bool) { return wasReset(e.raw) }
 func (e *end) readable() bool                { return readable(e.raw) }

@@ -1,0 +1,107 @@
+//go:build !lbproxy_portable
+
+package relay
+
+import (
+	"crypto/tls"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+)
+
+// fill writes until nothing has been taken for a while.
+func fill(c net.Conn) {
+	for b := make([]byte, 64<<10); ; {
+		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+		if _, err := c.Write(b); err != nil {
+			return
+		}
+	}
+}
+
+// A side is reset while its bytes are stuck on their way to a reader that does not read. Nobody
+// reads from it then, and nobody writes to it.
+func TestResetBehindAStuckWriteIsNoticed(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		side  Side
+		ended bool // the other side has ended its stream
+		tls   bool // the client's
+	}{
+		{"client", Client, false, false},
+		{"client, and the download has ended", Client, true, false},
+		{"client with TLS", Client, true, true},
+		{"server", Server, false, false},
+		{"server, and the upload has ended", Server, true, false},
+		{"server of a client with TLS", Server, true, true},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			client, ours := duplex(t)
+			server, theirs := duplex(t)
+			h := newRecorder(nil)
+			e := newEngine(t, Config{Idle: time.Minute})
+			var r *Relay
+			from, to := net.Conn(client), net.Conn(server)
+			if row.tls {
+				serverTLS, clientTLS := proxytest.TLSConfigs()
+				r = e.Start(NewTLS(tls.Server, ours, serverTLS, 0), h, 0)
+				c := tls.Client(client, clientTLS)
+				proxytest.Must(t, c.Handshake())
+				from = c
+			} else {
+				r = e.Start(ours, h, 0)
+			}
+			r.Connect(theirs)
+			t.Cleanup(func() { r.Abort(nil) })
+			broken := client
+			if row.side == Server {
+				from, to, broken = to, from, server
+			}
+			if row.ended {
+				to.(halfCloser).CloseWrite()
+				if _, err := io.ReadAll(from); err != nil {
+					t.Fatal(err)
+				}
+			}
+			fill(from)
+			start := time.Now()
+			broken.SetLinger(0)
+			broken.Close()
+			if o := h.wait(t); o.Failed != row.side || o.Err != errReset {
+				t.Errorf("after %v: %+v", time.Since(start), o)
+			}
+			if took := time.Since(start); took > 20*time.Second {
+				t.Errorf("after %v", took)
+			}
+		})
+	}
+}
+
+// A side that has ended its stream, to which the other has ended too, looks like one that was
+// reset. Its bytes, stuck on their way, arrive all the same.
+func TestEndBehindAStuckWriteIsNotAReset(t *testing.T) {
+	client, server, h := join(t, nil)
+	server.CloseWrite()
+	if _, err := io.ReadAll(client); err != nil {
+		t.Fatal(err)
+	}
+	sent := make(chan int64)
+	go func() {
+		n, _ := pattern.Send(client, 16<<20)
+		client.Close()
+		sent <- n
+	}()
+	time.Sleep(3 * stuckTime)
+	server.SetDeadline(time.Now().Add(time.Minute))
+	n, err := pattern.Receive(server)
+	if want := proxytest.Receive(t, "all is sent", sent); n != want || err != nil {
+		t.Errorf("%d of %d bytes, then %v", n, want, err)
+	}
+	if o := h.wait(t); o.Err != nil {
+		t.Errorf("%+v", o)
+	}
+}
