@@ -103,6 +103,7 @@ func (s *socket) tryReceive(fd uintptr, poll bool) (found bool) {
 			return true
 		}
 	}
+	s.n = 0
 	return false
 }
 

@@ -30,7 +30,7 @@ func (d *direction) watch() {
 	}
 	r.refs++ // not from zero: the goroutine of d has one until it has ended
 	r.mu.Unlock()
-	if hasError(d.from.raw) {
+	if hasError(d.from.raw) && d.phase.Load() == writing { // not after both streams have ended
 		r.fail(d.source(), errReset, false)
 	} else {
 		d.stuck()

@@ -4,8 +4,10 @@ package relay
 
 import (
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
+	"syscall"
 	"testing"
 	"time"
 
@@ -71,11 +73,11 @@ func TestResetBehindAStuckWriteIsNoticed(t *testing.T) {
 			start := time.Now()
 			broken.SetLinger(0)
 			broken.Close()
-			if o := h.wait(t); o.Failed != row.side || o.Err != errReset {
-				t.Errorf("after %v: %+v", time.Since(start), o)
-			}
-			if took := time.Since(start); took > 20*time.Second {
-				t.Errorf("after %v", took)
+			o, took := h.wait(t), time.Since(start)
+			// On a busy machine the relay may still be reading, and meet the reset itself.
+			known := o.Err == errReset || errors.Is(o.Err, syscall.ECONNRESET)
+			if o.Failed != row.side || !known || took > 20*time.Second {
+				t.Errorf("after %v: %+v", took, o)
 			}
 		})
 	}
