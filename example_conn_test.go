@@ -149,7 +149,7 @@ func ExampleResult_LogValue() {
 	logged := make(chan bool, 1)
 	_, l, stop := demoApp(&lbproxy.Options{
 		OnDone: func(r lbproxy.Result) {
-			access.Info("done", "conn", r)
+			access.Info("done", "c", r)
 			logged <- true
 		},
 	}, func(_ context.Context, c *lbproxy.Conn) error {
@@ -163,7 +163,7 @@ func ExampleResult_LogValue() {
 	c.Close()
 	<-logged
 	// Output:
-	// level=INFO msg=done conn.app=demo conn.end=done conn.attempts=1 conn.sent=5 conn.received=13 conn.client_id=ann
+	// level=INFO msg=done c.app=demo c.end=done c.attempts=1 c.sent=5 c.received=13 c.client_id=ann
 }
 
 // Behind another proxy, the client's address comes in a header. Only that proxy is believed.

@@ -418,7 +418,8 @@ func (a *LBProxyApp) Stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := Stats{
-		App: a.id, Open: a.open, Accepted: a.accepted, Ends: make(map[EndReason]uint64, len(endReasons)),
+		App: a.id, Open: a.open, Accepted: a.accepted,
+		Ends:        make(map[EndReason]uint64, len(endReasons)),
 		NotAdmitted: a.ends[EndNotAdmitted], Refused: a.refused,
 		Failed: a.ends[EndNoUpstream] + a.ends[EndDialFailed],
 	}
@@ -490,9 +491,9 @@ func (a *LBProxyApp) walk() iter.Seq[*session] {
 }
 
 // Shutdown stops accepting, closes the listeners, and waits until every connection has ended; then
-// it ends the health checks and waits for those in progress. A connection that is still in its
-// AdmitFunc counts, and is served if it is admitted. If ctx ends first, Shutdown returns ctx's error
-// and leaves connections open: call Close to abort them.
+// it ends the health checks and waits for those in progress. It also waits for a connection whose
+// AdmitFunc has not returned, and serves it if it is admitted. If ctx ends first, Shutdown returns
+// ctx's error and leaves connections open: call Close to abort them.
 func (a *LBProxyApp) Shutdown(ctx context.Context) error {
 	a.stop()
 	if err := await(ctx, a.drained); err != nil {

@@ -52,8 +52,8 @@ func (b *balancer) stats() []UpstreamStats {
 	return all
 }
 
-// useLoops says that apps of newApp use event loops where they can. Then the tests say in the end how
-// many connections each engine has served.
+// useLoops says that apps of newApp use event loops where they can. Then the tests say in the end
+// how many connections each engine has served.
 func useLoops() bool { return os.Getenv("LBPROXY_LOOPS") != "" }
 
 var engines struct {

@@ -546,7 +546,8 @@ func TestBandwidthCountsAStreamWhenItOpens(t *testing.T) {
 		b := &Bandwidth{BytesPerSecond: 1e6} // 20,000 bytes in a turn
 		b.streams, b.since, b.paid = 1, time.Now(), time.Now()
 		b.Report(t.Context(), Event{Kind: EventOpen})
-		if d := b.Report(t.Context(), Event{Kind: EventData, Bytes: 10_000}); d.Chunk != 10_000 || d.Wait != 10*time.Millisecond {
+		d := b.Report(t.Context(), Event{Kind: EventData, Bytes: 10_000})
+		if d.Chunk != 10_000 || d.Wait != 10*time.Millisecond {
 			t.Errorf("beside another stream: %+v", d)
 		}
 	})

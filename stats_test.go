@@ -464,8 +464,8 @@ func TestResultTellsTheTimesAndTheConn(t *testing.T) {
 		r := <-results
 		r.Conn = nil
 		if want := (Result{
-			App: "test", Client: "192.0.2.1:9", Upstream: "u:1", Attempts: 1, DialTime: time.Second, Start: start,
-			Duration: 7 * time.Second, Sent: 1, Received: 1, End: EndDone,
+			App: "test", Client: "192.0.2.1:9", Upstream: "u:1", Attempts: 1, DialTime: time.Second,
+			Start: start, Duration: 7 * time.Second, Sent: 1, Received: 1, End: EndDone,
 		}); r != want {
 			t.Errorf("%+v,\nwant %+v", r, want)
 		}

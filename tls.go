@@ -125,7 +125,7 @@ func (c *TLSConn) release() {
 // Handshake is HandshakeContext with the background context.
 func (c *TLSConn) Handshake() error { return c.HandshakeContext(context.Background()) }
 
-// HandshakeContext makes the TLS handshake if it has not been made, like [tls.Conn.HandshakeContext].
+// HandshakeContext makes the TLS handshake unless it has been made, as [tls.Conn.HandshakeContext].
 func (c *TLSConn) HandshakeContext(ctx context.Context) error {
 	if t := c.conn.Load(); t != nil {
 		return t.HandshakeContext(ctx)

@@ -84,7 +84,7 @@ type UpstreamState string
 
 const (
 	StateUp      UpstreamState = "up"      // it gets connections, unless it is full or draining
-	StateCooling UpstreamState = "cooling" // a dial failed: skipped until a probe works, see FailTimeout
+	StateCooling UpstreamState = "cooling" // a dial failed: skipped, then probed, see FailTimeout
 	StateDown    UpstreamState = "down"    // its health checks failed: it gets no connection
 )
 

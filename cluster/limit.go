@@ -72,7 +72,7 @@ var limitScript = rueidis.NewLuaScript(limitText)
 
 const (
 	flushEvery = 100 * time.Millisecond // lent openings and moved bytes are settled
-	renewEvery = 2 * time.Second        // open connections are told again; limit.lua voids them after 6 s
+	renewEvery = 2 * time.Second        // open connections are renewed; limit.lua voids them after 6 s
 	forever    = time.Duration(1) << 52 * time.Microsecond
 )
 

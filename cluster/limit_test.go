@@ -167,7 +167,8 @@ func TestShareIsNotGivenTwice(t *testing.T) {
 		away(t, s, server)
 		lent := spent.(*limiter).lent // paid for, so they may be used
 		if in := count(t, 100, spent); in != lent {
-			t.Errorf("%s: %d let in without the store, after 30 with it, want the %d it had borrowed", name, in, lent)
+			t.Errorf("%s: %d let in without the store, after 30 with it, want the %d it had borrowed",
+				name, in, lent)
 		}
 		if in := count(t, 100, fresh); in != 10 {
 			t.Errorf("%s: %d let in without the store, want a quarter of 40", name, in)
@@ -180,7 +181,8 @@ func TestShareIsNotGivenTwice(t *testing.T) {
 			return storetest.Want(in >= 30, strconv.Itoa(in))
 		})
 		if in += count(t, 20, fresh); in != 30 {
-			t.Errorf("%s: %d let in by the store that came back, want 40 without the 10 of meanwhile", name, in)
+			t.Errorf("%s: %d let in by the store that came back, want 40 without the 10 of meanwhile",
+				name, in)
 		}
 	}
 }
@@ -313,7 +315,7 @@ func TestLostRepliesHeal(t *testing.T) {
 	l := Limit{Open: 10}
 	m, o := s.Limit("k", l), other.Limit("k", l)
 	report(t, m, 1)
-	wire.Cut() // what is sent now the store gets when the wire has healed, and the answer is read by nobody
+	wire.Cut() // the store gets these reports when the wire has healed, and nobody reads its answer
 	for range 3 {
 		report(t, m, 1)
 	}

@@ -159,7 +159,8 @@ func TestSumsAreWhatIsOpen(t *testing.T) {
 		story(t, "redis://"+server.Addr(), rounds,
 			func(d time.Duration) { now = now.Add(d); server.SetTime(now) })
 	})
-	t.Run("redis-server", func(t *testing.T) { // its clock is what it is: nobody is dead in time, so kills say goodbye
+	// Nobody sets this server's clock: the killed would not be dead in time, so they say goodbye.
+	t.Run("redis-server", func(t *testing.T) {
 		server := storetest.Redis(t)
 		f := newFleet(t, server.URL())
 		rng := rand.New(rand.NewPCG(seed, 0))
@@ -234,8 +235,8 @@ func TestManyCountsAreToldInSeveralCalls(t *testing.T) {
 		}
 		f.beat("a")
 		f.member("b")
-		storetest.Await(t, "another proxy knows all sums", func() error { // they are a second old, perhaps
-			f.beat("b")
+		storetest.Await(t, "another proxy knows all sums", func() error {
+			f.beat("b") // again and again: sums may be a second old
 			return storetest.Want(len(f.live["b"].sums) == 2500,
 				strconv.Itoa(len(f.live["b"].sums)))
 		})
@@ -356,11 +357,12 @@ func TestLiveShowsWhatIsOpen(t *testing.T) {
 	storetest.Each(t, func(t *testing.T, url string) {
 		app, addr := newApp(t, 2)
 		s, _ := dial(t, url, calm)
+		apps := map[string]*lbproxy.LBProxyApp{"web": app}
 		m, err := s.Join(Self{
 			ID: "one", Addr: "10.0.0.5", Capacity: 100, Version: "v1",
 			Interval: 20 * time.Millisecond,
 			Ports:    func() map[string]int { return map[string]int{"web": 9443} },
-			Apps:     func() map[string]*lbproxy.LBProxyApp { return map[string]*lbproxy.LBProxyApp{"web": app} },
+			Apps:     func() map[string]*lbproxy.LBProxyApp { return apps },
 			Config:   func() (int64, string) { return 7, "too new" },
 		})
 		if err != nil {
@@ -417,8 +419,9 @@ func TestEmptyStoreIsFilledAgain(t *testing.T) {
 	server := storetest.Redis(t)
 	app, addr := newApp(t, 1)
 	s, _ := dial(t, server.URL(), nil)
+	apps := map[string]*lbproxy.LBProxyApp{"web": app}
 	m, err := s.Join(Self{Interval: 20 * time.Millisecond,
-		Apps:   func() map[string]*lbproxy.LBProxyApp { return map[string]*lbproxy.LBProxyApp{"web": app} },
+		Apps:   func() map[string]*lbproxy.LBProxyApp { return apps },
 		Config: func() (int64, string) { return 7, "" },
 	})
 	if err != nil {

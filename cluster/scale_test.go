@@ -15,7 +15,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-var scale = flag.Duration("scale", 0, "measure 20 real proxies and 200 upstreams for so long, such as 2m, after a minute")
+var scale = flag.Duration("scale", 0,
+	"measure 20 real proxies and 200 upstreams for so long, such as 2m, after a minute")
 
 // Twenty real apps, each with its own store, and two hundred upstreams, over loopback, beside what
 // the simulation says: 1.25 rotated, 2.08 in slice order.
@@ -50,7 +51,8 @@ func TestAtScale(t *testing.T) {
 			<-served
 		})
 		s, _ := dial(t, server.URL(), nil)
-		m, err := s.Join(Self{Apps: func() map[string]*lbproxy.LBProxyApp { return map[string]*lbproxy.LBProxyApp{"web": app} }})
+		own := map[string]*lbproxy.LBProxyApp{"web": app}
+		m, err := s.Join(Self{Apps: func() map[string]*lbproxy.LBProxyApp { return own }})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -104,7 +106,8 @@ func TestAtScale(t *testing.T) {
 			case <-over:
 			}
 		})
-		arrival = arrival.Add(time.Duration(rng.ExpFloat64() * mean / (load * upstreams) * float64(time.Second)))
+		pause := rng.ExpFloat64() * mean / (load * upstreams)
+		arrival = arrival.Add(time.Duration(pause * float64(time.Second)))
 	}
 	ratio := 0.0
 	for _, r := range ratios {
@@ -118,7 +121,8 @@ func TestAtScale(t *testing.T) {
 			t.Logf("%d calls failed", n)
 		}
 	}
-	t.Logf("max/mean %.2f (median %.2f, %d samples), of the simulation 1.25; %.1f calls a second by each proxy",
+	t.Logf("max/mean %.2f (median %.2f, %d samples), of the simulation 1.25; "+
+		"%.1f calls a second by each proxy",
 		ratio, ratios[len(ratios)/2], len(ratios),
 		float64(calls)/time.Since(begin).Seconds()/proxies)
 	if ratio > 1.4 {

@@ -12,7 +12,8 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-var simulate = flag.String("simulate", "", "simulate so many proxies and upstreams, such as 1000x10000, with and without the bias")
+var simulate = flag.String("simulate", "",
+	"simulate so many proxies and upstreams, such as 1000x10000, with and without the bias")
 
 // A sim has n proxies choose among m upstreams as lbproxy does: the least (open+bias), and of
 // equals the first from the proxy's own place on. Connections come as a Poisson process and last as

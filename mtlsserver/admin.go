@@ -78,7 +78,7 @@ func (s *Server) adminsFor(
 ) (map[admin.Listen]*admin.Server, error) {
 	admins := map[admin.Listen]*admin.Server{}
 	for _, at := range r.config.adminListens() {
-		place := admin.Listen{Addr: at.Addr, Socket: at.Socket} // Anywhere does not change how it serves
+		place := admin.Listen{Addr: at.Addr, Socket: at.Socket} // without Anywhere: it may change
 		if a := old[place]; a != nil {
 			admins[place] = a
 			continue
@@ -182,7 +182,8 @@ func (s *Server) adminInfo() (info admin.Info) {
 		info.Users = append(info.Users, admin.User{Name: at.user, App: at.app, Open: n})
 	}
 	slices.SortFunc(info.Users, func(a, b admin.User) int {
-		return cmp.Or(cmp.Compare(b.Open, a.Open), cmp.Compare(a.Name, b.Name), cmp.Compare(a.App, b.App))
+		return cmp.Or(cmp.Compare(b.Open, a.Open),
+			cmp.Compare(a.Name, b.Name), cmp.Compare(a.App, b.App))
 	})
 	for _, c := range s.Certificates() {
 		info.Certificates = append(info.Certificates, admin.Certificate{

@@ -25,8 +25,8 @@ func withAdmin(t testing.TB) func(*lab) {
 	must(t, os.WriteFile(filepath.Join(dir, "token"), []byte("0123456789abcdef\n"), 0o600))
 	return func(l *lab) {
 		l.config.Admin = &Admin{
-			Listen: "127.0.0.1:0", Socket: filepath.Join(dir, "sock"), Token: filepath.Join(dir, "token"),
-			Hosts: []string{"lb.example"},
+			Listen: "127.0.0.1:0", Socket: filepath.Join(dir, "sock"),
+			Token: filepath.Join(dir, "token"), Hosts: []string{"lb.example"},
 		}
 	}
 }
@@ -96,7 +96,10 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 			must(t, ended(l.dial(t, "web", nil))) // no certificate
 		}
 		s := l.stats(t)
-		now := map[string]uint64{"accepted": s.Apps[0].Accepted, "sent": s.Apps[0].Sent, "refused": s.Refused[string(NoCertificate)]}
+		now := map[string]uint64{
+			"accepted": s.Apps[0].Accepted, "sent": s.Apps[0].Sent,
+			"refused": s.Refused[string(NoCertificate)],
+		}
 		for what, n := range last {
 			if now[what] < n {
 				t.Errorf("%s fell from %d to %d", what, n, now[what])
@@ -104,7 +107,9 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 		}
 		last = now
 		// This app comes and goes between two looks.
-		l.reload(t, l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Duration(round+1) * time.Hour }))
+		l.reload(t, l.with(func(c *Config) {
+			c.Apps[0].IdleTimeout = time.Duration(round+1) * time.Hour
+		}))
 		use()
 		l.reload(t, l.with(func(c *Config) {
 			c.Apps[0].IdleTimeout = time.Duration(round+1) * time.Minute // another app takes over
@@ -119,7 +124,8 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 	s := l.awaitStats(t, "all over but one", func(s admin.Stats) bool { return s.Apps[0].Open == 1 })
 	web := s.Apps[0]
 	if web.ID != "web" || web.Accepted != done+refused+1 || web.Ends[lbproxy.EndDone] != done ||
-		web.NotAdmitted != refused || s.Refused[string(NoCertificate)] != refused || web.Sent != 5*(done+1) {
+		web.NotAdmitted != refused || s.Refused[string(NoCertificate)] != refused ||
+		web.Sent != 5*(done+1) {
 		t.Errorf("%+v, refused %v; want %d done, %d refused and 1 open", web, s.Refused, done, refused)
 	}
 	total := web.Gone.Total
@@ -132,7 +138,8 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 	if len(s.Users) != 1 || s.Users[0] != (admin.User{Name: "alice", App: "web", Open: 1}) {
 		t.Errorf("users: %v, want alice with one", s.Users)
 	}
-	if len(s.Certificates) != 2 || s.Certificates[0].Key != "tls.cert" || s.Certificates[0].Days() != 59 {
+	if len(s.Certificates) != 2 || s.Certificates[0].Key != "tls.cert" ||
+		s.Certificates[0].Days() != 59 {
 		t.Errorf("certificates: %+v", s.Certificates)
 	}
 	_, metrics := l.ask(t, "GET", "/metrics")
@@ -159,14 +166,18 @@ func TestAdminsNumbersAreTrue(t *testing.T) {
 		}
 	}
 	// The connection that the first app has, which was replaced, can be seen and ended.
-	if _, conns := l.ask(t, "GET", "/api/conns?user=alice"); !strings.Contains(conns, `"client":"`+kept.LocalAddr().String()+`"`) {
-		t.Errorf("conns: %s", conns)
+	client := fmt.Sprintf(`"client":"%v"`, kept.LocalAddr())
+	if _, conns := l.ask(t, "GET", "/api/conns?user=alice"); !strings.Contains(conns, client) {
+		t.Errorf("conns: %s, want %s", conns, client)
 	}
-	if code, body := l.ask(t, "POST", "/api/end?user=alice"); code != 200 || strings.TrimSpace(body) != `{"ended":1}` {
+	code, body := l.ask(t, "POST", "/api/end?user=alice")
+	if code != 200 || strings.TrimSpace(body) != `{"ended":1}` {
 		t.Errorf("end: %d %s", code, body)
 	}
 	must(t, ended(kept))
-	l.awaitStats(t, "nobody there", func(s admin.Stats) bool { return len(s.Users) == 0 && s.Apps[0].Open == 0 })
+	l.awaitStats(t, "nobody there", func(s admin.Stats) bool {
+		return len(s.Users) == 0 && s.Apps[0].Open == 0
+	})
 }
 
 // A reload that is asked for between New and Run is done when the server runs.
@@ -193,7 +204,8 @@ func TestReloadByAdminWaitsForRun(t *testing.T) {
 	go func() { ran <- s.Run(ctx) }()
 	answer, err := io.ReadAll(c)
 	must(t, err)
-	if text := string(answer); !strings.Contains(text, " 200 OK") || !strings.Contains(text, `"ended":7`) {
+	text := string(answer)
+	if !strings.Contains(text, " 200 OK") || !strings.Contains(text, `"ended":7`) {
 		t.Errorf("the answer is %q", text)
 	}
 	stop()
@@ -249,7 +261,8 @@ func TestDrainByAdminHoldsOverReloads(t *testing.T) {
 	second := newUpstream(t, "web", nil)
 	l := newLab(t, func(l *lab) {
 		withAdmin(t)(l)
-		l.config.Apps[0].Upstreams = append(l.config.Apps[0].Upstreams, Upstream{Addr: second.Addr().String()})
+		web := &l.config.Apps[0]
+		web.Upstreams = append(web.Upstreams, Upstream{Addr: second.Addr().String()})
 	})
 	first := l.web.Addr().String()
 	used := func(want string) {
@@ -259,7 +272,8 @@ func TestDrainByAdminHoldsOverReloads(t *testing.T) {
 		defer c.Close()
 		for i, u := range l.stats(t).Apps[0].Upstreams {
 			if (u.Total > before.Upstreams[i].Total) != (u.Addr == want) {
-				t.Errorf("%s had %d and has %d connections; want one more at %s alone", u.Addr, before.Upstreams[i].Total, u.Total, want)
+				t.Errorf("%s had %d and has %d connections; want one more at %s alone",
+					u.Addr, before.Upstreams[i].Total, u.Total, want)
 			}
 		}
 		c.CloseWrite()
@@ -277,7 +291,8 @@ func TestDrainByAdminHoldsOverReloads(t *testing.T) {
 	used(second.Addr().String())
 	l.reload(t, l.with(func(c *Config) {}))
 	used(second.Addr().String())
-	l.reload(t, l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Minute })) // another app takes over
+	// Another app takes over.
+	l.reload(t, l.with(func(c *Config) { c.Apps[0].IdleTimeout = time.Minute }))
 	if u := l.stats(t).Apps[0].Upstreams[0]; !u.Drain {
 		t.Errorf("after the app was replaced: %+v", u)
 	}
@@ -318,15 +333,19 @@ func TestReloadChangesTheAdmin(t *testing.T) {
 	if got := l.server.AdminAddr().String(); got != addr {
 		t.Errorf("it listens on %s, want %s as before", got, addr)
 	}
-	if old, now := byToken("0123456789abcdef"), byToken("another-token-of-24-char"); old != 403 || now != 200 {
+	old, now := byToken("0123456789abcdef"), byToken("another-token-of-24-char")
+	if old != 403 || now != 200 {
 		t.Errorf("with the old token: %d, with the new: %d", old, now)
 	}
 
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	defer taken.Close()
-	_, err = l.server.Reload(l.with(func(c *Config) { c.Admin = &Admin{Listen: taken.Addr().String()} }))
-	if err == nil || !strings.HasPrefix(err.Error(), "admin.listen: ") || !strings.Contains(err.Error(), "in use: change it, or end what has it") {
+	_, err = l.server.Reload(l.with(func(c *Config) {
+		c.Admin = &Admin{Listen: taken.Addr().String()}
+	}))
+	if err == nil || !strings.HasPrefix(err.Error(), "admin.listen: ") ||
+		!strings.Contains(err.Error(), "in use: change it, or end what has it") {
 		t.Errorf("an address in use: %v", err)
 	}
 	if code, _ := l.ask(t, "GET", "/healthz"); code != 200 {

@@ -48,9 +48,9 @@
 //
 // # Logs
 //
-// Each accepted connection has one line, "connection", when it is over. It has the app, the client's
-// address, the reason for the end and the duration. If the client has proved who it is, there are
-// also user, serial, upstream, and the bytes sent and received. If it was refused for its
+// Each accepted connection is logged once, as "connection", when it is over, with the app, the
+// client's address, the reason for the end and the duration. If the client has proved its identity,
+// there are also user, serial, upstream, and the bytes sent and received. If it was refused for its
 // certificate, there are claimed_serial, claimed_subject and claimed_issuer. The detail is the
 // text of an error, printable and cut short. The duration is a [time.Duration], which slog's
 // JSONHandler writes in nanoseconds; the command mtlsserver writes seconds.

@@ -34,7 +34,8 @@ func TestAllReasonsAreMetricsFromTheStart(t *testing.T) {
 	_, metrics := l.ask(t, "GET", "/metrics")
 	declared := regexp.MustCompile(` Reason += "(.+)"`).FindAllStringSubmatch(string(source), -1)
 	for _, match := range declared {
-		if want := fmt.Sprintf("mtlsserver_refused_total{reason=%q} 0\n", match[1]); !strings.Contains(metrics, want) {
+		want := fmt.Sprintf("mtlsserver_refused_total{reason=%q} 0\n", match[1])
+		if !strings.Contains(metrics, want) {
 			t.Errorf("the metrics lack %s", want)
 		}
 	}

@@ -70,8 +70,8 @@ func (z *Zone) Check() error {
 		}
 	}
 	if z.TTL > 24*time.Hour {
-		return fmt.Errorf("gateway: TTL %v: want a day at most: for so long a dead proxy would be named",
-			z.TTL)
+		return fmt.Errorf(
+			"gateway: TTL %v: want a day at most: resolvers name a dead proxy for so long", z.TTL)
 	}
 	return nil
 }
@@ -211,7 +211,7 @@ func (z *Zone) Text(t cluster.Tally, serial uint32) string {
 
 func (s *set) text() string {
 	var b strings.Builder
-	b.WriteString("; Written by lbcluster, and again whenever proxies come or go: changes here are lost.\n")
+	b.WriteString("; lbcluster writes this whenever proxies come or go: changes here are lost.\n")
 	for _, name := range slices.SortedFunc(maps.Keys(s.records), func(a, b string) int {
 		// The SOA record, of the shortest name, has to be the first.
 		return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b))

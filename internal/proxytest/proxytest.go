@@ -156,8 +156,8 @@ func Listen(t testing.TB) *net.TCPListener {
 var taken sync.Map
 
 // FreeAddr returns an address of 127.0.0.1 that was free a moment ago, and that no other call
-// returns. Its port is below those that the kernel hands out, so that nobody gets it by chance before
-// the test listens there, or while a server is away.
+// returns. Its port is below those that the kernel hands out, so that nobody gets it by chance
+// before the test listens there, or while a server is away.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
 	for range 1000 {

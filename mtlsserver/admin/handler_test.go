@@ -92,15 +92,22 @@ func TestChangesNeedPermissionAndTheSameOrigin(t *testing.T) {
 		{"with the token, of the same origin", "POST", drain,
 			[]func(*http.Request){withToken, header("Origin", "http://127.0.0.1:9090")}, 200},
 		{"without a token", "POST", drain, nil, 403},
-		{"with an empty token", "POST", drain, []func(*http.Request){header("Authorization", "Bearer ")}, 403},
-		{"with a wrong token", "POST", drain, []func(*http.Request){header("Authorization", "Bearer 0123456789abcdeF")}, 403},
-		{"with part of the token", "POST", drain, []func(*http.Request){header("Authorization", "Bearer 0123456789abcde")}, 403},
-		{"with the token as a password", "POST", drain, []func(*http.Request){func(r *http.Request) { r.SetBasicAuth("", token) }}, 403},
-		{"of another origin", "POST", drain, []func(*http.Request){withToken, header("Origin", "http://evil.example")}, 403},
-		{"of another site", "POST", drain, []func(*http.Request){withToken, header("Sec-Fetch-Site", "cross-site")}, 403},
+		{"with an empty token", "POST", drain,
+			[]func(*http.Request){header("Authorization", "Bearer ")}, 403},
+		{"with a wrong token", "POST", drain,
+			[]func(*http.Request){header("Authorization", "Bearer 0123456789abcdeF")}, 403},
+		{"with part of the token", "POST", drain,
+			[]func(*http.Request){header("Authorization", "Bearer 0123456789abcde")}, 403},
+		{"with the token as a password", "POST", drain,
+			[]func(*http.Request){func(r *http.Request) { r.SetBasicAuth("", token) }}, 403},
+		{"of another origin", "POST", drain,
+			[]func(*http.Request){withToken, header("Origin", "http://evil.example")}, 403},
+		{"of another site", "POST", drain,
+			[]func(*http.Request){withToken, header("Sec-Fetch-Site", "cross-site")}, 403},
 		{"by GET", "GET", drain, []func(*http.Request){withToken}, 405},
 		{"without an upstream", "POST", "/api/drain?app=web", []func(*http.Request){withToken}, 400},
-		{"of another app", "POST", "/api/undrain?app=db&upstream=x:1", []func(*http.Request){withToken}, 404},
+		{"of another app", "POST", "/api/undrain?app=db&upstream=x:1",
+			[]func(*http.Request){withToken}, 404},
 		{"a bad query", "POST", "/api/drain?app=%zz", []func(*http.Request){withToken}, 400},
 		{"all connections", "POST", "/api/end?app=web", []func(*http.Request){withToken}, 400},
 		{"a bad configuration", "POST", "/api/reload", []func(*http.Request){withToken}, 422},
@@ -110,7 +117,8 @@ func TestChangesNeedPermissionAndTheSameOrigin(t *testing.T) {
 			t.Errorf("%s: %d %s, want %d", row.name, w.Code, w.Body, row.want)
 		}
 	}
-	awaitLine(t, log, "change=drain", "by=192.0.2.1:1234", "app=web", "upstream=127.0.0.1:1", "level=INFO")
+	awaitLine(t, log, "change=drain", "by=192.0.2.1:1234", "app=web", "upstream=127.0.0.1:1",
+		"level=INFO")
 	awaitLine(t, log, "change=drain", "by=192.0.2.1:1234", "not allowed", "level=WARN")
 	awaitLine(t, log, "change=reload", `config.json:3: apps: none\\nconfig.json:4: users: none`)
 
@@ -120,7 +128,8 @@ func TestChangesNeedPermissionAndTheSameOrigin(t *testing.T) {
 	if w := ask(bare, "POST", drain, header("Authorization", "Bearer ")); w.Code != 403 {
 		t.Errorf("no token in the options: %d, want 403", w.Code)
 	}
-	only := admin.Handler(listOf(), &admin.Options{Token: token, Logger: slog.New(slog.DiscardHandler)})
+	quiet := slog.New(slog.DiscardHandler)
+	only := admin.Handler(listOf(), &admin.Options{Token: token, Logger: quiet})
 	for _, target := range []string{drain, "/api/reload"} {
 		if w := ask(only, "POST", target, withToken); w.Code != 501 {
 			t.Errorf("POST %s: %d %s, want 501", target, w.Code, w.Body)
@@ -181,7 +190,8 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 		one = conns("?app=db&user=user0").Conns[0]
 		return one.Received > 0
 	})
-	if one.App != "db" || one.User != "user0" || one.Upstream != other || one.State != lbproxy.ConnOpen ||
+	if one.App != "db" || one.User != "user0" || one.Upstream != other ||
+		one.State != lbproxy.ConnOpen ||
 		one.Client != clients[8].LocalAddr().String() || time.Since(one.Since) > time.Hour ||
 		one.Sent == 0 {
 		t.Errorf("%+v", one)
@@ -262,10 +272,12 @@ func TestPageKeepsItsPolicy(t *testing.T) {
 	for _, path := range []string{"/", "/conns", "/static/style.css", "/static/script.js"} {
 		w := ask(h, "GET", path)
 		csp := w.Header().Get("Content-Security-Policy")
-		if w.Code != 200 || !strings.HasPrefix(csp, "default-src 'none';") || strings.Contains(csp, "unsafe") {
+		if w.Code != 200 || !strings.HasPrefix(csp, "default-src 'none';") ||
+			strings.Contains(csp, "unsafe") {
 			t.Errorf("%s: %d, policy %q", path, w.Code, csp)
 		}
-		for _, bad := range []string{"style=", "<style", "onclick", "onload", "javascript:", "http://", "https://",
+		for _, bad := range []string{
+			"style=", "<style", "onclick", "onload", "javascript:", "http://", "https://",
 			"innerHTML", "eval("} {
 			body := strings.ReplaceAll(w.Body.String(), "http://www.w3.org/2000/svg", "")
 			if strings.Contains(body, bad) {
@@ -353,15 +365,17 @@ func TestUsersInMetricsAreBounded(t *testing.T) {
 	}
 	if page := get(t, h, "/?from=4950"); strings.Count(page, "<tr>") != 51 ||
 		strings.Contains(page, "Further") {
-		t.Errorf("the last page has %d rows, want 50 and no link to more", strings.Count(page, "<tr>")-1)
+		t.Errorf("the last page has %d rows, want 50 and no link to more",
+			strings.Count(page, "<tr>")-1)
 	}
 }
 
 // Whatever names there are, and whatever peers say, the page is HTML and the metrics are metrics.
 func FuzzNames(f *testing.F) {
 	for _, name := range []string{
-		"web", `"><script>alert(1)</script>`, "a\nb", "a\\", `\"`, "\xff\xfe", "\u202eevil", "{{.}}", "</title>",
-		"a\x00b", "é", "a,b=\"c\"} 1\nlbproxy_up 1", "javascript:alert(1)", "'", "&amp;", strings.Repeat("x", 5000),
+		"web", "é", `"><script>alert(1)</script>`, "</title>", "&amp;", "javascript:alert(1)",
+		"a\nb", "a\\", `\"`, "'", "\xff\xfe", "\u202eevil", "{{.}}", "a\x00b",
+		"a,b=\"c\"} 1\nlbproxy_up 1", strings.Repeat("x", 5000),
 	} {
 		f.Add(name)
 	}
@@ -374,13 +388,16 @@ func FuzzNames(f *testing.F) {
 				return nil, errors.New(name)
 			},
 		}, "127.0.0.1:1", "127.0.0.1:2")
-		_ = app.SetUpstreams([]lbproxy.Upstream{{Addr: name + ":80"}, {Addr: "127.0.0.1:1"}}) // if it can be one
+		// The name becomes an upstream's if it can.
+		_ = app.SetUpstreams([]lbproxy.Upstream{{Addr: name + ":80"}, {Addr: "127.0.0.1:1"}})
 		_, accepted := net.Pipe()
 		_, _ = app.ServeConn(context.Background(), &lbproxy.Conn{Client: accepted, ClientID: name})
-		waiting := newApp(t, "waiting", &lbproxy.Options{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			<-ctx.Done()
-			return nil, ctx.Err()
-		}}, "127.0.0.1:1")
+		waiting := newApp(t, "waiting", &lbproxy.Options{
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			},
+		}, "127.0.0.1:1")
 		client, accepted := net.Pipe()
 		done := make(chan struct{})
 		go func() {
@@ -431,7 +448,8 @@ func TestHugeBodyIsNotRead(t *testing.T) {
 	h, _ := changeable()
 	for length, most := range map[int64]int{1 << 30: 0, -1: 128 << 10} {
 		body := &endless{}
-		w := ask(h, "POST", "/api/end", withToken, header("Content-Type", "application/x-www-form-urlencoded"), func(r *http.Request) {
+		form := header("Content-Type", "application/x-www-form-urlencoded")
+		w := ask(h, "POST", "/api/end", withToken, form, func(r *http.Request) {
 			r.Body, r.ContentLength = io.NopCloser(body), length
 		})
 		if body.read > most || w.Code/100 != 4 {

@@ -17,7 +17,7 @@ func (h *handler) metrics(w http.ResponseWriter, _ *http.Request) {
 	s := h.stats()
 	size := 10_000
 	for _, a := range s.Apps {
-		size += 1500 * (1 + len(a.Upstreams) + len(a.gone)) // growing would copy the text again and again
+		size += 1500 * (1 + len(a.Upstreams) + len(a.gone)) // growing would copy the text often
 	}
 	t := exposition{text: make([]byte, 0, size)}
 	version := "unknown"

@@ -41,8 +41,9 @@ func TestUserOfTwoAppsIsOneUser(t *testing.T) {
 
 func TestPageWritesNumbersForPeopleAndPrograms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		info := admin.Info{Refused: map[string]uint64{"expired": 1234567}}
 		h := admin.Handler(listOf(newApp(t, "web", nil, "10.0.0.1:80")), &admin.Options{
-			Info: func() admin.Info { return admin.Info{Refused: map[string]uint64{"expired": 1234567}} },
+			Info: func() admin.Info { return info },
 		})
 		wantPart(t, get(t, h, "/"), `<data value="1234567">1,234,567</data>`)
 		passed := time.Duration(0)

@@ -159,7 +159,8 @@ func (r *Recorder) sample(apps []App, now time.Time) {
 
 func newApp(id string) *App {
 	return &App{
-		ID: id, Ends: map[lbproxy.EndReason]uint64{}, rows: map[string]int{}, gone: map[string]Upstream{},
+		ID: id, Ends: map[lbproxy.EndReason]uint64{},
+		rows: map[string]int{}, gone: map[string]Upstream{},
 	}
 }
 

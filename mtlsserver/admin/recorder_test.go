@@ -75,7 +75,7 @@ func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 	}
 }
 
-// An app that has a connection is kept for as long as that takes, and what it counts meanwhile, too.
+// An app is kept while it has a connection, with everything that it counts meanwhile.
 func TestAppWithAConnectionIsKept(t *testing.T) {
 	app, err := lbproxy.New("web", []lbproxy.Upstream{{Addr: "10.0.0.1:80"}}, &lbproxy.Options{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

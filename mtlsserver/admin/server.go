@@ -149,7 +149,8 @@ func checkSocket(path string) error {
 	}
 	if runtime.GOOS != "windows" && (in.Mode().Perm()&0o022 != 0 || !ownedByUs(in)) {
 		return fmt.Errorf("%q: others may write the folder %q, which has mode %#o: "+
-			"use one that only this user may write, such as after chmod 700", path, folder, in.Mode().Perm())
+			"use one that only this user may write, such as after chmod 700",
+			path, folder, in.Mode().Perm())
 	}
 	there, err := os.Lstat(path)
 	switch {

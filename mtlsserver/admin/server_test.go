@@ -149,10 +149,13 @@ func TestListenSaysWhatIsWrong(t *testing.T) {
 		{admin.Listen{Addr: "127.0.0.1:"}, "listen: …want an IP address"},
 		{admin.Listen{Addr: "127.0.0.1:99999"}, "listen: …want an IP address"},
 		{admin.Listen{Addr: "my.name:9090", Anywhere: true}, "listen: …want an IP address"},
-		{admin.Listen{Socket: filepath.Join(dir, "no", "sock")}, "socket: …no such file…: make the folder"},
+		{admin.Listen{Socket: filepath.Join(dir, "no", "sock")},
+			"socket: …no such file…: make the folder"},
 		{admin.Listen{Socket: file}, "socket: …something else is there: remove it"},
-		{admin.Listen{Socket: filepath.Join(open, "sock")}, "socket: …others may write the folder …0777"},
-		{admin.Listen{Socket: filepath.Join(shared, "sock")}, "socket: …others may write the folder …0770"},
+		{admin.Listen{Socket: filepath.Join(open, "sock")},
+			"socket: …others may write the folder …0777"},
+		{admin.Listen{Socket: filepath.Join(shared, "sock")},
+			"socket: …others may write the folder …0770"},
 		{admin.Listen{Socket: filepath.Join(dir, strings.Repeat("x", 100))}, "socket: …too long"},
 	} {
 		if runtime.GOOS == "windows" && strings.Contains(row.want, "others may write") {

@@ -314,18 +314,18 @@ func (b *bench) heading(versions []string) string {
 	machine := append([]string{system(), fmt.Sprintf("%d cores", runtime.NumCPU()),
 		fmt.Sprintf("%s %s/%s", runtime.Version(), runtime.GOOS, runtime.GOARCH)}, versions...)
 	fmt.Fprintf(&t, "Measured on: %s.\n\n", strings.Join(machine, ", "))
-	fmt.Fprintf(&t, "CPU is the user and system time that the proxy takes for one operation, × its "+
-		"ratio to another's (less is better): medians of %d rounds of %v, interleaved. Each proxy "+
-		"has threads for all cores, which it shares with clients and "+
-		"upstreams: how many a second there are depends on those, too.", b.rounds, b.window)
+	fmt.Fprintf(&t, "CPU is the user and system time that the proxy takes for one operation, × "+
+		"its ratio to another's (less is better): medians of %d rounds of %v, interleaved. "+
+		"Each proxy has threads for all cores, which it shares with clients and upstreams: "+
+		"how many a second there are depends on those, too.", b.rounds, b.window)
 	if !b.mtls && !b.scale {
 		t.WriteString(" haproxy splices when it thinks fit (option splice-auto), haproxy, splice " +
 			"always does.")
 	}
 	if b.mtls {
-		t.WriteString(" Clients speak TLS 1.3 and have certificates (P-256, X25519, AES-128-GCM), " +
-			"no session is resumed, upstreams " +
-			"are plain TCP. mtlsserver writes a log line for each connection, the others write none.")
+		t.WriteString(" Clients speak TLS 1.3 and have certificates (P-256, X25519, " +
+			"AES-128-GCM), no session is resumed, upstreams are plain TCP. " +
+			"mtlsserver writes a log line for each connection, the others write none.")
 	}
 	if slices.Contains(b.works, "idle") {
 		t.WriteString(" KiB are the proxy's resident memory; what the kernel holds for sockets and " +

@@ -164,8 +164,9 @@ func haproxy(name, options string) (peer, error) {
 			if err != nil {
 				return nil, err
 			}
-			tls = fmt.Sprintf("ssl crt %s ca-file %s verify required ssl-min-ver TLSv1.3 no-tls-tickets "+
-				"ciphersuites TLS_AES_128_GCM_SHA256", crt, filepath.Join(c.certs, "ca.pem"))
+			tls = fmt.Sprintf("ssl crt %s ca-file %s verify required "+
+				"ssl-min-ver TLSv1.3 no-tls-tickets ciphersuites TLS_AES_128_GCM_SHA256",
+				crt, filepath.Join(c.certs, "ca.pem"))
 		}
 		var servers strings.Builder
 		for i, u := range c.upstreams {
@@ -209,8 +210,8 @@ func nginx() (peer, error) {
 	if !static {
 		module := filepath.Join(modules, "ngx_stream_module.so")
 		if _, err := os.Stat(module); err != nil {
-			return peer{}, fmt.Errorf("nginx is there, its stream module is not (%s), and is left out. %s",
-				module, get)
+			return peer{}, fmt.Errorf(
+				"nginx is there, its stream module is not (%s), and is left out. %s", module, get)
 		}
 		load = "load_module " + module + ";"
 	}

@@ -73,7 +73,8 @@ func TestCloseNotify(t *testing.T) {
 					})
 					for _, e := range reasons[seen:] {
 						if !slices.Contains(strings.Fields(want.reasons), e.reason) {
-							t.Errorf("the proxy calls the end %q, want %s: %s", e.reason, want.reasons, e.detail)
+							t.Errorf("the proxy calls the end %q, want %s: %s",
+								e.reason, want.reasons, e.detail)
 						}
 					}
 					for _, saw := range upstream {

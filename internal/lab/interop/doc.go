@@ -9,6 +9,6 @@
 //
 // The programs are those of the Debian packages postgresql, redis-server, redis-tools, iperf3,
 // iperf, openssh-server, openssh-client, rsync, nginx-light, libnginx-mod-stream, haproxy, varnish,
-// curl, openssl, python3, nodejs, chromium and prometheus. Everything runs on loopback, on free ports,
-// in folders of its own, and ends with its test.
+// curl, openssl, python3, nodejs, chromium and prometheus. Everything runs on loopback, on free
+// ports, in folders of its own, and ends with its test.
 package interop

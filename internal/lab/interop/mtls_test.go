@@ -38,8 +38,8 @@ func startMTLS(t *testing.T, closeNotify, upstream string) *mtls {
 	return startApps(t, nil, app)
 }
 
-// startApps starts mtlsserver with apps, and more, as in config.json. Alice may use all of apps; the
-// first is the one that its clients use.
+// startApps starts mtlsserver with apps, and more, as in config.json. Alice may use all of apps;
+// clients use the first.
 func startApps(t *testing.T, more object, apps ...object) *mtls {
 	t.Helper()
 	var ids []string

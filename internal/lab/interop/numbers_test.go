@@ -129,8 +129,9 @@ func TestNumbersAreThoseOfTheClients(t *testing.T) {
 			}
 
 			want := numbers{
-				"open": held, "accepted": y.served.Load() + y.refused.Load(), "notAdmitted": y.refused.Load(),
-				"sent": y.bytes.Load(), "received": y.bytes.Load(), "of upstreams": y.served.Load(),
+				"open": held, "accepted": y.served.Load() + y.refused.Load(),
+				"notAdmitted": y.refused.Load(), "of upstreams": y.served.Load(),
+				"sent": y.bytes.Load(), "received": y.bytes.Load(),
 				"bytes of upstreams": 2 * y.bytes.Load(),
 			}
 			if want["accepted"] != total+held {

@@ -96,7 +96,8 @@ func TestRedis(t *testing.T) {
 		"--dir", dir, "--loglevel", "verbose"), both(port)...)
 	p := startBasic(t, both(port)...)
 	for _, args := range []string{"-n 20000", "-n 100000 -P 16", "-n 2000 -k 0"} {
-		argv := []string{bench, "-h", "127.0.0.1", "-p", p.port(), "-q", "-c", "50", "-t", "ping,set,get"}
+		argv := []string{bench, "-h", "127.0.0.1", "-p", p.port(), "-q", "-c", "50",
+			"-t", "ping,set,get"}
 		stdout, stderr := output(t, command(t, append(argv, strings.Fields(args)...)...))
 		// It asks for configuration before each run, which is no error even where it is not allowed.
 		wantNone(t, "redis-benchmark "+args, stdout+stderr, "error", "reset", "closed", "refused")

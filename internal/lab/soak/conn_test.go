@@ -140,7 +140,8 @@ func (e *end) run(s script) {
 			return
 		case flood:
 			for e.send(256 << 10) {
-				if int64(e.sent) > 8<<30 { // more than is thrown away in the second that an answer has to leave
+				// More than the proxy throws away in the second that an answer has to leave.
+				if int64(e.sent) > 8<<30 {
 					e.flooded = true
 					return
 				}

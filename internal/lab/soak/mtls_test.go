@@ -127,7 +127,8 @@ func (f *mtlsFront) config() *mtlsserver.Config {
 		c.Apps = append(c.Apps, conf)
 	}
 	user := func(name string, limit *mtlsserver.Limit) {
-		u := mtlsserver.User{Name: name, Serials: []mtlsserver.UserSerial{{Serial: f.run.pki.serials[name]}}, Limit: limit}
+		serials := []mtlsserver.UserSerial{{Serial: f.run.pki.serials[name]}}
+		u := mtlsserver.User{Name: name, Serials: serials, Limit: limit}
 		for _, app := range c.Apps {
 			u.Apps = append(u.Apps, app.ID)
 		}
@@ -157,8 +158,8 @@ func (f *mtlsFront) client(c *conn) *tls.Config {
 	return f.run.pki.clients[name]
 }
 
-// reload revokes a user and lets them in again, and changes the upstreams of the app web. It does not
-// replace the app: that refuses whoever is in a handshake (app-removed).
+// reload revokes a user and lets them in again, and changes the upstreams of the app web. It does
+// not replace the app: that refuses whoever is in a handshake (app-removed).
 func (f *mtlsFront) reload(round int) {
 	user := round % revocableUsers
 	f.web = slices.Clone(f.run.web)

@@ -333,17 +333,19 @@ func (f *plainFront) settled() (wrong []string) {
 		}
 		for _, u := range s.Upstreams {
 			if u.Open != 0 || u.Removed {
-				wrong = append(wrong, fmt.Sprintf("app %s: upstream %s has %d connections open, removed "+
-					"%v", id, u.Addr, u.Open, u.Removed))
+				wrong = append(wrong, fmt.Sprintf(
+					"app %s: upstream %s has %d connections open, removed %v",
+					id, u.Addr, u.Open, u.Removed))
 			}
 			failedDials += u.Failed
 		}
 		if want := f.books[id]; said != want {
-			wrong = append(wrong, fmt.Sprintf("app %s: the stats say %+v, the results %+v", id, said, want))
+			wrong = append(wrong,
+				fmt.Sprintf("app %s: the stats say %+v, the results %+v", id, said, want))
 		}
 		if id == "dial" && failedDials != f.refused {
-			wrong = append(wrong, fmt.Sprintf("app dial: %d dials failed by the upstreams' fault, want "+
-				"%d", failedDials, f.refused))
+			wrong = append(wrong,
+				fmt.Sprintf("app dial: upstreams failed %d dials, want %d", failedDials, f.refused))
 		}
 	}
 	return wrong

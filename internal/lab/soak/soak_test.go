@@ -232,7 +232,8 @@ func TestSoak(t *testing.T) {
 			wrong = r.plain.settled()
 			for what, n := range inventory() {
 				if n != before[what] {
-					wrong = append(wrong, fmt.Sprintf("%d %s, want %d as before", n, what, before[what]))
+					wrong = append(wrong,
+						fmt.Sprintf("%d %s, want %d as before", n, what, before[what]))
 				}
 			}
 			return len(wrong) == 0

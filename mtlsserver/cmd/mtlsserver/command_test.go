@@ -551,8 +551,8 @@ func TestSerial(t *testing.T) {
 
 func TestUsage(t *testing.T) {
 	for _, args := range []string{"-h", "--help", "help", "init -h", "init dir -h", "issue -h",
-		"renew -h", "revoke -h", "rotate -h", "users -h", "status -h", "reload -h", "version -h", "serial -help",
-		"check -h", "run -config x -h"} {
+		"renew -h", "revoke -h", "rotate -h", "users -h", "status -h", "reload -h", "version -h",
+		"serial -help", "check -h", "run -config x -h"} {
 		if code, stdout, stderr := try(strings.Fields(args)...); code != 0 || stdout != usage ||
 			stderr != "" {
 			t.Errorf("%s: exit code %d, %q, %q", args, code, stdout, stderr)

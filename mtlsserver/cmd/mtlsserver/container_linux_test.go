@@ -61,7 +61,8 @@ func TestContainer(t *testing.T) {
 	if err := os.MkdirAll(etc, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.Chmod(root, 0o755), os.Chmod(etc, 0o700), os.Chown(etc, 65532, 65532)); err != nil {
+	err := errors.Join(os.Chmod(root, 0o755), os.Chmod(etc, 0o700), os.Chown(etc, 65532, 65532))
+	if err != nil {
 		t.Fatal(err)
 	}
 	user := &syscall.Credential{Uid: 65532, Gid: 65532}
@@ -98,10 +99,11 @@ func TestContainer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if said := must(t, "status", "-config", filepath.Join(etc, "config.json")); !has(said, "ready…web…up") {
+		config := filepath.Join(etc, "config.json")
+		if said := must(t, "status", "-config", config); !has(said, "ready…web…up") {
 			t.Errorf("status: %s", said)
 		}
-		must(t, "check", "-config", filepath.Join(etc, "config.json")) // root may, also beside the socket
+		must(t, "check", "-config", config) // root may, also beside the socket
 		p := &process{errs: errs}
 		cmd.Process.Signal(syscall.SIGHUP)
 		p.await(t, `"msg":"reloaded"`)

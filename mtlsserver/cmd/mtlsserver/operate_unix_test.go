@@ -25,7 +25,8 @@ type follower struct {
 
 func (f *follower) command(t *testing.T, text string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "sh", "-euc", strings.NewReplacer(f.inPlace...).Replace(text))
+	text = strings.NewReplacer(f.inPlace...).Replace(text)
+	cmd := exec.CommandContext(t.Context(), "sh", "-euc", text)
 	cmd.Dir = f.work
 	cmd.Env = append(os.Environ(), "MTLSSERVER_MAIN=1", "PATH="+f.path)
 	return cmd
@@ -103,7 +104,9 @@ func TestOperate(t *testing.T) {
 	bin := filepath.Join(t.TempDir(), "mtlsserver")
 	f := &follower{
 		path: filepath.Dir(bin) + ":" + os.Getenv("PATH"), work: t.TempDir(),
-		inPlace: []string{"/usr/local/bin/mtlsserver", bin, "/etc/mtlsserver", dir, "127.0.0.1:8001", upstream},
+		inPlace: []string{
+			"/usr/local/bin/mtlsserver", bin, "/etc/mtlsserver", dir, "127.0.0.1:8001", upstream,
+		},
 	}
 	steps := blocks(t, "operate.md")
 
@@ -121,12 +124,14 @@ func TestOperate(t *testing.T) {
 	if err != nil || !strings.Contains(string(text), firstAdmin) {
 		t.Fatalf("config.json is\n%s", text)
 	}
-	replace(t, config, "127.0.0.1:9443", "127.0.0.1:0", "127.0.0.1:8001", upstream, `, {"addr": "127.0.0.1:8002"}`, "")
+	replace(t, config, "127.0.0.1:9443", "127.0.0.1:0",
+		"127.0.0.1:8001", upstream, `, {"addr": "127.0.0.1:8002"}`, "")
 	cmd, addr, errs := f.serve(t, pick(t, &steps, "mtlsserver run"))
 	f.inPlace = append(f.inPlace, "localhost:9443", addr)
 
 	verifyUnits(t, pick(t, &steps, "systemctl")) // instead of running it
-	if said := f.run(t, pick(t, &steps, "-name alice")); !has(said, "Reloaded, and ended 0 connections.\n  users  +alice\n") {
+	if said := f.run(t, pick(t, &steps, "-name alice")); !has(said,
+		"Reloaded, and ended 0 connections.\n  users  +alice\n") {
 		t.Errorf("alice: %s", said)
 	}
 	if said := f.run(t, pick(t, &steps, "--cacert")); !strings.HasSuffix(said, "ok\n") {
@@ -160,14 +165,17 @@ func TestOperate(t *testing.T) {
 	(&ended{bob}).verify(t, true)
 	(&ended{alice}).verify(t, false)
 
-	if said := f.run(t, pick(t, &steps, "mtlsserver status")); !has(said, "ready\n…alice …web …1\n…lbproxy_open_connections…") ||
+	said = f.run(t, pick(t, &steps, "mtlsserver status"))
+	if !has(said, "ready\n…alice …web …1\n…lbproxy_open_connections…") ||
 		!has(said, `"user":"alice","upstream":"`+upstream) {
 		t.Errorf("watching: %s", said)
 	}
-	if said := f.run(t, pick(t, &steps, "/api/drain")); !has(said, `{}…{"conns":[{"app":"web",…"user":"alice"…]}`) {
+	said = f.run(t, pick(t, &steps, "/api/drain"))
+	if !has(said, `{}…{"conns":[{"app":"web",…"user":"alice"…]}`) {
 		t.Errorf("drain: %s", said)
 	}
-	if code, stdout, _ := try("status", "-config", config); code != 1 || !has(stdout, "not ready: app web: no upstream is up\n…up,drain") {
+	if code, stdout, _ := try("status", "-config", config); code != 1 ||
+		!has(stdout, "not ready: app web: no upstream is up\n…up,drain") {
 		t.Errorf("while it is drained: %d\n%s", code, stdout)
 	}
 	f.run(t, pick(t, &steps, "/api/undrain"))
@@ -232,7 +240,8 @@ func TestREADME(t *testing.T) {
 	}
 	steps := blocks(t, "../README.md")
 	const python = "python3 -m http.server -b 127.0.0.1 8001 & # something to reach\n"
-	ports := "sed -e s/:9443/:0/ -e s/127.0.0.1:8001/" + echo(t, "HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nok") +
+	upstream := echo(t, "HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nok")
+	ports := "sed -e s/:9443/:0/ -e s/127.0.0.1:8001/" + upstream +
 		"/ /tmp/lb/config.json >/tmp/lb/new\ncat /tmp/lb/new >/tmp/lb/config.json\n"
 	text := pick(t, &steps, "mtlsserver init")
 	if !has(text, python+"…mtlsserver init /tmp/lb\n…mtlsserver issue") {
@@ -241,12 +250,14 @@ func TestREADME(t *testing.T) {
 	text = strings.NewReplacer(python, "", "init /tmp/lb\n", "init /tmp/lb\n"+ports).Replace(text)
 	bin := filepath.Join(folder, "bin") + "/"
 	f := &follower{path: os.Getenv("PATH"), work: root(t), inPlace: []string{
-		"go build", "go build -buildvcs=false", " bin/", " " + bin, "\nbin/", "\n" + bin, "exec bin/", "exec " + bin,
+		"go build", "go build -buildvcs=false",
+		" bin/", " " + bin, "\nbin/", "\n" + bin, "exec bin/", "exec " + bin,
 		"/tmp/lb", filepath.Join(folder, "lb"),
 	}}
 	cmd, addr, _ := f.serve(t, text)
 	f.inPlace = append(f.inPlace, "localhost:9443", addr)
-	inline := regexp.MustCompile("`((?:curl|bin/mtlsserver) [^`]+)`").FindAllStringSubmatch(string(readme), -1)
+	inline := regexp.MustCompile("`((?:curl|bin/mtlsserver) [^`]+)`").
+		FindAllStringSubmatch(string(readme), -1)
 	if len(inline) != 2 {
 		t.Fatalf("beside the block there are %q, want curl and status", inline)
 	}
@@ -283,7 +294,8 @@ func page(t *testing.T) string {
 // they make. TestUnitsAreValid checks the units themselves.
 func verifyUnits(t *testing.T, commands string) {
 	t.Helper()
-	copied, _, ok := strings.Cut(strings.Join(regexp.MustCompile(`(?m)^cp .*$`).FindAllString(commands, -1), "\n"), " /etc/systemd/system/")
+	copies := strings.Join(regexp.MustCompile(`(?m)^cp .*$`).FindAllString(commands, -1), "\n")
+	copied, _, ok := strings.Cut(copies, " /etc/systemd/system/")
 	var units []string
 	for _, path := range strings.Fields(copied)[1:] {
 		text, err := os.ReadFile(filepath.Join(root(t), path))
@@ -292,12 +304,17 @@ func verifyUnits(t *testing.T, commands string) {
 		}
 		units = append(units, filepath.Base(path))
 		if strings.HasSuffix(path, ".service") &&
-			!has(string(text), "ExecStart=/usr/local/bin/mtlsserver run -config /etc/mtlsserver/config.json\nUser=mtlsserver\n…ReadWritePaths=/etc/mtlsserver\n") {
+			!has(string(text), "ExecStart=/usr/local/bin/mtlsserver run "+
+				"-config /etc/mtlsserver/config.json\n"+
+				"User=mtlsserver\n…ReadWritePaths=/etc/mtlsserver\n") {
 			t.Errorf("%s is not for what the page has made", path)
 		}
 	}
 	slices.Reverse(units)
-	if !ok || len(units) != 2 || !has(commands, "useradd … mtlsserver\nchown -R mtlsserver: /etc/mtlsserver\n…systemctl daemon-reload\nsystemctl enable --now "+strings.Join(units, " ")+"\n") {
+	if !ok || len(units) != 2 || !has(commands, "useradd … mtlsserver\n"+
+		"chown -R mtlsserver: /etc/mtlsserver\n"+
+		"…systemctl daemon-reload\n"+
+		"systemctl enable --now "+strings.Join(units, " ")+"\n") {
 		t.Errorf("it does not install %q: %s", units, commands)
 	}
 }
@@ -309,7 +326,9 @@ func verifyDocker(t *testing.T, commands string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !has(string(text), "USER 65532:65532\nENTRYPOINT [\"/mtlsserver\"]\nCMD [\"run\", \"-config\", \"/etc/mtlsserver/config.json\"]") ||
+	if !has(string(text), "USER 65532:65532\n"+
+		`ENTRYPOINT ["/mtlsserver"]`+"\n"+
+		`CMD ["run", "-config", "/etc/mtlsserver/config.json"]`) ||
 		!strings.Contains(page(t), "user 65532") {
 		t.Error("the Dockerfile has another user or path")
 	}
@@ -318,7 +337,8 @@ func verifyDocker(t *testing.T, commands string) {
 		if !ok {
 			continue
 		}
-		if code, _, stderr := try(strings.Fields(args)...); code != 2 || !strings.Contains(stderr, "/etc/mtlsserver/config.json") {
+		code, _, stderr := try(strings.Fields(args)...)
+		if code != 2 || !strings.Contains(stderr, "/etc/mtlsserver/config.json") {
 			t.Errorf("%s: exit code %d, %s", line, code, stderr) // there is no such file here
 		}
 	}
@@ -387,7 +407,8 @@ func TestOperateHasEveryReason(t *testing.T) {
 	ends = slices.DeleteFunc(ends, func(end string) bool { return end == "not-admitted" })
 	want = append(want, ends...)
 	slices.Sort(want)
-	if got := cells(t, "## Debug a refused client", "## What the log's lines mean"); !slices.Equal(got, want) {
+	got := cells(t, "## Debug a refused client", "## What the log's lines mean")
+	if !slices.Equal(got, want) {
 		t.Errorf("the page has\n%q, want\n%q", got, want)
 	}
 }
@@ -395,7 +416,8 @@ func TestOperateHasEveryReason(t *testing.T) {
 // The page has every message that the server logs without -v, and no other. The server has no use
 // for lbproxy's event loops.
 func TestOperateHasEveryLineOfTheLog(t *testing.T) {
-	want := literals(t, `(?:\bsay\((?:slog\.Level\w+|level), |\blog\.(?:Info|Warn|Error)\(|\blog\((?:r, )?slog\.Level\w+, )"([^"]+)"`,
+	want := literals(t, `(?:\bsay\((?:slog\.Level\w+|level), |`+
+		`\blog\.(?:Info|Warn|Error)\(|\blog\((?:r, )?slog\.Level\w+, )"([^"]+)"`,
 		"", "mtlsserver", "mtlsserver/admin", "mtlsserver/cmd/mtlsserver")
 	want = slices.DeleteFunc(want, func(line string) bool {
 		return line == "lbproxy: no event loops: connections run on goroutines"
@@ -404,7 +426,8 @@ func TestOperateHasEveryLineOfTheLog(t *testing.T) {
 	want = append(want, literals(t, `logger\(&b\)\.Error\("([^"]+)"`, "mtlsserver/cmd/mtlsserver")...)
 	want = append(want, literals(t, `h\.log\(r, level, "([^"]+)"`, "mtlsserver/admin")...)
 	slices.Sort(want)
-	if got := cells(t, "## What the log's lines mean", "## Limits for the open internet"); !slices.Equal(got, want) {
+	got := cells(t, "## What the log's lines mean", "## Limits for the open internet")
+	if !slices.Equal(got, want) {
 		t.Errorf("the page has\n%q, want\n%q", got, want)
 	}
 }

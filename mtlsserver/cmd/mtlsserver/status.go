@@ -62,7 +62,8 @@ func appRows(apps []admin.App) [][]string {
 		if a.Current || a.Open > 0 {
 			rows = append(rows, []string{
 				short(plain(a.ID), 20), fmt.Sprint(a.Open), fmt.Sprint(a.Accepted),
-				fmt.Sprint(a.NotAdmitted + a.Refused), fmt.Sprint(a.Failed), size(a.Sent), size(a.Received),
+				fmt.Sprint(a.NotAdmitted + a.Refused), fmt.Sprint(a.Failed),
+				size(a.Sent), size(a.Received),
 			})
 		}
 	}
@@ -81,7 +82,8 @@ func upstreamRows(apps []admin.App, now time.Time) [][]string {
 				state += ",drain"
 			}
 			// The address is in the row already.
-			why := strings.TrimPrefix(strings.TrimPrefix(u.Error, "dial tcp "+u.Addr+": "), "connect: ")
+			why := strings.TrimPrefix(u.Error, "dial tcp "+u.Addr+": ")
+			why = strings.TrimPrefix(why, "connect: ")
 			rows = append(rows, []string{
 				short(plain(a.ID), 12), short(plain(u.Addr), 24), state, age(now.Sub(u.Since)),
 				fmt.Sprint(u.Open), fmt.Sprint(u.Total), fmt.Sprint(u.Failed), printable(why),

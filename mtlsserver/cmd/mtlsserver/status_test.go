@@ -50,8 +50,10 @@ func TestStatus(t *testing.T) {
 	(&ended{c}).verify(t, false)
 	said := must(t, "status", "-config", config)
 	for _, want := range []string{
-		"ready\n\nAPP …OPEN …TOTAL …REFUSED …FAILED …SENT …RECEIVED\nweb …", "\nAPP …UPSTREAM …STATE …FOR …OPEN …TOTAL …FAILED …WHY\nweb …127.0.0.1:…up …1 …1 …0\n",
-		"\nUSER …APP …OPEN\nalice …web …1\n", "\nCERTIFICATE …FILE …EXPIRES …DAYS\n…server.pem …82",
+		"ready\n\nAPP …OPEN …TOTAL …REFUSED …FAILED …SENT …RECEIVED\nweb …",
+		"\nAPP …UPSTREAM …STATE …FOR …OPEN …TOTAL …FAILED …WHY\nweb …127.0.0.1:…up …1 …1 …0\n",
+		"\nUSER …APP …OPEN\nalice …web …1\n",
+		"\nCERTIFICATE …FILE …EXPIRES …DAYS\n…server.pem …82",
 	} {
 		if !has(said, want) {
 			t.Errorf("want %q in\n%s", want, said)
@@ -64,7 +66,8 @@ func TestStatus(t *testing.T) {
 
 	// A drained upstream leaves no other. A server that drains says so, and refuses to reload.
 	replace(t, config, `"addr": "127`, `"drain": true, "addr": "127`)
-	if said := must(t, "reload", "-config", config); !has(said, "Reloaded, and ended 0 connections.\n  upstreams  ~web/127.0.0.1:") {
+	said = must(t, "reload", "-config", config)
+	if !has(said, "Reloaded, and ended 0 connections.\n  upstreams  ~web/127.0.0.1:") {
 		t.Errorf("reload says %q", said)
 	}
 	notReady := func(want string) {
@@ -91,7 +94,8 @@ func TestStatus(t *testing.T) {
 	s.exit(t, 0)
 	for _, command := range []string{"status", "reload"} {
 		code, stdout, stderr := try(command, "-config", config)
-		if code != 2 || stdout != "" || !has(stderr, "mtlsserver "+command+": "+config+": no server answers at …admin.sock: …: start it") ||
+		if code != 2 || stdout != "" || !has(stderr, "mtlsserver "+command+": "+config+
+			": no server answers at …admin.sock: …: start it") ||
 			strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%s after the end: exit code %d, %q, %q", command, code, stdout, stderr)
 		}
@@ -102,27 +106,29 @@ func TestReload(t *testing.T) {
 	dir, config := setUpAdmin(t)
 	s := start(t, "run", "-config", config)
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
-	if said := must(t, "reload", "-config", config); said != "Reloaded, and ended 0 connections.\n  users  +alice\n" {
-		t.Errorf("reload says %q", said)
+	reload := func(ended int, change string) {
+		t.Helper()
+		want := fmt.Sprintf("Reloaded, and ended %d connections.\n  %s\n", ended, change)
+		if said := must(t, "reload", "-config", config); said != want {
+			t.Errorf("reload says %q, want %q", said, want)
+		}
 	}
+	reload(0, "users  +alice")
 	c, _, err := dial(dir, "alice", s.addrs["web"])
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
 	must(t, "revoke", "-dir", dir, "-name", "alice")
-	if said := must(t, "reload", "-config", config); said != "Reloaded, and ended 1 connections.\n  users  -alice\n" {
-		t.Errorf("reload says %q", said)
-	}
+	reload(1, "users  -alice")
 	proxytest.Eventually(t, "nobody is connected", func() bool {
 		return !strings.Contains(must(t, "status", "-config", config), "\nalice ")
 	})
-	if said := must(t, "reload", "-config", config); said != "Reloaded, and ended 0 connections.\n  nothing has changed\n" {
-		t.Errorf("reload says %q", said)
-	}
+	reload(0, "nothing has changed")
 	replace(t, config, `"apps":`, `"aps":`, `"id":`, `"\u001b[31mid":`)
 	code, stdout, stderr := try("reload", "-config", config)
-	if code != 1 || stdout != "" || !has(stderr, "config.json:3: aps: unknown key…\n…config.json:1: apps: missing") ||
+	if code != 1 || stdout != "" ||
+		!has(stderr, "config.json:3: aps: unknown key…\n…config.json:1: apps: missing") ||
 		strings.Contains(stderr, "\x1b") {
 		t.Errorf("a bad configuration: exit code %d, %q\n%s", code, stdout, stderr)
 	}
@@ -156,13 +162,20 @@ func TestReloadBesideSIGHUP(t *testing.T) {
 
 // A server that says what it should not cannot move the terminal, nor widen the table.
 func TestStatusIsCleanAndNarrow(t *testing.T) {
-	const evil = "evil\x1b[2J\u202e\nname that is much longer than any column of a table should ever be, and longer"
+	const evil = "evil\x1b[2J\u202e\n" +
+		"name that is much longer than any column of a table should ever be, and longer"
 	stats := admin.Stats{
 		Time: time.Now(),
-		Apps: []admin.App{{ID: evil, Current: true, Accepted: 1 << 40, Sent: 1 << 63, Upstreams: []admin.Upstream{
-			{Addr: evil, State: lbproxy.StateDown, Error: evil, Total: 1 << 30, Failed: 7, Since: time.Now().Add(-100 * time.Hour)},
-			{Addr: "10.0.0.1:80", State: lbproxy.StateCooling, Error: "dial tcp 10.0.0.1:80: connect: connection refused", Drain: true},
-		}}},
+		Apps: []admin.App{{
+			ID: evil, Current: true, Accepted: 1 << 40, Sent: 1 << 63,
+			Upstreams: []admin.Upstream{{
+				Addr: evil, State: lbproxy.StateDown, Error: evil, Total: 1 << 30, Failed: 7,
+				Since: time.Now().Add(-100 * time.Hour),
+			}, {
+				Addr: "10.0.0.1:80", State: lbproxy.StateCooling, Drain: true,
+				Error: "dial tcp 10.0.0.1:80: connect: connection refused",
+			}},
+		}},
 		Info: admin.Info{
 			NotReady: evil, Refused: map[string]uint64{evil: 3},
 			Certificates: []admin.Certificate{
@@ -172,7 +185,8 @@ func TestStatusIsCleanAndNarrow(t *testing.T) {
 		},
 	}
 	for i := range 1000 {
-		stats.Users = append(stats.Users, admin.User{Name: fmt.Sprint(i, evil), App: evil, Open: 1000 - i})
+		stats.Users = append(stats.Users,
+			admin.User{Name: fmt.Sprint(i, evil), App: evil, Open: 1000 - i})
 	}
 	dir := t.TempDir()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -190,7 +204,8 @@ func TestStatusIsCleanAndNarrow(t *testing.T) {
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
 	config := filepath.Join(dir, "config.json")
-	write(t, dir, "config.json", fmt.Appendf(nil, `{"admin": {"listen": %q, "token": "token"}}`, l.Addr()))
+	write(t, dir, "config.json",
+		fmt.Appendf(nil, `{"admin": {"listen": %q, "token": "token"}}`, l.Addr()))
 	write(t, dir, "token", []byte("0123456789abcdef\n"))
 
 	code, stdout, stderr := try("status", "-config", config)
@@ -223,7 +238,9 @@ func TestStatusIsCleanAndNarrow(t *testing.T) {
 func TestStatusThatCannotBeAsked(t *testing.T) {
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.json")
-	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<p>hello") })}
+	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, "<p>hello")
+	})}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -231,21 +248,28 @@ func TestStatusThatCannotBeAsked(t *testing.T) {
 	go web.Serve(l)
 	t.Cleanup(func() { web.Close() })
 	for _, row := range []struct{ command, text, want string }{
-		{"status", `{`, "config.json: unexpected end of JSON input: mtlsserver check -config …says where"},
-		{"status", `{}`, `config.json: it has no admin to ask: add "admin": {"socket": "admin.sock"}, and have`},
+		{"status", `{`,
+			"config.json: unexpected end of JSON input: mtlsserver check -config …says where"},
+		{"status", `{}`,
+			`config.json: it has no admin to ask: add "admin": {"socket": "admin.sock"}, and have`},
 		{"reload", `{"admin": {}}`, "config.json: it has no admin to ask"},
-		{"reload", `{"admin": {"listen": "127.0.0.1:9"}}`, "by admin.listen alone nothing can be changed: add admin.socket"},
+		{"reload", `{"admin": {"listen": "127.0.0.1:9"}}`,
+			"by admin.listen alone nothing can be changed: add admin.socket"},
 		{"status", `{"admin": {"listen": "127.0.0.1:9", "token": "none"}}`, "none: "},
-		{"status", fmt.Sprintf(`{"admin": {"listen": %q}}`, l.Addr()), "cannot be read: …: is it an mtlsserver of this version?"},
+		{"status", fmt.Sprintf(`{"admin": {"listen": %q}}`, l.Addr()),
+			"cannot be read: …: is it an mtlsserver of this version?"},
 	} {
 		write(t, dir, "config.json", []byte(row.text))
 		code, stdout, stderr := try(row.command, "-config", config)
-		if code != 2 || stdout != "" || !has(stderr, "mtlsserver "+row.command+": …"+row.want) || strings.Count(stderr, "\n") != 1 {
-			t.Errorf("%s of %s: exit code %d, %q, %q, want %q", row.command, row.text, code, stdout, stderr, row.want)
+		if code != 2 || stdout != "" || strings.Count(stderr, "\n") != 1 ||
+			!has(stderr, "mtlsserver "+row.command+": …"+row.want) {
+			t.Errorf("%s of %s: exit code %d, %q, %q, want %q",
+				row.command, row.text, code, stdout, stderr, row.want)
 		}
 	}
 	a := &asker{config: config, addr: "admin.sock"}
-	if err := a.explain(&net.OpError{Op: "dial", Err: fs.ErrPermission}); !strings.HasSuffix(err.Error(), "run this as the user that the server has, or as root") {
+	err = a.explain(&net.OpError{Op: "dial", Err: fs.ErrPermission})
+	if !strings.HasSuffix(err.Error(), "run this as the user that the server has, or as root") {
 		t.Error(err)
 	}
 }
@@ -263,7 +287,8 @@ func TestInitWithoutAdmin(t *testing.T) {
 		filepath.Join(t.TempDir(), strings.Repeat("long", 30)): "too long for a socket",
 		open: "others may write the folder",
 	} {
-		if said := must(t, "init", dir); !has(said, "There is no admin in it, as its socket cannot be there: …"+want) {
+		if said := must(t, "init", dir); !has(said,
+			"There is no admin in it, as its socket cannot be there: …"+want) {
 			t.Errorf("%s: init says %q", dir, said)
 		}
 		must(t, "check", "-config", filepath.Join(dir, "config.json"))
