@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
 	"maps"
 	"net"
@@ -383,110 +382,6 @@ func (r *acceptBackoff) wait(err error) bool {
 		return true
 	case <-r.app.stopping:
 		return false
-	}
-}
-
-// Stats is a snapshot of what an app has done and is doing. No counter ever falls, also when
-// upstreams are removed.
-type Stats struct {
-	App      string
-	Open     int    // connections now, those not yet admitted included
-	Accepted uint64 // connections ever: accepted by Serve, or given to ServeConn
-
-	// Accepted is Open plus the sum of Ends, which has every EndReason. The map is the caller's.
-	Ends map[EndReason]uint64
-
-	// A connection that was not served is in one of these.
-	NotAdmitted uint64 // rejected by admit
-	Refused     uint64 // over a rate limit when it opened
-	Failed      uint64 // no upstream was available (EndNoUpstream) or reached (EndDialFailed)
-
-	Sent, Received uint64 // bytes to and from upstreams, those of open connections included
-
-	// Upstreams are the current ones in slice order, then those that were removed and still have
-	// connections.
-	Upstreams []UpstreamStats
-
-	// Gone has the counts of the upstreams that are in that list no more, all together: Total,
-	// Failed, Sent and Received. The sums over Upstreams and Gone never fall.
-	Gone UpstreamStats
-}
-
-// Stats returns a consistent snapshot: the upstreams never have more connections open than the app.
-// It is cheap enough to be called every second; its cost depends on the number of upstreams only.
-func (a *LBProxyApp) Stats() Stats {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	s := Stats{
-		App: a.id, Open: a.open, Accepted: a.accepted,
-		Ends:        make(map[EndReason]uint64, len(endReasons)),
-		NotAdmitted: a.ends[EndNotAdmitted], Refused: a.refused,
-		Failed: a.ends[EndNoUpstream] + a.ends[EndDialFailed],
-	}
-	for _, end := range endReasons {
-		s.Ends[end] = a.ends[end]
-	}
-	s.Upstreams, s.Gone = a.balancer.snapshot()
-	s.Sent, s.Received = s.Gone.Sent, s.Gone.Received
-	for i := range s.Upstreams {
-		s.Sent += s.Upstreams[i].Sent
-		s.Received += s.Upstreams[i].Received
-	}
-	return s
-}
-
-// Conns returns an iterator over the admitted connections, oldest first. One that is open from
-// before the call until the iteration ends comes exactly once; one that opens or ends meanwhile may
-// come or not. The app goes on meanwhile: it holds no lock while the loop's body runs.
-func (a *LBProxyApp) Conns() iter.Seq[*Conn] {
-	return func(yield func(*Conn) bool) {
-		for s := range a.walk() {
-			switch s.conn.Info().State {
-			case ConnDialing, ConnOpen:
-				if !yield(s.conn) {
-					return
-				}
-			}
-		}
-	}
-}
-
-// walk goes through the sessions that are open when it begins. A marker in the list keeps its
-// place, so that the lock is held for a part of the list at a time.
-func (a *LBProxyApp) walk() iter.Seq[*session] {
-	const most = 1000 // sessions looked at under one lock
-	return func(yield func(*session) bool) {
-		a.mu.Lock()
-		end := a.sessions.PushBack(nil)
-		marker := a.sessions.PushFront(nil)
-		a.mu.Unlock()
-		defer func() {
-			a.mu.Lock()
-			defer a.mu.Unlock()
-			a.sessions.Remove(end)
-			a.sessions.Remove(marker)
-		}()
-		batch := make([]*session, 0, most)
-		for done := false; !done; {
-			batch = batch[:0]
-			a.mu.Lock()
-			for range most {
-				e := marker.Next()
-				if done = e == end; done {
-					break
-				}
-				a.sessions.MoveAfter(marker, e)
-				if s, ok := e.Value.(*session); ok {
-					batch = append(batch, s)
-				}
-			}
-			a.mu.Unlock()
-			for _, s := range batch {
-				if !yield(s) {
-					return
-				}
-			}
-		}
 	}
 }
 

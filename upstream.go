@@ -91,23 +91,6 @@ const (
 // String returns the state's word.
 func (s UpstreamState) String() string { return string(s) }
 
-// UpstreamStats is what an upstream has done and is doing. An upstream that is added again after it
-// was removed and its last connection had ended is a new one: its counters begin at 0.
-type UpstreamStats struct {
-	Addr           string
-	Weight         int
-	Open           int    // connections now, dials included
-	Total          uint64 // connections it was chosen for
-	Failed         uint64 // of those: dials that failed for a reason that is the upstream's
-	Sent, Received uint64 // bytes to and from it
-
-	State   UpstreamState
-	Since   time.Time // when State began
-	Err     error     // why it is cooling or down: of the last dial or check; nil if it is up
-	Drain   bool      // as configured
-	Removed bool      // from the set; it goes when its connections have ended
-}
-
 // An UpstreamChange is a change of one upstream: of its state, of [Upstream].Drain, or of the set
 // it is in. A removed upstream counts as up, since nothing that was known against it applies any
 // more.
