@@ -1,8 +1,10 @@
 package lbproxy
 
 import (
+	"go/version"
 	"os"
 	"os/exec"
+	"regexp"
 	"testing"
 )
 
@@ -20,5 +22,19 @@ func TestAPI(t *testing.T) {
 	if string(got) != string(want) {
 		t.Error("the API or its documentation has changed: if that is intended, " +
 			"run go doc -all . > testdata/api.txt")
+	}
+}
+
+// Below Go 1.26.6 a client of crypto/tls can pin a server by KeyUpdates (CVE-2026-32283,
+// CVE-2026-56862). Only the go line keeps importers from building with such a version: they ignore
+// a toolchain line.
+func TestGoVersionHasNoKeyUpdateFaults(t *testing.T) {
+	text, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := regexp.MustCompile(`(?m)^go (\S+)$`).FindSubmatch(text)
+	if line == nil || version.Compare("go"+string(line[1]), "go1.26.6") < 0 {
+		t.Errorf("go.mod has the line %q, want go 1.26.6 or later", line)
 	}
 }
