@@ -22,6 +22,15 @@ type session struct {
 	id   atomic.Pointer[Identity] // nil until the handshake is done; a reload may replace it
 
 	release func() // releases its limits; nil until it has them
+	ended   atomic.Bool
+}
+
+// end aborts the connection with cause. It reports whether this is the first call: an ended session
+// stays among the live ones for some time. Every call aborts, so that the connection has been
+// aborted when any of them returns.
+func (l *session) end(cause error) (first bool) {
+	l.conn.Abort(cause)
+	return !l.ended.Swap(true)
 }
 
 // admit is the AdmitFunc of p's app.

@@ -220,7 +220,8 @@ func (s *Server) stop(end func(*proxy)) {
 // longer allowed. It returns their number.
 func (s *Server) Recheck() int { return s.sweep(s.current.Load().judge) }
 
-// sweep ends the sessions for which verdict returns an error.
+// sweep ends the sessions for which verdict returns an error. It returns how many it has ended
+// itself, and leaves out those that an overlapping sweep has ended.
 func (s *Server) sweep(verdict func(*session) error) (ended int) {
 	s.liveMu.Lock()
 	live := make([]*session, 0, len(s.live))
@@ -229,8 +230,7 @@ func (s *Server) sweep(verdict func(*session) error) (ended int) {
 	}
 	s.liveMu.Unlock()
 	for _, l := range live {
-		if err := verdict(l); err != nil {
-			l.conn.Abort(err)
+		if err := verdict(l); err != nil && l.end(err) {
 			ended++
 		}
 	}
@@ -276,7 +276,7 @@ func (s *Server) endExpired(now time.Time) {
 	}
 	s.liveMu.Unlock()
 	for _, l := range expired {
-		l.conn.Abort(&Refusal{Reason: Expired})
+		l.end(&Refusal{Reason: Expired})
 	}
 }
 

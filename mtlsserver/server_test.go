@@ -906,6 +906,21 @@ func TestReloadIsInForceBeforeItEndsSessions(t *testing.T) {
 	l.server.liveMu.Unlock()
 }
 
+// A sweep may meet a session that another one has ended and that is not over yet.
+func TestOverlappingSweepsCountASessionOnce(t *testing.T) {
+	l := newLab(t, nil)
+	c := l.in(t, "web", &l.alice)
+	defer c.Close()
+	again := 0
+	ended := l.server.sweep(func(*session) error {
+		again += l.server.sweep(func(*session) error { return &Refusal{Reason: Revoked} })
+		return &Refusal{Reason: Revoked}
+	})
+	if ended+again != 1 {
+		t.Errorf("%d and %d sessions were ended, want one in all", ended, again)
+	}
+}
+
 func TestEachAppHasItsOwnIdleTimeout(t *testing.T) {
 	l := newLab(t, func(l *lab) { l.config.Apps[0].IdleTimeout = 200 * time.Millisecond })
 	c := l.dial(t, "web", &l.alice)
