@@ -111,16 +111,16 @@ func (s Stats) warnings() (all []string) {
 	return all
 }
 
-// formatBytes keeps the exact number, for programs.
+// formatBytes writes three digits and a unit, as mtlsserver status does. It keeps the exact number,
+// for programs.
 func formatBytes(n uint64) template.HTML {
 	value, unit := float64(n), 0
-	for value >= 1000 && unit < 5 {
-		value /= 1000
-		unit++
+	for ; value >= 999.5 && unit < 6; unit++ {
+		value /= 1024
 	}
 	text := fmt.Sprint(n, " B")
 	if unit > 0 {
-		text = fmt.Sprintf("%.1f %cB", value, " kMGTP"[unit])
+		text = fmt.Sprintf("%.3g %ciB", value, "KMGTPE"[unit-1])
 	}
 	return template.HTML(fmt.Sprintf(`<data value="%d">%s</data>`, n, text))
 }

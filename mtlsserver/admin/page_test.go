@@ -1,6 +1,8 @@
 package admin_test
 
 import (
+	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -61,6 +63,24 @@ func TestPageWritesNumbersForPeopleAndPrograms(t *testing.T) {
 			wantPart(t, get(t, h, "/"), ">"+row.want+"</time>")
 		}
 	})
+}
+
+// mtlsserver status writes the same; see TestSizes there.
+func TestPageCountsBytesBy1024(t *testing.T) {
+	for n, want := range map[int]string{
+		0: "0 B", 999: "999 B", 1000: "0.977 KiB", 1536: "1.5 KiB", 1 << 20: "1 MiB",
+	} {
+		app := newApp(t, "web", nil, proxytest.Upstream(t, proxytest.Echo))
+		c := proxytest.Dial(t, serve(t, app))
+		_, err := c.Write(make([]byte, n))
+		proxytest.Must(t, err)
+		proxytest.Must(t, c.CloseWrite())
+		_, err = io.Copy(io.Discard, c)
+		proxytest.Must(t, err)
+		proxytest.Eventually(t, "it is over", func() bool { return app.Stats().Open == 0 })
+		wantPart(t, get(t, admin.Handler(listOf(app), nil), "/"),
+			fmt.Sprintf(`<data value="%d">%s</data>`, n, want))
+	}
 }
 
 func wantPart(t *testing.T, page, part string) {

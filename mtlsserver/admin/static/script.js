@@ -5,15 +5,24 @@
 (() => {
   const every = 2000;
 
+  const digits = (n) => n >= 100 || Number.isInteger(n) ? Math.round(n) : n.toFixed(1);
+
   const short = (n) => {
     const units = ["", "k", "M", "G", "T", "P"];
     let i = 0;
     for (; n >= 1000 && i < units.length - 1; i++) n /= 1000;
-    return (n >= 100 || Number.isInteger(n) ? Math.round(n) : n.toFixed(1)) + units[i];
+    return digits(n) + units[i];
+  };
+
+  const bytes = (n) => {
+    const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let i = 0;
+    for (; n >= 999.5 && i < units.length - 1; i++) n /= 1024;
+    return digits(n) + " " + units[i];
   };
 
   // draw puts values, which are in order of times, into a curve of 300 by 60.
-  const draw = (name, times, values) => {
+  const draw = (name, times, values, text = short) => {
     const svg = document.getElementById("curve-" + name);
     const most = Math.max(1, ...values);
     const from = times[0], span = Math.max(1, times[times.length - 1] - from);
@@ -23,7 +32,7 @@
     line.setAttribute("points", points.join(" "));
     svg.replaceChildren(line);
     document.getElementById(name).textContent =
-      short(values[values.length - 1]) + ", peak " + short(Math.max(...values));
+      text(values[values.length - 1]) + ", peak " + text(Math.max(...values));
   };
 
   const curves = async () => {
@@ -38,7 +47,7 @@
     section.hidden = false;
     draw("open", times, samples.map((s) => s.open));
     draw("opened", times.slice(1), rate("accepted"));
-    draw("bytes", times.slice(1), rate("bytes"));
+    draw("bytes", times.slice(1), rate("bytes"), bytes);
   };
 
   // Somebody is typing or has selected something.

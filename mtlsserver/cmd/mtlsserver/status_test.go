@@ -294,3 +294,15 @@ func TestInitWithoutAdmin(t *testing.T) {
 		must(t, "check", "-config", filepath.Join(dir, "config.json"))
 	}
 }
+
+// The status page writes the same; see TestPageCountsBytesBy1024 there.
+func TestSizes(t *testing.T) {
+	for n, want := range map[uint64]string{
+		0: "0 B", 999: "999 B", 1000: "0.977 KiB", 1536: "1.5 KiB", 1 << 20: "1 MiB",
+		1 << 40: "1 TiB", 1<<64 - 1: "16 EiB",
+	} {
+		if got := size(n); got != want {
+			t.Errorf("size(%d) = %q, want %q", n, got, want)
+		}
+	}
+}
