@@ -65,8 +65,10 @@ type outcome struct {
 	err            error // plain only
 	attempts       int   // plain only
 	sent, received int64
-	upstream       string
 }
+
+// limited reports whether the connection was over a limit.
+func (o *outcome) limited() bool { return o.end == string(lbproxy.EndRateLimited) }
 
 // An end is one end of a connection.
 type end struct {
@@ -119,9 +121,8 @@ func (e *end) run(s script) {
 			}
 		case fin:
 			e.finished.Store(true) // before the system knows, for recv asks in the other order
-			if e.writeErr = e.closeWrite(); e.writeErr != nil {
-				e.finished.Store(false)
-			}
+			e.writeErr = e.net.(interface{ CloseWrite() error }).CloseWrite()
+			e.finished.Store(e.writeErr == nil)
 		case pause:
 			time.Sleep(time.Duration(step.n) * time.Millisecond)
 		case flush:
@@ -204,17 +205,6 @@ func (e *end) recv(n int) bool {
 	return true
 }
 
-func (e *end) closeWrite() error {
-	return e.net.(interface{ CloseWrite() error }).CloseWrite()
-}
-
-// close closes without a word whatever is still open.
-func (e *end) close() {
-	if e.tcp != nil {
-		e.tcp.Close()
-	}
-}
-
 // overTLS makes e speak TLS.
 func (e *end) overTLS(layer func(net.Conn, *tls.Config) *tls.Conn, conf *tls.Config) error {
 	raw := &noter{Conn: e.tcp}
@@ -248,29 +238,33 @@ func (c *noted) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// judge says all that is wrong with what has become of c, which is over at both ends, or was never
-// seen by an upstream.
-func (c *conn) judge(o *outcome) (wrong []string) {
+// faults lists what is wrong with something.
+type faults []string
+
+func (f *faults) add(format string, args ...any) { *f = append(*f, fmt.Sprintf(format, args...)) }
+
+// judge lists all that is wrong with c, which is over at both ends, or was never seen by an
+// upstream.
+func (c *conn) judge(o *outcome) (wrong faults) {
 	clientEnd, upstreamEnd, reach := c.clientEnd, c.upstreamEnd, c.reach
 	if c.kind == someLimit {
 		clientEnd, upstreamEnd, reach = whole, whole, surely
-		if c.limited(o) {
+		if o.limited() {
 			clientEnd, upstreamEnd, reach = refused, refused, never
 		}
 	}
 	seen := c.seen.Load()
 	if reach == surely && !seen {
-		wrong = append(wrong, "no upstream has seen it")
+		wrong.add("no upstream has seen it")
 	} else if reach == never && seen {
-		wrong = append(wrong, "an upstream has seen it")
+		wrong.add("an upstream has seen it")
 	}
 	wrong = append(wrong, c.up.judge("client", clientEnd, &c.down)...)
 	if seen {
 		wrong = append(wrong, c.down.judge("upstream", upstreamEnd, &c.up)...)
 	}
 	if !slices.Contains(c.ends, o.end) {
-		wrong = append(wrong,
-			fmt.Sprintf("the proxy calls its end %q (%v), want one of %q", o.end, o.err, c.ends))
+		wrong.add("the proxy calls its end %q (%v), want one of %q", o.end, o.err, c.ends)
 	}
 	if clientEnd == whole && upstreamEnd == whole && seen {
 		hello := int64(0)
@@ -278,49 +272,38 @@ func (c *conn) judge(o *outcome) (wrong []string) {
 			hello = int64(len(greeting))
 		}
 		if o.sent != headerSize+c.down.got || o.received != hello+c.up.got {
-			wrong = append(wrong, fmt.Sprintf("the proxy counts %d bytes to and %d from the upstream, "+
-				"want %d and %d",
-				o.sent, o.received, headerSize+c.down.got, hello+c.up.got))
+			wrong.add("the proxy counts %d bytes to and %d from the upstream, want %d and %d",
+				o.sent, o.received, headerSize+c.down.got, hello+c.up.got)
 		}
 		if c.mtls {
 			return wrong
 		}
-		if o.err != nil || o.attempts < 1 || o.attempts < 1+c.refusals() {
-			wrong = append(wrong, fmt.Sprintf("%d dials, error %v", o.attempts, o.err))
+		least := 1
+		if c.kind != slowDial {
+			least += c.dialFaults
+		}
+		if o.err != nil || o.attempts < least {
+			wrong.add("%d dials, error %v", o.attempts, o.err)
 		}
 	}
 	switch {
 	case c.kind == canceled && !errors.Is(o.err, errCanceled),
 		c.kind == overLimit && !errors.Is(o.err, lbproxy.ErrRateLimited),
 		c.kind == stall && !c.mtls && !errors.Is(o.err, lbproxy.ErrIdleTimeout):
-		wrong = append(wrong, fmt.Sprintf("the proxy says %v", o.err))
+		wrong.add("the proxy says %v", o.err)
 	case c.kind == refuseAll && o.attempts != dialUpstreams,
 		c.kind == noDescriptors && o.attempts != 1:
-		wrong = append(wrong, fmt.Sprintf("%d dials", o.attempts))
+		wrong.add("%d dials", o.attempts)
 	}
 	return append(wrong, c.audit.judge(o)...)
 }
 
-// refusals is how many dials for c fail at least.
-func (c *conn) refusals() int {
-	if c.kind == slowDial {
-		return 0
-	}
-	return c.dialFaults
-}
-
-// limited reports whether c was over the limit that some connections are over.
-func (c *conn) limited(o *outcome) bool {
-	return o.end == string(lbproxy.EndRateLimited)
-}
-
-// judge says what is wrong with what e has received from peer.
-func (e *end) judge(name string, want verdict, peer *end) (wrong []string) {
+// judge lists what is wrong with the stream that e has received from peer.
+func (e *end) judge(name string, want verdict, peer *end) (wrong faults) {
 	note := func(format string, args ...any) {
-		state := fmt.Sprintf("%s: received %d of the %d bytes sent (%d tried), then %v; sent %d of "+
-			"%d, then %v: ",
-			name, e.got, peer.sent, peer.offered, e.readErr, e.sent, e.offered, e.writeErr)
-		wrong = append(wrong, state+fmt.Sprintf(format, args...))
+		wrong.add("%s: received %d of the %d bytes sent (%d tried), then %v; sent %d of %d, then %v: %s",
+			name, e.got, peer.sent, peer.offered, e.readErr, e.sent, e.offered, e.writeErr,
+			fmt.Sprintf(format, args...))
 	}
 	clean := e.readErr == io.EOF
 	switch {
@@ -397,20 +380,19 @@ func (a *audit) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision {
 	return d
 }
 
-// judge says what is wrong with what a was told about a connection with outcome o.
-func (a *audit) judge(o *outcome) (wrong []string) {
+// judge lists what is wrong with the events of a connection with outcome o.
+func (a *audit) judge(o *outcome) (wrong faults) {
 	if a.RateLimitManager == nil {
 		return nil
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.opens != a.closes || a.opens > 1 {
-		wrong = append(wrong, fmt.Sprintf("its limit was told of %d times opened, %d times "+
-			"closed", a.opens, a.closes))
+		wrong.add("its limit was told of %d times opened, %d times closed", a.opens, a.closes)
 	}
 	if a.sent != o.sent || a.received != o.received {
-		wrong = append(wrong, fmt.Sprintf("its limit was told of %d and %d bytes, its result of %d "+
-			"and %d", a.sent, a.received, o.sent, o.received))
+		wrong.add("its limit was told of %d and %d bytes, its result of %d and %d",
+			a.sent, a.received, o.sent, o.received)
 	}
 	return wrong
 }

@@ -2,9 +2,9 @@
 // loopback, injects faults at both ends, in dials, in accepting and in the configuration, and
 // checks every byte, every end and every count. It needs Linux. In internal/lab:
 //
-//	go test ./soak                               a small one, some seconds
-//	go test -race -v -timeout 10m ./soak -push   20,000 plain and 5,000 mTLS connections
-//	go test -v -timeout 2h ./soak -long          1,000,000 and 250,000
+//	go test ./soak                                      a small one, some seconds
+//	go test -race -v -timeout 10m ./soak -conns 25000   20,000 plain, 5,000 mTLS connections
+//	go test -v -timeout 2h ./soak -conns 1250000        1,000,000 and 250,000
 //
 // With -v it prints a line every few seconds and a table of figures at the end. Flags:
 //

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"slices"
 	"sync"
 	"testing"
@@ -87,7 +86,7 @@ func newMTLSFront(t testing.TB, r *run) *mtlsFront {
 		idle: time.Minute, apart: -1}
 	var err error
 	f.server, err = mtlsserver.New(f.config(), &mtlsserver.Options{
-		Logger: slog.New(resultLog{r}), RefusalLines: -1, // each refusal has its line
+		Logger: slog.New(resultLog{panicLog{r}}), RefusalLines: -1, // each refusal has its line
 	})
 	proxytest.Must(t, err)
 	for app, addr := range f.server.Addrs() {
@@ -190,9 +189,8 @@ func (f *mtlsFront) apply() {
 	f.run.count(reload)
 }
 
-// judge says what is wrong with when c, whose user is revoked now and then, was cut: soon after
-// that, and only then.
-func (f *mtlsFront) judge(c *conn) (wrong []string) {
+// judge checks that c, whose user is revoked now and then, was cut soon after that, and only then.
+func (f *mtlsFront) judge(c *conn) (wrong faults) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	cause := false
@@ -203,11 +201,11 @@ func (f *mtlsFront) judge(c *conn) (wrong []string) {
 		held := !c.holding.IsZero() && c.holding.Before(r.begun)
 		if took := c.ended.Sub(r.done); held && !r.done.IsZero() &&
 			took > time.Second+f.run.lag.between(r.done, c.ended) {
-			return []string{fmt.Sprintf("still there %v after its user was revoked", took)}
+			return faults{fmt.Sprintf("still there %v after its user was revoked", took)}
 		}
 	}
 	if !cause {
-		wrong = append(wrong, "cut or refused though its user was not revoked")
+		wrong.add("cut or refused though its user was not revoked")
 	}
 	return wrong
 }
@@ -220,12 +218,10 @@ func (f *mtlsFront) stop() {
 	f.server.Close()
 }
 
-// resultLog is where the server logs: a line for each connection tells what became of it.
-type resultLog struct{ run *run }
+// A resultLog is where the server logs: a line for each connection tells what became of it.
+type resultLog struct{ panicLog }
 
 func (l resultLog) Enabled(context.Context, slog.Level) bool { return true }
-func (l resultLog) WithAttrs([]slog.Attr) slog.Handler       { return l }
-func (l resultLog) WithGroup(string) slog.Handler            { return l }
 
 func (l resultLog) Handle(ctx context.Context, line slog.Record) error {
 	var o outcome
@@ -246,15 +242,8 @@ func (l resultLog) Handle(ctx context.Context, line slog.Record) error {
 		return true
 	})
 	if client == "" { // it is about something else
-		return panicLog(l).Handle(ctx, line)
+		return l.panicLog.Handle(ctx, line)
 	}
-	addr, err := net.ResolveTCPAddr("tcp", client)
-	if err != nil {
-		l.run.fail("a line for the address %q: %v", client, err)
-		return nil
-	}
-	if id, ok := idOf(addr); ok {
-		l.run.report(id, o)
-	}
+	l.run.report(client, o)
 	return nil
 }

@@ -53,10 +53,3 @@ func control(c syscall.Conn, f func(fd int)) {
 		raw.Control(func(fd uintptr) { f(int(fd)) })
 	}
 }
-
-// setBacklog bounds how many connections may wait to be accepted; the system lets in one more.
-func setBacklog(l net.Listener, n int) bool {
-	err := error(syscall.EINVAL)
-	control(l.(syscall.Conn), func(fd int) { err = syscall.Listen(fd, n) })
-	return err == nil
-}

@@ -7,7 +7,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -31,8 +30,7 @@ const nobody = "127.0.0.1:1"
 // A panicLog is where lbproxy logs. It says when something has panicked, and nothing else.
 type panicLog struct{ run *run }
 
-func (l panicLog) Enabled(_ context.Context,
-	level slog.Level) bool {
+func (l panicLog) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= slog.LevelError
 }
 func (l panicLog) WithAttrs([]slog.Attr) slog.Handler { return l }
@@ -53,8 +51,6 @@ type plainFront struct {
 	run   *run
 	apps  map[string]*lbproxy.LBProxyApp
 	addrs map[string]string
-	black string // where SYNs are not answered; "" if there is no such place
-	hole  []io.Closer
 
 	limits *lbproxy.ClientLimits
 	all    lbproxy.RateLimitManager // nobody comes near it
@@ -82,7 +78,6 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		few:   &lbproxy.OpenLimit{Max: 1},
 		books: map[string]book{},
 	}
-	f.black, f.hole = fullQueue(t)
 	for _, app := range []struct {
 		id      string
 		servers []*server
@@ -150,25 +145,6 @@ func (f *plainFront) upstreams(servers []*server) (all []lbproxy.Upstream) {
 	return all
 }
 
-// fullQueue returns the address of a listener whose queue is full, so that who dials it waits; ""
-// if there is no way to make one. What it takes is to be closed.
-func fullQueue(t testing.TB) (addr string, hole []io.Closer) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	proxytest.Must(t, err)
-	hole = append(hole, l)
-	if !setBacklog(l, 0) {
-		return "", hole
-	}
-	for range 10 {
-		c, err := net.DialTimeout("tcp", l.Addr().String(), 100*time.Millisecond)
-		if err != nil {
-			return l.Addr().String(), hole
-		}
-		hole = append(hole, c)
-	}
-	return "", hole
-}
-
 // A flakyListener is now and then out of descriptors.
 type flakyListener struct {
 	net.Listener
@@ -204,8 +180,7 @@ func (f *plainFront) admit(_ context.Context, conn *lbproxy.Conn) error {
 	case c.kind == someLimit:
 		c.audit.RateLimitManager = lbproxy.All(f.all, f.few)
 	case c.app == "limits":
-		// There are more clients than are remembered, so some newcomers are refused while all those are
-		// busy: not here.
+		// Here there are fewer clients than are remembered: else some newcomers would be refused.
 		c.audit.RateLimitManager = lbproxy.All(f.all, f.limits.For(fmt.Sprint(id%16)))
 	default:
 		return nil
@@ -222,8 +197,7 @@ func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, 
 		return f.dialer.DialContext(ctx, network, addr)
 	}
 	failed := func(err error) (net.Conn, error) {
-		return nil,
-			&net.OpError{Op: "dial", Net: network, Err: err}
+		return nil, &net.OpError{Op: "dial", Net: network, Err: err}
 	}
 	switch c.kind {
 	case refuse, refuseAll:
@@ -232,11 +206,11 @@ func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, 
 		f.refused++
 		f.mu.Unlock()
 	case blackHole:
-		if f.black == "" || c.id%2 == 0 {
+		if c.id%2 == 0 {
 			<-ctx.Done()
 			return failed(ctx.Err())
 		}
-		addr = f.black
+		addr = f.run.black
 	case slowDial:
 		time.Sleep(time.Duration(10+c.id%90) * time.Millisecond)
 	case noDescriptors:
@@ -250,16 +224,7 @@ func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, 
 // done is lbproxy's hook.
 func (f *plainFront) done(r lbproxy.Result) {
 	f.note(&r)
-	addr, err := net.ResolveTCPAddr("tcp", r.Client)
-	if err != nil {
-		f.run.fail("a result for the address %q: %v", r.Client, err)
-		return
-	}
-	id, ok := idOf(addr)
-	if !ok {
-		return
-	}
-	f.run.report(id, outcome{string(r.End), r.Err, r.Attempts, r.Sent, r.Received, r.Upstream})
+	f.run.report(r.Client, outcome{string(r.End), r.Err, r.Attempts, r.Sent, r.Received})
 }
 
 func (f *plainFront) note(r *lbproxy.Result) {
@@ -313,14 +278,14 @@ func (f *plainFront) look() {
 	}
 }
 
-// settled says which counts are not what they have to be when there are no connections.
-func (f *plainFront) settled() (wrong []string) {
+// settled lists the counts that are wrong when there are no connections.
+func (f *plainFront) settled() (wrong faults) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for id, a := range f.apps {
 		s, failedDials := a.Stats(), uint64(0)
 		if s.Open != 0 {
-			wrong = append(wrong, fmt.Sprintf("app %s has %d connections open", id, s.Open))
+			wrong.add("app %s has %d connections open", id, s.Open)
 		}
 		said := book{s.Accepted, s.Refused, s.Failed, s.Sent, s.Received}
 		ended := uint64(0)
@@ -328,24 +293,21 @@ func (f *plainFront) settled() (wrong []string) {
 			ended += n
 		}
 		if ended != s.Accepted || s.NotAdmitted != 0 {
-			wrong = append(wrong, fmt.Sprintf("app %s: %d accepted, %d ended, %d not admitted",
-				id, s.Accepted, ended, s.NotAdmitted))
+			wrong.add("app %s: %d accepted, %d ended, %d not admitted",
+				id, s.Accepted, ended, s.NotAdmitted)
 		}
 		for _, u := range s.Upstreams {
 			if u.Open != 0 || u.Removed {
-				wrong = append(wrong, fmt.Sprintf(
-					"app %s: upstream %s has %d connections open, removed %v",
-					id, u.Addr, u.Open, u.Removed))
+				wrong.add("app %s: upstream %s has %d connections open, removed %v",
+					id, u.Addr, u.Open, u.Removed)
 			}
 			failedDials += u.Failed
 		}
 		if want := f.books[id]; said != want {
-			wrong = append(wrong,
-				fmt.Sprintf("app %s: the stats say %+v, the results %+v", id, said, want))
+			wrong.add("app %s: the stats say %+v, the results %+v", id, said, want)
 		}
 		if id == "dial" && failedDials != f.refused {
-			wrong = append(wrong,
-				fmt.Sprintf("app dial: upstreams failed %d dials, want %d", failedDials, f.refused))
+			wrong.add("app dial: upstreams failed %d dials, want %d", failedDials, f.refused)
 		}
 	}
 	return wrong
@@ -362,7 +324,4 @@ func (f *plainFront) stop() {
 		a.Close()
 	}
 	f.serving.Wait()
-	for _, c := range f.hole {
-		c.Close()
-	}
 }

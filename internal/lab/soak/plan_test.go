@@ -54,19 +54,16 @@ type share struct {
 }
 
 var plainShares = []share{
-	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10}, {vanish,
-		5}, {vanishUp, 5},
-	{cutTLS, 15}, {stall, 12}, {slowAccept, 10},
-	{canceled, 10}, {refuse, 20}, {refuseAll, 5}, {blackHole, 6}, {slowDial, 8}, {noDescriptors,
-		10}, {noPorts, 5},
+	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10},
+	{vanish, 5}, {vanishUp, 5}, {cutTLS, 15}, {stall, 12}, {slowAccept, 10}, {canceled, 10},
+	{refuse, 20}, {refuseAll, 5}, {blackHole, 6}, {slowDial, 8}, {noDescriptors, 10}, {noPorts, 5},
 	{overLimit, 10}, {cutByLimit, 10}, {someLimit, 30}, {killed, 20},
 }
 
 var mtlsShares = []share{
-	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10}, {vanish,
-		5}, {vanishUp, 5},
-	{cutTLS, 40}, {stall, 10}, {slowAccept, 10}, {someLimit, 30}, {killed, 20}, {revoked,
-		40}, {stranger, 15}, {handshakeGone, 15},
+	{bytewise, 25}, {earlyFIN, 30}, {clientReset, 30}, {upstreamReset, 30}, {goneEarly, 10},
+	{vanish, 5}, {vanishUp, 5}, {cutTLS, 40}, {stall, 10}, {slowAccept, 10}, {someLimit, 30},
+	{killed, 20}, {revoked, 40}, {stranger, 15}, {handshakeGone, 15},
 }
 
 // An op is something that one end of a connection does.
@@ -244,9 +241,9 @@ func (g *generator) fill() {
 				script{{recvEnd, 0}, {pause, g.IntN(5)}, {send, j}, {fin, 0}})
 		}
 	case clientReset:
-		g.clientReset(k, j+1)
+		g.reset(true, k, j)
 	case upstreamReset:
-		g.upstreamReset(k, j)
+		g.reset(false, j, k)
 	case cutTLS:
 		g.cutTLS(k, j)
 	case goneEarly:
@@ -381,9 +378,7 @@ func (g *generator) exchange(k, j int) {
 			u = append(append(append(u, step{recv, k}), rest()...), step{send, j})
 		}
 		g.script(append(c, step{fin, 0}, step{recvEnd, 0}), append(u, step{recvEnd, 0}, step{fin, 0}))
-	// both at the same time, to readers that stop now and then, so that all that is between them fills
-	// up
-	case 4:
+	case 4: // to readers that stop now and then, so that all buffers between them fill up
 		slowly := func(n int) (s script) {
 			for range 3 {
 				n /= 3
@@ -408,44 +403,33 @@ func (g *generator) holding(k, j int, ends ...lbproxy.EndReason) {
 	g.broken(broken, broken, ends...)
 }
 
-// clientReset has the client sent j bytes and reset the connection after k.
-func (g *generator) clientReset(k, j int) {
-	g.upstream = []script{{{send, j}}, {{recvEnd, 0}}}
-	g.broken(either, broken, lbproxy.EndClientError, lbproxy.EndClientClosed)
-	g.exact = true
-	switch g.IntN(7) {
-	case 0, 1: // without having read what it was sent, but for the first byte
-		g.client = []script{{{recv, 1}, {send, k}, {flush, 0}, {reset, 0}}}
-	case 2: // which does not even fit into what is between
-		g.client = []script{{{recv, 1}, {send, k}, {flush, 0}, {pause, 30}, {reset, 0}}}
-		g.upstream[0] = script{{flood, 0}}
-		g.floods = true
-	case 3, 4:
-		g.client = []script{{{recv, j}, {send, k}, {flush, 0}, {reset, 0}}}
-	case 5, 6: // when the upstream has ended
-		g.upstream[0] = append(g.upstream[0], step{fin, 0})
-		g.client = []script{{{recv, j}, {recvEnd, 0}, {send, k}, {flush, 0}, {reset, 0}}}
-		g.clientEnd = whole
+// reset has one end reset the connection after it has sent n bytes, while the other sends m.
+func (g *generator) reset(byClient bool, n, m int) {
+	var first script
+	if byClient { // not before an upstream has the connection
+		first, m = script{{recv, 1}}, m+1
 	}
-}
-
-func (g *generator) upstreamReset(k, j int) {
-	g.client = []script{{{send, k}}, {{recvEnd, 0}}}
-	g.broken(broken, either, lbproxy.EndUpstreamError)
+	sent, last := script{{send, m}}, script{{send, n}, {flush, 0}, {reset, 0}}
+	own := either
 	g.exact = true
 	switch g.IntN(7) {
-	case 0, 1: // without having read what it was sent
-		g.upstream = []script{{{send, j}, {flush, 0}, {reset, 0}}}
-	case 2: // which does not even fit into what is between
-		g.client[0] = script{{flood, 0}}
-		g.upstream = []script{{{send, j}, {flush, 0}, {pause, 30}, {reset, 0}}}
+	case 0, 1: // without having read more
+	case 2: // nor could more fit between the two
+		sent, last = script{{flood, 0}}, script{{send, n}, {flush, 0}, {pause, 30}, {reset, 0}}
 		g.floods = true
 	case 3, 4:
-		g.upstream = []script{{{recv, k}, {send, j}, {flush, 0}, {reset, 0}}}
-	case 5, 6: // when the client has ended
-		g.client[0] = append(g.client[0], step{fin, 0})
-		g.upstream = []script{{{recvEnd, 0}, {send, j}, {flush, 0}, {reset, 0}}}
-		g.upstreamEnd = whole
+		first = script{{recv, m}}
+	case 5, 6: // when the other has ended its stream
+		sent = append(sent, step{fin, 0})
+		first, own = script{{recv, m}, {recvEnd, 0}}, whole
+	}
+	one, other := []script{append(first, last...)}, []script{sent, {{recvEnd, 0}}}
+	if byClient {
+		g.client, g.upstream = one, other
+		g.broken(own, broken, lbproxy.EndClientError, lbproxy.EndClientClosed)
+	} else {
+		g.client, g.upstream = other, one
+		g.broken(broken, own, lbproxy.EndUpstreamError)
 	}
 }
 

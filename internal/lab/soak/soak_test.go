@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"maps"
 	"math/rand/v2"
 	"net"
@@ -25,10 +26,8 @@ import (
 )
 
 var (
-	push  = flag.Bool("push", false, "20,000 plain and 5,000 mTLS connections")
-	long  = flag.Bool("long", false, "1,000,000 plain and 250,000 mTLS connections")
-	conns = flag.Uint64("conns", 0,
-		"so many connections, of which every fifth is mTLS; 0: as many as the other flags say")
+	conns = flag.Uint64("conns", 0, "so many connections, of which every fifth is mTLS; "+
+		"0: with -duration as many as it allows, else 1,000, with -short 300")
 	duration = flag.Duration("duration", 0,
 		"start no more connections after so long; 0: until all are done")
 	inflight = flag.Int("inflight", 64, "connections at once")
@@ -57,6 +56,7 @@ type run struct {
 	until    time.Time
 	inflight int
 	begun    time.Time
+	black    string // where SYNs are not answered
 
 	pki                                  *pki
 	web, greeting, overTLS, slow, mortal []*server
@@ -89,12 +89,6 @@ func (r *run) fail(format string, args ...any) {
 	}
 }
 
-func (r *run) failed() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(r.failures) > 0
-}
-
 func (r *run) hopeless() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -124,8 +118,17 @@ func (r *run) find(id uint64) *conn {
 	return found
 }
 
-// report takes note of what a front says has become of connection id.
-func (r *run) report(id uint64, o outcome) {
+// report takes note of the outcome that a front has for a client's connection.
+func (r *run) report(client string, o outcome) {
+	addr, err := net.ResolveTCPAddr("tcp", client)
+	if err != nil {
+		r.fail("an outcome for the address %q: %v", client, err)
+		return
+	}
+	id, ok := idOf(addr)
+	if !ok {
+		return
+	}
 	c := r.find(id)
 	if c == nil {
 		r.fail("connection %d is not there, or no more, and its end was %q", id, o.end)
@@ -138,9 +141,10 @@ func (r *run) report(id uint64, o outcome) {
 	c.outcome <- o
 }
 
-func newRun(t testing.TB, total uint64) *run {
+func newRun(t testing.TB, total uint64, black string) *run {
 	r := &run{
 		seed: *seed, total: total, inflight: *inflight, kinds: map[kind]uint64{}, pki: newPKI(t),
+		black: black,
 	}
 	for r.seed == 0 {
 		r.seed = rand.Uint64()
@@ -170,17 +174,14 @@ func TestSoak(t *testing.T) {
 	switch {
 	case *conns > 0:
 		total = *conns
-	case *long:
-		total = 1_250_000
-	case *push:
-		total = 25_000
 	case *duration > 0:
 		total = 1<<22 - 1000 // almost as many as have addresses of their own
 	case testing.Short():
 		total = 300
 	}
+	black := proxytest.BlackHole(t)
 	bare := settled()
-	r := newRun(t, total)
+	r := newRun(t, total, black)
 	resting := settled()
 	streamOf(0, 0).At(0, 1) // makes what all streams are cut from
 	heap := proxytest.HeapInUse()
@@ -226,14 +227,13 @@ func TestSoak(t *testing.T) {
 	aside.Wait()
 
 	// Everything has to be as it was before the first connection.
-	var wrong []string
+	var wrong faults
 	asBefore := func(before map[string]int) func() bool {
 		return func() bool {
 			wrong = r.plain.settled()
 			for what, n := range inventory() {
 				if n != before[what] {
-					wrong = append(wrong,
-						fmt.Sprintf("%d %s, want %d as before", n, what, before[what]))
+					wrong.add("%d %s, want %d as before", n, what, before[what])
 				}
 			}
 			return len(wrong) == 0
@@ -250,8 +250,8 @@ func TestSoak(t *testing.T) {
 	r.grown = proxytest.HeapInUse() - heap
 	// what would be kept of each connection
 	if most := 1<<20 + 20*int64(r.next.Load()); r.grown > most {
-		r.fail("the heap has %d bytes more than before the first connection, want at most %d", r.grown,
-			most)
+		r.fail("the heap has %d bytes more than before the first connection, want at most %d",
+			r.grown, most)
 	}
 	r.mtls.stop()
 	r.plain.stop()
@@ -270,9 +270,9 @@ func TestSoak(t *testing.T) {
 	r.figures(t, took)
 
 	plain, mtls, faults := r.plainDone.Load(), r.mtlsDone.Load(), r.faults()
-	if *duration == 0 && !r.failed() && (plain+mtls < total || faults < total/5) {
-		t.Errorf("%d plain and %d mTLS connections and %d faults, want %d, and one fault to five of "+
-			"them", plain, mtls, faults, total)
+	if *duration == 0 && len(r.failures) == 0 && (plain+mtls < total || faults < total/5) {
+		t.Errorf("%d plain and %d mTLS connections and %d faults, "+
+			"want %d, and one fault to five of them", plain, mtls, faults, total)
 	}
 	for _, failure := range r.failures {
 		t.Error(failure)
@@ -338,7 +338,9 @@ func (r *run) connect(c *conn) {
 	c.started = time.Now()
 	r.client(c)
 	c.ended = time.Now()
-	c.up.close()
+	if c.up.tcp != nil {
+		c.up.tcp.Close()
+	}
 	close(c.clientDone)
 
 	late := time.NewTimer(giveUp)
@@ -350,7 +352,7 @@ func (r *run) connect(c *conn) {
 		r.fail("connection %d, %v: the proxy never said how it ended", c.id, c.plan)
 		return
 	}
-	sure := c.reach == surely || c.kind == someLimit && !c.limited(&o)
+	sure := c.reach == surely || c.kind == someLimit && !o.limited()
 	if !sure && !c.seen.Load() {
 		c.outcome <- o // for judgeLater
 		r.mu.Lock()
@@ -362,8 +364,8 @@ func (r *run) connect(c *conn) {
 	case <-c.upstreamDone:
 		r.judge(c, &o)
 	case <-late.C:
-		r.fail("connection %d, %v: not over at the upstream, or never seen there (%v): the proxy says "+
-			"%+v", c.id, c.plan, c.seen.Load(), o)
+		r.fail("connection %d, %v: not over at the upstream, or never seen there (%v): "+
+			"the proxy says %+v", c.id, c.plan, c.seen.Load(), o)
 		r.conns.Delete(c.id)
 	}
 }
@@ -406,12 +408,7 @@ func (r *run) client(c *conn) {
 	}
 	if c.app == "greet" {
 		hello := make([]byte, len(greeting))
-		for n := 0; n < len(hello) && e.readErr == nil; {
-			var m int
-			m, e.readErr = e.net.Read(hello[n:])
-			n += m
-		}
-		if e.readErr != nil {
+		if _, e.readErr = io.ReadFull(e.net, hello); e.readErr != nil {
 			return
 		}
 		if !slices.Equal(hello, greeting) {
@@ -435,8 +432,8 @@ func (r *run) judge(c *conn, o *outcome) {
 	}
 	wrong := c.judge(o)
 	if c.took() > patience+spare {
-		wrong = append(wrong, fmt.Sprintf("it took %v, and the machine was busy elsewhere for no more "+
-			"than %v of that", c.took(), spare))
+		wrong.add("it took %v, and the machine was busy elsewhere for no more than %v of that",
+			c.took(), spare)
 	}
 	if c.kind == revoked {
 		wrong = append(wrong, r.mtls.judge(c)...)
@@ -449,7 +446,7 @@ func (r *run) judge(c *conn, o *outcome) {
 		r.slowest = c
 	}
 	r.mu.Unlock()
-	if c.kind != normal && (c.kind != someLimit || c.limited(o)) {
+	if c.kind != normal && (c.kind != someLimit || o.limited()) {
 		r.count(c.kind)
 	}
 	r.bytes.Add(uint64(c.up.got + c.down.got))
@@ -484,8 +481,8 @@ func (r *run) progress() {
 	r.mu.Lock()
 	later, wrong := len(r.later), len(r.failures)
 	r.mu.Unlock()
-	fmt.Fprintf(os.Stderr, "soak: %4.0fs %d plain and %d mTLS connections, %d more that no "+
-		"upstream has seen; %d faults, %d MiB checked, %d wrong\n",
+	fmt.Fprintf(os.Stderr, "soak: %4.0fs %d plain and %d mTLS connections, "+
+		"%d more that no upstream has seen; %d faults, %d MiB checked, %d wrong\n",
 		time.Since(r.begun).Seconds(), r.plainDone.Load(), r.mtlsDone.Load(), later,
 		r.faults(), r.bytes.Load()>>20, wrong)
 }
@@ -500,17 +497,12 @@ func (r *run) figures(t *testing.T, settled time.Duration) {
 	row("bytes checked, MiB", r.bytes.Load()>>20)
 	row("failures", len(r.failures))
 	row("faults injected", r.faults())
-	kinds := make([]kind, 0, len(r.kinds))
-	for k := range r.kinds {
-		kinds = append(kinds, k)
-	}
-	slices.Sort(kinds)
-	for _, k := range kinds {
+	for _, k := range slices.Sorted(maps.Keys(r.kinds)) {
 		row("  "+string(k), r.kinds[k])
 	}
 	if c := r.slowest; c != nil {
-		row("slowest connection", fmt.Sprintf("%v, %d: "+
-			"%v", c.took().Round(time.Millisecond), c.id, c.plan))
+		row("slowest connection",
+			fmt.Sprintf("%v, %d: %v", c.took().Round(time.Millisecond), c.id, c.plan))
 	}
 	row("longest time this process was not run", r.lag.most.Round(time.Millisecond))
 	row("connections that were held up by that", r.lateOnes.Load())
