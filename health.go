@@ -21,7 +21,7 @@ import (
 // upstream is up, clients get [ErrNoUpstream].
 //
 // An upstream counts as up until its checks fail, so that service begins at once; its first check
-// comes within an Interval. Dials go on to count: an upstream whose dial failed is skipped for
+// comes within an Interval. Dials still count: an upstream whose dial failed is skipped for
 // [Options].FailTimeout although its checks pass. An upstream that is down is not dialed at all.
 //
 // How long a client may wait for an upstream that stops answering is at most Fall times the sum of
@@ -45,7 +45,7 @@ type HealthCheck struct {
 	// Fall is how many checks in a row an upstream has to fail to be down. 0 means 3.
 	Fall int
 
-	// Check checks u, which is its own copy with the defaults filled in. nil means that u is well.
+	// Check checks u, its own copy with the defaults filled in. A nil error means that u is well.
 	// Check must be safe for concurrent use: different upstreams are checked at the same time, but
 	// each by one call at a time. It should return when ctx ends: at the Timeout, when u is removed,
 	// and when the app is closed. As long as it does not return, each further check of u that
@@ -53,7 +53,7 @@ type HealthCheck struct {
 	// panic is logged and counts as failed. context.Canceled, and an error that is the proxy's own,
 	// such as having run out of descriptors, count neither way.
 	//
-	// The default dials with Options.DialContext, in a context that is no client's, makes a TLS
+	// A nil Check dials with Options.DialContext, in a context without a Conn, makes a TLS
 	// handshake if u.TLS is set, and closes. (A TLS 1.3 server that rejects the proxy's certificate
 	// still completes the handshake.) A Check of your own may start with [Upstream.Dial], which
 	// does the same through a zero net.Dialer.

@@ -18,7 +18,7 @@ import (
 )
 
 // Errors that end a connection, or keep it from being served. Match them with errors.Is in
-// [Result].Err and in what functions return.
+// [Result].Err and in returned errors.
 var (
 	ErrRateLimited = errors.New("lbproxy: rate limit exceeded")
 	ErrNoUpstream  = errors.New("lbproxy: no upstream available") // all are full, down or draining
@@ -44,7 +44,7 @@ func (e *DialError) Unwrap() error { return e.Err }
 type Options struct {
 	// DialContext dials an upstream. It must return when ctx ends. network is "tcp", addr the
 	// upstream's Addr. [ConnFromContext] returns the connection it dials for. It may return any
-	// connection, such as one to a Unix socket that it knows by Addr; the app uses it like
+	// connection, such as one to a Unix socket that Addr stands for; the app uses it like
 	// Conn.Client. nil means a net.Dialer.
 	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
 
@@ -57,9 +57,9 @@ type Options struct {
 	// not. 0 means 1 hour, negative means never.
 	IdleTimeout time.Duration
 
-	// FailTimeout is how long an upstream is skipped after a failed dial, unless all are. Then a
-	// single connection probes it; others keep skipping it until the probe succeeds. 0 means 10
-	// seconds, negative means that it is not skipped.
+	// FailTimeout is how long an upstream is skipped after a failed dial, unless every upstream has
+	// failed. Then a single connection probes it; others keep skipping it until the probe succeeds.
+	// 0 means 10 seconds, negative means that it is not skipped.
 	FailTimeout time.Duration
 
 	// HealthCheck makes the app check its upstreams all the time. Such an app must be closed, by
@@ -67,11 +67,11 @@ type Options struct {
 	// judged by its dials.
 	HealthCheck *HealthCheck
 
-	// OnUpstream is called for every change of an upstream. One that SetUpstreams adds or removes
-	// counts; those that New is given do not. One goroutine for the app calls it, in the order of
-	// the changes. While it runs, changes of one upstream are merged into the newest, so that at
-	// most one for each waits. It may block, and call the app: nothing waits for it, neither
-	// Shutdown nor Close. A panic is logged. nil means no call.
+	// OnUpstream is called for every change of an upstream. Upstreams that SetUpstreams adds or
+	// removes are changes; those given to New are not. One goroutine of the app calls it, in the
+	// order of the changes. While it runs, changes of one upstream are merged into the newest, so
+	// that at most one for each waits. It may block, and call the app: nothing waits for it,
+	// neither Shutdown nor Close. A panic is logged. nil means no call.
 	OnUpstream func(UpstreamChange)
 
 	// CloseOnDown resets an upstream's connections when health checks find it down. Their
@@ -247,8 +247,8 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 
 // An AdmitFunc decides whether and how c, which Serve has accepted, is served: handshake,
 // authentication, authorization, limits. It changes the fields of c as needed; Client is the
-// accepted connection. nil admits. An error rejects the connection: what was written to Client has
-// a second to arrive, then it is reset, and the error is Result.Err with EndNotAdmitted.
+// accepted connection. A nil error admits it; any other rejects it: bytes written to Client
+// have a second to arrive, then it is reset, and the error is Result.Err with EndNotAdmitted.
 //
 // ctx carries c (see [ConnFromContext]) and belongs to the connection: it ends with it, also when
 // it is aborted or the app is closed. An AdmitFunc may block, on a goroutine of its own, and must
@@ -274,8 +274,8 @@ func Listen(addr string) (net.Listener, error) {
 // nil admit admits everyone, unlimited. Serve always closes l and returns a non-nil error:
 // [ErrAppClosed] after Shutdown or Close, else, when somebody else has closed l, an error that
 // wraps net.ErrClosed.
-// Other errors of l, such as running out of descriptors, are taken to pass: Serve logs them, waits
-// 5 ms to 1 s, and accepts again. A panic in a hook is logged and ends only that connection.
+// Other errors of l, such as running out of descriptors, are treated as temporary: Serve logs them,
+// waits 5 ms to 1 s, and accepts again. A panic in a hook is logged and ends only that connection.
 //
 // With a crypto/tls listener the handshake happens after an upstream was dialed, without a
 // deadline. Use [HandshakeTLS] instead.
@@ -421,8 +421,8 @@ func await(ctx context.Context, done <-chan struct{}) error {
 
 // Close stops accepting, closes the listeners, resets every connection without waiting for any
 // peer, ends health checks, and returns when all their goroutines have ended. It waits for hooks
-// that are running, and while the system discards what it has queued: for hundreds of sockets with
-// megabytes each that takes some tenths of a second. It returns nil.
+// that are running, and for the system to discard queued bytes: some tenths of a second if there
+// are hundreds of sockets with megabytes each. It returns nil.
 func (a *LBProxyApp) Close() error {
 	a.stop()
 	a.cancel(ErrAppClosed)

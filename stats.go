@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// Stats is a snapshot of what an app has done and is doing. No counter ever falls, also when
-// upstreams are removed.
+// Stats is a snapshot of an app's counters and of its open connections. No counter ever falls, even
+// when upstreams are removed.
 type Stats struct {
 	App      string
 	Open     int    // connections now, those not yet admitted included
@@ -26,19 +26,19 @@ type Stats struct {
 	// connections.
 	Upstreams []UpstreamStats
 
-	// Gone has the counts of the upstreams that are in that list no more, all together: Total,
-	// Failed, Sent and Received. The sums over Upstreams and Gone never fall.
+	// Gone sums up the upstreams that have left that list: Total, Failed, Sent and Received. The
+	// sums over Upstreams and Gone never fall.
 	Gone UpstreamStats
 }
 
-// UpstreamStats is what an upstream has done and is doing. An upstream that is added again after it
-// was removed and its last connection had ended is a new one: its counters begin at 0.
+// UpstreamStats are the counters and the state of an upstream. An upstream that is added again
+// after it was removed and its last connection had ended is a new one: its counters begin at 0.
 type UpstreamStats struct {
 	Addr           string
 	Weight         int
 	Open           int    // connections now, dials included
 	Total          uint64 // connections it was chosen for
-	Failed         uint64 // of those: dials that failed for a reason that is the upstream's
+	Failed         uint64 // of those: dials that failed by the upstream's fault
 	Sent, Received uint64 // bytes to and from it
 
 	State   UpstreamState

@@ -125,7 +125,8 @@ func (c *TLSConn) release() {
 // Handshake is HandshakeContext with the background context.
 func (c *TLSConn) Handshake() error { return c.HandshakeContext(context.Background()) }
 
-// HandshakeContext makes the TLS handshake unless it has been made, as [tls.Conn.HandshakeContext].
+// HandshakeContext makes the TLS handshake unless it has been made. See
+// [tls.Conn.HandshakeContext].
 func (c *TLSConn) HandshakeContext(ctx context.Context) error {
 	if t := c.conn.Load(); t != nil {
 		return t.HandshakeContext(ctx)

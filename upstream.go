@@ -42,7 +42,7 @@ type Upstream struct {
 	// without close_notify counts as cut. nil means plain TCP.
 	TLS *tls.Config
 
-	// ProxyProtocol is the version, 1 or 2, of the PROXY protocol header that the upstream is sent
+	// ProxyProtocol is the version, 1 or 2, of the PROXY protocol header that is sent to the upstream
 	// first, before TLS and within the DialTimeout: it names the client's address and the one the
 	// client connected to. 0 means none. Version 2 also tells the client's TLS version,
 	// Conn.Verified and the certificate's common name, as HAProxy's send-proxy-v2-ssl-cn does, and
@@ -98,7 +98,7 @@ type UpstreamChange struct {
 	App, Addr string
 	From      UpstreamState // empty: it was added
 	To        UpstreamState // equal to From if only Drain or Removed changed, or changes merged
-	Drain     bool          // what holds now, whether or not it changed
+	Drain     bool          // the current value, whether or not it changed
 	Removed   bool          // likewise; connections may still be open on it
 	Err       error         // why it is cooling or down; nil otherwise
 	Time      time.Time     // of the change; of the last one, if several were merged
@@ -451,15 +451,15 @@ type Peers struct {
 	// Bias adds to the open connections of an upstream, named by its Addr, when one is chosen. It
 	// changes neither Stats nor MaxConns. It corrects a lasting imbalance that the app's own
 	// connections do not show. Do not put the others' open connections here: those counts come
-	// late, and every app would then choose the same upstream. A missing Addr means 0. An Addr that
-	// is no upstream's has no effect until it becomes one.
+	// late, and every app would then choose the same upstream. A missing Addr means 0. An Addr
+	// without an upstream has no effect until there is one.
 	Bias map[string]float64
 }
 
-// SetPeers replaces what the app knows of its peers, which is nothing at first. It copies Bias and
-// stays in force over SetUpstreams. It may be called often: with 10,000 upstreams it takes about a
-// millisecond. If Index is not below Count, or a Bias is negative or not a number, it returns an
-// error and changes nothing.
+// SetPeers tells the app of its peers, in place of an earlier call; an app begins without peers.
+// The Bias is copied, and SetUpstreams keeps it. It may be called often: with 10,000 upstreams it
+// takes about a millisecond. If Index is not below Count, or a Bias is negative or not a number, it
+// returns an error and changes nothing.
 func (a *LBProxyApp) SetPeers(p Peers) error {
 	if p.Count < 0 {
 		return fmt.Errorf("lbproxy: app %q: Peers.Count %d is negative: "+

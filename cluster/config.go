@@ -19,7 +19,7 @@ import (
 //go:embed put.lua
 var putText string
 
-// A Config is a configuration in the store. Its text is never looked into.
+// A Config is a configuration in the store. The store does not interpret its text.
 type Config struct {
 	Version int64 // counts up from 1; 0 means that there is none
 	Text    []byte
@@ -56,10 +56,10 @@ func (s *Store) Config(ctx context.Context) (Config, error) {
 }
 
 // Put replaces the configuration whose version is from, which is 0 if there is none yet, and
-// returns the new version. If another version is in the store it returns [ErrConflict], so of
-// several that put at once one succeeds. If the store has replicas, Put waits until one of them has
-// the configuration, for a second at most. An error with a version above 0 means that the
-// configuration is in force, but no replica has it.
+// returns the new version. If another version is in the store it returns [ErrConflict], so one of
+// several calls at once succeeds. If the store has replicas, Put waits until one of them has the
+// configuration, for a second at most. An error with a version above 0 means that the configuration
+// is in force, but no replica has it.
 func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 ) (version int64, err error) {
 	c := s.client.Load()
@@ -198,7 +198,7 @@ func (f *Watch) Stop() {
 }
 
 // Running returns the version in force, and why it is not the store's: that one was refused, or the
-// store could not be read and what is in force is from the file. It is made for [Self.Config].
+// store could not be read and the version in force is from the file. Use it as [Self.Config].
 func (f *Watch) Running() (version int64, problem string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

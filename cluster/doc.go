@@ -18,9 +18,9 @@
 //
 // No connection depends on the store. A connection that opens waits for it for at most
 // [Options.Timeout]. After a refused connection, or two calls in a row without an answer, nothing
-// waits: each [Limit] follows its [Outage] policy, balancing uses what was known last, and the
-// configuration stays. A probe every 100 ms finds the store when it is back. If it has forgotten
-// anything, the next beat of each proxy, within a second, puts it there again.
+// waits: each [Limit] follows its [Outage] policy, balancing uses the last known counts, and the
+// configuration stays. A probe every 100 ms finds the store when it is back. If it has lost its
+// data, the next beat of each proxy, within a second, writes it again.
 //
 // # The store is trusted
 //

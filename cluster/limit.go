@@ -14,8 +14,8 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// A Limit bounds what somebody may do through all proxies together. A field that is zero sets no
-// bound; a negative one refuses all, and so does the zero Limit.
+// A Limit bounds the connections and bytes of a client over all proxies together. A field that is
+// zero sets no bound; a negative one refuses all, and so does the zero Limit.
 type Limit struct {
 	Burst int           // most connections opened at once
 	Every time.Duration // time to regain one opening; 0 or less: none is ever regained
@@ -30,9 +30,9 @@ type Limit struct {
 	// data never waits for the store.
 	BytesPerSecond int64
 
-	// Exact has each connection ask the store. Otherwise a proxy borrows as many openings as it
-	// used in the last 100 ms, and gives back what it does not use for as long. A crash loses what
-	// was borrowed, until that is regained.
+	// Exact makes each connection ask the store. Otherwise a proxy borrows as many openings as it
+	// used in the last 100 ms, and gives back those that it does not use within 100 ms. A crash
+	// loses the borrowed openings until they are regained.
 	Exact bool
 
 	// Outage is what to do while the store is away.
@@ -43,7 +43,7 @@ type Limit struct {
 type Outage int
 
 const (
-	// Share gives each of N proxies one part in N of the limit, N being what was known last. All
+	// Share gives each of N proxies one part in N of the limit, N being the last known number. All
 	// together stay within the limit, and one Burst more at most.
 	Share Outage = iota
 	// Open lets everybody in, and slows nothing.

@@ -37,7 +37,7 @@ type Proxy struct {
 	Age time.Duration `json:"age"` // of its last beat; set by Live
 }
 
-// An Upstream is what all proxies together have open to one.
+// An Upstream has the number of connections that all proxies together have open to an upstream.
 type Upstream struct {
 	App  string         `json:"app"`
 	Addr string         `json:"addr"`
@@ -45,7 +45,7 @@ type Upstream struct {
 	By   map[string]int `json:"by,omitempty"` // of that, by proxy; set by Tally
 }
 
-// A Tally is what there is to know of a cluster at one moment.
+// A Tally is a snapshot of a cluster.
 type Tally struct {
 	Time      time.Time  `json:"time"`      // by the store's clock
 	Config    int64      `json:"config"`    // the version in the store; 0 if there is none
@@ -53,11 +53,11 @@ type Tally struct {
 	Upstreams []Upstream `json:"upstreams"` // by app and address; those with connections only
 }
 
-// Live returns the live proxies and what all of them together have open. A gateway may well call it
-// twice a second.
+// Live returns the live proxies and the sums of their open connections. It is cheap enough to be
+// called twice a second.
 func (s *Store) Live(ctx context.Context) (Tally, error) { return s.live(ctx, "") }
 
-// Tally is Live with what each proxy has open to each upstream, in [Upstream.By].
+// Tally is like Live and also sets [Upstream.By], the connections of each proxy.
 func (s *Store) Tally(ctx context.Context) (Tally, error) { return s.live(ctx, "all") }
 
 func (s *Store) live(ctx context.Context, what string) (t Tally, err error) {

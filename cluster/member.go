@@ -42,8 +42,8 @@ type Self struct {
 	// is told of the other proxies by its SetPeers.
 	Apps func() map[string]*lbproxy.LBProxyApp
 
-	// Config returns the version of the configuration in force, and why it is not the store's. It
-	// is [Watch.Running] where there is a Watch.
+	// Config returns the version of the configuration in force, and why it is not the store's. With
+	// a Watch, use [Watch.Running].
 	Config func() (version int64, problem string)
 
 	Capacity int    // gateways do not name a proxy with so many connections; 0 means no bound
@@ -90,8 +90,8 @@ type Place struct {
 	heard time.Time
 }
 
-// Join makes this proxy a member. Every second it tells the store what it has open, learns from it
-// how many proxies there are and what all have open, and passes that on to its apps by
+// Join makes this proxy a member. Every second it writes its open connections to the store, reads
+// the number of proxies and the connections of all, and passes them on to its apps by
 // [lbproxy.LBProxyApp.SetPeers]. Join fails only if self is wrong; while the store is away it goes
 // on trying. The caller must call Leave.
 func (s *Store) Join(self Self) (*Member, error) {

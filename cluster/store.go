@@ -47,7 +47,7 @@ type Options struct {
 	Logger *slog.Logger
 }
 
-// A Store is a connection to what proxies share. All methods are safe for concurrent use.
+// A Store is a connection to the state that proxies share. All methods are safe for concurrent use.
 type Store struct {
 	// It is connected exactly while client is not nil. Whoever sees a call fail takes the client
 	// out (lose), and starts the one goroutine (probe) that tries to put another one in.
@@ -88,7 +88,7 @@ const (
 	maxLate = 2
 )
 
-// Dial returns the Store at storeURL, which is that of a Redis or Valkey server:
+// Dial returns the Store at storeURL, the URL of a Redis or Valkey server:
 //
 //	redis://user:password@host:6379          rediss:// for TLS
 //	redis://host:6379?addr=host2:6379        nodes of a Redis Cluster, two at least
@@ -380,8 +380,9 @@ func (s *Store) log() *slog.Logger {
 	return slog.Default()
 }
 
-// Close gives back what limits have borrowed, closes the connection and waits for all goroutines of
-// s. Members stop beating. Limits that are still in use follow their policies. It returns nil.
+// Close gives back the openings that limits have borrowed, closes the connection and waits for all
+// goroutines of s. Members stop beating. Limits that are still in use follow their policies. It
+// returns nil.
 func (s *Store) Close() error {
 	s.limits.stop()
 	s.mu.Lock()

@@ -21,10 +21,10 @@
 //
 // # What it defends against
 //
-// Anyone may connect. A client is nobody until it has proved that it holds the key of a certificate
-// that the CA itself has issued, for a user who may reach this app. Until then it costs a few
-// kilobytes for a few seconds (see [Handshake]): no upstream is dialled for it, and no user's limit
-// is charged, even if it shows the certificate of somebody else.
+// Anyone may connect. A client has no rights until it has proved that it holds the key of a
+// certificate that the CA itself has issued, for a user who may reach this app. Until then it costs
+// a few kilobytes for a few seconds (see [Handshake]): no upstream is dialled for it, and no user's
+// limit is charged, even if it shows the certificate of somebody else.
 //
 // A client that is refused gets an alert or a reset. The alert is certificate_required if there was
 // no certificate, and bad_certificate whatever is wrong with one; only the log says what it was. In

@@ -95,7 +95,7 @@ func (r *Refusal) Error() string {
 
 func (r *Refusal) Unwrap() error { return r.Err }
 
-// A Claim is what a certificate says about its holder.
+// A Claim is a certificate as Users look it up: by its serial and its issuer.
 type Claim struct {
 	Cert   *x509.Certificate
 	Serial Serial // Cert's; empty if it is not valid
@@ -129,7 +129,7 @@ func (u StaticUsers) Lookup(c Claim) (*User, bool) {
 	return user, ok
 }
 
-// An Identity is who a client is.
+// An Identity names the user and the certificate of a client.
 type Identity struct {
 	User    *User
 	Serial  Serial

@@ -29,7 +29,7 @@ type File struct {
 // change, and of many others may be named for a while.
 const refresh = 5 * time.Second
 
-// Keep writes the file until ctx ends: at once when other proxies are to be named, and otherwise
+// Keep writes the file until ctx ends: at once when the proxies to be named change, and otherwise
 // every 5 s if weights have changed. A server never sees half of a file. With no proxy left, or the
 // store away, the file stays as it is. Keep returns nil when ctx ends, and an error if the zone is
 // wrong or the file cannot be written at the beginning.

@@ -20,7 +20,8 @@ import (
 // A Server is an authoritative DNS server for one zone. It refuses all other names, and zone
 // transfers. Before it knows of any proxy, and when all are dead, it answers SERVFAIL, which
 // resolvers do not remember for long. It answers each network (IPv4 /24, IPv6 /56) at most 50 times
-// a second by UDP; beyond that it asks to come by TCP, so that it cannot be used to flood others.
+// a second by UDP; beyond that it tells clients to use TCP, so that it cannot be used to flood
+// others.
 type Server struct {
 	zone   *Zone
 	source Source

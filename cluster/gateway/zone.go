@@ -1,8 +1,8 @@
 // Package gateway names the live proxies of a cluster in DNS.
 //
 // It names every live proxy that is neither draining nor full, in random order, up to 64 of them.
-// If there is no other it names those too. Load makes no other difference: resolvers keep answers,
-// so if only the least loaded proxies were named, everybody would go to the same few.
+// If there is no other it names those too. Load has no other effect: resolvers keep answers, so if
+// only the least loaded proxies were named, everybody would go to the same few.
 //
 // A zone has these names. Proxies whose address is a name have SRV records alone.
 //

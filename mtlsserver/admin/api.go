@@ -19,10 +19,10 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// ErrNotFound is for an Options.Drain that knows no such app or upstream.
+// ErrNotFound is the error of Options.Drain for an app or upstream that does not exist.
 var ErrNotFound = errors.New("there is no such app or upstream")
 
-// ErrEnded is why a connection was ended that an administrator asked to end.
+// ErrEnded is the cause with which a connection is aborted when an administrator ends it.
 var ErrEnded = errors.New("ended by an administrator")
 
 func (h *handler) apiStats(w http.ResponseWriter, r *http.Request) {

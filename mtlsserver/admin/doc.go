@@ -1,4 +1,4 @@
-// Package admin shows what lbproxy apps do, over HTTP: a status page for people, metrics for
+// Package admin shows the state of lbproxy apps over HTTP: a status page for people, metrics for
 // Prometheus, JSON for programs. A program mounts it in a mux of its own in one line:
 //
 //	mux.Handle("/lb/", http.StripPrefix("/lb", admin.Handler(apps, nil)))
@@ -17,7 +17,7 @@
 //	GET /api/conns  a [Conns] in JSON: ?app, user, upstream and client select, offset and limit
 //	                (at most 1,000; by default 100) page
 //
-// Counters never fall: what apps and upstreams have counted is kept when they are gone. 1,000 apps,
+// Counters never fall: the counts of apps and upstreams are kept when they are gone. 1,000 apps,
 // and 1,000 upstreams of each, keep their names; others are summed under no name.
 //
 // # What can be changed
@@ -26,13 +26,13 @@
 //
 //	POST /api/drain    app, upstream: it gets no new connections
 //	POST /api/undrain  app, upstream: it gets them again
-//	POST /api/end      app, user, upstream, client: resets the connections that match all of those
-//	                   given, of which user, upstream or client must be one: {"ended": 3}
-//	POST /api/reload   reloads the configuration and answers when that is done: what has changed,
-//	                   as {"users": {"added": ["bob"]}, …, "ended": 0}
+//	POST /api/end      app, user, upstream, client: resets the connections that match all given
+//	                   arguments; user, upstream or client is required: {"ended": 3}
+//	POST /api/reload   reloads the configuration and then answers with the changes:
+//	                   {"users": {"added": ["bob"]}, …, "ended": 0}
 //
-// Changes are allowed to whoever connects to the Unix socket of a [Server], and to requests with
-// "Authorization: Bearer TOKEN" where Options.Token is set. The answer is JSON. A request that
+// A request may make changes if it comes by the Unix socket of a [Server], or if it has
+// "Authorization: Bearer TOKEN" and Options.Token is set. The answer is JSON. A request that
 // fails is answered by {"error": "…"}: 400 for an argument, 403 without permission, 404 for an app
 // or upstream that is not there, 422 for a configuration that is refused, with a line for each
 // problem, and 501 for a change that the program does not offer.

@@ -19,8 +19,9 @@ import (
 // Options say what a handler shows and permits. A nil *Options and the zero Options mean the
 // defaults.
 type Options struct {
-	// Hosts are names, without port, by which requests may come, besides localhost and IP
-	// addresses. Others are refused, so that no web site can have its name mean this address.
+	// Hosts are the names, without port, that a request's Host header may have besides localhost
+	// and IP addresses. Others are refused, so that a web site cannot read the page by resolving
+	// its own name to this address.
 	Hosts []string
 
 	// Token permits changes to requests that have it. Empty means that only the Unix socket of a
@@ -30,8 +31,8 @@ type Options struct {
 	// Recorder keeps counts and durations. nil means one of the handler's own, without durations.
 	Recorder *Recorder
 
-	// Info returns what a server knows besides its apps; it adds metrics whose names begin with
-	// mtlsserver. nil means nothing.
+	// Info describes a server apart from its apps, on the page, in /api/stats, and by metrics whose
+	// names begin with mtlsserver. nil means that there is nothing more to show.
 	Info func() Info
 
 	// Drain keeps new connections from an upstream if drain is true, and lets it have them again if
@@ -39,8 +40,8 @@ type Options struct {
 	// draining is not offered.
 	Drain func(app, upstream string, drain bool) error
 
-	// Reload reloads the configuration. The answer is what it returns, in JSON, or its error. nil
-	// means that reloading is not offered.
+	// Reload reloads the configuration. Its result, in JSON, or its error is the answer to the
+	// request. nil means that reloading is not offered.
 	Reload func() (any, error)
 
 	// Logger gets a line for each change, also one that is refused, on a goroutine of its own.
@@ -52,7 +53,8 @@ type Options struct {
 // apps is called for each request and returns the current ones, in the order to show. An app that
 // it no longer returns is forgotten after a minute, when its connections have ended, and its counts
 // are kept; if it came back after that, they would be counted twice. The handler can be mounted at
-// any path with http.StripPrefix. It does not ask who reads: the server around it decides that.
+// any path with http.StripPrefix. Everybody who reaches the handler may read: the server around it
+// decides who does.
 func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
 	h := &handler{apps: apps, lines: logqueue.NewLines()}
 	if opts != nil {

@@ -10,7 +10,7 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A Recorder remembers what apps have counted, also when they are gone, and how long dials and
+// A Recorder keeps the counts of apps, even of those that are gone, and how long dials and
 // connections lasted. Several handlers may share one, at the same time or one after the other. The
 // zero Recorder is ready for use. It must not be copied.
 type Recorder struct {
@@ -35,16 +35,17 @@ const (
 	sampleEvery = 2 * time.Second
 )
 
-// Track looks at app, so that what it counts is never lost, even if it is gone before a handler is
-// asked the next time. It is of use where apps are replaced.
+// Track makes r know app, so that its counts are kept even if it is gone before the next request to
+// a handler. Call it for each app that may be replaced.
 func (r *Recorder) Track(app *lbproxy.LBProxyApp) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.look(app)
 }
 
-// Sample adds a point to the curves of the page, where the last one is older than a second. Each
-// request does so, too. Call it every two seconds to have curves for whoever opens the page.
+// Sample adds a point to the curves of the page, unless the last one is less than a second old.
+// Each request does so, too. Call it every two seconds, so that the page has curves when it is
+// opened.
 func (r *Recorder) Sample(current []*lbproxy.LBProxyApp) { r.stats(current, time.Now()) }
 
 // stats looks at all apps. Those current come first, in their order.

@@ -83,7 +83,7 @@ func Serve(at Listen, h http.Handler) (*Server, error) {
 	return s, nil
 }
 
-// Addr returns where s listens for TCP; nil if it does not.
+// Addr returns the TCP address at which s listens, or nil if there is none.
 func (s *Server) Addr() net.Addr { return s.addr }
 
 // Close ends the listeners, gives requests a second to end, then cuts them. It returns nil.
@@ -98,7 +98,7 @@ func (s *Server) Close() error {
 	return nil
 }
 
-// A ListenError says what is wrong with a field of a [Listen].
+// A ListenError is a problem with a field of a [Listen].
 type ListenError struct {
 	Field string // "listen" or "socket"
 	Err   error
@@ -107,8 +107,7 @@ type ListenError struct {
 func (e *ListenError) Error() string { return "admin: " + e.Field + ": " + e.Err.Error() }
 func (e *ListenError) Unwrap() error { return e.Err }
 
-// Check returns all that is wrong with at, as far as can be seen without listening, as
-// *ListenErrors.
+// Check returns the problems of at that can be found without listening.
 func (at Listen) Check() (errs []*ListenError) {
 	if at.Addr != "" {
 		if err := checkAddr(at.Addr, at.Anywhere); err != nil {

@@ -8,7 +8,7 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// Stats is what /api/stats answers.
+// Stats is the answer of /api/stats.
 type Stats struct {
 	Time    time.Time `json:"time"`
 	Apps    []App     `json:"apps"`
@@ -16,8 +16,8 @@ type Stats struct {
 	Info
 }
 
-// An App is what the apps of one id have done and are doing: the current one, those that it
-// replaced, and those that are gone. The fields are those of lbproxy.Stats.
+// An App has the counters of all apps with one id, summed up: the current one, those that it
+// replaced, and those that are gone. The fields are as in lbproxy.Stats.
 type App struct {
 	ID          string                       `json:"id"`
 	Current     bool                         `json:"current"`
@@ -37,7 +37,7 @@ type App struct {
 	all  Upstream            // those of all there ever were, together
 }
 
-// An Upstream is what an app's upstream has done and is doing, as in lbproxy.UpstreamStats.
+// An Upstream has the counters and the state of an app's upstream, as in lbproxy.UpstreamStats.
 type Upstream struct {
 	Addr     string                `json:"addr,omitempty"`
 	State    lbproxy.UpstreamState `json:"state,omitempty"`
@@ -61,7 +61,7 @@ type Sample struct {
 	Bytes    uint64    `json:"bytes"` // both directions together
 }
 
-// Info is what a server knows of itself besides its apps.
+// Info describes a server apart from its apps.
 type Info struct {
 	NotReady     string            `json:"notReady,omitempty"` // why it takes no connections
 	Refused      map[string]uint64 `json:"refused,omitempty"`  // clients, by reason
@@ -106,7 +106,8 @@ type Certificate struct {
 // Days returns how many days c is still valid; negative if it has expired.
 func (c Certificate) Days() int { return int(math.Floor(time.Until(c.NotAfter).Hours() / 24)) }
 
-// Problems returns why clients cannot be served, as /readyz says it; none means ready.
+// Problems returns the reasons why clients cannot be served, as /readyz lists them. None means
+// ready.
 func (s Stats) Problems() (all []string) {
 	if s.NotReady != "" {
 		all = append(all, s.NotReady)
