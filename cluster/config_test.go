@@ -170,10 +170,11 @@ func TestWatchFollows(t *testing.T) {
 					said := strings.Contains(problem, "version 3: config:1: bad three")
 					return storetest.Want(v == 2 && said, problem)
 				})
-				if text := l.String(); !strings.Contains(text, "config:1: bad three") ||
-					!strings.Contains(text, "config:2: and more") {
-					t.Error("the log does not say what is wrong:", text)
-				}
+				storetest.Await(t, "the log says so", func() error { // a moment later
+					text := l.String()
+					return storetest.Want(strings.Contains(text, "config:1: bad three") &&
+						strings.Contains(text, "config:2: and more"), text)
+				})
 				if text, err := os.ReadFile(file); err != nil || string(text) != "two" {
 					t.Errorf("the last good one is %q %v", text, err)
 				}

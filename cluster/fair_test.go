@@ -41,7 +41,7 @@ func TestPartOfABandwidthIsLikeABandwidth(t *testing.T) {
 // and a small request does not wait for them.
 func TestSharedBandwidthIsFair(t *testing.T) {
 	t.Parallel()
-	const rate, proxies, each = 4 << 20, 2, 4
+	const rate, proxies, each = 512 << 10, 2, 4
 	server := storetest.Redis(t)
 	upstream := proxytest.Upstream(t, func(c *net.TCPConn) {
 		kind := make([]byte, 1)
