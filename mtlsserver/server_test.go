@@ -729,7 +729,11 @@ func TestReloadsUnderLoad(t *testing.T) {
 		})
 	}
 	addrs := fmt.Sprint(l.server.Addrs())
-	for i := range 200 {
+	reloads := 200
+	if testing.Short() {
+		reloads = 50
+	}
+	for i := range reloads {
 		c := l.config
 		if i%3 == 2 {
 			c = broken[i/3%len(broken)]

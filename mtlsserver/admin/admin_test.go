@@ -163,7 +163,7 @@ func fallen(t testing.TB, before, now map[string]float64) {
 // the page, the metrics and the API agree with what the clients counted, and no counter fell.
 func TestSumsStayTrue(t *testing.T) {
 	total := 10_000
-	if proxytest.Race {
+	if proxytest.Race || testing.Short() {
 		total = 2000
 	}
 	a, b := proxytest.Upstream(t, proxytest.Echo), proxytest.Upstream(t, proxytest.Echo)
