@@ -40,6 +40,9 @@ func TestPartOfABandwidthIsLikeABandwidth(t *testing.T) {
 // Two proxies share a bandwidth. On each, downloads get equal shares, those that came later too,
 // and a small request does not wait for them.
 func TestSharedBandwidthIsFair(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it measures over real sockets, which needs a machine that is not too busy")
+	}
 	t.Parallel()
 	const rate, proxies, each = 512 << 10, 2, 4
 	server := storetest.Redis(t)
