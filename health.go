@@ -60,7 +60,7 @@ type HealthCheck struct {
 	Check func(ctx context.Context, u Upstream) error
 }
 
-// complete returns hc with its defaults filled in, or what is wrong with it.
+// complete returns hc with its defaults filled in, or the problem with it.
 func (hc HealthCheck) complete() (_ HealthCheck, wrong string) {
 	switch {
 	case hc.Interval < 0:

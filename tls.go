@@ -39,9 +39,9 @@ func HandshakeTLS(config *tls.Config, next AdmitFunc) AdmitFunc {
 	}
 }
 
-// CloseNotify says what a [TLSConn] makes of a client that closes its connection without
-// close_notify (RFC 8446, section 6.1). Many clients do so when they are done with a connection
-// that they kept; so does whoever cuts a stream by a forged FIN.
+// CloseNotify says how a [TLSConn] treats a client that closes its connection without close_notify
+// (RFC 8446, section 6.1). Many clients do so when they no longer need a connection that they kept;
+// an attacker can fake it by a forged FIN.
 type CloseNotify int
 
 const (
@@ -90,7 +90,7 @@ type TLSConn struct {
 	over *tlsOver                  // set before conn is nil
 }
 
-// A tlsOver is what a TLSConn still knows when it is over.
+// A tlsOver is the part of a TLSConn that is left when it is over.
 type tlsOver struct {
 	local, remote net.Addr
 	state         tls.ConnectionState

@@ -52,7 +52,7 @@ type Upstream struct {
 	ProxyProtocol int
 }
 
-// check returns Addr's host, or what is wrong with u.
+// check returns Addr's host, or the problem with u.
 func (u *Upstream) check() (host, wrong string) {
 	const maxWeight = 1_000_000 // (open+1)*weight must not overflow
 	host, port, err := net.SplitHostPort(u.Addr)
@@ -315,7 +315,7 @@ func (e *noUpstream) Is(target error) bool { return target == ErrNoUpstream }
 // connections.
 var errUpstreamDown = errors.New("health checks found the upstream down")
 
-// A verdict is what a dial says about an upstream.
+// A verdict is the result of a dial for its upstream.
 type verdict uint8
 
 const (
@@ -439,8 +439,8 @@ func proxyHeader(version int, client *Conn) []byte {
 	return h.AppendV2(nil)
 }
 
-// Peers is what an app knows of other apps, in other processes, that spread connections over the
-// same upstreams. The zero Peers means that there are none.
+// Peers describes other apps, in other processes, that spread connections over the same upstreams.
+// The zero Peers means that there are none.
 type Peers struct {
 	// Index and Count say that the app is number Index, from 0, of Count. Among equally loaded
 	// upstreams it prefers those from len(upstreams)*Index/Count on, wrapping around; an app

@@ -18,8 +18,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// Connections through a real proxy, from the dial to the first byte. The processor time is that of
-// client, proxy and upstream together: the differences are the limits'.
+// Connections through a real proxy, from the dial to the first byte. The processor time includes
+// client, proxy and upstream: the differences are the limits'.
 func BenchmarkConnection(b *testing.B) {
 	server := storetest.Redis(b)
 	s, _ := dial(b, server.URL(), nil)

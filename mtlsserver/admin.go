@@ -158,7 +158,7 @@ func (s *Server) sampleForAdmins() {
 	}
 }
 
-// adminInfo is what the server knows besides its apps.
+// adminInfo describes the server apart from its apps.
 func (s *Server) adminInfo() (info admin.Info) {
 	select {
 	case <-s.running:
@@ -193,8 +193,8 @@ func (s *Server) adminInfo() (info admin.Info) {
 	return info
 }
 
-// drainUpstream does what an administrator asks for. It holds until it is undone, the upstream is
-// removed, or the process ends.
+// drainUpstream drains an upstream, or ends that, for an administrator. It holds until it is
+// undone, the upstream is removed, or the process ends.
 func (s *Server) drainUpstream(app, addr string, drain bool) error {
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
@@ -225,7 +225,7 @@ func (s *Server) withDrains(app string, upstreams []lbproxy.Upstream) {
 	}
 }
 
-// forgetDrains forgets what was set for upstreams that are gone.
+// forgetDrains forgets the drains of upstreams that are gone.
 func (s *Server) forgetDrains(snap *snapshot) {
 	now := map[appUpstreamKey]bool{}
 	for _, u := range upstreamsOf(snap.config) {

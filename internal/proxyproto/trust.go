@@ -36,7 +36,7 @@ func NewTrust(prefixes []netip.Prefix) (Trust, error) {
 }
 
 // Contains reports whether addr, as a conn's RemoteAddr returns it, is trusted. An address without
-// an IP, such as that of a Unix socket, is not.
+// an IP, such as a Unix socket's, is not.
 func (t Trust) Contains(addr net.Addr) bool {
 	a := plain(AddrPort(addr)).Addr() // a prefix contains no address with a zone
 	for _, p := range t.prefixes {

@@ -25,7 +25,7 @@ var pages = template.Must(template.New("").Funcs(template.FuncMap{
 
 const rowsPerPage = 100 // of each table
 
-// A view is what the status page shows.
+// A view is the data of the status page.
 type view struct {
 	Stats
 	Problems  []string

@@ -22,7 +22,7 @@ type Recorder struct {
 	history []Sample
 }
 
-// A sighting is an app and what it had counted when it was looked at last.
+// A sighting is an app with its counts when it was looked at last.
 type sighting struct {
 	last App
 	left time.Time // when it was not current for the first time; zero if it is
@@ -115,7 +115,7 @@ func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
 	return s
 }
 
-// of returns what is past of an id.
+// of returns the past of an id.
 func (r *Recorder) of(id string) *App {
 	if r.past == nil {
 		r.past = map[string]*App{}

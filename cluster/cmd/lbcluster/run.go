@@ -193,7 +193,7 @@ func (r *runner) load(c cluster.Config) error {
 	return err
 }
 
-// adapt makes a configuration of all proxies that of one in n.
+// adapt turns a configuration for all proxies into one for a single proxy of n.
 func adapt(conf *mtlsserver.Config, host string, n int) {
 	for i := range conf.Apps {
 		app := &conf.Apps[i]
