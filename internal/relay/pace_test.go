@@ -43,7 +43,7 @@ func TestPacerStepByStep(t *testing.T) {
 		{"a long wait scales the chunk", 64 * KiB,
 			[]step{{100_000, 200 * ms, 0, 10_000}}},
 		{"between 20 and 40 ms it halves", 64 * KiB,
-			[]step{{64 * KiB, 21 * ms, 0, 32 * KiB}, {32 * KiB, 40 * ms, 0, 16 * KiB}}},
+			[]step{{64 * KiB, 21 * ms, 0, 32 * KiB}, {1, 40 * ms, 0, 16 * KiB}}},
 		{"below 20 ms it grows by 4 KiB, up to 1 MiB", 1020 * KiB,
 			[]step{{1, 1, 0, 1024 * KiB}, {1, 20 * ms, 0, 1024 * KiB}}},
 		{"512 bytes is the least", 64 * KiB,

@@ -26,6 +26,10 @@ func TestLargeMovesTakeTurnsBesideSmallMessages(t *testing.T) {
 			t.Errorf("after %d bytes at %d: small messages about %v", row.moved, now, got)
 		}
 	}
+	NoteChunk(1, now)
+	if NoteChunk(1, now+1); lastSmall.Load() != now {
+		t.Error("the stamp, which all processors share, was written twice at once")
+	}
 	if takeTurn() { // the stamp is in the future, as a stamp from fake time may be
 		t.Error("a turn was taken")
 	}
