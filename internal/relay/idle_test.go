@@ -217,8 +217,8 @@ func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
 	raw := askedConn{rawTCP(ours), &asked}
 	e := NewEngine(Config{Idle: time.Minute})
 	r := &Relay{client: end{raw: raw}, server: end{raw: raw}}
-	r.touch()
-	now := r.last.Load()
+	now := int64(time.Hour)
+	r.last.Store(now)
 	look := func(after time.Duration) time.Duration {
 		now += int64(after)
 		left, _ := e.look(r, now)
@@ -250,6 +250,36 @@ func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
 	r.last.Store(now + int64(time.Second) - int64(time.Minute))
 	if left := look(time.Second); asked != 6 || left != time.Minute || r.condemned {
 		t.Errorf("%v left after %d questions, condemned %v", left, asked, r.condemned)
+	}
+	if look(20 * time.Second); asked != 6 {
+		t.Errorf("%d questions, want 6: the queues were empty when it was last asked", asked)
+	}
+}
+
+func TestOnlyAShorterQueueMeansThatASlowReaderHasTakenBytes(t *testing.T) {
+	if !canMeasure {
+		t.Skip("nobody can be asked")
+	}
+	const s = int64(time.Second)
+	config := &Config{Idle: time.Minute}
+	var i Idleness
+	for _, row := range []struct {
+		last, now int64
+		unsent    int
+		taken     bool
+	}{
+		{100 * s, 120 * s, 50, false}, // the first question
+		{100 * s, 140 * s, 50, false}, // the reader is stuck
+		{100 * s, 160 * s, 40, true},
+		{160 * s, 180 * s, 30, true},  // also when what it took last is all that has moved
+		{190 * s, 210 * s, 20, false}, // what was written counts already
+		{190 * s, 230 * s, 0, true},
+	} {
+		asked, taken := i.Ask(config, row.last, row.now, func() int { return row.unsent })
+		if !asked || taken != row.taken {
+			t.Errorf("at %d s: asked %v, taken %v, want true, %v",
+				row.now/s, asked, taken, row.taken)
+		}
 	}
 }
 
@@ -294,6 +324,49 @@ func TestSweepSeesEachRelayWhileOthersComeAndGo(t *testing.T) {
 	})
 }
 
+func TestSweepPeriod(t *testing.T) {
+	for _, row := range []struct {
+		idle      time.Duration
+		keepAlive bool
+		want      time.Duration
+	}{
+		{0, true, keepAliveAge},
+		{-1, true, keepAliveAge},
+		{4 * time.Second, true, time.Second + 1},
+		{4 * time.Second, false, time.Second + 1},
+		{time.Hour, true, keepAliveAge},
+		{time.Hour, false, time.Hour/4 + 1},
+	} {
+		c := Config{Idle: row.idle, KeepAlive: row.keepAlive}
+		if got := c.SweepPeriod(); got != row.want {
+			t.Errorf("%+v: %v, want %v", c, got, row.want)
+		}
+	}
+}
+
+// A burst of relays does not hold memory once it is over.
+func TestListOfRelaysShrinks(t *testing.T) {
+	var e Engine
+	for range 5000 {
+		e.add(new(Relay))
+	}
+	most := cap(e.relays)
+	for len(e.relays) > 0 {
+		e.remove(e.relays[len(e.relays)/2])
+		for i, r := range e.relays {
+			if r.index != i {
+				t.Fatalf("the relay at %d has the index %d", i, r.index)
+			}
+		}
+		if len(e.relays) == most/2 && cap(e.relays) < most {
+			t.Error("it shrinks while half of it is in use")
+		}
+	}
+	if n := cap(e.relays); n == 0 || n > 1024 {
+		t.Errorf("there is room for %d relays, want at most 1024", n)
+	}
+}
+
 func TestEngineAtRestHasNoTimer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := NewEngine(Config{Idle: time.Minute, KeepAlive: true})
@@ -315,5 +388,12 @@ func TestEngineAtRestHasNoTimer(t *testing.T) {
 		if e.armed {
 			t.Error("the timer runs")
 		}
+		e = newEngine(t, Config{}) // which has nothing to sweep for
+		_, _, h, r = joinPipes(e, nil)
+		if e.timer != nil {
+			t.Error("there is a timer")
+		}
+		r.Abort(nil)
+		h.wait(t)
 	})
 }
