@@ -283,6 +283,28 @@ func TestOnlyAShorterQueueMeansThatASlowReaderHasTakenBytes(t *testing.T) {
 	}
 }
 
+// A reader that is slow may be on either side, or on both.
+func TestSweepCountsTheQueuesOfBothSides(t *testing.T) {
+	if !canMeasure {
+		t.Skip("nobody can be asked")
+	}
+	r := new(Relay)
+	for _, e := range []*end{&r.client, &r.server} {
+		_, ours := duplex(t)
+		ours.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		for err := error(nil); err == nil; { // until the peer's window is full
+			_, err = ours.Write(make([]byte, 1<<20))
+		}
+		*e = newEnd(ours)
+	}
+	r.last.Store(int64(time.Second))
+	NewEngine(Config{Idle: time.Minute}).look(r, int64(30*time.Second))
+	client, server := r.client.unsent(), r.server.unsent()
+	if got := r.idle.unsent; client == 0 || server == 0 || got != client+server {
+		t.Errorf("%d bytes are unsent, want %d and %d", got, client, server)
+	}
+}
+
 // An askedConn counts how often it is used.
 type askedConn struct {
 	syscall.RawConn

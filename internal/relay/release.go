@@ -15,12 +15,10 @@ func (r *Relay) Release(cause error) bool {
 	if first {
 		r.released.Store(true)
 		r.hungUp = true // so that hangUp does not reset client
-		if r.up.phase.Load() != ended {
-			// The upload's read ends by the deadline below, or by this reset if the conn has no
-			// deadlines.
-			r.refs++
-			r.timer = time.AfterFunc(LingerTime, func() { r.client.reset(); r.release() })
-		}
+		// The upload runs, since it waits for a server. Its read ends by the deadline below, or by
+		// this reset if the conn has no deadlines.
+		r.refs++
+		r.timer = time.AfterFunc(LingerTime, func() { r.client.reset(); r.release() })
 	}
 	r.mu.Unlock()
 	if first {

@@ -444,8 +444,10 @@ func TestTLSBoundsTheHandshake(t *testing.T) {
 		client.Close()
 	}()
 	// Read makes the handshake
-	if n, err := io.Copy(io.Discard, server); n != 100_000 || err != nil {
-		t.Errorf("after it: %d bytes, %v", n, err)
+	first, err := server.Read(make([]byte, 10))
+	if n, err2 := io.Copy(io.Discard, server); first != 10 || err != nil || n != 100_000-10 ||
+		err2 != nil {
+		t.Errorf("after it: %d bytes, %v, and %d, %v", first, err, n, err2)
 	}
 }
 
@@ -459,6 +461,22 @@ func TestTLSHandshakesBeforeItBatches(t *testing.T) {
 	client.SetDeadline(time.Now().Add(10 * time.Second))
 	if n, err := io.Copy(io.Discard, client); n != 100_000 || err != nil {
 		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
+func TestTLSReadsGoOnOnlyWithoutRenegotiation(t *testing.T) {
+	_, c := proxytest.Pipe()
+	for _, row := range []struct {
+		config *tls.Config
+		want   bool
+	}{
+		{nil, true},
+		{&tls.Config{}, true},
+		{&tls.Config{Renegotiation: tls.RenegotiateOnceAsClient}, false},
+	} {
+		if got := NewTLS(tls.Client, c, row.config, 0).resumable; got != row.want {
+			t.Errorf("%+v: %v, want %v", row.config, got, row.want)
+		}
 	}
 }
 
