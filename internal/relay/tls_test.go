@@ -464,6 +464,63 @@ func TestTLSHandshakesBeforeItBatches(t *testing.T) {
 	}
 }
 
+type tryFunc func() bool
+
+func (f tryFunc) try() bool { return f() }
+
+// A read takes all full records that have come, and waits for no more.
+func TestTLSReadTakesTheRecordsThatHaveCome(t *testing.T) {
+	if !canMeasure {
+		t.Skip("elsewhere a read waits, so it takes one record")
+	}
+	serverTLS, clientTLS := proxytest.TLSConfigs()
+	serverTLS.SessionTicketsDisabled = true
+	clientTLS.DynamicRecordSizingDisabled = true
+	peer, ours := duplex(t)
+	client, server := tls.Client(peer, clientTLS), NewTLS(tls.Server, ours, serverTLS, 0)
+	shaken := make(chan error, 1)
+	go func() { shaken <- client.Handshake() }()
+	proxytest.Must(t, server.Handshake())
+	proxytest.Must(t, <-shaken)
+	sender := newEnd(peer)
+	for _, row := range []struct {
+		sent, size int
+		err        error
+	}{
+		{0, LargeBuffer, errWait},
+		{100, LargeBuffer, nil},
+		{tlsRecord, LargeBuffer, nil},
+		{2 * tlsRecord, 2 * tlsRecord, nil},
+		{2*tlsRecord + 1, LargeBuffer, nil},
+	} {
+		client.Write(make([]byte, row.sent))
+		proxytest.Eventually(t, "all has come", func() bool { return sender.unsent() == 0 })
+		var n int
+		var err error
+		server.await(tryFunc(func() bool {
+			n, err = server.read(make([]byte, row.size))
+			return true
+		}))
+		if n != row.sent || err != row.err {
+			t.Errorf("%d bytes: read %d, %v", row.sent, n, err)
+		}
+	}
+}
+
+// A conn that can only be waited for by reading is not asked for a second record.
+func TestTLSReadOverAnyConnTakesOneRecord(t *testing.T) {
+	serverTLS, clientTLS := proxytest.TLSConfigs()
+	serverTLS.DynamicRecordSizingDisabled = true
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	go tls.Server(theirs, serverTLS).Write(make([]byte, tlsRecord))
+	ours.SetDeadline(time.Now().Add(10 * time.Second))
+	n, err := NewTLS(tls.Client, ours, clientTLS, 0).read(make([]byte, LargeBuffer))
+	if n != tlsRecord || err != nil {
+		t.Errorf("%d bytes, %v; want a record of %d", n, err, tlsRecord)
+	}
+}
+
 func TestTLSReadsGoOnOnlyWithoutRenegotiation(t *testing.T) {
 	_, c := proxytest.Pipe()
 	for _, row := range []struct {
