@@ -23,6 +23,7 @@ type recorder struct {
 	done   chan Outcome
 	isDone atomic.Bool
 	late   atomic.Bool // a call came after Done, or Over came twice or not before Done
+	empty  atomic.Bool // Moved was called for no bytes
 	sums   [3]atomic.Int64
 }
 
@@ -33,6 +34,9 @@ func newRecorder(moved func(Direction, int) Verdict) *recorder {
 func (h *recorder) Moved(d Direction, n int) Verdict {
 	if h.isDone.Load() {
 		h.late.Store(true)
+	}
+	if n <= 0 {
+		h.empty.Store(true)
 	}
 	h.sums[d].Add(int64(n))
 	if h.moved != nil {
@@ -68,6 +72,9 @@ func (h *recorder) check(t testing.TB, o Outcome) {
 	t.Helper()
 	if h.late.Load() {
 		t.Error("the handler was called out of order")
+	}
+	if h.empty.Load() {
+		t.Error("Moved was called for no bytes")
 	}
 	if cause := <-h.over; cause != o.Err {
 		t.Errorf("Over said %v, Done says %v", cause, o.Err)

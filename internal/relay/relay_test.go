@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -884,6 +885,40 @@ func TestBadConnsAreErrors(t *testing.T) {
 			}
 			client.Close()
 		})
+	}
+}
+
+// A write of nothing may mean something to a layer, such as an empty record.
+func TestWritesInPiecesAreNeverEmpty(t *testing.T) {
+	var pieces []int
+	to := end{stream: plain{oddConn{write: func(b []byte) (int, error) {
+		pieces = append(pieces, len(b))
+		return len(b), nil
+	}}}}
+	d := direction{relay: new(Relay), to: &to}
+	n, err := d.writePieces(make([]byte, 2*writePiece), nil)
+	if n != 2*writePiece || err != nil || !slices.Equal(pieces, []int{writePiece, writePiece}) {
+		t.Errorf("%d, %v: %v", n, err, pieces)
+	}
+}
+
+func TestBufferSize(t *testing.T) {
+	plain, socket := new(end), &end{isSocket: true}
+	for _, row := range []struct {
+		from, to *end
+		lastRead int
+		want     int
+	}{
+		{socket, nil, LargeBuffer, SmallBuffer}, // during the dial
+		{socket, plain, 0, LargeBuffer},         // which holds no buffer while it waits
+		{plain, socket, 0, SmallBuffer},
+		{plain, socket, SmallBuffer - 1, SmallBuffer},
+		{plain, socket, SmallBuffer, LargeBuffer},
+	} {
+		d := direction{from: row.from, to: row.to, lastRead: row.lastRead}
+		if got := d.bufferSize(); got != row.want {
+			t.Errorf("%+v: %d", row, got)
+		}
 	}
 }
 

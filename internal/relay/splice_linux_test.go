@@ -165,6 +165,9 @@ func TestBlockingSocketBlocksNobody(t *testing.T) {
 				if o := h.wait(t); o.Err != errIdle { // both are silent
 					t.Errorf("%+v", o)
 				}
+				if !r.up.noSplice && !r.down.noSplice {
+					t.Error("splicing was not given up")
+				}
 			})
 		}
 	}
@@ -299,7 +302,7 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	before := openPipes()
 	var most atomic.Int64
 	e := newEngine(t, Config{})
-	client, server, h, _ := joinOver(t, e, func(_ Direction, n int) Verdict {
+	client, server, h, r := joinOver(t, e, func(_ Direction, n int) Verdict {
 		if int64(n) > most.Load() {
 			most.Store(int64(n))
 		}
@@ -314,8 +317,8 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	}
 	client.Close()
 	h.wait(t)
-	if most.Load() > maxChunk || most.Load() <= LargeBuffer {
-		t.Errorf("%d bytes at once", most.Load())
+	if most.Load() > maxChunk || most.Load() <= LargeBuffer || r.down.noSplice {
+		t.Errorf("%d bytes at once, given up: %v", most.Load(), r.down.noSplice)
 	}
 }
 

@@ -395,6 +395,16 @@ func TestTLSReportsABatchThatFailed(t *testing.T) {
 	}
 }
 
+func TestTLSLargeWriteThatMakesNoRecord(t *testing.T) {
+	client, server, _ := tlsPair(t, 0)
+	go io.Copy(io.Discard, client)
+	proxytest.Must(t, server.Handshake())
+	proxytest.Must(t, server.CloseWrite())
+	if n, err := server.Write(make([]byte, 200_000)); n != 0 || err == nil {
+		t.Errorf("after the end: %d, %v; want an error", n, err)
+	}
+}
+
 // The gathered records are a second copy of the written bytes. While the peer does not take them,
 // they are the only copy.
 func TestTLSWriteHoldsOneBuffer(t *testing.T) {
