@@ -79,6 +79,9 @@ func (h *recorder) check(t testing.TB, o Outcome) {
 	if cause := <-h.over; cause != o.Err {
 		t.Errorf("Over said %v, Done says %v", cause, o.Err)
 	}
+	if o.Panic != nil && o.Err != ErrPanicked {
+		t.Errorf("a panic that nobody knows of: %v", o.Panic)
+	}
 	if up, down := h.sums[Upload].Load(), h.sums[Download].Load(); up != o.Sent ||
 		down != o.Received {
 		t.Errorf("Moved was told of %d and %d bytes: %+v", up, down, o)

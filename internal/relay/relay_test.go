@@ -937,6 +937,40 @@ func TestPanickingConnAborts(t *testing.T) {
 	})
 }
 
+// The first panic counts. One in Close ends nothing that has not ended.
+func TestPanicInCloseIsReported(t *testing.T) {
+	for _, row := range []struct {
+		read func([]byte) (int, error)
+		err  error
+		want string
+	}{
+		{nil, nil, "closing"},
+		{func([]byte) (int, error) { panic("reading") }, ErrPanicked, "reading"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			client, ours := proxytest.Pipe()
+			server, theirs := proxytest.Pipe()
+			h := newRecorder(nil)
+			r := newEngine(t, Config{}).Start(ours, h, 0)
+			r.Connect(badClose{oddConn{Conn: theirs, read: row.read}})
+			client.CloseWrite()
+			server.CloseWrite()
+			o := <-h.done
+			if o.Err != row.err || !strings.HasPrefix(fmt.Sprint(o.Panic), row.want+"\n\n") {
+				t.Errorf("%+v, want %v and a panic in %s", o, row.err, row.want)
+			}
+			client.Close()
+			server.Close()
+			theirs.Close()
+		})
+	}
+}
+
+type badClose struct{ oddConn }
+
+func (c badClose) NetConn() net.Conn { return c.oddConn.Conn }
+func (badClose) Close() error        { panic("closing") }
+
 func TestDataReadWithAnErrorIsDelivered(t *testing.T) {
 	for _, err := range []error{io.EOF, errors.New("boom")} {
 		synctest.Test(t, func(t *testing.T) {
