@@ -113,7 +113,7 @@ func TestLongReplyAfterHalfClose(t *testing.T) {
 	if err := pattern.Exactly(client, size); err != nil {
 		t.Error(err)
 	}
-	if o := h.wait(t); o.Err != nil || o.Received != size {
+	if o := h.wait(t); o.Err != nil || o.Received != size || !o.Connected {
 		t.Errorf("%+v", o)
 	}
 }
@@ -278,7 +278,7 @@ func TestConnectWithoutServerAborts(t *testing.T) {
 		t.Error("Connect returned true")
 	}
 	proxytest.ReadReset(t, client)
-	if o := h.wait(t); o.Failed != NoSide || o.Err != errNoServer {
+	if o := h.wait(t); o.Failed != NoSide || o.Err != errNoServer || o.Connected {
 		t.Errorf("%+v", o)
 	}
 }
@@ -1236,6 +1236,14 @@ func TestLinger(t *testing.T) {
 	if b := proxytest.ReadReset(t, peer); len(b) != 3000 {
 		t.Errorf("%d bytes arrived, want 3000", len(b))
 	}
+	synctest.Test(t, func(t *testing.T) { // nothing is known to be under way
+		peer, ours := proxytest.Pipe()
+		start := time.Now()
+		if Linger(ours, nil); time.Since(start) != 0 {
+			t.Errorf("took %v", time.Since(start))
+		}
+		peer.Close()
+	})
 	stop := make(chan struct{})
 	close(stop)
 	peer, ours = duplex(t)
@@ -1249,6 +1257,24 @@ func TestLinger(t *testing.T) {
 		t.Errorf("stopped, and it took %v", took)
 	}
 	peer.Close()
+}
+
+// What does not fit into the peer's window waits in our queue until the peer reads.
+func TestLingerWaitsForASlowReader(t *testing.T) {
+	const size = 1 << 20
+	peer, ours := duplex(t)
+	peer.SetReadBuffer(16 << 10)
+	ours.SetWriteBuffer(2 * size)
+	pattern.Send(ours, size)
+	if canMeasure && unsent(rawTCP(ours)) == 0 {
+		t.Fatal("all of it has arrived: what is this test for?")
+	}
+	go Linger(ours, nil)
+	b := make([]byte, size)
+	if n, err := io.ReadFull(peer, b); err != nil || pattern.Check(0, b) != nil {
+		t.Errorf("%d of %d bytes arrived: %v, %v", n, size, err, pattern.Check(0, b[:n]))
+	}
+	proxytest.ReadReset(t, peer)
 }
 
 // A relay that waits allocates nothing for a round trip.

@@ -322,6 +322,52 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	}
 }
 
+// A stream that comes in small pieces is cheaper to read and write.
+func TestTwoSmallMovesEndSplicing(t *testing.T) {
+	client, ours := duplex(t)
+	server, theirs := duplex(t)
+	r := newEngine(t, Config{}).New(ours, newRecorder(nil), 0)
+	r.server = newEnd(theirs)
+	r.down.from = &r.server
+	r.down.fullReads = 2
+	sender := newEnd(server)
+	const small, large = LargeBuffer/4 - 1, LargeBuffer / 4
+	for i, size := range []int{large, large, large, small, large, small, small} {
+		if i > 0 && r.down.splicer == nil {
+			t.Fatalf("splicing has ended before move %d", i)
+		}
+		server.Write(make([]byte, size))
+		proxytest.Eventually(t, "all has come", func() bool { return sender.unsent() == 0 })
+		if n, err1, err2 := r.down.move(); n != size || err1 != nil || err2 != nil {
+			t.Fatalf("move %d of %d bytes: %d, %v, %v", i, size, n, err1, err2)
+		}
+		io.ReadFull(client, make([]byte, size))
+	}
+	if r.down.splicer != nil || r.down.noSplice {
+		t.Errorf("splicing goes on, or was given up for ever: %v", r.down.noSplice)
+	}
+}
+
+func TestWasReset(t *testing.T) {
+	peer, c := duplex(t)
+	raw := rawTCP(c)
+	check := func(when string, want, wantKnown bool) {
+		t.Helper()
+		if reset, known := wasReset(raw); reset != want || known != wantKnown {
+			t.Errorf("%s: reset %v, known %v", when, reset, known)
+		}
+	}
+	check("open", false, true)
+	peer.SetLinger(0)
+	peer.Close()
+	c.Read(make([]byte, 1))
+	check("reset", true, true)
+	c.Close()
+	check("closed", false, false)
+	raw = nil
+	check("not TCP", false, false)
+}
+
 func TestNothingIsUnsentAfterAReset(t *testing.T) {
 	peer, c := duplex(t)
 	e := newEnd(c)
