@@ -322,22 +322,32 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	}
 }
 
-// A stream that comes in small pieces is cheaper to read and write.
-func TestTwoSmallMovesEndSplicing(t *testing.T) {
+// aboutToSplice returns a relay that has not started and whose download is to be spliced.
+func aboutToSplice(t *testing.T) (client, server *net.TCPConn, r *Relay) {
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
-	r := newEngine(t, Config{}).New(ours, newRecorder(nil), 0)
+	r = newEngine(t, Config{}).New(ours, newRecorder(nil), 0)
 	r.server = newEnd(theirs)
 	r.down.from = &r.server
 	r.down.fullReads = 2
-	sender := newEnd(server)
+	return client, server, r
+}
+
+// send waits until all of it has arrived.
+func send(t *testing.T, c *net.TCPConn, n int) {
+	c.Write(make([]byte, n))
+	proxytest.Eventually(t, "all has come", func() bool { return unsent(rawTCP(c)) == 0 })
+}
+
+// A stream that comes in small pieces is cheaper to read and write.
+func TestTwoSmallMovesEndSplicing(t *testing.T) {
+	client, server, r := aboutToSplice(t)
 	const small, large = LargeBuffer/4 - 1, LargeBuffer / 4
 	for i, size := range []int{large, large, large, small, large, small, small} {
 		if i > 0 && r.down.splicer == nil {
 			t.Fatalf("splicing has ended before move %d", i)
 		}
-		server.Write(make([]byte, size))
-		proxytest.Eventually(t, "all has come", func() bool { return sender.unsent() == 0 })
+		send(t, server, size)
 		if n, err1, err2 := r.down.move(); n != size || err1 != nil || err2 != nil {
 			t.Fatalf("move %d of %d bytes: %d, %v, %v", i, size, n, err1, err2)
 		}
@@ -345,6 +355,42 @@ func TestTwoSmallMovesEndSplicing(t *testing.T) {
 	}
 	if r.down.splicer != nil || r.down.noSplice {
 		t.Errorf("splicing goes on, or was given up for ever: %v", r.down.noSplice)
+	}
+}
+
+func TestSplicerWaitsWithoutAPipe(t *testing.T) {
+	_, server, r := aboutToSplice(t)
+	s := newSplicer(&r.down)
+	fill := func() (ready bool) {
+		control(r.server.raw, func(fd int) { ready = s.fillReady(uintptr(fd)) })
+		return ready
+	}
+	if fill() || s.pipe != nil {
+		t.Error("there is nothing to read, and it does not wait for that, or has a pipe")
+	}
+	send(t, server, 100)
+	if !fill() || s.pipe == nil || s.n != 100 {
+		t.Errorf("spliced %d bytes, want 100", s.n)
+	}
+	s.pipe.close()
+}
+
+func TestSpliceToAResetConnFails(t *testing.T) {
+	client, server, r := aboutToSplice(t)
+	client.SetLinger(0)
+	client.Close()
+	proxytest.Eventually(t, "it was reset", func() bool { return WasReset(r.client.conn) })
+	send(t, server, 1000)
+	moved := make(chan error, 1)
+	go func() {
+		n, readErr, writeErr := r.down.move()
+		if n != 0 || readErr != nil {
+			t.Errorf("%d bytes were moved, %v", n, readErr)
+		}
+		moved <- writeErr
+	}()
+	if err := proxytest.Receive(t, "the move returns", moved); err == nil {
+		t.Error("no error")
 	}
 }
 
