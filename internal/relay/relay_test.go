@@ -1261,7 +1261,7 @@ func TestLinger(t *testing.T) {
 
 // What does not fit into the peer's window waits in our queue until the peer reads.
 func TestLingerWaitsForASlowReader(t *testing.T) {
-	const size = 1 << 20
+	const size = 256 << 10
 	peer, ours := duplex(t)
 	peer.SetReadBuffer(16 << 10)
 	ours.SetWriteBuffer(2 * size)

@@ -394,6 +394,47 @@ func TestSpliceToAResetConnFails(t *testing.T) {
 	}
 }
 
+// A socket's large moves take turns, and its small ones do not.
+func TestLargeMovesOfASocketTakeTurns(t *testing.T) {
+	defer lastSmall.Store(0)
+	peer, c := duplex(t)
+	go peer.Write(make([]byte, 1<<20))
+	go io.Copy(io.Discard, peer)
+	s := newSocket(c)
+	for name, move := range map[string]func(n int){
+		"read": func(n int) {
+			s.in.n = n // of the last read, for which the next one is judged
+			s.Read(make([]byte, 1))
+		},
+		"write": func(n int) { s.Write(make([]byte, n)) },
+	} {
+		for range cap(turns) {
+			turns <- struct{}{}
+		}
+		moved := make(chan bool)
+		go func() {
+			lastSmall.Store(Clock())
+			move(bulkChunk - 1)
+			moved <- true
+		}()
+		proxytest.Receive(t, "a small "+name, moved)
+		var stop atomic.Bool
+		go func() {
+			for !stop.Load() { // again if the goroutine was held for so long that none is recent
+				lastSmall.Store(Clock())
+				move(bulkChunk)
+			}
+			moved <- true
+		}()
+		proxytest.Eventually(t, "a large "+name+" waits for a turn", waitsForTurn)
+		stop.Store(true)
+		for range cap(turns) {
+			giveTurn(true)
+		}
+		proxytest.Receive(t, "a large "+name, moved)
+	}
+}
+
 func TestWasReset(t *testing.T) {
 	peer, c := duplex(t)
 	raw := rawTCP(c)

@@ -47,14 +47,7 @@ func TestTurnsAreBounded(t *testing.T) {
 		}
 		close(got)
 	}()
-	proxytest.Eventually(t, "it waits for a turn", func() bool {
-		for _, stack := range proxytest.Goroutines() {
-			if strings.Contains(stack, "[chan send") && strings.Contains(stack, "takeTurn") {
-				return true
-			}
-		}
-		return false
-	})
+	proxytest.Eventually(t, "it waits for a turn", waitsForTurn)
 	giveTurn(true)
 	proxytest.Receive(t, "a turn", got)
 	for range cap(turns) {
@@ -63,4 +56,13 @@ func TestTurnsAreBounded(t *testing.T) {
 	if len(turns) != 0 {
 		t.Errorf("%d turns are left", len(turns))
 	}
+}
+
+func waitsForTurn() bool {
+	for _, stack := range proxytest.Goroutines() {
+		if strings.Contains(stack, "[chan send") && strings.Contains(stack, "takeTurn") {
+			return true
+		}
+	}
+	return false
 }
