@@ -288,15 +288,7 @@ func TestSweepCountsTheQueuesOfBothSides(t *testing.T) {
 	if !canMeasure {
 		t.Skip("nobody can be asked")
 	}
-	r := new(Relay)
-	for _, e := range []*end{&r.client, &r.server} {
-		_, ours := duplex(t)
-		*e = newEnd(ours)
-		for n := 1; n > 0 || e.unsent() == 0; { // until the peer's window is full
-			ours.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
-			n, _ = ours.Write(make([]byte, 1<<20))
-		}
-	}
+	r := &Relay{client: stuck(t), server: stuck(t)}
 	r.last.Store(int64(time.Second))
 	e := NewEngine(Config{Idle: time.Minute})
 	proxytest.Eventually(t, "both queues are counted", func() bool {
@@ -305,6 +297,17 @@ func TestSweepCountsTheQueuesOfBothSides(t *testing.T) {
 		client, server := r.client.unsent(), r.server.unsent()
 		return client > 0 && server > 0 && r.idle.unsent == client+server
 	})
+}
+
+// stuck returns the end of a connection whose peer does not read, with bytes in its queue.
+func stuck(t *testing.T) end {
+	_, ours := duplex(t)
+	e := newEnd(ours)
+	for n := 1; n > 0 || e.unsent() == 0; { // until the peer's window is full
+		ours.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		n, _ = ours.Write(make([]byte, 1<<20))
+	}
+	return e
 }
 
 // An askedConn counts how often it is used.
