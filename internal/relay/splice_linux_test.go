@@ -755,24 +755,18 @@ func TestIdleRelaysHoldNoBuffers(t *testing.T) {
 // Bytes that a stuck reader does not take wait in a small buffer, not in the large one that they
 // were read into.
 func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
-	_, c := duplex(t)
-	s := newSocket(c)
-	c.SetWriteBuffer(4 << 10)
-	c.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
-	for err := error(nil); err == nil; {
-		_, err = s.Write(make([]byte, 64<<10))
-	}
-	c.SetWriteDeadline(time.Time{})
-	s.out.buf = NewBuffer(LargeBuffer)
-	s.out.b = (*s.out.buf)[:100]
-	copy(s.out.b, pattern.At(0, 100))
-	waits := false
-	s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
-	if !waits || len(*s.out.buf) != SmallBuffer || len(s.out.b) != 100 ||
-		pattern.Check(0, s.out.b) != nil {
-		t.Errorf("waits %v with a buffer of %d bytes, %d of them to be written", waits,
-			len(*s.out.buf),
-			len(s.out.b))
+	e := stuck(t)
+	s := e.stream.(*socket)
+	proxytest.Eventually(t, "it waits", func() (waits bool) {
+		s.out.buf = NewBuffer(LargeBuffer)
+		s.out.b = (*s.out.buf)[:100]
+		copy(s.out.b, pattern.At(0, 100))
+		s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
+		return waits
+	})
+	if len(*s.out.buf) != SmallBuffer || len(s.out.b) != 100 || pattern.Check(0, s.out.b) != nil {
+		t.Errorf("it waits with a buffer of %d bytes, %d of them to be written",
+			len(*s.out.buf), len(s.out.b))
 	}
 }
 
