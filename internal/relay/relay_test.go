@@ -1097,6 +1097,22 @@ func TestHalfCloseIsNotNeededAtTheEnd(t *testing.T) {
 	})
 }
 
+// The end of one stream does not wait for a reader who is stuck in the other.
+func TestEndPassesAStuckWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, server, h, r := joinPipes(newEngine(t, Config{}), nil)
+		go server.Write([]byte("what the client does not read"))
+		synctest.Wait()
+		client.CloseWrite()
+		server.SetReadDeadline(time.Now().Add(time.Minute))
+		if _, err := server.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("the server reads %v, want the end", err)
+		}
+		r.Abort(nil)
+		h.wait(t)
+	})
+}
+
 // A slowCloser is slow to return from telling its peer that the stream has ended.
 type slowCloser struct {
 	*proxytest.PipeConn
