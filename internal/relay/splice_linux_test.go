@@ -403,7 +403,7 @@ func TestLargeMovesOfASocketTakeTurns(t *testing.T) {
 	s := newSocket(c)
 	for name, move := range map[string]func(n int){
 		"read": func(n int) {
-			s.in.n = n // of the last read, for which the next one is judged
+			s.n = n // of the last read, for which the next one is judged
 			s.Read(make([]byte, 1))
 		},
 		"write": func(n int) { s.Write(make([]byte, n)) },
