@@ -377,7 +377,7 @@ func (d *direction) passEnd() {
 		err := fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told "+
 			"that the other side has ended its stream, and go on", d.to.conn)
 		r.failLingering(d.destination(), err, false, d, true)
-		d.from.reset()
+		r.reset(d.from)
 	}
 }
 

@@ -271,9 +271,9 @@ func (r *Relay) hangUp() {
 	r.hungUp = true
 	server := r.server.conn != nil
 	r.mu.Unlock()
-	r.client.reset()
+	r.reset(&r.client)
 	if server { // r.server does not change once it is set
-		r.server.reset()
+		r.reset(&r.server)
 	}
 }
 
@@ -373,18 +373,27 @@ func (r *Relay) panicking(p any) {
 	r.Abort(ErrPanicked)
 }
 
-// close closes e. After a reset only the layers above the socket are still open. close records a
-// panic of the caller's conn, which must not end the process.
+// close closes e. After a reset only the layers above the socket are still open.
 func (r *Relay) close(e *end) {
-	if !e.layered && r.isHungUp() {
-		return
+	if e.layered || !r.isHungUp() {
+		defer r.notePanic()
+		e.conn.Close()
 	}
-	defer func() {
-		if p := recover(); p != nil && r.panicked == nil {
-			r.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
-		}
-	}()
-	e.conn.Close()
+}
+
+func (r *Relay) reset(e *end) {
+	defer r.notePanic()
+	e.reset()
+}
+
+// notePanic records a panic of the caller's conn, which must not end the process. It is deferred.
+func (r *Relay) notePanic() {
+	p := recover()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if p != nil && r.panicked == nil {
+		r.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
+	}
 }
 
 // drop drops a reference, and reports whether the caller must call finish.

@@ -991,6 +991,29 @@ func TestPanicInCloseIsReported(t *testing.T) {
 	}
 }
 
+// A sweep resets what is idle, on a goroutine that nobody can catch a panic of.
+func TestPanicInCloseOfAnIdleConnIsReported(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{Idle: time.Second, IdleErr: errIdle}).Start(panicAtReset{ours}, h, 0)
+		r.Connect(theirs)
+		if o := <-h.done; o.Err != errIdle || !strings.HasPrefix(fmt.Sprint(o.Panic), "resetting\n\n") {
+			t.Errorf("%+v", o)
+		}
+		proxytest.ReadReset(t, server)
+		client.Close()
+	})
+}
+
+type panicAtReset struct{ *proxytest.PipeConn }
+
+func (c panicAtReset) Close() error {
+	c.PipeConn.Close()
+	panic("resetting")
+}
+
 type badClose struct{ oddConn }
 
 func (c badClose) NetConn() net.Conn { return c.oddConn.Conn }

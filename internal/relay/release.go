@@ -18,7 +18,7 @@ func (r *Relay) Release(cause error) bool {
 		// The upload runs, since it waits for a server. Its read ends by the deadline below, or by
 		// this reset if the conn has no deadlines.
 		r.refs++
-		r.timer = time.AfterFunc(LingerTime, func() { r.client.reset(); r.release() })
+		r.timer = time.AfterFunc(LingerTime, func() { r.reset(&r.client); r.release() })
 	}
 	r.mu.Unlock()
 	if first {
