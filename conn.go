@@ -30,8 +30,8 @@ import (
 //
 // The last part runs where the relay ends, or in ServeConn's caller, which waits for it.
 
-// A Conn is one client connection: what the caller says about it, and a handle on it. It must
-// not be copied after first use.
+// A Conn is one client connection: the caller's description of it, and a handle on it. It must not
+// be copied after first use.
 //
 // Until admit returns (or ServeConn is called) the fields belong to the caller. From then on they
 // are fixed, and anybody may read them. The methods may be called at any time, by anybody.
@@ -53,7 +53,7 @@ type Conn struct {
 	// [TLSConn], whose Read returns io.ErrUnexpectedEOF then, to have such a stream treated as cut.
 	Client net.Conn
 
-	// ClientAddr is who the client is, for limits, logs and PROXY headers. nil means
+	// ClientAddr is the client's address, for limits, logs and PROXY headers. nil means
 	// Client.RemoteAddr(). AcceptProxy sets it.
 	ClientAddr net.Addr
 
@@ -121,7 +121,7 @@ const (
 // String returns the state's word.
 func (s ConnState) String() string { return string(s) }
 
-// Info returns what is known of c now. After the end it stays as it was.
+// Info returns a snapshot of c. After the end it no longer changes.
 func (c *Conn) Info() ConnInfo {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -226,18 +226,19 @@ func (c *Conn) clientAddr() string {
 	return a.String()
 }
 
-// A Result is what became of one connection.
+// A Result reports how one connection ended.
 type Result struct {
-	Conn             *Conn
-	App, ClientID    string
-	Client, Upstream string        // the client's address; the upstream's Addr, empty if none was reached
-	Attempts         int           // dials tried
-	DialTime         time.Duration // of the dial that succeeded, PROXY header and TLS included, or 0
-	Start            time.Time     // when it was accepted or given to ServeConn
-	Duration         time.Duration // since Start, so with Serve the time in admit is in it
-	Sent, Received   int64         // bytes client to upstream, upstream to client
-	End              EndReason
-	Err              error // what ended it; nil for a clean end; the cause of a context or an Abort
+	Conn           *Conn
+	App, ClientID  string
+	Client         string        // its address
+	Upstream       string        // its Addr; empty if none was reached
+	Attempts       int           // dials tried
+	DialTime       time.Duration // of the dial that succeeded, PROXY header and TLS included, or 0
+	Start          time.Time     // when it was accepted or given to ServeConn
+	Duration       time.Duration // since Start, so with Serve the time in admit is in it
+	Sent, Received int64         // bytes client to upstream, upstream to client
+	End            EndReason
+	Err            error // that ended it; nil for a clean end; the cause of a context or an Abort
 }
 
 // LogValue implements slog.LogValuer: slog.Info("done", "conn", result) is an access log. It is a
@@ -294,7 +295,7 @@ var (
 // ServeConn serves one client: it asks c.RateLimit, chooses an upstream, dials it, goes on to the
 // next one while that fails, and copies bytes both ways until both sides have ended. It blocks
 // until the connection is over and always closes c.Client. The error is Result.Err. A Conn can be
-// served once; a second time is [ErrConnUsed], and nothing is touched.
+// served once; a second call returns [ErrConnUsed] and touches nothing.
 //
 // When one side ends its stream, the other is told (CloseWrite) and may go on with its own. When
 // a side fails, what was read from it is still delivered, for at most a second, and then the other

@@ -237,7 +237,8 @@ func TestAbortOnTheWayToALoop(t *testing.T) {
 	up := upstreamDoing(t, echo)
 	before := proxytest.Descriptors()
 	admitted := make(chan *Conn, n)
-	a, addr, results := serveAdmitted(t, func(c *Conn) { admitted <- c }, Options{}, Upstream{Addr: up})
+	admit := func(c *Conn) { admitted <- c }
+	a, addr, results := serveAdmitted(t, admit, Options{}, Upstream{Addr: up})
 	cause := errors.New("no more")
 	var aborters sync.WaitGroup
 	for i := range 8 {

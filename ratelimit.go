@@ -37,8 +37,8 @@ type Event struct {
 	Bytes     int64     // EventData only: how many moved, at most 1 MiB
 
 	// Refused is set on the EventClose that undoes an EventOpen: this manager allowed the open, but
-	// a later one of the same [All] refused it, so there never was a connection. Whatever the open
-	// cost is to be given back.
+	// a later one of the same [All] refused it, so there never was a connection. The manager should give
+	// back the cost of the open.
 	Refused bool
 }
 
@@ -112,9 +112,9 @@ type Decision struct {
 	Wait time.Duration
 
 	// Chunk is the most bytes to move at once next: in this direction (EventData) or in both
-	// (EventOpen). Not positive: the manager does not say, and the size is chosen such that waits
-	// stay near 20 ms. A rate that is shared should set it, the same for all: otherwise shares
-	// become equal only after some time, or not quite.
+	// (EventOpen). Not positive: the size is chosen such that waits stay near 20 ms. A manager of
+	// several connections should set the same Chunk for all: otherwise their shares become equal
+	// only after some time, or not quite.
 	Chunk int
 }
 
@@ -282,7 +282,7 @@ func (b *Bandwidth) Report(_ context.Context, e Event) Decision {
 	return b.move(time.Now(), max(e.Bytes, 0))
 }
 
-// Idle reports whether everything is paid for, so that a new one could replace it. See
+// Idle reports whether all moved bytes are paid for, so that a new one could replace it. See
 // [ClientLimits].
 func (b *Bandwidth) Idle() bool {
 	b.mu.Lock()
@@ -383,8 +383,8 @@ func inTime(d time.Duration, rate int64) int64 {
 
 // All returns a manager that allows an open if every one of managers does. It asks them in order.
 // When one refuses, those asked before it get an EventClose with Refused set at once. It resets a
-// connection when any of them does. The longest Wait and the smallest Chunk count. Nil managers are
-// left out.
+// connection when any of them does. The longest Wait and the smallest Chunk count. A nil
+// manager is left out. A manager that holds a nil pointer is not, and panics at its first report.
 func All(managers ...RateLimitManager) RateLimitManager {
 	var all all
 	for _, m := range managers {
@@ -455,8 +455,8 @@ func idle(m RateLimitManager) bool {
 	return !ok || i.Idle()
 }
 
-// ErrTooManyClients is why a [ClientLimits] that is full refuses a client. It is an
-// [ErrRateLimited], as errors.Is sees it.
+// ErrTooManyClients is the error of a full [ClientLimits] that refuses a client. It wraps
+// [ErrRateLimited].
 var ErrTooManyClients = fmt.Errorf("%w: ClientLimits has no room for a new client", ErrRateLimited)
 
 // ClientLimits keeps one [RateLimitManager] per client. [NewClientLimits] makes one; the zero value
@@ -478,8 +478,8 @@ type ClientLimits struct {
 //
 // When max is reached, a new client takes the place of an idle one, which is forgotten: a client
 // without open connections whose manager has no method Idle() bool, or one that returns true.
-// [TokenBucket], [Bandwidth] and [All] have that method, so no client regains what it has spent by
-// being forgotten. If none of a small sample of clients is idle, the new client is refused with
+// [TokenBucket], [Bandwidth] and [All] have that method, so a forgotten client regains nothing that it
+// had spent. If none of a small sample of clients is idle, the new client is refused with
 // [ErrTooManyClients], although others may be idle.
 func NewClientLimits(max int, newLimit func(client string) RateLimitManager) *ClientLimits {
 	return &ClientLimits{max: max, newLimit: newLimit, clients: map[string]*clientLimit{}}

@@ -369,7 +369,9 @@ func (s *session) connected(f *finding, changed bool) {
 		s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
 	}
 	if s.app.opts.CloseOnDown && p.lost != nil {
-		s.unlost = after(p.lost, func() { s.conn.abort(&ending{EndUpstreamError, context.Cause(p.lost)}) })
+		s.unlost = after(p.lost, func() {
+			s.conn.abort(&ending{EndUpstreamError, context.Cause(p.lost)})
+		})
 	}
 }
 
@@ -624,7 +626,8 @@ func (s *session) log() {
 	case EndNoUpstream, EndDialFailed, EndUpstreamError:
 		level = slog.LevelWarn
 	}
-	s.app.lines.Add(context.WithoutCancel(s.ctx), s.app.logger(), level, "lbproxy: connection ended", s.result.attrs)
+	s.app.lines.Add(context.WithoutCancel(s.ctx), s.app.logger(), level,
+		"lbproxy: connection ended", s.result.attrs)
 }
 
 func (s *session) event(kind EventKind) Event {

@@ -101,8 +101,9 @@ func (l *loop) pump(s *Session, i int) bool {
 	}
 }
 
-// read reads from c into the loop's buffer, most bytes at most. At an urgent byte a pending signal makes the system say
-// that there is nothing, although bytes may follow for which no event comes. Then read tries again.
+// read reads from c into the loop's buffer, most bytes at most. At an urgent byte a pending signal
+// makes the system say that there is nothing, although bytes may follow for which no event comes.
+// Then read tries again.
 func (l *loop) read(c *side, most int) (n int, errno syscall.Errno) {
 	for range urgentReads {
 		n, errno = relay.RecvFD(int(c.fd), l.buf[:most])
@@ -266,5 +267,6 @@ func (s *Session) mayLeave() bool {
 	const told = ended | shut | finished | broken | urgent
 	a, b := &s.side[client], &s.side[server]
 	held := s.limit != nil && s.limit.next() != 0
-	return s.phase == open && !held && a.pending == nil && b.pending == nil && (a.state|b.state)&told == 0
+	return s.phase == open && !held && a.pending == nil && b.pending == nil &&
+		(a.state|b.state)&told == 0
 }
