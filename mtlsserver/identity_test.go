@@ -139,6 +139,35 @@ func TestEachCheckRefusesAnOtherwiseGoodCertificate(t *testing.T) {
 	}
 }
 
+// A refusal names the user whose certificate it is, but only if a CA of this server is its issuer.
+func TestRefusalNamesTheUserOfAKnownCA(t *testing.T) {
+	first, second, stranger := newAuthority(t, "1"), newAuthority(t, "2"), newAuthority(t, "3")
+	a := &Authenticator{CAs: []*x509.Certificate{first.cert, second.cert},
+		Users: StaticUsers{"a11ce": {Name: "alice", Apps: []string{"web"}}}}
+	expired := leafOf(0xa11ce)
+	expired.NotAfter = time.Now().Add(-time.Minute)
+	for _, test := range []struct {
+		name     string
+		ca       *authority
+		leaf     *x509.Certificate
+		keyID    string
+		wantUser string
+	}{
+		{"expired, of the first CA", first, expired, KeyID(first.cert), "alice"},
+		{"expired, of the second CA", second, expired, KeyID(second.cert), "alice"},
+		{"expired, of another CA", stranger, expired, "", ""},
+		{"nobody's", first, leafOf(0xb0b), KeyID(first.cert), ""},
+	} {
+		_, err := a.Identify(tls.ConnectionState{Version: tls.VersionTLS13,
+			PeerCertificates: []*x509.Certificate{test.ca.issue(t, test.leaf).Leaf}}, "web")
+		refusal, ok := errors.AsType[*Refusal](err)
+		if !ok || refusal.User != test.wantUser || refusal.Claim.CA != test.keyID {
+			t.Errorf("%s: %+v, want user %q and the KeyID %q", test.name, err, test.wantUser,
+				test.keyID)
+		}
+	}
+}
+
 func TestIdentityExpiresWithTheCertificateOrItsCA(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	a := &Authenticator{CAs: []*x509.Certificate{ca.cert},
