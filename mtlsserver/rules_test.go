@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
+	"io"
 	"log/slog"
 	"net"
 	"testing"
@@ -35,6 +36,24 @@ func TestClientThatAsksForAnotherServerNameIsRefused(t *testing.T) {
 	config := l.clientConfig(&l.alice)
 	config.ServerName, config.InsecureSkipVerify = "db.example", true
 	l.wantReason(t, tls.Client(raw, config), string(WrongServerName))
+}
+
+func TestTrustedPeerMustSendAProxyHeader(t *testing.T) {
+	l := newLab(t, func(l *lab) { l.config.Apps[0].AcceptProxy = []string{"127.0.0.1/32"} })
+	raw, err := net.Dial("tcp", l.addr("web"))
+	must(t, err)
+	defer raw.Close()
+	raw.SetDeadline(time.Now().Add(patience))
+	_, err = io.WriteString(raw, "PROXY TCP4 192.0.2.1 192.0.2.2 56324 443\r\n")
+	must(t, err)
+	c := tls.Client(raw, l.clientConfig(&l.alice))
+	must(t, greeted(c, "web"))
+	must(t, c.Close())
+	e := l.log.of(t, &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 56324})
+	if e["user"] != "alice" {
+		t.Errorf("line %v, want alice's", e)
+	}
+	l.wantReason(t, l.dial(t, "web", &l.alice), string(NoProxyHeader))
 }
 
 func TestSerialMayBeBoundToItsCertificate(t *testing.T) {
