@@ -1,0 +1,101 @@
+package mtlsserver
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+// A meter is a RateLimitManager that tells whether it is back in its initial state.
+type meter struct{ idle bool }
+
+func (*meter) Report(context.Context, lbproxy.Event) (d lbproxy.Decision) { return d }
+func (m *meter) Idle() bool                                               { return m.idle }
+
+func TestLimitsAreForgottenWhenNothingNeedsThem(t *testing.T) {
+	var made []*meter
+	l := &limits{kept: map[limitKey]*keptLimit{},
+		make: func(_, _ string, _ Limit) lbproxy.RateLimitManager {
+			made = append(made, &meter{idle: true})
+			return made[len(made)-1]
+		}}
+	want := func(when string, kept, makes int) {
+		t.Helper()
+		if len(l.kept) != kept || len(made) != makes {
+			t.Errorf("%s: %d limits are kept, %d were made; want %d and %d", when, len(l.kept),
+				len(made), kept, makes)
+		}
+	}
+	alice := User{Name: "alice", Apps: []string{"web", "db"}, Limit: &Limit{Open: 1},
+		AppLimits: map[string]Limit{"web": {Open: 2}}} // two limits
+	bob := User{Name: "bob", Apps: []string{"web"}, Limit: &Limit{Open: 1}}
+
+	l.configure([]User{alice}, nil)(true)
+	want("configured", 2, 2)
+	l.configure([]User{alice}, nil)(true)
+	l.forgetIdle()
+	want("configured again", 2, 2)
+	l.configure([]User{alice, bob}, nil)(false)
+	want("a reload failed", 3, 3)
+	l.forgetIdle()
+	want("and its limit is idle", 2, 3)
+	l.configure(nil, nil)(true)
+	want("alice was removed", 0, 3)
+
+	l.configure([]User{alice}, nil)(true)
+	_, first := l.of(&alice, "web", nil)
+	_, second := l.of(&alice, "web", nil)
+	l.configure(nil, nil)(true)
+	l.forgetIdle()
+	first()
+	l.forgetIdle()
+	want("alice was removed and has a session", 2, 5)
+	made[3].idle = false
+	second()
+	l.forgetIdle()
+	want("one of the limits is not idle", 1, 5)
+	l.forgetIdle()
+	want("still not", 1, 5)
+	made[3].idle = true
+	l.forgetIdle()
+	want("nothing needs it", 0, 5)
+}
+
+func TestLimitWithoutAManager(t *testing.T) {
+	l := &limits{kept: map[limitKey]*keptLimit{},
+		make: func(_, _ string, _ Limit) lbproxy.RateLimitManager { return nil }}
+	m, release := l.of(&User{Name: "alice", Limit: &Limit{Open: 1}}, "web", nil)
+	if m != nil {
+		t.Errorf("manager %v, want none", m)
+	}
+	release()
+	l.forgetIdle()
+	if len(l.kept) != 0 {
+		t.Errorf("%d limits are kept, want none", len(l.kept))
+	}
+}
+
+// Withheld lines are counted, and a count is told once.
+func TestRefusalsWithheld(t *testing.T) {
+	now := time.Now()
+	r := refusals{most: 1, seconds: map[Reason]*second{}}
+	for i, want := range []bool{true, false, false} {
+		if got := r.allow(NotTLS, now); got != want {
+			t.Errorf("refusal %d may have a line: %t, want %t", i, got, want)
+		}
+	}
+	if !r.allow(NotTLS, now.Add(time.Second)) {
+		t.Error("a second later there is no line")
+	}
+	if n := r.take(); len(n) != 1 || n[NotTLS] != 2 {
+		t.Errorf("withheld %v, want 2", n)
+	}
+	if n := r.take(); len(n) != 0 {
+		t.Errorf("withheld %v, want none since", n)
+	}
+	if all := (&refusals{most: -1}); !all.allow(NotTLS, now) {
+		t.Error("there is a bound without one")
+	}
+}
