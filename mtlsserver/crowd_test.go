@@ -120,10 +120,12 @@ func TestFullGateCutsTheOldestOfTheHeaviestAddress(t *testing.T) {
 		time.Sleep(g.Timeout + 1)
 		h := g.come("192.0.2.2") // after a while they count no more
 		want(t, "cut in in in in", a, c, d, e, h)
+		i := g.come("192.0.2.2")
+		want(t, "in in in cut in", c, d, e, h, i)
 		if err := b1.leave(true); err == nil {
 			t.Error("the cut handshake has a good end")
 		}
-		leave(a, b2, c, d, e, f, h)
+		leave(a, b2, c, d, e, f, h, i)
 		g.empty(t)
 	})
 }
@@ -141,7 +143,10 @@ func TestFullGateCutsInTheHeaviestNetworkOfTheHeaviestSite(t *testing.T) {
 		// The /64s of b2 and b3, and of a1 and a2, weigh two each: the /48 decides.
 		e := g.come("192.0.2.3")
 		want(t, "in in in cut in in in", a1, a2, b1, b3, c, d, e)
-		leave(a1, a2, b1, b2, b3, c, d, e)
+		time.Sleep(g.Timeout + 1)
+		f := g.come("192.0.2.4")
+		want(t, "cut in in in in in in", a1, a2, b1, c, d, e, f)
+		leave(a1, a2, b1, b2, b3, c, d, e, f)
 		g.empty(t)
 	})
 }

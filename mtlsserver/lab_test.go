@@ -205,7 +205,7 @@ type book struct {
 	more  chan struct{}   // closed when there is another line
 }
 
-// An entry is a line's attributes, its message under "msg".
+// An entry is a line's attributes, its message under "msg" and its level under "level".
 type entry map[string]string
 
 func (b *book) Enabled(context.Context, slog.Level) bool { return true }
@@ -213,7 +213,7 @@ func (b *book) WithAttrs([]slog.Attr) slog.Handler       { panic("not used") }
 func (b *book) WithGroup(string) slog.Handler            { panic("not used") }
 
 func (b *book) Handle(_ context.Context, r slog.Record) error {
-	e := entry{"msg": r.Message}
+	e := entry{"msg": r.Message, "level": r.Level.String()}
 	r.Attrs(func(a slog.Attr) bool {
 		e[a.Key] = a.Value.String()
 		return true

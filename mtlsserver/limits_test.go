@@ -3,7 +3,6 @@ package mtlsserver
 import (
 	"context"
 	"testing"
-	"time"
 
 	"github.com/danielepagano/lbproxy"
 )
@@ -74,28 +73,5 @@ func TestLimitWithoutAManager(t *testing.T) {
 	l.forgetIdle()
 	if len(l.kept) != 0 {
 		t.Errorf("%d limits are kept, want none", len(l.kept))
-	}
-}
-
-// Withheld lines are counted, and a count is told once.
-func TestRefusalsWithheld(t *testing.T) {
-	now := time.Now()
-	r := refusals{most: 1, seconds: map[Reason]*second{}}
-	for i, want := range []bool{true, false, false} {
-		if got := r.allow(NotTLS, now); got != want {
-			t.Errorf("refusal %d may have a line: %t, want %t", i, got, want)
-		}
-	}
-	if !r.allow(NotTLS, now.Add(time.Second)) {
-		t.Error("a second later there is no line")
-	}
-	if n := r.take(); len(n) != 1 || n[NotTLS] != 2 {
-		t.Errorf("withheld %v, want 2", n)
-	}
-	if n := r.take(); len(n) != 0 {
-		t.Errorf("withheld %v, want none since", n)
-	}
-	if all := (&refusals{most: -1}); !all.allow(NotTLS, now) {
-		t.Error("there is a bound without one")
 	}
 }

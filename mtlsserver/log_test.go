@@ -1,0 +1,110 @@
+package mtlsserver
+
+import (
+	"errors"
+	"log/slog"
+	"maps"
+	"testing"
+	"time"
+
+	"github.com/danielepagano/lbproxy"
+)
+
+func TestFinalLines(t *testing.T) {
+	l := newLab(t, nil)
+	log := &book{told: map[string]bool{}, more: make(chan struct{})}
+	s, err := New(l.config, &Options{Logger: slog.New(log), RefusalLines: 1})
+	must(t, err)
+	defer s.Close()
+	claim := &Claim{Cert: l.alice.Leaf}
+	refused := func(r Refusal) lbproxy.Result {
+		return lbproxy.Result{End: lbproxy.EndNotAdmitted, Err: &r}
+	}
+	var want []entry
+	for _, test := range []struct {
+		result       lbproxy.Result
+		level, claim string // level is empty if there is no line
+	}{
+		{lbproxy.Result{End: lbproxy.EndDone}, "INFO", ""},
+		{lbproxy.Result{End: lbproxy.EndDone}, "INFO", ""}, // only refusals have a bound
+		{lbproxy.Result{End: lbproxy.EndIdleTimeout}, "INFO", ""},
+		{lbproxy.Result{End: lbproxy.EndNoUpstream}, "WARN", ""},
+		{lbproxy.Result{End: lbproxy.EndDialFailed}, "WARN", ""},
+		{lbproxy.Result{End: lbproxy.EndUpstreamError, Err: errors.New("x")}, "WARN", ""},
+		{refused(Refusal{Reason: Expired, Claim: claim, User: "alice"}), "INFO", "alice"},
+		{refused(Refusal{Reason: UnknownSerial, Claim: claim}), "INFO", ""},
+		{refused(Refusal{Reason: NotTLS}), "INFO", ""},
+		{refused(Refusal{Reason: NotTLS}), "", ""},
+		{refused(Refusal{Reason: NotTLS}), "", ""},
+	} {
+		c := &session{conn: &lbproxy.Conn{Client: someConn(t)}, app: "web"}
+		s.done(c, test.result)
+		if test.level != "" {
+			want = append(want, entry{"level": test.level, "claimed_user": test.claim,
+				"reason": string(reasonOf(c, test.result))})
+		}
+	}
+	denied := maps.Clone(s.denied)
+	maps.DeleteFunc(denied, func(_ Reason, n uint64) bool { return n == 0 })
+	if !maps.Equal(denied, map[Reason]uint64{Expired: 1, UnknownSerial: 1, NotTLS: 3}) {
+		t.Errorf("refusals %v, want 1 expired, 1 unknown-serial and 3 not-tls", denied)
+	}
+	s.Close() // writes the log
+	for _, e := range log.all() {
+		switch {
+		case e["msg"] == "connections refused without a line each":
+			if e["reason"] != string(NotTLS) || e["connections"] != "2" {
+				t.Errorf("line %v, want 2 of not-tls", e)
+			}
+		case len(want) == 0:
+			t.Errorf("line %v is one too many", e)
+		default:
+			for key, value := range want[0] {
+				if e[key] != value {
+					t.Errorf("line %v, want %v", e, want[0])
+				}
+			}
+			want = want[1:]
+		}
+	}
+	if len(want) > 0 {
+		t.Errorf("missing: %v", want)
+	}
+}
+
+// A connection that has ended is no longer among the open ones of its user.
+func TestEndedConnectionsAreCountedOut(t *testing.T) {
+	s := newLab(t, nil).server
+	at := userApp{"alice", "web"}
+	for open := 2; open > 0; open-- {
+		l := &session{conn: &lbproxy.Conn{Client: someConn(t)}, app: "web"}
+		l.id.Store(&Identity{User: &User{Name: "alice"}})
+		s.liveMu.Lock()
+		s.live[l], s.open[at] = struct{}{}, open
+		s.liveMu.Unlock()
+		s.done(l, lbproxy.Result{End: lbproxy.EndDone})
+		s.liveMu.Lock()
+		n, ok := s.open[at]
+		if _, live := s.live[l]; live || n != open-1 || ok != (n > 0) {
+			t.Errorf("%d open, in the map: %t, live: %t; want %d", n, ok, live, open-1)
+		}
+		s.liveMu.Unlock()
+	}
+}
+
+// A second's count ends with it, and is told once.
+func TestWithheldLinesAreCountedOnce(t *testing.T) {
+	now := time.Now()
+	r := refusals{most: 1, seconds: map[Reason]*second{}}
+	for i, want := range []bool{true, false, false} {
+		if got := r.allow(NotTLS, now); got != want {
+			t.Errorf("refusal %d may have a line: %t, want %t", i, got, want)
+		}
+	}
+	if n := r.take(); len(n) != 1 || n[NotTLS] != 2 {
+		t.Errorf("withheld %v, want 2", n)
+	}
+	if n := r.take(); len(n) != 0 {
+		t.Errorf("withheld %v, want none since", n)
+	}
+}
