@@ -2,6 +2,7 @@ package mtlsserver
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"net"
 	"net/netip"
@@ -10,6 +11,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy"
 )
 
 // These tests look at the decisions of a gate one by one, without connections and by a clock that
@@ -251,4 +254,30 @@ func TestMissesAreBounded(t *testing.T) {
 		leave(c)
 		g.empty(t)
 	})
+}
+
+// A deaf connection does not hear of deadlines, as if they came too late.
+type deaf struct{ net.Conn }
+
+func (deaf) SetDeadline(time.Time) error { return nil }
+
+// A handshake that was cut is refused even if its last byte came before the gate could end it.
+func TestHandshakeThatWasCutIsRefused(t *testing.T) {
+	l := newLab(t, nil)
+	pair, err := tls.LoadX509KeyPair(l.config.TLS.Cert, l.config.TLS.Key)
+	must(t, err)
+	g := newGate(Handshake{Timeout: patience, MaxConcurrent: 1, MaxPerAddress: 1, MaxBytes: 1 << 14})
+	config := &tls.Config{Certificates: []tls.Certificate{pair}}
+	config.VerifyConnection = func(tls.ConnectionState) error {
+		v := g.wait(someConn(t), netip.MustParseAddr("192.0.2.1"))
+		defer g.leave(v, false)
+		return g.enter(t.Context(), v, time.Now().Add(patience))
+	}
+	client, server := net.Pipe()
+	defer client.Close()
+	go tls.Client(client, l.clientConfig(nil)).Handshake()
+	conn, err := g.handshake(t.Context(), &lbproxy.Conn{Client: deaf{server}}, config)
+	if refusal, ok := errors.AsType[*Refusal](err); !ok || refusal.Reason != TooManyHandshakes {
+		t.Errorf("handshake = %v, %v, want %s", conn, err, TooManyHandshakes)
+	}
 }

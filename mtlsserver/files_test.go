@@ -105,6 +105,18 @@ func TestReadFile(t *testing.T) {
 	}
 }
 
+func TestReadFileIsBounded(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	must(t, os.WriteFile(path, nil, 0o600))
+	const most = 8 << 20
+	for size, ok := range map[int64]bool{most: true, most + 1: false} {
+		must(t, os.Truncate(path, size))
+		if text, err := readFile(path, false); (err == nil) != ok || ok && len(text) != most {
+			t.Errorf("of %d bytes %d are read: %v", size, len(text), err)
+		}
+	}
+}
+
 // Root gives a group access to a key by its mode, as Kubernetes does.
 func TestAGroupMayReadAKeyThatRootOwns(t *testing.T) {
 	if os.Geteuid() != 0 {

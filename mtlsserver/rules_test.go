@@ -1,6 +1,7 @@
 package mtlsserver
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -8,6 +9,8 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -66,6 +69,50 @@ func TestSerialMayBeBoundToItsCertificate(t *testing.T) {
 	e := l.wantReason(t, l.dial(t, "web", &other), string(OtherCertificate))
 	if e["claimed_serial"] != "a11ce" || e["claimed_issuer"] == "" || e["claimed_subject"] == "" {
 		t.Errorf("line %v does not say who that was", e)
+	}
+}
+
+// A store of the caller's own replaces the users of the configuration.
+func TestUsersOfAStore(t *testing.T) {
+	l := newLab(t, nil)
+	var removed atomic.Bool
+	alice := &User{Name: "alice", Apps: []string{"web"}}
+	log := &book{told: map[string]bool{}, more: make(chan struct{})}
+	opts := &Options{Logger: slog.New(log), Users: lookup(func(c Claim) (*User, bool) {
+		return alice, c.Serial == "a11ce" && !removed.Load()
+	})}
+	s, err := New(l.config, opts)
+	if err == nil {
+		s.Close()
+		t.Fatal("users of the configuration are accepted besides")
+	}
+	if want := "users: the server has a store of its own"; !strings.Contains(err.Error(), want) {
+		t.Errorf("error %v, want %s", err, want)
+	}
+	s, err = New(l.with(func(c *Config) { c.Users = nil }), opts)
+	must(t, err)
+	defer s.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	ran := make(chan error, 1)
+	go func() { ran <- s.Run(ctx) }()
+	defer func() { cancel(); <-ran }()
+	raw, err := net.Dial("tcp", s.Addrs()["web"].String())
+	must(t, err)
+	defer raw.Close()
+	raw.SetDeadline(time.Now().Add(patience))
+	c := tls.Client(raw, l.clientConfig(&l.alice))
+	must(t, greeted(c, "web"))
+	if n := s.Recheck(); n != 0 {
+		t.Errorf("Recheck = %d, want 0", n)
+	}
+	must(t, echoed(c))
+	removed.Store(true)
+	if n := s.Recheck(); n != 1 {
+		t.Errorf("Recheck = %d, want 1", n)
+	}
+	must(t, ended(c))
+	if e := log.of(t, raw.LocalAddr()); e["reason"] != string(Revoked) {
+		t.Errorf("line %v, want reason %s", e, Revoked)
 	}
 }
 
