@@ -2,10 +2,12 @@ package mtlsserver
 
 import (
 	"bytes"
+	"crypto/tls"
 	"encoding/json"
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -46,6 +48,49 @@ func TestValidate(t *testing.T) {
 	for i, line := range got {
 		if !strings.HasPrefix(line, want[i]) {
 			t.Errorf("%s\nwant: %s", line, want[i])
+		}
+	}
+}
+
+// A serial belongs to a CA of this server: to the one that it names, or else to the only one.
+func TestValidateTheCAOfASerial(t *testing.T) {
+	l := newLab(t, nil)
+	next := newAuthority(t, "next")
+	nextFile, _ := writePEM(t, l.dir, "next",
+		tls.Certificate{Certificate: [][]byte{next.cert.Raw}})
+	one := l.config.TLS.CA
+	two, none := append(slices.Clone(one), nextFile), []string{filepath.Join(l.dir, "none")}
+	id, nextID := KeyID(l.ca.cert), KeyID(next.cert)
+	var colons []string
+	for octet := range slices.Chunk([]byte(strings.ToUpper(nextID)), 2) {
+		colons = append(colons, string(octet))
+	}
+	for _, test := range []struct {
+		cas  []string
+		ca   string
+		want string // the beginning of the error
+		key  string // the CA of the serial
+	}{
+		{one, "", "", id},
+		{one, id, "", id},
+		{one, nextID, `users[0].serials[0].ca: "` + nextID + `": no CA in tls.ca has that key`, ""},
+		{two, id, "", id},
+		{two, strings.Join(colons, ":"), "", nextID},
+		{two, "", `users[0].serials[0]: "0xa11ce": its CA is missing, and there are 2`, ""},
+		{two, id[:63], "users[0].serials[0].ca: " + `"` + id[:63] + `": want the 64 hex digits`, ""},
+		{none, id, "tls.ca: ", ""}, // that is the only problem
+	} {
+		r := &report{config: l.with(func(c *Config) {
+			c.TLS.CA = test.cas
+			c.Users[0].Serials = []UserSerial{{Serial: "0xa11ce", CA: test.ca}}
+		})}
+		m, err := r.check(), r.err()
+		if _, ok := m.users[certKey{test.key, "a11ce"}]; err == nil && (test.want != "" || !ok) {
+			t.Errorf("%v, CA %q: users %v", test.cas, test.ca, m.users)
+		}
+		if err != nil && (test.want == "" || !strings.HasPrefix(err.Error(), test.want) ||
+			strings.Contains(err.Error(), "\n")) {
+			t.Errorf("%v, CA %q: %v, want %q", test.cas, test.ca, err, test.want)
 		}
 	}
 }

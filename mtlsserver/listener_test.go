@@ -115,6 +115,31 @@ func TestEveryAcceptingShareGetsAConnection(t *testing.T) {
 	})
 }
 
+// Close ends the share's Accept at once, while another share keeps the port open.
+func TestCloseEndsAccept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPort(newFedListener())
+		s, other := p.share(), p.share()
+		ended := make(chan error, 1)
+		go func() {
+			_, err := s.Accept()
+			ended <- err
+		}()
+		synctest.Wait()
+		must(t, s.Close())
+		synctest.Wait()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Accept: %v, want %v", err, net.ErrClosed)
+			}
+		default:
+			t.Error("Accept waits for a connection")
+		}
+		must(t, other.Close())
+	})
+}
+
 // A listenerUntil fails until a time, and then is silent.
 type listenerUntil struct {
 	net.Listener
