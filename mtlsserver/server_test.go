@@ -435,8 +435,9 @@ func TestStolenCertificateDoesNotTouchTheVictimsBucket(t *testing.T) {
 	l.ran <- nil
 	lines := l.log.all()
 	for _, e := range lines {
-		if e["msg"] != "connection" || e["reason"] != string(NoProof) {
-			t.Errorf("line %v, want reason %s", e, NoProof)
+		if e["msg"] != "connection" || e["reason"] != string(NoProof) ||
+			e["claimed_user"] != "alice" || e["claimed_serial"] != "a11ce" || e["user"] != "" {
+			t.Errorf("line %v, want reason %s, and that alice is claimed", e, NoProof)
 		}
 	}
 	if len(lines) != tries/8*8 {

@@ -2,12 +2,16 @@ package mtlsserver
 
 import (
 	"context"
+	"encoding/json"
 	"log/slog"
 	"maps"
+	"net/http/httptest"
 	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
 // TestWatch has the server's clock run for a day.
@@ -21,7 +25,8 @@ func TestWatch(t *testing.T) {
 		}
 		s.lines.Write, s.lines.Dropped = s.write, s.writeDropped
 		s.over, s.end = context.WithCancel(context.Background())
-		s.current.Store(&snapshot{certificates: []Certificate{
+		page := admin.Handler(s.currentApps, &admin.Options{Recorder: &s.recorder})
+		s.current.Store(&snapshot{config: new(Config), admin: page, certificates: []Certificate{
 			{Key: "tls.cert", NotAfter: time.Now().Add(5 * 24 * time.Hour)},
 		}})
 		s.watching.Go(s.watch)
@@ -49,6 +54,15 @@ func TestWatch(t *testing.T) {
 			t.Errorf("limits %v are kept after a minute", slices.Collect(maps.Keys(s.limits.kept)))
 		}
 		s.limits.mu.Unlock()
+
+		request := httptest.NewRequest("GET", "http://localhost/api/stats", nil)
+		answer := httptest.NewRecorder()
+		page.ServeHTTP(answer, request)
+		var stats admin.Stats
+		must(t, json.Unmarshal(answer.Body.Bytes(), &stats))
+		if n := len(stats.History); n < 30 || n > 32 {
+			t.Errorf("the page has %d points of the first minute, want one every two seconds", n)
+		}
 
 		wantLines(23*time.Hour, withheld)
 		wantLines(2*time.Hour, withheld, "certificate expires soon")
