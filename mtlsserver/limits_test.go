@@ -56,6 +56,7 @@ func TestLimitsAreForgottenWhenNothingNeedsThem(t *testing.T) {
 	l.forgetIdle()
 	want("one of the limits is not idle", 1, 5)
 	l.forgetIdle()
+	l.configure(nil, nil)(true)
 	want("still not", 1, 5)
 	made[3].idle = true
 	l.forgetIdle()

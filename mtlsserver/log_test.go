@@ -16,28 +16,34 @@ func TestFinalLines(t *testing.T) {
 	s, err := New(l.config, &Options{Logger: slog.New(log), RefusalLines: 1})
 	must(t, err)
 	defer s.Close()
-	claim := &Claim{Cert: l.alice.Leaf}
+	claim, alice := &Claim{Cert: l.alice.Leaf}, &Identity{User: &User{Name: "alice"}}
 	refused := func(r Refusal) lbproxy.Result {
 		return lbproxy.Result{End: lbproxy.EndNotAdmitted, Err: &r}
 	}
 	var want []entry
 	for _, test := range []struct {
+		id           *Identity // nil: the handshake was not done
 		result       lbproxy.Result
 		level, claim string // level is empty if there is no line
 	}{
-		{lbproxy.Result{End: lbproxy.EndDone}, "INFO", ""},
-		{lbproxy.Result{End: lbproxy.EndDone}, "INFO", ""}, // only refusals have a bound
-		{lbproxy.Result{End: lbproxy.EndIdleTimeout}, "INFO", ""},
-		{lbproxy.Result{End: lbproxy.EndNoUpstream}, "WARN", ""},
-		{lbproxy.Result{End: lbproxy.EndDialFailed}, "WARN", ""},
-		{lbproxy.Result{End: lbproxy.EndUpstreamError, Err: errors.New("x")}, "WARN", ""},
-		{refused(Refusal{Reason: Expired, Claim: claim, User: "alice"}), "INFO", "alice"},
-		{refused(Refusal{Reason: UnknownSerial, Claim: claim}), "INFO", ""},
-		{refused(Refusal{Reason: NotTLS}), "INFO", ""},
-		{refused(Refusal{Reason: NotTLS}), "", ""},
-		{refused(Refusal{Reason: NotTLS}), "", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndDone}, "INFO", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndDone}, "INFO", ""}, // only refusals have a bound
+		{alice, lbproxy.Result{End: lbproxy.EndIdleTimeout}, "INFO", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndNoUpstream}, "WARN", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndDialFailed}, "WARN", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndUpstreamError, Err: errors.New("x")}, "WARN", ""},
+		{nil, refused(Refusal{Reason: Expired, Claim: claim, User: "alice"}), "INFO", "alice"},
+		{nil, refused(Refusal{Reason: UnknownSerial, Claim: claim}), "INFO", ""},
+		{alice, refused(Refusal{Reason: AppRemoved}), "INFO", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndCanceled, Err: &Refusal{Reason: Revoked}}, "INFO", ""},
+		{nil, lbproxy.Result{End: lbproxy.EndCanceled}, "INFO", ""}, // admit has panicked
+		{nil, lbproxy.Result{End: lbproxy.EndNotAdmitted, Err: errors.New("x")}, "INFO", ""},
+		{nil, refused(Refusal{Reason: NotTLS}), "INFO", ""},
+		{nil, refused(Refusal{Reason: NotTLS}), "", ""},
+		{nil, refused(Refusal{Reason: NotTLS}), "", ""},
 	} {
 		c := &session{conn: &lbproxy.Conn{Client: someConn(t)}, app: "web"}
+		c.id.Store(test.id)
 		s.done(c, test.result)
 		if test.level != "" {
 			want = append(want, entry{"level": test.level, "claimed_user": test.claim,
@@ -46,8 +52,9 @@ func TestFinalLines(t *testing.T) {
 	}
 	denied := maps.Clone(s.denied)
 	maps.DeleteFunc(denied, func(_ Reason, n uint64) bool { return n == 0 })
-	if !maps.Equal(denied, map[Reason]uint64{Expired: 1, UnknownSerial: 1, NotTLS: 3}) {
-		t.Errorf("refusals %v, want 1 expired, 1 unknown-serial and 3 not-tls", denied)
+	if refusals := (map[Reason]uint64{Expired: 1, UnknownSerial: 1, AppRemoved: 1, Revoked: 1,
+		HandshakeFailed: 1, NotTLS: 3}); !maps.Equal(denied, refusals) {
+		t.Errorf("refusals %v, want %v", denied, refusals)
 	}
 	s.Close() // writes the log
 	for _, e := range log.all() {
@@ -59,6 +66,10 @@ func TestFinalLines(t *testing.T) {
 		case len(want) == 0:
 			t.Errorf("line %v is one too many", e)
 		default:
+			_, forwarded := e["upstream"]
+			if admitted := e["user"] != "" && e["reason"] != string(AppRemoved); forwarded != admitted {
+				t.Errorf("line %v has an upstream: %t, want %t", e, forwarded, admitted)
+			}
 			for key, value := range want[0] {
 				if e[key] != value {
 					t.Errorf("line %v, want %v", e, want[0])
