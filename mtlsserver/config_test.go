@@ -17,7 +17,7 @@ import (
 func TestValidate(t *testing.T) {
 	err := (&Config{
 		TLS: Files{Cert: "no.pem", Key: "-----BEGIN PRIVATE KEY-----\nsecret", CA: []string{""}},
-		Apps: []App{{ID: "web", Listen: ":0", IdleTimeout: -1,
+		Apps: []App{{ID: "web", Listen: ":0", IdleTimeout: -1, CloseNotify: "never",
 			Upstreams: []Upstream{{Addr: "h:1", TLS: &UpstreamTLS{Cert: "no.pem"}}}}},
 		Users: []User{
 			{Name: "a", Serials: serials("0x10"), Apps: []string{"web"}, Limit: &Limit{}},
@@ -31,6 +31,7 @@ func TestValidate(t *testing.T) {
 		"tls.key: want the name of a file",
 		"tls.ca: missing",
 		"apps[0].idleTimeout: -1ns: want more than 0",
+		`apps[0].closeNotify: "never": want "required"`,
 		`apps[0].upstreams[0].tls.cert: "no.pem": `,
 		"apps[0].upstreams[0].tls.key: missing",
 		"users[0].limit: limits nothing",
