@@ -53,6 +53,38 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// Each change of a valid configuration has one problem.
+func TestValidateFindsASingleProblem(t *testing.T) {
+	l := newLab(t, nil)
+	short := filepath.Join(l.dir, "short")
+	must(t, os.WriteFile(short, []byte("12345\n"), 0o600))
+	must(t, l.config.Validate())
+	for _, test := range []struct {
+		change func(*Config)
+		want   string // the beginning of the error
+	}{
+		{func(c *Config) { c.Apps[0].Listen = "web" }, `apps[0].listen: "web": want host:port`},
+		{func(c *Config) { c.Apps[0].TLS = &AppTLS{ServerName: "db.example"} },
+			`apps[0].tls.serverName: "db.example": the certificate in tls.cert is not for`},
+		{func(c *Config) { c.TLS.CA, c.Users = []string{c.TLS.Cert}, nil },
+			`tls.ca: "` + l.config.TLS.Cert + `": not an authority's`},
+		{func(c *Config) { c.AdminAnywhere = true }, "adminAnywhere: there is no admin"},
+		{func(c *Config) {
+			c.Apps[0].Listen, c.Admin = "127.0.0.1:9443", &Admin{Listen: "127.0.0.1:9443"}
+		}, `admin.listen: "127.0.0.1:9443" is already used by apps[0].listen`},
+		{func(c *Config) { c.Admin = &Admin{Listen: "127.0.0.1:0", Token: short} },
+			`admin.token: "` + short + `": only 5 characters`},
+		{func(c *Config) { c.Admin = &Admin{Listen: "127.0.0.1:0", Token: short + "er"} },
+			`admin.token: "` + short + `er": no such file`},
+	} {
+		err := l.with(test.change).Validate()
+		if err == nil || !strings.HasPrefix(err.Error(), test.want) ||
+			strings.Contains(err.Error(), "\n") {
+			t.Errorf("%v\nwant one line: %s", err, test.want)
+		}
+	}
+}
+
 // A serial belongs to a CA of this server: to the one that it names, or else to the only one.
 func TestValidateTheCAOfASerial(t *testing.T) {
 	l := newLab(t, nil)
