@@ -157,3 +157,16 @@ func TestOutOfDate(t *testing.T) {
 		}
 	}
 }
+
+// A certificate that is out of date is a problem unless the same file is in force already.
+func TestDatesOfFilesInForce(t *testing.T) {
+	cert := func(text byte) Certificate {
+		return Certificate{Key: "tls.cert", NotAfter: time.Now().Add(-1), text: [32]byte{text}}
+	}
+	r := &report{config: new(Config), certs: []Certificate{cert(1), cert(2)}}
+	expired := r.dates([]Certificate{cert(0), cert(2)})
+	if len(expired) != 1 || expired[0].text != cert(2).text || len(r.problems) != 1 {
+		t.Errorf("%d in force are out of date, %d problems; want one each", len(expired),
+			len(r.problems))
+	}
+}
