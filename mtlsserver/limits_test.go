@@ -76,3 +76,27 @@ func TestLimitWithoutAManager(t *testing.T) {
 		t.Errorf("%d limits are kept, want none", len(l.kept))
 	}
 }
+
+func TestReloadConfiguresLimitsIfItSucceeds(t *testing.T) {
+	l := newLab(t, func(l *lab) { l.config.Users[0].Limit = &Limit{Open: 1} })
+	configured := func(open int) bool {
+		l.server.limits.mu.Lock()
+		defer l.server.limits.mu.Unlock()
+		k := l.server.limits.kept[limitKey{"alice", "", Limit{Open: open}}]
+		return k != nil && k.configured
+	}
+	if !configured(1) {
+		t.Error("the first limit is not configured")
+	}
+	_, err := l.server.Reload(l.with(func(c *Config) {
+		c.Users[0].Limit = &Limit{Open: 2}
+		c.Apps[0].Listen = l.addr("db") // taken
+	}))
+	if err == nil || !configured(1) || configured(2) {
+		t.Errorf("reload: %v; the limits are configured: %t, %t", err, configured(1), configured(2))
+	}
+	l.reload(t, l.with(func(c *Config) { c.Users[0].Limit = &Limit{Open: 2} }))
+	if configured(1) || !configured(2) {
+		t.Errorf("the limits are configured: %t, %t", configured(1), configured(2))
+	}
+}
