@@ -86,7 +86,7 @@ func (s *Server) countOut(l *session, r lbproxy.Result) {
 	reason := reasonOf(l, r)
 	s.liveMu.Lock()
 	defer s.liveMu.Unlock()
-	if refused || r.End == lbproxy.EndNotAdmitted {
+	if refused || reason == HandshakeFailed { // a panic in admit is one, too
 		s.denied[reason]++
 	}
 	if _, ok := s.live[l]; !ok {

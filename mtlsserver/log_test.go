@@ -53,7 +53,7 @@ func TestFinalLines(t *testing.T) {
 	denied := maps.Clone(s.denied)
 	maps.DeleteFunc(denied, func(_ Reason, n uint64) bool { return n == 0 })
 	if refusals := (map[Reason]uint64{Expired: 1, UnknownSerial: 1, AppRemoved: 1, Revoked: 1,
-		HandshakeFailed: 1, NotTLS: 3}); !maps.Equal(denied, refusals) {
+		HandshakeFailed: 2, NotTLS: 3}); !maps.Equal(denied, refusals) {
 		t.Errorf("refusals %v, want %v", denied, refusals)
 	}
 	s.Close() // writes the log
