@@ -138,6 +138,7 @@ func TestBlockingSocketBlocksNobody(t *testing.T) {
 	for _, which := range []string{"client", "server", "both"} {
 		for _, d := range []Direction{Upload, Download} {
 			t.Run(which, func(t *testing.T) {
+				t.Parallel()
 				before := openPipes()
 				client, ours := duplex(t)
 				server, theirs := duplex(t)
@@ -148,7 +149,7 @@ func TestBlockingSocketBlocksNobody(t *testing.T) {
 					makeBlocking(t, theirs)
 				}
 				h := newRecorder(nil)
-				r := newEngine(t, Config{Idle: 300 * time.Millisecond}).Start(ours, h, 0)
+				r := newEngine(t, Config{Idle: 2 * time.Second}).Start(ours, h, 0)
 				r.Connect(theirs)
 				from, to := client, server
 				if d == Download {
