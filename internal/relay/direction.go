@@ -381,8 +381,9 @@ func (d *direction) passEnd() {
 	}
 }
 
-// discard reads from until it ends or is closed.
+// discard reads from until it ends or is closed. No limit holds for bytes that nobody gets.
 func (d *direction) discard() {
+	d.pacer.Chunk = 0
 	for !d.relay.released.Load() {
 		_, err := d.read()
 		d.freeBuffer()
