@@ -15,7 +15,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// loops are the event loops of an app. They start with the first Serve that may use them.
+// loops are the event loops of an app. They start with its first Serve.
 type loops struct {
 	wanted bool // by Options, which allow them
 	config relay.Config
@@ -66,12 +66,9 @@ type loopConn struct {
 // listenForLoops returns a listener in the place of l if its connections may be served by loops,
 // else l.
 func (a *LBProxyApp) listenForLoops(l net.Listener, admit AdmitFunc) net.Listener {
-	tcp, ok := l.(*net.TCPListener)
-	if !ok || admit != nil {
-		return l
-	}
 	g := a.startLoops()
-	if g == nil {
+	tcp, ok := l.(*net.TCPListener)
+	if g == nil || !ok || admit != nil {
 		return l
 	}
 	bare, err := g.NewListener(tcp, a.slots != nil, a.takeOnLoop)

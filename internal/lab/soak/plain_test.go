@@ -108,10 +108,10 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		f.apps[app.id], f.addrs[app.id] = a, l.Addr().String()
 		admit := f.admit
 		switch {
-		case useLoops() && app.id != "limits" && app.opts.DialContext == nil:
-			admit = nil
-		case app.id == "web":
+		case app.id == "web": // with loops its connections move to them after admit
 			l = &flakyListener{Listener: l, run: r}
+		case useLoops() && app.id != "limits" && app.opts.DialContext == nil:
+			admit = nil // loops accept themselves
 		}
 		f.serving.Go(func() {
 			if err := a.Serve(l, admit); !errors.Is(err, lbproxy.ErrAppClosed) {
@@ -122,7 +122,7 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 	return f
 }
 
-// useLoops says that the plain connections run on event loops, which no AdmitFunc can see.
+// useLoops says that plain connections run on event loops, most of them unseen by an AdmitFunc.
 func useLoops() bool { return os.Getenv("LBPROXY_LOOPS") != "" }
 
 // abort aborts a connection that admit has not seen.
