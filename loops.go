@@ -15,7 +15,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// loops are the event loops of an app. They start with its first Serve.
+// loops are the event loops of an app. They start with the first TCP listener or connection.
 type loops struct {
 	wanted bool // by Options, which allow them
 	config relay.Config
@@ -66,9 +66,12 @@ type loopConn struct {
 // listenForLoops returns a listener in the place of l if its connections may be served by loops,
 // else l.
 func (a *LBProxyApp) listenForLoops(l net.Listener, admit AdmitFunc) net.Listener {
-	g := a.startLoops()
 	tcp, ok := l.(*net.TCPListener)
-	if g == nil || !ok || admit != nil {
+	if !ok { // but its connections may move to loops
+		return l
+	}
+	g := a.startLoops()
+	if g == nil || admit != nil {
 		return l
 	}
 	bare, err := g.NewListener(tcp, a.slots != nil, a.takeOnLoop)

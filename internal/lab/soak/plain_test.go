@@ -108,8 +108,9 @@ func newPlainFront(t testing.TB, r *run) *plainFront {
 		f.apps[app.id], f.addrs[app.id] = a, l.Addr().String()
 		admit := f.admit
 		switch {
-		case app.id == "web": // with loops its connections move to them after admit
+		case app.id == "web" && !useLoops():
 			l = &flakyListener{Listener: l, run: r}
+		case app.id == "web": // its connections move to loops after admit
 		case useLoops() && app.id != "limits" && app.opts.DialContext == nil:
 			admit = nil // loops accept themselves
 		}
