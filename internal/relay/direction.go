@@ -25,6 +25,7 @@ type direction struct {
 	n         int
 	err       error
 	lastRead  int
+	small     bool     // the last chunk was smaller than smallChunk
 	fullReads int      // reads in a row that filled a large buffer; two start splicing
 	splicer   *splicer // nil: not splicing
 }
@@ -284,7 +285,11 @@ func (d *direction) account(n int) {
 	now := Clock()
 	r.last.Store(now) // before held drops, or the relay might look idle for a moment
 	r.held.Add(-1)
-	NoteChunk(n, now)
+	if small := n < smallChunk; small && d.small { // one among larger ones is the rest of bulk
+		NoteChunk(n, now)
+	} else {
+		d.small = small
+	}
 }
 
 // judge returns io.EOF for the error of a read that CloseNotify accepts as the end of the stream: a

@@ -1,8 +1,10 @@
 package relay
 
 import (
+	"io"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
@@ -65,4 +67,32 @@ func waitsForTurn() bool {
 		}
 	}
 	return false
+}
+
+// The rest of a large message is small, too. It is no small message unless another one follows.
+func TestSmallChunkAmongLargeOnesIsNoMessage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, server, h, r := joinPipes(newEngine(t, Config{}), nil)
+		defer lastSmall.Store(lastSmall.Load())
+		const long = -1 << 60 // ago
+		lastSmall.Store(long)
+		go io.Copy(io.Discard, server)
+		for range 5 {
+			client.Write(make([]byte, LargeBuffer))
+			client.Write(make([]byte, 100))
+			synctest.Wait()
+		}
+		if lastSmall.Load() != long {
+			t.Error("the rest of a large message counts as a small one")
+		}
+		client.Write(make([]byte, 100))
+		synctest.Wait()
+		if lastSmall.Load() == long {
+			t.Error("the second of two small messages does not count")
+		}
+		r.Abort(nil)
+		h.wait(t)
+		client.Close()
+		server.Close()
+	})
 }
