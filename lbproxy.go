@@ -254,9 +254,9 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 // it is aborted or the app is closed. An AdmitFunc may block, on a goroutine of its own, and must
 // not touch c after it has returned.
 //
-// A deadline set on Client stays in force; clear it before returning nil. To be sure that a
-// rejected client sees a message, read from Client before writing it: otherwise the client's dial
-// may fail first.
+// A deadline set on Client stays in force, except on event loops; clear it before returning nil. To
+// be sure that a rejected client sees a message, read from Client before writing it: otherwise the
+// client's dial may fail first.
 type AdmitFunc func(ctx context.Context, c *Conn) error
 
 // Listen returns a listener on addr, a "host:port", for Serve, which takes any other listener, too.

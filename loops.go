@@ -158,12 +158,12 @@ func (a *LBProxyApp) startOnLoop(c loop.Accepted) bool {
 func (s *session) moveToLoop(chunk int) bool {
 	c := s.conn
 	tcp, ok := s.client.(*net.TCPConn)
-	if !ok || !isSame(s.raw, tcp) || !isOwn(c.RateLimit) || !isPlain(c.ClientAddr) ||
-		!isPlain(c.ServerAddr) {
+	if !ok || !isSame(s.raw, tcp) || !isPlain(c.ClientAddr) || !isPlain(c.ServerAddr) {
 		return false
 	}
 	g := s.app.startLoops()
-	if g == nil {
+	// A session that was aborted meanwhile has not asked to open.
+	if g == nil || c.RateLimit != nil && !(s.opened && isOwn(c.RateLimit)) {
 		return false
 	}
 	fd, err := loop.Duplicate(tcp)

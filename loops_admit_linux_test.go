@@ -5,9 +5,14 @@ package lbproxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
 	"net"
+	"os"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -230,35 +235,106 @@ func TestOnDoneOfAnAdmittedLoopSessionMayBlock(t *testing.T) {
 	wantOnLoops(t, a, 6)
 }
 
-// TestAbortOnTheWayToALoop aborts connections from within admit, right after it, and later, and
-// closes the app among the last of them. Each has one Result, and no descriptor is left.
+// A Conn that is aborted in admit never opens, so ClientLimits know nothing of its client.
+func TestAbortInAdmitWithALimit(t *testing.T) {
+	clients := NewClientLimits(10, func(string) RateLimitManager { return &OpenLimit{Max: 5} })
+	var log proxytest.Buffer
+	cause := errors.New("no")
+	a, err := New("test", []Upstream{{Addr: upstreamDoing(t, echo)}}, &Options{
+		Loops: true, Logger: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	proxytest.Must(t, err)
+	results := make(chan Result, 1)
+	addr := serve(t, a, func(_ context.Context, c *Conn) error {
+		c.RateLimit = clients.For("x")
+		c.OnDone = func(r Result) { results <- r }
+		c.Abort(cause)
+		return nil
+	})
+	readUntilReset(addr)
+	if r := result(t, results); r.Err != cause || r.End != EndCanceled {
+		t.Errorf("%+v", r)
+	}
+	a.Close()
+	if log.String() != "" {
+		t.Errorf("the log has %s", log.String())
+	}
+	wantOnLoops(t, a, 0)
+}
+
+// An SO_LINGER that admit has set would make the close of a socket wait, and its loop with it.
+func TestLoopSocketsDoNotLinger(t *testing.T) {
+	shared := make(chan *os.File, 1)
+	_, addr, _ := serveAdmitted(t, func(c *Conn) {
+		tcp := c.Client.(*net.TCPConn)
+		tcp.SetLinger(4)
+		raw, err := tcp.SyscallConn()
+		proxytest.Must(t, err)
+		raw.Control(func(fd uintptr) {
+			n, err := syscall.Dup(int(fd))
+			proxytest.Must(t, err)
+			shared <- os.NewFile(uintptr(n), "duplicate")
+		})
+	}, Options{}, Upstream{Addr: upstreamDoing(t, echo)})
+	ping(t, dial(t, addr))
+	f := <-shared
+	defer f.Close()
+	// The first half of the option's value says whether there is one.
+	on, err := syscall.GetsockoptInt(int(f.Fd()), syscall.SOL_SOCKET, syscall.SO_LINGER)
+	if on != 0 || err != nil {
+		t.Errorf("SO_LINGER is %d, %v", on, err)
+	}
+}
+
+// TestAbortOnTheWayToALoop aborts many connections at once: from within admit, right after it, and
+// later. In the middle the app is closed. Each connection has one Result, each EventOpen its
+// EventClose, and no descriptor is left.
 func TestAbortOnTheWayToALoop(t *testing.T) {
-	const n = 400
-	up := upstreamDoing(t, echo)
+	const clients, rounds = 16, 40
+	up := upstreamDoing(t, func(c *net.TCPConn) { io.Copy(io.Discard, struct{ io.Reader }{c}) })
 	before := proxytest.Descriptors()
-	admitted := make(chan *Conn, n)
-	admit := func(c *Conn) { admitted <- c }
-	a, addr, results := serveAdmitted(t, admit, Options{}, Upstream{Addr: up})
+	open := &OpenLimit{Max: clients * rounds}
+	limits := NewClientLimits(clients, func(string) RateLimitManager { return &TokenBucket{Burst: 1 << 20} })
+	var admitted, done atomic.Int64
+	var aborts sync.WaitGroup
 	cause := errors.New("no more")
-	var aborters sync.WaitGroup
-	for i := range 8 {
-		aborters.Go(func() {
-			for c := range admitted {
-				time.Sleep(time.Duration(i) * 20 * time.Microsecond)
-				c.Abort(cause)
+	opts := Options{OnDone: func(Result) { done.Add(1) }}
+	a, addr, _ := serveAdmitted(t, func(c *Conn) {
+		n := admitted.Add(1)
+		c.RateLimit = All(open, limits.For(fmt.Sprint(n%clients)))
+		if n%8 == 0 {
+			c.OnRefused = func(net.Conn, error) {}
+		}
+		if n%5 == 0 {
+			c.Abort(cause)
+			return
+		}
+		aborts.Go(func() {
+			time.Sleep(time.Duration(n%7) * 20 * time.Microsecond)
+			c.Abort(cause)
+		})
+	}, opts, Upstream{Addr: up})
+	var dialers sync.WaitGroup
+	for range clients {
+		dialers.Go(func() {
+			for range rounds {
+				readUntilReset(addr)
+				if admitted.Load() > clients*rounds*2/3 {
+					a.Close() // those who come later are refused
+				}
 			}
 		})
 	}
-	for range n {
-		readUntilReset(addr)
-		if r := result(t, results); r.End != EndCanceled || r.Err != cause {
-			t.Errorf("%+v", r)
-		}
-	}
-	close(admitted)
-	aborters.Wait()
+	dialers.Wait()
+	aborts.Wait()
 	a.Close()
-	proxytest.Eventually(t, "no descriptor is left", func() bool {
-		return proxytest.Descriptors() <= before
+	proxytest.Eventually(t, "each has its Result, and no descriptor is left", func() bool {
+		return done.Load() == admitted.Load() && proxytest.Descriptors() <= before
 	})
+	if open.open != 0 {
+		t.Errorf("%d connections are open for ever", open.open)
+	}
+	if s := a.Stats(); s.Open != 0 || s.Accepted != uint64(admitted.Load()) {
+		t.Errorf("%d admitted: %+v", admitted.Load(), s)
+	}
 }

@@ -120,6 +120,7 @@ func (a *Listener) prepare(fd int) error {
 	if err := syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1); err != nil {
 		return os.NewSyscallError("setsockopt", err)
 	}
+	noLinger(fd)
 	ev := syscall.EpollEvent{Events: syscall.EPOLLIN}
 	return os.NewSyscallError("epoll_ctl", syscall.EpollCtl(a.epfd, syscall.EPOLL_CTL_ADD, fd, &ev))
 }
@@ -306,6 +307,7 @@ func Duplicate(c syscall.Conn) (fd int, err error) {
 			err = errBlocks
 			return
 		}
+		noLinger(int(old))
 		n, _, errno := syscall.RawSyscall(syscall.SYS_FCNTL, old, syscall.F_DUPFD_CLOEXEC, 0)
 		if errno != 0 {
 			err = os.NewSyscallError("fcntl", errno)
@@ -317,6 +319,11 @@ func Duplicate(c syscall.Conn) (fd int, err error) {
 }
 
 var errBlocks = errors.New("lbproxy: the socket was made to block")
+
+// noLinger takes SO_LINGER back: with a time, the close of a socket waits, and its loop with it.
+func noLinger(fd int) {
+	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{})
+}
 
 // Reset resets and closes a socket.
 func Reset(fd int) {

@@ -154,11 +154,7 @@ func (g *Group) Started() (n int64) {
 }
 
 // Start gives s to the loop with the fewest sessions.
-func (g *Group) Start(s *Session) {
-	l := g.leastLoaded()
-	l.count(s)
-	l.post(message{op: opStart, s: s})
-}
+func (g *Group) Start(s *Session) { g.leastLoaded().post(message{op: opStart, s: s}) }
 
 func (g *Group) leastLoaded() *loop {
 	l := g.loops[0]
@@ -183,6 +179,9 @@ func (l *loop) post(m message) bool {
 	defer l.mu.Unlock()
 	if l.closed {
 		return false
+	}
+	if m.op == opStart { // under the lock: from now on others can send messages for s, behind this one
+		l.count(m.s)
 	}
 	if l.inbox = append(l.inbox, m); len(l.inbox) == 1 {
 		l.file.SetReadDeadline(past) // costs less than a descriptor to write to

@@ -992,26 +992,42 @@ func TestPanicInCloseIsReported(t *testing.T) {
 }
 
 // A sweep resets what is idle, on a goroutine that nobody can catch a panic of.
-func TestPanicInCloseOfAnIdleConnIsReported(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		client, ours := proxytest.Pipe()
-		server, theirs := proxytest.Pipe()
-		h := newRecorder(nil)
-		r := newEngine(t, Config{Idle: time.Second, IdleErr: errIdle}).Start(panicAtReset{ours}, h, 0)
-		r.Connect(theirs)
-		if o := <-h.done; o.Err != errIdle || !strings.HasPrefix(fmt.Sprint(o.Panic), "resetting\n\n") {
-			t.Errorf("%+v", o)
-		}
-		proxytest.ReadReset(t, server)
-		client.Close()
-	})
+func TestPanicInResetOfAnIdleConnIsReported(t *testing.T) {
+	for _, where := range []string{"SetLinger", "Close"} {
+		synctest.Test(t, func(t *testing.T) {
+			client, ours := proxytest.Pipe()
+			server, theirs := proxytest.Pipe()
+			h := newRecorder(nil)
+			e := newEngine(t, Config{Idle: time.Second, IdleErr: errIdle})
+			e.Start(panicAtReset{ours, where}, h, 0).Connect(theirs)
+			o := <-h.done
+			if o.Err != errIdle || !strings.HasPrefix(fmt.Sprint(o.Panic), where+"\n\n") {
+				t.Errorf("%+v", o)
+			}
+			proxytest.ReadReset(t, server)
+			client.Close()
+		})
+	}
 }
 
-type panicAtReset struct{ *proxytest.PipeConn }
+type panicAtReset struct {
+	*proxytest.PipeConn
+	where string
+}
+
+func (c panicAtReset) SetLinger(sec int) error {
+	if c.where == "SetLinger" {
+		panic(c.where)
+	}
+	return c.PipeConn.SetLinger(sec)
+}
 
 func (c panicAtReset) Close() error {
 	c.PipeConn.Close()
-	panic("resetting")
+	if c.where == "Close" {
+		panic(c.where)
+	}
+	return nil
 }
 
 type badClose struct{ oddConn }

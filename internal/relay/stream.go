@@ -106,10 +106,10 @@ func (e *end) closeWrite() error {
 func (e *end) reset() { reset(e.below) }
 
 func reset(c net.Conn) {
+	defer c.Close() // also if SetLinger panics
 	if l, ok := c.(interface{ SetLinger(sec int) error }); ok {
 		l.SetLinger(0)
 	}
-	c.Close()
 }
 
 type (
