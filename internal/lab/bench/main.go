@@ -87,7 +87,7 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	flags.Func("versus", "`name=program argument...` to measure, too: it takes -listen and -upstream "+
 		"as\nexamples/basic does; the program basic is lbproxy's own", func(v string) error {
 		if _, command, _ := strings.Cut(v, "="); strings.TrimSpace(command) == "" {
-			return errors.New("want name=program argument...")
+			return errors.New("want name=program and its arguments")
 		}
 		b.versus = append(b.versus, v)
 		return nil
