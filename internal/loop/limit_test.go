@@ -101,11 +101,11 @@ func TestBulkLeavesWithItsChunk(t *testing.T) {
 	h := &recorder{verdict: func(int) relay.Verdict { return relay.Verdict{Chunk: 10 * bufferSize} }}
 	client, server := joinAs(t, newGroup(t, relay.Config{}), h)
 	go pattern.Send(client, 64<<20)
+	go io.Copy(io.Discard, server) // a session that is held up stays
 	fds := proxytest.Receive(t, "the descriptors", h.left)
 	if n := h.session.Chunk(); n != firstChunk { // the download's, which has had no verdict
 		t.Errorf("%d bytes may move at once, want %d", n, firstChunk)
 	}
-	go io.Copy(io.Discard, server)
 	for _, fd := range fds {
 		Reset(fd)
 	}
