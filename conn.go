@@ -214,6 +214,20 @@ func ConnFromContext(ctx context.Context) *Conn {
 	return c
 }
 
+// A connContext is a context that has its Conn as a value. Most sessions need no other.
+type connContext struct{ conn *Conn }
+
+func (connContext) Deadline() (t time.Time, ok bool) { return t, false }
+func (connContext) Done() <-chan struct{}            { return nil }
+func (connContext) Err() error                       { return nil }
+
+func (c connContext) Value(key any) any {
+	if key == (connKey{}) {
+		return c.conn
+	}
+	return nil
+}
+
 // clientAddr is the text of the client's address.
 func (c *Conn) clientAddr() string {
 	a := c.ClientAddr
@@ -230,15 +244,15 @@ func (c *Conn) clientAddr() string {
 type Result struct {
 	Conn           *Conn
 	App, ClientID  string
-	Client         string        // its address
-	Upstream       string        // its Addr; empty if none was reached
+	Client         string        // the client's address
+	Upstream       string        // the upstream's Addr; empty if none was reached
 	Attempts       int           // dials tried
 	DialTime       time.Duration // of the dial that succeeded, PROXY header and TLS included, or 0
 	Start          time.Time     // when it was accepted or given to ServeConn
 	Duration       time.Duration // since Start, so with Serve the time in admit is in it
 	Sent, Received int64         // bytes client to upstream, upstream to client
 	End            EndReason
-	Err            error // that ended it; nil for a clean end; the cause of a context or an Abort
+	Err            error // the one that ended it; nil: a clean end; the cause of a context or Abort
 }
 
 // LogValue implements slog.LogValuer: slog.Info("done", "conn", result) is an access log. It is a
@@ -397,4 +411,20 @@ func (c *Conn) proxyHeader() proxyproto.Header {
 		}
 	}
 	return h
+}
+
+// A heldConn stands for a connection that the app holds.
+type heldConn struct{ local, remote net.Addr }
+
+func (c *heldConn) LocalAddr() net.Addr              { return c.local }
+func (c *heldConn) RemoteAddr() net.Addr             { return c.remote }
+func (c *heldConn) Read([]byte) (int, error)         { return 0, c.closed("read") }
+func (c *heldConn) Write([]byte) (int, error)        { return 0, c.closed("write") }
+func (c *heldConn) Close() error                     { return c.closed("close") }
+func (c *heldConn) SetDeadline(time.Time) error      { return c.closed("set") }
+func (c *heldConn) SetReadDeadline(time.Time) error  { return c.closed("set") }
+func (c *heldConn) SetWriteDeadline(time.Time) error { return c.closed("set") }
+
+func (c *heldConn) closed(op string) error {
+	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: net.ErrClosed}
 }

@@ -68,20 +68,6 @@ func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
 	return s
 }
 
-// A connContext is a context that has its Conn as a value. Most sessions need no other.
-type connContext struct{ conn *Conn }
-
-func (connContext) Deadline() (t time.Time, ok bool) { return t, false }
-func (connContext) Done() <-chan struct{}            { return nil }
-func (connContext) Err() error                       { return nil }
-
-func (c connContext) Value(key any) any {
-	if key == (connKey{}) {
-		return c.conn
-	}
-	return nil
-}
-
 // endCtx makes ctx end with the session, for hooks. A session that has none is spared the cost.
 func (s *session) endCtx() {
 	c := s.conn
@@ -655,20 +641,4 @@ func (s *session) stub() {
 	if c, ok := s.conn.Client.(*net.TCPConn); ok && s.accepted {
 		s.conn.Client = &heldConn{c.LocalAddr(), c.RemoteAddr()}
 	}
-}
-
-// A heldConn stands for a connection that the app holds.
-type heldConn struct{ local, remote net.Addr }
-
-func (c *heldConn) LocalAddr() net.Addr              { return c.local }
-func (c *heldConn) RemoteAddr() net.Addr             { return c.remote }
-func (c *heldConn) Read([]byte) (int, error)         { return 0, c.closed("read") }
-func (c *heldConn) Write([]byte) (int, error)        { return 0, c.closed("write") }
-func (c *heldConn) Close() error                     { return c.closed("close") }
-func (c *heldConn) SetDeadline(time.Time) error      { return c.closed("set") }
-func (c *heldConn) SetReadDeadline(time.Time) error  { return c.closed("set") }
-func (c *heldConn) SetWriteDeadline(time.Time) error { return c.closed("set") }
-
-func (c *heldConn) closed(op string) error {
-	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: net.ErrClosed}
 }
