@@ -8,7 +8,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// A limit is what a session has whose handler may hold it. Most have none.
+// A limit is the state of a session whose handler may hold it. Most sessions have none.
 type limit struct {
 	pacer [2]relay.Pacer // for what comes from each side
 	began [2]int64       // clock at which a side began to be held
@@ -26,11 +26,15 @@ func (s *Session) Limit(chunk int) {
 }
 
 // Chunk returns how many bytes may move at once; 0: there is no bound. It is called by Leave.
-func (s *Session) Chunk() (n int) {
+func (s *Session) Chunk() int {
 	if s.limit == nil {
 		return 0
 	}
-	a, b := s.limit.pacer[client].Chunk, s.limit.pacer[server].Chunk
+	return least(s.limit.pacer[client].Chunk, s.limit.pacer[server].Chunk)
+}
+
+// least returns the smaller of a and b, of which 0 stands for none.
+func least[T int | int64](a, b T) T {
 	if a == 0 || b == 0 {
 		return max(a, b)
 	}
@@ -45,8 +49,8 @@ func (s *Session) room(i int) int {
 	return s.limit.pacer[i].Limit(bufferSize)
 }
 
-// isHeld reports whether nothing may move from side i for now. What a failed side has sent is not
-// held: time is short.
+// isHeld reports whether nothing may move from side i for now. The bytes of a failed side are
+// not held: time is short.
 func (s *Session) isHeld(i int) bool {
 	return s.limit != nil && s.limit.until[i] != 0 && s.phase == open
 }
@@ -67,13 +71,7 @@ func (l *loop) obey(s *Session, i, n int, v relay.Verdict) {
 const forever = 100 * 365 * 24 * time.Hour
 
 // next is when the next side is let go; 0: none is held.
-func (lim *limit) next() int64 {
-	a, b := lim.until[client], lim.until[server]
-	if a == 0 || b == 0 {
-		return max(a, b)
-	}
-	return min(a, b)
-}
+func (lim *limit) next() int64 { return least(lim.until[client], lim.until[server]) }
 
 // letGo ends the holds whose time is over.
 func (l *loop) letGo(s *Session) {

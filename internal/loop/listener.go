@@ -19,9 +19,9 @@ import (
 // system calls of package net. Loops accept until one meets an error or a connection that it cannot
 // take. Accept returns that one, and its next call lets the loop accept again.
 //
-// The TCP listener owns the socket, and the Listener uses it only while the TCP listener is open. An
-// epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an entry
-// for it when it is closed.
+// The TCP listener owns the socket, and the Listener uses it only while the TCP listener is open.
+// An epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an
+// entry for it when it is closed.
 type Listener struct {
 	acceptor  // that of Accept
 	loops     []*loop
@@ -76,7 +76,7 @@ const (
 	maxAcceptLoops = 4
 )
 
-// NewListener returns a Listener for l. What it accepts inherits TCP_NODELAY and keep-alive, which
+// NewListener returns a Listener for l. Its connections inherit TCP_NODELAY and keep-alive, which
 // net sets on each connection. take is called on loops, on one at a time if it may return false: it
 // must not block. The caller closes the Listener, and l.
 func (g *Group) NewListener(

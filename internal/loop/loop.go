@@ -216,7 +216,7 @@ func (l *loop) run() {
 // isBusy reports whether there is work that no event announces.
 func (l *loop) isBusy() bool { return len(l.again) > 0 || l.sweep.isRunning() }
 
-// wait waits for events, or for messages. The next timer is one.
+// wait waits for events, or for messages: the alarm posts one when the next timer is due.
 func (l *loop) wait(ready func(uintptr) bool) {
 	l.n = 0
 	next := l.sweep.next

@@ -17,9 +17,6 @@ const (
 	// bulkReads in a row that fill the buffer make a session leave for the relay's pumps. They
 	// splice, which costs less than half, and do not keep others waiting.
 	bulkReads = 4
-
-	// urgentReads bounds the reads at an urgent byte: a signal may disturb some, but not all of them.
-	urgentReads = 100
 )
 
 // pending holds the bytes that a slow reader has yet to take. The last few move to a small buffer,
@@ -105,7 +102,7 @@ func (l *loop) pump(s *Session, i int) bool {
 // makes the system say that there is nothing, although bytes may follow for which no event comes.
 // Then read tries again.
 func (l *loop) read(c *side, most int) (n int, errno syscall.Errno) {
-	for range urgentReads {
+	for range relay.UrgentReads {
 		n, errno = relay.RecvFD(int(c.fd), l.buf[:most])
 		if errno != syscall.EAGAIN || c.state&urgent == 0 || !relay.AtMarkFD(int(c.fd)) {
 			break

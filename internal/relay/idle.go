@@ -142,8 +142,8 @@ func (e *Engine) arm(d time.Duration) {
 	}
 }
 
-// SweepPeriod returns the longest time between two sweeps. A quarter of the timeout lets a sweep ask
-// the system about a slow reader more than once.
+// SweepPeriod returns the longest time between two sweeps. A quarter of the timeout lets a sweep
+// ask the system about a slow reader more than once.
 func (c *Config) SweepPeriod() time.Duration {
 	if c.Idle <= 0 {
 		return keepAliveAge

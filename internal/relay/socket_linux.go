@@ -13,8 +13,8 @@ import (
 
 const canMeasure = true
 
-// urgentReads bounds the reads at an urgent byte: a signal may disturb some, but not all of them.
-const urgentReads = 100
+// UrgentReads bounds the reads at an urgent byte: a signal may disturb some, but not all of them.
+const UrgentReads = 100
 
 // A socket is a TCP connection that is waited for without a buffer, and then read and written
 // without waiting. TLS is spoken over one, too.
@@ -88,7 +88,7 @@ func (s *socket) receive(fd uintptr) bool {
 }
 
 func (s *socket) tryReceive(fd uintptr, poll bool) (found bool) {
-	for range urgentReads {
+	for range UrgentReads {
 		if poll && pollFD(int(fd), syscall.EPOLLIN) == 0 {
 			break
 		}
