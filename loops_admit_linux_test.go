@@ -180,12 +180,7 @@ func TestNewLimitThatBlocksHoldsNobodyElse(t *testing.T) {
 	name = "good"
 	mu.Unlock()
 	for range 20 {
-		c := dial(t, addr)
-		ping(t, c)
-		c.Close()
-		if r := result(t, results); r.End != EndDone {
-			t.Errorf("%+v", r)
-		}
+		visit(t, addr, results)
 	}
 	wantOnLoops(t, a, 20)
 }
@@ -294,7 +289,9 @@ func TestAbortOnTheWayToALoop(t *testing.T) {
 	up := upstreamDoing(t, func(c *net.TCPConn) { io.Copy(io.Discard, struct{ io.Reader }{c}) })
 	before := proxytest.Descriptors()
 	open := &OpenLimit{Max: clients * rounds}
-	limits := NewClientLimits(clients, func(string) RateLimitManager { return &TokenBucket{Burst: 1 << 20} })
+	limits := NewClientLimits(clients, func(string) RateLimitManager {
+		return &TokenBucket{Burst: 1 << 20}
+	})
 	var admitted, done atomic.Int64
 	var aborts sync.WaitGroup
 	cause := errors.New("no more")

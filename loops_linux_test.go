@@ -43,6 +43,17 @@ func result(t testing.TB, results <-chan Result) Result {
 	return proxytest.Receive(t, "a Result", results)
 }
 
+// visit is a client that has one answer and leaves.
+func visit(t *testing.T, addr string, results <-chan Result) {
+	t.Helper()
+	c := dial(t, addr)
+	ping(t, c)
+	c.Close()
+	if r := result(t, results); r.End != EndDone {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestLoopsServe(t *testing.T) {
 	up := upstreamDoing(t, echo)
 	a, addr, results := newLoopApp(t, Options{}, Upstream{Addr: up})
@@ -127,12 +138,7 @@ func TestLoopsAreNotForOtherConnections(t *testing.T) {
 			a, results := newApp(t, tc.opts, up)
 			l := listen(t)
 			go a.Serve(l, tc.admit)
-			c := dial(t, l.Addr().String())
-			ping(t, c)
-			c.Close()
-			if r := result(t, results); r.End != EndDone {
-				t.Errorf("%+v", r)
-			}
+			visit(t, l.Addr().String(), results)
 			wantOnLoops(t, a, 0)
 		})
 	}
