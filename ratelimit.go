@@ -37,8 +37,8 @@ type Event struct {
 	Bytes     int64     // EventData only: how many moved, at most 1 MiB
 
 	// Refused is set on the EventClose that undoes an EventOpen: this manager allowed the open, but
-	// a later one of the same [All] refused it, so there never was a connection. The manager should give
-	// back the cost of the open.
+	// a later one of the same [All] refused it, so there never was a connection. The manager should
+	// give back the cost of the open.
 	Refused bool
 }
 
@@ -383,8 +383,8 @@ func inTime(d time.Duration, rate int64) int64 {
 
 // All returns a manager that allows an open if every one of managers does. It asks them in order.
 // When one refuses, those asked before it get an EventClose with Refused set at once. It resets a
-// connection when any of them does. The longest Wait and the smallest Chunk count. A nil
-// manager is left out. A manager that holds a nil pointer is not, and panics at its first report.
+// connection when any of them does. The longest Wait and the smallest Chunk count. A nil manager
+// is left out. A manager that holds a nil pointer is not, and panics at its first report.
 func All(managers ...RateLimitManager) RateLimitManager {
 	var all all
 	for _, m := range managers {
@@ -478,8 +478,8 @@ type ClientLimits struct {
 //
 // When max is reached, a new client takes the place of an idle one, which is forgotten: a client
 // without open connections whose manager has no method Idle() bool, or one that returns true.
-// [TokenBucket], [Bandwidth] and [All] have that method, so a forgotten client regains nothing that it
-// had spent. If none of a small sample of clients is idle, the new client is refused with
+// [TokenBucket], [Bandwidth] and [All] have that method, so a forgotten client regains nothing that
+// it had spent. If none of a small sample of clients is idle, the new client is refused with
 // [ErrTooManyClients], although others may be idle.
 func NewClientLimits(max int, newLimit func(client string) RateLimitManager) *ClientLimits {
 	return &ClientLimits{max: max, newLimit: newLimit, clients: map[string]*clientLimit{}}

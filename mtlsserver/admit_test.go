@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// An alert in the clear is told from a broken protocol.
+// An alert in plain text is not taken for a broken protocol.
 func TestReasonOfATLSError(t *testing.T) {
 	certified := tls.ConnectionState{PeerCertificates: []*x509.Certificate{{}}}
 	for _, test := range []struct {
