@@ -19,7 +19,8 @@ type userApp struct{ user, app string }
 
 type appUpstreamKey struct{ app, addr string }
 
-// admin checks Config.Admin and returns the token. listens has the addresses of apps.
+// admin checks Config.Admin and returns the token. listens maps the addresses of apps to their
+// keys.
 func (r *report) admin(listens map[string]string) (token string) {
 	a := r.config.Admin
 	switch {
@@ -55,7 +56,7 @@ func (r *report) admin(listens map[string]string) (token string) {
 	return token
 }
 
-// adminListens returns where c wants administrators to be served, one place each.
+// adminListens returns the TCP address and the socket of c.Admin, one Listen each.
 func (c *Config) adminListens() (all []admin.Listen) {
 	if c.Admin == nil {
 		return nil
@@ -72,7 +73,7 @@ func (c *Config) adminListens() (all []admin.Listen) {
 	return all
 }
 
-// adminsFor returns what serves administrators: the old ones where they can go on, else new ones.
+// adminsFor returns the admin servers for r's Config. It reuses those in old at the same place.
 func (s *Server) adminsFor(
 	r *report, old map[admin.Listen]*admin.Server,
 ) (map[admin.Listen]*admin.Server, error) {
@@ -86,7 +87,7 @@ func (s *Server) adminsFor(
 		a, err := admin.Serve(at, http.HandlerFunc(s.serveAdmin))
 		if wrong, ok := errors.AsType[*admin.ListenError](err); ok {
 			closeAdmins(admins, old)
-			r.add("admin."+wrong.Field, "%v: change it, or end what has it", wrong.Err)
+			r.add("admin."+wrong.Field, "%v: change it, or end the program that uses it", wrong.Err)
 			return nil, r.err()
 		}
 		admins[place] = a
@@ -94,10 +95,10 @@ func (s *Server) adminsFor(
 	return admins, nil
 }
 
-// closeAdmins closes those of admins that do not go on.
-func closeAdmins(admins, goOn map[admin.Listen]*admin.Server) {
+// closeAdmins closes the servers in admins that are not in kept.
+func closeAdmins(admins, kept map[admin.Listen]*admin.Server) {
 	for at, a := range admins {
-		if a != goOn[at] {
+		if a != kept[at] {
 			a.Close()
 		}
 	}
@@ -111,7 +112,7 @@ func (s *Server) serveAdmin(w http.ResponseWriter, r *http.Request) {
 	http.Error(w, "not started yet", http.StatusServiceUnavailable)
 }
 
-// adminHandler returns what serves administrators as c wants it; nil if it does not.
+// adminHandler returns the handler for c.Admin; nil if that is nil.
 func (s *Server) adminHandler(c *Config, m *materials) http.Handler {
 	if c.Admin == nil {
 		return nil
@@ -122,7 +123,7 @@ func (s *Server) adminHandler(c *Config, m *materials) http.Handler {
 	}
 	if s.onReload != nil {
 		opts.Reload = func() (any, error) {
-			select { // before, New may not have returned yet
+			select { // until then, New may not have returned
 			case <-s.running:
 			case <-s.closing.Done():
 			}
@@ -193,8 +194,8 @@ func (s *Server) adminInfo() (info admin.Info) {
 	return info
 }
 
-// drainUpstream drains an upstream, or ends that, for an administrator. It holds until it is
-// undone, the upstream is removed, or the process ends.
+// drainUpstream drains an upstream, or ends its drain, for an administrator. The change lasts until
+// it is undone, the upstream is removed, or the process ends.
 func (s *Server) drainUpstream(app, addr string, drain bool) error {
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
@@ -215,7 +216,7 @@ func (s *Server) drainUpstream(app, addr string, drain bool) error {
 	return admin.ErrNotFound
 }
 
-// withDrains sets Drain in an app's upstreams as administrators have done. The caller holds
+// withDrains applies the drains of administrators to an app's upstreams. The caller holds
 // reloading, as for forgetDrains.
 func (s *Server) withDrains(app string, upstreams []lbproxy.Upstream) {
 	for i, u := range upstreams {

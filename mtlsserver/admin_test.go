@@ -345,7 +345,7 @@ func TestReloadChangesTheAdmin(t *testing.T) {
 		c.Admin = &Admin{Listen: taken.Addr().String()}
 	}))
 	if err == nil || !strings.HasPrefix(err.Error(), "admin.listen: ") ||
-		!strings.Contains(err.Error(), "in use: change it, or end what has it") {
+		!strings.Contains(err.Error(), "in use: change it, or end the program that uses it") {
 		t.Errorf("an address in use: %v", err)
 	}
 	if code, _ := l.ask(t, "GET", "/healthz"); code != 200 {

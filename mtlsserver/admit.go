@@ -21,12 +21,12 @@ type session struct {
 	app  string
 	id   atomic.Pointer[Identity] // nil until the handshake is done; a reload may replace it
 
-	release func() // releases its limits; nil until it has them
+	release func() // releases its limits; nil before it has any
 	ended   atomic.Bool
 }
 
-// end aborts the connection with cause. It reports whether this is the first call: an ended session
-// stays among the live ones for some time. Every call aborts, so that the connection has been
+// end aborts the connection with cause. It reports whether this is the first call, because an ended
+// session stays in Server.live for some time. Every call aborts, so that the connection has been
 // aborted when any of them returns.
 func (l *session) end(cause error) (first bool) {
 	l.conn.Abort(cause)
@@ -52,8 +52,8 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	s.live[l] = struct{}{}
 	s.open[userApp{id.User.Name, l.app}]++
 	s.liveMu.Unlock()
-	// A reload during the handshake did not find the session among the live ones, so judge it by
-	// the snapshot that is current now. A later reload will find it.
+	// A reload during the handshake could not judge this session, so judge it by the current
+	// snapshot. A later reload finds it in s.live.
 	snap := s.current.Load()
 	if snap.proxies[l.app] == nil { // otherwise p has the upstreams of snap or of a later one
 		return &Refusal{Reason: AppRemoved}
@@ -70,8 +70,8 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	return nil
 }
 
-// handshake makes c a TLS connection with an authenticated client. If it fails, it has told the
-// client by an alert, where TLS allows that.
+// handshake makes c a TLS connection with an authenticated client. If it fails, it has sent the
+// client an alert, where TLS allows that.
 func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) (*Identity, error) {
 	app := snap.apps[p.conf.ID]
 	if app == nil {
@@ -82,7 +82,7 @@ func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) 
 			return nil, &Refusal{Reason: NoProxyHeader, Err: err}
 		}
 	}
-	var id *Identity // claimed by the certificate; proved when the handshake is done
+	var id *Identity // claimed by the certificate; proved once the handshake is done
 	config := app.tls.Clone()
 	config.VerifyConnection = func(cs tls.ConnectionState) (err error) {
 		got, want := cs.ServerName, app.serverName
@@ -106,7 +106,7 @@ func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) 
 }
 
 // handshake waits for the first byte of c's client, then for a place, and performs the TLS
-// handshake. All of it has to end within g.Timeout.
+// handshake, all within g.Timeout.
 func (g *gate) handshake(
 	ctx context.Context, c *lbproxy.Conn, config *tls.Config,
 ) (t *lbproxy.TLSConn, err error) {
@@ -172,7 +172,7 @@ func linger(raw net.Conn) {
 	}
 }
 
-// A failure is the error of a handshake, with the facts that tell failures apart.
+// A failure is the error of a handshake, with the facts that distinguish failures.
 type failure struct {
 	error
 	op   string // of a net.OpError; crypto/tls uses "remote error" and "local error"
@@ -228,7 +228,7 @@ func refusalOf(err error, cs tls.ConnectionState) *Refusal {
 	for _, known := range failures {
 		if known.match(f) {
 			if f.alertInTheClear() {
-				err = errors.New("the client refused our certificate, by an alert in the clear")
+				err = errors.New("the client refused our certificate by an unencrypted alert")
 			}
 			return &Refusal{Reason: known.reason, Err: err}
 		}

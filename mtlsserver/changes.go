@@ -42,7 +42,7 @@ func (c Change) String() string {
 	return strings.Join(all, " ")
 }
 
-// attrs returns the changes as log attributes, without those that are empty.
+// attrs returns the changes that are not empty as log attributes.
 func (c Changes) attrs() (attrs []slog.Attr) {
 	for _, part := range []struct {
 		key    string

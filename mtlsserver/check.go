@@ -17,7 +17,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/strictjson"
 )
 
-// A report checks a Config and collects what is wrong with it.
+// A report checks a Config and collects the problems with it.
 type report struct {
 	config   *Config
 	problems strictjson.Problems
@@ -42,8 +42,8 @@ func (r *report) err() error {
 	return errors.Join(errs...)
 }
 
-// dates adds a problem for each certificate that is out of date, unless the same file is in force
-// already. It returns the latter.
+// dates adds a problem for each certificate that is out of date. It returns those whose file is in
+// force already, without a problem.
 func (r *report) dates(inForce []Certificate) (expired []Certificate) {
 	now := time.Now()
 	for _, c := range r.certs {

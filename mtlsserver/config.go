@@ -41,8 +41,8 @@ type source struct {
 	doc  *strictjson.Doc
 }
 
-// Files are paths of PEM files. They are relative to the file that Load read, if it made the
-// Config. Other users of the machine must not be able to read Key, nor to write any of them.
+// Files are paths of PEM files. In a Config from Load they are relative to its file. Other users
+// of the machine must not be able to read Key, or to write any of the files.
 type Files struct {
 	Cert string `json:"cert"`
 	Key  string `json:"key"`
@@ -80,8 +80,8 @@ type App struct {
 // AppTLS are an app's requirements for its clients' TLS.
 type AppTLS struct {
 	// ServerName is the server name (SNI) that clients may ask for. A client that asks for another
-	// one is refused, because it has been led here from another app; a client without SNI is not.
-	// Empty means any.
+	// name is refused, because somebody may have redirected it from another app. A client without
+	// SNI is accepted. Empty means any name.
 	ServerName string `json:"serverName,omitzero"`
 }
 
@@ -133,7 +133,8 @@ type UserSerial struct {
 	CertSHA256 string `json:"certSHA256,omitzero"`
 }
 
-// A Limit bounds what a user does. Zero fields set no bound; Burst and Every go together.
+// A Limit bounds a user's connections and bytes. Zero fields set no bound; Burst and Every go
+// together.
 type Limit struct {
 	Burst          int           `json:"burst,omitzero"`          // connections opened at once,
 	Every          time.Duration `json:"every,omitzero"`          // and the time to regain one
@@ -142,9 +143,9 @@ type Limit struct {
 }
 
 // Handshake bounds the resources of clients that have not authenticated yet. A client holds a place
-// from its first byte to the end of its handshake. When all places are taken, a newcomer gets the
-// place of the oldest handshake of the address (IPv6: network) that holds most places. A client
-// that has sent nothing costs a socket; 16,384 of them may wait.
+// from its first byte to the end of its handshake. When all places are taken, a newcomer replaces
+// the oldest handshake of the address (IPv6: network) that holds most places. A client that has
+// sent nothing costs a socket; 16,384 of them may wait.
 type Handshake struct {
 	Timeout       time.Duration `json:"timeout,omitzero"`       // from accept on; 0: 10s
 	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0: 256
@@ -174,11 +175,11 @@ func (l Limit) MarshalJSON() ([]byte, error)       { return strictjson.Encode(l)
 func (h Handshake) MarshalJSON() ([]byte, error)   { return strictjson.Encode(h) }
 func (h HealthCheck) MarshalJSON() ([]byte, error) { return strictjson.Encode(h) }
 
-// Load reads a Config from a JSON file and checks it together with the files that it names. The
-// error lists all problems, a line each: syntax, unknown keys, duplicate keys, values of the wrong
-// type, and whatever Validate finds. Only certificates that are out of date are no error: [New] and
-// [Server.Reload] judge them. Durations are written as in Go ("10s"); paths are relative to the
-// file.
+// Load reads a Config from a JSON file and checks it together with the files that it names.
+// Durations are written as in Go ("10s"); paths are relative to the file. The error lists all
+// problems, one a line: syntax, unknown keys, duplicate keys, values of the wrong type, and the
+// problems that Validate finds, except for the dates of certificates, which [New] and
+// [Server.Reload] check.
 func Load(path string) (*Config, error) {
 	text, err := readFile(path, false)
 	if err != nil {
@@ -191,8 +192,8 @@ func Load(path string) (*Config, error) {
 	return Parse(path, dir, text)
 }
 
-// Parse is like Load for a text in memory. Each line of the error begins with name; relative paths
-// start at dir.
+// Parse is like Load for a text in memory. Each line of the error begins with name; paths are
+// relative to dir.
 func Parse(name, dir string, text []byte) (*Config, error) {
 	c := &Config{source: source{file: name, dir: dir}}
 	doc, problems := strictjson.Decode(text, c)
@@ -212,8 +213,8 @@ func Parse(name, dir string, text []byte) (*Config, error) {
 	return c, nil
 }
 
-// Validate checks c together with the files that it names. The error lists all problems, a line
-// each, certificates that are out of date included.
+// Validate checks c together with the files that it names. The error lists all problems, one a
+// line, including certificates that are out of date.
 func (c *Config) Validate() error {
 	r := &report{config: c}
 	r.check()

@@ -17,7 +17,7 @@ import (
 	"strings"
 )
 
-// pair reads a certificate that must be good for usage, and its key.
+// pair reads a certificate, which must allow usage, and its key.
 func (r *report) pair(
 	key, certFile, keyFile string, usage x509.ExtKeyUsage,
 ) (pair tls.Certificate) {
@@ -134,7 +134,7 @@ func (r *report) file(key, path string, secret bool) []byte {
 }
 
 // readFile reads a regular file of at most 8 MiB. It fails if other users of the machine can write
-// or replace the file, or read a secret one. Windows has no mode bits that would tell.
+// or replace the file, or read a secret one. On Windows, which has no mode bits, it cannot check.
 func readFile(path string, secret bool) ([]byte, error) {
 	info, err := os.Stat(path)
 	switch {
@@ -155,10 +155,9 @@ func readFile(path string, secret bool) ([]byte, error) {
 	return text, nil
 }
 
-// checkModes returns an error for a file that others, neither the owner nor the group, can write or
-// replace. A secret file must also be closed to others and to the group, with one exception: the
-// group may read a file that root owns, because Kubernetes mounts secrets that way for processes
-// that are not root.
+// checkModes returns an error for a file that users outside its owner and group can write or
+// replace. Only the owner may read a secret file. As an exception its group may read it if root
+// owns it, because Kubernetes mounts secrets that way for processes that are not root.
 func checkModes(path string, info fs.FileInfo, secret bool) error {
 	mode := info.Mode().Perm()
 	switch {

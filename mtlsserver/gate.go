@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// A gate bounds the handshakes in progress, those of all apps together.
+// A gate bounds the handshakes in progress, for all apps together.
 //
 //	wait ──► waiting: silent ──first byte──► waiting: queued ──► inside ──► leave
 //	           │ too many wait                 │ too many of      │ too many inside
@@ -26,7 +26,7 @@ type gate struct {
 	Handshake // every field is set
 
 	mu       sync.Mutex
-	networks map[netip.Prefix]*network // those with visits or misses
+	networks map[netip.Prefix]*network // with visits or misses
 	waiting  list.List                 // of *visit without a place, oldest first
 	inside   list.List                 // of *visit with a place, oldest first
 	misses   []miss                    // oldest first
@@ -48,9 +48,9 @@ type network struct {
 	queue  []*visit // near networks only: visits that have sent a byte, oldest first
 }
 
-// weight returns how many places n holds or has recently lost. Lost ones count because each address
-// of a network may open one slow handshake, and another when that is cut; without them such a
-// network would weigh little and push newcomers out.
+// weight returns the number of places that n holds or has recently lost. Lost places count because
+// each address of a network may open one slow handshake, and another when that is cut. Otherwise
+// such a network would weigh little and push newcomers out.
 func (n *network) weight() int { return n.inside + n.missed }
 
 // A miss is a handshake that had a place and failed to finish.
@@ -133,8 +133,8 @@ func (g *gate) verdict(v *visit) error {
 	return nil
 }
 
-// leave ends v and returns its verdict. A visit that missed its end, by a timeout, counts against
-// its networks for g.Timeout.
+// leave ends v and returns its verdict. A visit that has timed out (missed) counts against its
+// networks for g.Timeout.
 func (g *gate) leave(v *visit, missed bool) error {
 	g.mu.Lock()
 	if missed && v.placed && !v.cut {
@@ -172,8 +172,7 @@ func (g *gate) promote(n *network) (losers []*visit) {
 	return losers
 }
 
-// heaviest returns the oldest visit with a place among those of the heaviest /48, and in it of the
-// heaviest /64.
+// heaviest returns the oldest visit with a place in the heaviest /64 of the heaviest /48.
 func (g *gate) heaviest() (v *visit) {
 	for e := g.inside.Front(); e != nil; e = e.Next() {
 		other := e.Value.(*visit)

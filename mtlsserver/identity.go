@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// A Reason names how a connection ended, in one word. The constants and the values of
-// [lbproxy.EndReason] are all there are.
+// A Reason says in one word why a connection ended. It is one of the constants, or the text of an
+// [lbproxy.EndReason].
 type Reason string
 
 const (
@@ -35,12 +35,12 @@ const (
 	WrongServerName Reason = "wrong-server-name" // see AppTLS.ServerName
 
 	// The certificate is missing, or it is not one that this server accepts from clients.
-	NoCertificate    Reason = "no-certificate"    // the client presents none
+	NoCertificate    Reason = "no-certificate"    // the client sent none
 	BadCertificate   Reason = "bad-certificate"   // cannot be parsed, as with a negative serial
-	UnknownExtension Reason = "unknown-extension" // has a critical extension that is not known here
+	UnknownExtension Reason = "unknown-extension" // has an unknown critical extension
 	WeakSignature    Reason = "weak-signature"    // signed with SHA-1 or worse
 	UnknownCA        Reason = "unknown-ca"        // self-signed, or issued by another CA
-	NotYetValid      Reason = "not-yet-valid"     // its date is in the future
+	NotYetValid      Reason = "not-yet-valid"     // its NotBefore is in the future
 	Expired          Reason = "expired"           // at the handshake, or later
 	NotDirect        Reason = "not-direct"        // issued by an intermediate CA
 	IsCA             Reason = "is-ca"             // it may sign other certificates
@@ -55,15 +55,15 @@ const (
 
 	NoProof         Reason = "no-proof"         // the client does not hold the certificate's key
 	ClientGone      Reason = "client-gone"      // the client left before the handshake was done
-	ClientAlert     Reason = "client-alert"     // the client refused, as for our certificate
+	ClientAlert     Reason = "client-alert"     // the client refused our certificate, for example
 	HandshakeFailed Reason = "handshake-failed" // any other failure
 
 	AppRemoved Reason = "app-removed" // by a reload, before the handshake was done
 	Revoked    Reason = "revoked"     // by a reload that removed the user, serial, app, right or CA
 )
 
-// allReasons are the constants above. Each is a metric from the start, so that the first refusal is
-// an increase.
+// allReasons are the constants above. Each has a metric from the start, so that the first refusal
+// shows as an increase.
 var allReasons = []Reason{
 	TooManyHandshakes, TooManyFromAddress, HandshakeTimeout, HandshakeTooLarge, NoProxyHeader,
 	NotTLS, OldTLS, WrongServerName, NoCertificate, BadCertificate, UnknownExtension,
@@ -75,7 +75,7 @@ var allReasons = []Reason{
 // String returns the reason's word.
 func (r Reason) String() string { return string(r) }
 
-// A Refusal is the error for a client that is refused, or whose connection the server has ended.
+// A Refusal is the error for a client that is refused or whose connection the server has ended.
 type Refusal struct {
 	Reason Reason
 	Err    error // details; may be nil
@@ -109,9 +109,9 @@ func KeyID(cert *x509.Certificate) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// Users is a store of the holders of certificates. Lookup returns the user and true, or false if
-// there is none. For a serial that is listed with another certificate it may return that user and
-// false.
+// Users is a store of the holders of certificates. Lookup returns the user who holds the claimed
+// certificate and true, or nil and false if there is none. If the store lists the serial for
+// another certificate, Lookup may return that certificate's user and false.
 //
 // Handshakes call Lookup before the client has proved anything, so it must answer from memory. It
 // must be safe for concurrent use. The User it returns must not change; a later call may return
@@ -139,24 +139,23 @@ type Identity struct {
 	ca    *x509.Certificate
 }
 
-// An Authenticator identifies clients by their certificates and decides what they may reach. Use it
-// with a tls.Config that has RequireAnyClientCert, MinVersion VersionTLS13 and
-// SessionTicketsDisabled: Identify refuses resumed sessions, so without the last every second
-// connection of a client with tickets would fail.
+// An Authenticator identifies clients by their certificates and decides which apps they may reach.
+// Use it with a tls.Config that has RequireAnyClientCert, MinVersion VersionTLS13 and
+// SessionTicketsDisabled. Identify refuses resumed sessions, so without SessionTicketsDisabled
+// every second connection of a client with tickets would fail.
 //
-// Identify verifies the certificate itself, against CAs alone. RequireAndVerifyClientCert works as
-// well, but then crypto/tls verifies it too, and anybody can make that cost 30 ms of CPU by sending
-// a long chain.
+// Identify verifies the certificate itself, against CAs alone. RequireAndVerifyClientCert works
+// too, but then crypto/tls verifies the certificate as well, and anyone can make that cost 30 ms
+// of CPU by sending a long chain.
 type Authenticator struct {
-	CAs   []*x509.Certificate // each issues clients' certificates; a Claim says which did
+	CAs   []*x509.Certificate // the issuers of clients' certificates
 	Users Users
 }
 
 // Identify returns the identity of a connection's client if it may reach app. Otherwise it returns
-// a [*Refusal]. The result depends on the arguments and the time alone, so that Identify may be
-// called in tls.Config.VerifyConnection, whose error crypto/tls sends to the client as an alert. At
-// that point the client has not yet proved that it holds the certificate's key: act upon an
-// Identity only when the handshake is done, and call Identify for each connection.
+// a [*Refusal]. Call it for each connection, best in tls.Config.VerifyConnection: crypto/tls sends
+// the client an alert for its error. At that point the client has not proved that it holds the
+// certificate's key, so use the Identity only after the handshake has succeeded.
 func (a *Authenticator) Identify(cs tls.ConnectionState, app string) (*Identity, error) {
 	switch {
 	case cs.Version != tls.VersionTLS13:
@@ -272,8 +271,8 @@ var weakSignatures = []x509.SignatureAlgorithm{
 	x509.MD2WithRSA, x509.MD5WithRSA, x509.SHA1WithRSA, x509.DSAWithSHA1, x509.ECDSAWithSHA1,
 }
 
-// invalidReason returns the reason to refuse a certificate that the CA has signed, but that
-// crypto/x509 finds invalid. The CA itself may be the one that is out of date.
+// invalidReason returns the Reason for a certificate that the CA has signed and crypto/x509 finds
+// invalid. The expired certificate may also be the CA's.
 func invalidReason(invalid x509.CertificateInvalidError) Reason {
 	switch invalid.Reason {
 	case x509.IncompatibleUsage:

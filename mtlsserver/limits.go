@@ -7,8 +7,8 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// limits hold the RateLimitManagers of users. An unchanged limit keeps its manager over reloads,
-// and so what users have spent of it.
+// limits hold the RateLimitManagers of users. An unchanged limit keeps its manager, and so its
+// state, over reloads.
 type limits struct {
 	make func(user, app string, l Limit) lbproxy.RateLimitManager
 
@@ -39,7 +39,7 @@ func keysOf(u *User, app string, defaultLimit *Limit) (keys []limitKey) {
 	return keys
 }
 
-// of returns the manager for a session of u with app, nil if there is no limit. The caller must
+// of returns the manager for a session of u with app; nil if there is no limit. The caller must
 // call release when the session has ended.
 func (l *limits) of(
 	u *User, app string, defaultLimit *Limit,
@@ -83,8 +83,8 @@ func (l *limits) take(key limitKey) *keptLimit {
 	return k
 }
 
-// configure makes the limits of users. The caller must call done once: done(true) makes them the
-// configured ones and forgets those of the last configuration; done(false) undoes configure.
+// configure makes the limits of users. The caller must call done once: done(true) replaces the
+// limits of the previous configuration, done(false) undoes configure.
 func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit bool)) {
 	now := map[*keptLimit]bool{}
 	for i := range users {
@@ -121,8 +121,8 @@ func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit 
 	}
 }
 
-// forgetIdle forgets the limits that no session uses and that are back in their initial state.
-// Without it, limits of a caller's Users would stay for ever.
+// forgetIdle forgets unused limits that are back in their initial state. Without it, the limits of
+// users in Options.Users would stay for ever.
 func (l *limits) forgetIdle() {
 	l.mu.Lock()
 	var unused []limitKey

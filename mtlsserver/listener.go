@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// A port is a listening socket that one share after the other accepts from, so that a reload
-// neither binds the address again nor loses connections in the listen queue. A deadline in the past
-// wakes the share that is accepting, without closing the socket.
+// A port is a listening socket that several shares accept from, one at a time. So a reload neither
+// binds the address again nor loses connections in the listen queue. A deadline in the past wakes
+// the accepting share without closing the socket.
 //
-// (Duplicates of the descriptor, one a share, do not work: File puts the original into blocking
-// mode for a moment, and Close does not end an Accept that begins then.)
+// A duplicate of the descriptor for each share would not work: File puts the original into blocking
+// mode for a moment, and Close does not end an Accept that begins then.
 type port struct {
 	deadlineListener
 	turn chan struct{} // holds an element while no share accepts
@@ -22,10 +22,10 @@ type port struct {
 	mu        sync.Mutex // held over SetDeadline, which does not wait
 	shares    int        // open ones
 	accepting *share     // the share whose Accept may be waiting
-	left      net.Conn   // accepted for a share that was closed meanwhile
+	left      net.Conn   // accepted by a share that was closed meanwhile
 }
 
-// A deadlineListener has the methods of a *net.TCPListener that a port needs.
+// A deadlineListener can end a pending Accept by a deadline, as a *net.TCPListener can.
 type deadlineListener interface {
 	net.Listener
 	SetDeadline(time.Time) error
@@ -106,8 +106,8 @@ func (s *share) begin() (c net.Conn, err error) {
 }
 
 // end undoes begin and reports whether Accept should return c. If s was closed meanwhile, end
-// leaves c to the next share. Without a next share Accept returns c: another process may have
-// passed on the socket and keep it open, and then a restart must not lose any client.
+// leaves c to the next share. If s was the last share, Accept returns c: the socket may belong to
+// a service manager, and then a restart must lose no client.
 func (s *share) end(c net.Conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -148,7 +148,7 @@ func (s *share) Close() error {
 	return nil
 }
 
-// reset resets a connection, as the system resets those in the queue of a socket that is closed.
+// reset resets a connection, as the system resets queued connections when their socket is closed.
 func reset(c net.Conn) {
 	if t, ok := c.(interface{ SetLinger(int) error }); ok {
 		t.SetLinger(0)

@@ -14,7 +14,7 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A line is one that waits to be written to a Server's Logger.
+// A line waits to be written to a Server's Logger.
 type line struct {
 	level slog.Level
 	text  string
@@ -35,8 +35,8 @@ func (s *Server) writeDropped(n uint64) {
 	s.write(line{slog.LevelError, "log lines were dropped", []slog.Attr{slog.Uint64("lines", n)}})
 }
 
-// done logs a connection that has ended. Its place and its limits are free before the line is
-// queued.
+// done logs a connection that has ended. It frees the connection's limits before it queues the
+// line.
 func (s *Server) done(l *session, r lbproxy.Result) {
 	s.countOut(l, r)
 	if l.release != nil {
@@ -80,13 +80,13 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 	s.say(level, "connection", attrs...)
 }
 
-// countOut removes a connection from the live ones, and counts it if it was refused.
+// countOut removes a session from s.live, and counts it if it was refused.
 func (s *Server) countOut(l *session, r lbproxy.Result) {
 	_, refused := errors.AsType[*Refusal](r.Err)
 	reason := reasonOf(l, r)
 	s.liveMu.Lock()
 	defer s.liveMu.Unlock()
-	if refused || reason == HandshakeFailed { // a panic in admit is one, too
+	if refused || reason == HandshakeFailed { // after a panic in admit too
 		s.denied[reason]++
 	}
 	if _, ok := s.live[l]; !ok {
@@ -147,8 +147,8 @@ func (r *Refusal) claimed() (attrs []slog.Attr) {
 	return attrs
 }
 
-// clean returns the beginning of a text with '?' for every character that cannot be printed. A peer
-// may have chosen part of the text.
+// clean returns the first most characters of a text, with '?' for each one that cannot be printed:
+// a peer may have chosen part of the text.
 func clean(text string, most int) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
@@ -166,11 +166,11 @@ type refusals struct {
 	seconds map[Reason]*second
 }
 
-// A second counts the refusals for a reason in the latest second that had any.
+// A second counts the refusals for a reason since began.
 type second struct {
 	began    time.Time
 	lines    int
-	withheld int // since take was called last
+	withheld int // since the last call of take
 }
 
 // allow reports whether a refusal may have a line of its own. Otherwise it counts the refusal.
@@ -195,7 +195,7 @@ func (r *refusals) allow(reason Reason, now time.Time) bool {
 	return true
 }
 
-// take returns the number of refusals without a line, for each reason, and starts again at zero.
+// take returns the number of refusals without a line, by reason, and resets it.
 func (r *refusals) take() map[Reason]int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -217,8 +217,8 @@ func (s *Server) sayWithheld() {
 	}
 }
 
-// An appLog passes on lbproxy's records about an app and drops those about connections: done logs
-// them.
+// An appLog passes on lbproxy's records about an app. It drops records about connections, which
+// done logs.
 type appLog struct{ slog.Handler }
 
 func (h appLog) Enabled(ctx context.Context, level slog.Level) bool {

@@ -13,14 +13,14 @@ func ownedByRoot(info fs.FileInfo) bool {
 	return ok && stat.Uid == 0
 }
 
-// readOnly reports whether a folder is in a read-only file system. Its mode does not matter then.
+// readOnly reports whether a folder is in a read-only file system, where its mode does not matter.
 func readOnly(folder string) bool {
 	const write = 2
 	return syscall.Access(folder, write) == syscall.EROFS
 }
 
-// awaitByte waits until c has a byte, its end or an error to read, or until its deadline. A client
-// that sends nothing costs no buffer meanwhile.
+// awaitByte waits until c has a byte, its end or an error to read, or until its deadline. It holds
+// no buffer while it waits.
 func awaitByte(c net.Conn) error {
 	sc, ok := c.(syscall.Conn)
 	if !ok {
@@ -33,8 +33,7 @@ func awaitByte(c net.Conn) error {
 	var b [1]byte
 	return raw.Read(func(fd uintptr) bool {
 		for {
-			// What was there before the first wait causes no event any more, so it must be looked
-			// for.
+			// Peek before the first wait: data that came earlier causes no new event.
 			_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK)
 			if err != syscall.EINTR {
 				return err != syscall.EAGAIN

@@ -10,9 +10,9 @@ import (
 )
 
 // Reload replaces the configuration by c, which must not change afterwards. If there is a problem
-// with c or with a file that it names, or if an address cannot be bound, nothing changes. An
-// expired certificate that is in force already is no problem while its file is the same, so that
-// users can always be removed.
+// with c or with a file that it names, or if an address cannot be bound, nothing changes. A
+// certificate that is in force may have expired, as long as its file is the same: otherwise an
+// expired certificate would keep a revocation from taking effect.
 //
 // Reload resets the connections that c does not allow. All others go on, and so do listeners with
 // the same app and address, the state of unchanged limits, and the counters of upstreams. Changed
@@ -111,7 +111,7 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 			p.listener.Close()
 		}
 	}
-	// Do not wait: one of the old admins may be answering the request for this reload.
+	// Do not wait: an old admin server may be answering the request for this reload.
 	s.watching.Go(func() { closeAdmins(old.admins, snap.admins) })
 	return nil
 }
@@ -148,8 +148,8 @@ func (p *proxy) drain(ctx context.Context) {
 	}
 }
 
-// proxyOptions returns a without the fields that a proxy looks up in the current snapshot. Changes
-// of those need no new proxy.
+// proxyOptions returns a without the fields that a proxy looks up in the current snapshot: changing
+// them needs no new proxy.
 func (a App) proxyOptions() App {
 	a.Upstreams, a.TLS, a.CloseNotify, a.AcceptProxy = nil, nil, "", nil
 	return a
@@ -219,7 +219,7 @@ func (s *Server) listen(conf App, old map[string]*proxy) (*share, error) {
 // start makes p serve as soon as the server runs, until p's listener is closed and its last
 // connection has ended. The caller holds s.mu.
 func (s *Server) start(p *proxy) {
-	if s.current.Load().admin != nil { // otherwise the recorder would never forget p.app
+	if s.current.Load().admin != nil { // else nothing samples, and the recorder never forgets p.app
 		s.recorder.Track(p.app)
 	}
 	s.serving.Go(func() {

@@ -29,8 +29,8 @@ func SerialOf(cert *x509.Certificate) (Serial, error) {
 }
 
 // ParseSerial reads a serial as tools print it: in hex, with or without a leading 0x and colons
-// between the octets ("openssl x509 -serial" and "-text"), or in decimal after "dec:". A number of
-// decimal digits only is refused, unless hex and decimal mean the same.
+// between the octets ("openssl x509 -serial" and "-text"), or in decimal after "dec:". It refuses
+// unmarked digits that could be hex or decimal, unless both mean the same number.
 func ParseSerial(text string) (Serial, error) {
 	wrong := func(format string, args ...any) (Serial, error) {
 		return "", fmt.Errorf("serial %.60q: "+format, append([]any{text}, args...)...)

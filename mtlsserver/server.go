@@ -43,16 +43,16 @@ type Options struct {
 	NewLimit func(user, app string, l Limit) lbproxy.RateLimitManager
 
 	// Listen returns the listener for an app's address, at the start and when a reload has changed
-	// the address. The Server closes it. The listener must have a SetDeadline method, as those of
-	// package net have. Listen must not call the Server. nil means lbproxy.Listen.
+	// the address. The Server closes it. The listener must have a SetDeadline method, as package
+	// net's listeners have. Listen must not call the Server. nil means lbproxy.Listen.
 	Listen func(app, addr string) (net.Listener, error)
 
 	// Reload is called when an administrator asks for a reload (see Config.Admin). It should call
 	// Server.Reload with a new Config. If it is nil, administrators cannot reload.
 	Reload func() (Changes, error)
 
-	// Sections returns what administrators see besides: on the status page, in /api/stats and as
-	// metrics. It is called for each request and must not wait. nil means nothing.
+	// Sections returns more facts for administrators: on the status page, in /api/stats and as
+	// metrics. It is called for each request and must not wait. nil means none.
 	Sections func() []admin.Section
 }
 
@@ -84,7 +84,7 @@ type Server struct {
 
 	mu      sync.Mutex // guards ran and proxies; not held over I/O or hooks
 	ran     bool
-	proxies map[*proxy]struct{} // the current ones, and replaced ones that still have connections
+	proxies map[*proxy]struct{} // current ones, and replaced ones that still have connections
 
 	liveMu sync.Mutex
 	live   map[*session]struct{}
@@ -220,8 +220,8 @@ func (s *Server) stop(end func(*proxy)) {
 // longer allowed. It returns their number.
 func (s *Server) Recheck() int { return s.sweep(s.current.Load().judge) }
 
-// sweep ends the sessions for which verdict returns an error. It returns how many it has ended
-// itself, and leaves out those that an overlapping sweep has ended.
+// sweep ends the sessions for which verdict returns an error. It returns their number, without the
+// sessions that an overlapping sweep has ended.
 func (s *Server) sweep(verdict func(*session) error) (ended int) {
 	s.liveMu.Lock()
 	live := make([]*session, 0, len(s.live))
@@ -237,8 +237,8 @@ func (s *Server) sweep(verdict func(*session) error) (ended int) {
 	return ended
 }
 
-// watch does the periodic work until every connection has ended. It reads the wall clock and not
-// the monotonic one: certificates expire by the wall clock, which runs on while the machine sleeps.
+// watch does the periodic work until every connection has ended. It compares wall clock times, as
+// certificates do: the monotonic clock may stop while the machine sleeps.
 func (s *Server) watch() {
 	every := time.NewTicker(time.Second / 2)
 	defer every.Stop()

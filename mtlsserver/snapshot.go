@@ -10,8 +10,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
-// A snapshot holds everything that decides about a connection. It is immutable; a reload replaces
-// it.
+// A snapshot is the configuration in force. It is immutable; a reload replaces it.
 type snapshot struct {
 	config        *Config
 	auth          Authenticator
@@ -35,8 +34,8 @@ type appRules struct {
 	acceptProxy lbproxy.AdmitFunc // nil: no peer is trusted to send PROXY headers
 }
 
-// newSnapshot returns the snapshot of c. It keeps the gate of old, and so the handshakes that the
-// gate counts, if c has the same Handshake.
+// newSnapshot returns the snapshot of c. It keeps old's gate, with the handshakes in progress, if
+// c has the same Handshake.
 func newSnapshot(
 	c *Config, m *materials, users Users, proxies map[string]*proxy, old *snapshot,
 ) *snapshot {
@@ -64,7 +63,7 @@ func newSnapshot(
 		rules := &appRules{tls: &tls.Config{
 			MinVersion:   tls.VersionTLS13,
 			ClientAuth:   tls.RequireAnyClientCert, // Identify verifies it at less cost
-			ClientCAs:    poolOf(m.cas...),         // clients choose their certificate by it
+			ClientCAs:    poolOf(m.cas...),         // helps clients choose their certificate
 			Certificates: []tls.Certificate{m.server},
 
 			// A ticket would keep a client authenticated after its user was removed.
@@ -87,7 +86,7 @@ func newSnapshot(
 }
 
 // judge returns an error if n does not allow l, which an earlier snapshot admitted. Otherwise it
-// sets l's Identity to the one that n has.
+// updates l's Identity.
 func (n *snapshot) judge(l *session) error {
 	was := l.id.Load()
 	id, err := n.auth.recheck(was, l.app)

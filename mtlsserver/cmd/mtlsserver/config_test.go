@@ -637,11 +637,11 @@ func TestBadConfigurations(t *testing.T) {
 		{name: "admin's port in use", edit: `"drainTimeout">"admin": {"listen": "` +
 			taken.Addr().String() + `"}, "drainTimeout"`, want: []string{
 			`config.json:16: admin.listen: …` + taken.Addr().String() +
-				`…bind: …in use: change it, or end what has it`}},
+				`…bind: …in use: change it, or end the program that uses it`}},
 		// Listening.
 		{name: "port in use", edit: `"127.0.0.1:0">"` + taken.Addr().String() + `"`,
 			want: []string{`config.json: …app "web": …` + taken.Addr().String() +
-				`…in use: change that app's listen, or end what has the address`}},
+				`…in use: change that app's listen, or end the program that uses the address`}},
 		{name: "address of another machine", edit: `"127.0.0.1:0">"192.0.2.1:9443"`,
 			want: []string{
 				`config.json: …app "web": …192.0.2.1:9443…: ` +

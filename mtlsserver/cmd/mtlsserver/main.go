@@ -404,7 +404,7 @@ func (s *server) explain(err error) error {
 	if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "listen" {
 		return err
 	}
-	remedy := "change that app's listen, or end what has the address"
+	remedy := "change that app's listen, or end the program that uses the address"
 	_, unknown := errors.AsType[*net.DNSError](err)
 	switch {
 	case unknown || errors.Is(err, syscall.EADDRNOTAVAIL):
