@@ -40,7 +40,7 @@ func (h *handler) apiConns(w http.ResponseWriter, r *http.Request) {
 	answer(w, http.StatusOK, h.conns(r, 100))
 }
 
-// conns returns the connections that a request selects; most is the limit if it has none.
+// conns returns the connections that a request selects; most is the default limit.
 func (h *handler) conns(r *http.Request, most int) (page Conns) {
 	offset, _ := strconv.Atoi(r.FormValue("offset"))
 	if n, err := strconv.Atoi(r.FormValue("limit")); err == nil && n > 0 {
@@ -91,7 +91,7 @@ func (h *handler) each(want url.Values, f func(Conn, *lbproxy.Conn) bool) {
 	}
 }
 
-// A change does what a request asks for and returns what to answer.
+// A change carries out a request and returns the answer.
 type change func(h *handler, args url.Values) (any, error)
 
 func drain(on bool) change {
@@ -135,7 +135,7 @@ func reload(h *handler, _ url.Values) (any, error) {
 var (
 	errArgument   = errors.New("bad request")
 	errForbidden  = errors.New("not allowed: use the Unix socket, or a bearer token")
-	errNotOffered = errors.New("not offered here")
+	errNotOffered = errors.New("this server does not offer it")
 	errRefused    = errors.New("")
 )
 
@@ -147,7 +147,7 @@ var codes = map[error]int{
 	errNotOffered: http.StatusNotImplemented,
 }
 
-// changing returns what handles a change: it asks who it is, does it, and logs it.
+// changing returns a handler that checks permission, makes a change, and logs it.
 func (h *handler) changing(name string, do change) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		by, allowed := h.permit(r)
@@ -163,7 +163,7 @@ func (h *handler) changing(name string, do change) http.HandlerFunc {
 		}
 		attrs := []slog.Attr{slog.String("change", name), slog.String("by", by)}
 		level, code := slog.LevelInfo, http.StatusOK
-		if allowed { // else nothing that it says is worth a line
+		if allowed { // else anybody could fill the log
 			for _, key := range []string{"app", "user", "upstream", "client"} {
 				if v := r.Form.Get(key); v != "" {
 					attrs = append(attrs, slog.String(key, clean(fmt.Sprintf("%.300s", v))))
@@ -185,7 +185,7 @@ func (h *handler) changing(name string, do change) http.HandlerFunc {
 	}
 }
 
-// permit returns who asks for a change, and whether they may.
+// permit returns the sender of a request, and whether it may make changes.
 func (h *handler) permit(r *http.Request) (by string, ok bool) {
 	if who := bySocket(r); who != "" {
 		return who, true
@@ -201,8 +201,7 @@ func answer(w http.ResponseWriter, code int, v any) {
 	_ = json.NewEncoder(w).Encode(v) // the client may be gone
 }
 
-// clean quotes a text that has anything but printable characters in it: a peer may have had a word
-// in it.
+// clean quotes a text that has unprintable characters: a peer may have chosen part of the text.
 func clean(s string) string {
 	odd := func(r rune) bool { return !unicode.IsPrint(r) }
 	if !utf8.ValidString(s) || strings.ContainsFunc(s, odd) {

@@ -1,12 +1,12 @@
 // Package admin shows the state of lbproxy apps over HTTP: a status page for people, metrics for
-// Prometheus, JSON for programs. A program mounts it in a mux of its own in one line:
+// Prometheus, and JSON for programs. A program mounts it in a mux of its own in one line:
 //
 //	mux.Handle("/lb/", http.StripPrefix("/lb", admin.Handler(apps, nil)))
 //
-// Package mtlsserver imports this package, and serves it as its configuration says ("admin"). This
-// package imports lbproxy and the standard library, and knows a server only by [Options].
+// Package mtlsserver serves it at the addresses under "admin" in its configuration. This package
+// imports lbproxy and the standard library only; [Options] connect it with a server.
 //
-// # What can be read
+// # Reading
 //
 //	GET /           the status page; it works without JavaScript
 //	GET /conns      the open connections, as a page
@@ -17,12 +17,13 @@
 //	GET /api/conns  a [Conns] in JSON: ?app, user, upstream and client select, offset and limit
 //	                (at most 1,000; by default 100) page
 //
-// Counters never fall: the counts of apps and upstreams are kept when they are gone. 1,000 apps,
-// and 1,000 upstreams of each, keep their names; others are summed under no name.
+// Counters never fall: removed apps and upstreams keep their counts. The counts of up to 1,000
+// removed apps, and of 1,000 removed upstreams of each app, keep their names; the rest are summed
+// under the empty name.
 //
-// # What can be changed
+// # Changing
 //
-// Each change is a POST with its arguments in the query or as a form, and is logged with who asked.
+// Each change is a POST with its arguments in the query or as a form. It is logged with its sender.
 //
 //	POST /api/drain    app, upstream: it gets no new connections
 //	POST /api/undrain  app, upstream: it gets them again
@@ -31,9 +32,9 @@
 //	POST /api/reload   reloads the configuration and then answers with the changes:
 //	                   {"users": {"added": ["bob"]}, …, "ended": 0}
 //
-// A request may make changes if it comes by the Unix socket of a [Server], or if it has
-// "Authorization: Bearer TOKEN" and Options.Token is set. The answer is JSON. A request that
-// fails is answered by {"error": "…"}: 400 for an argument, 403 without permission, 404 for an app
-// or upstream that is not there, 422 for a configuration that is refused, with a line for each
-// problem, and 501 for a change that the program does not offer.
+// A request may make changes if it comes through the Unix socket of a [Server], or if it has
+// "Authorization: Bearer TOKEN" with the token of Options.Token. The answer is JSON. The answer to
+// a failed request is {"error": "…"}, with status 400 for an invalid argument, 403 without
+// permission, 404 for an unknown app or upstream, 422 for an invalid configuration, with one
+// problem a line, and 501 for a change that the program does not offer.
 package admin

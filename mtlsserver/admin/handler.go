@@ -24,19 +24,19 @@ type Options struct {
 	// its own name to this address.
 	Hosts []string
 
-	// Token permits changes to requests that have it. Empty means that only the Unix socket of a
-	// Server does.
+	// Token is the bearer token of requests that may make changes. Empty means that only requests
+	// through the Unix socket of a Server may.
 	Token string
 
 	// Recorder keeps counts and durations. nil means one of the handler's own, without durations.
 	Recorder *Recorder
 
-	// Info describes a server apart from its apps, on the page, in /api/stats, and by metrics whose
-	// names begin with mtlsserver. nil means that there is nothing more to show.
+	// Info describes a server apart from its apps, on the page, in /api/stats, and in metrics whose
+	// names begin with mtlsserver. nil means no such description.
 	Info func() Info
 
-	// Drain keeps new connections from an upstream if drain is true, and lets it have them again if
-	// not. Its error is the answer to the request; ErrNotFound makes that a 404. nil means that
+	// Drain keeps new connections from an upstream if drain is true, and allows them again if not.
+	// Its error is the answer to the request; ErrNotFound makes the status 404. nil means that
 	// draining is not offered.
 	Drain func(app, upstream string, drain bool) error
 
@@ -44,17 +44,18 @@ type Options struct {
 	// request. nil means that reloading is not offered.
 	Reload func() (any, error)
 
-	// Logger gets a line for each change, also one that is refused, on a goroutine of its own.
-	// nil means slog.Default().
+	// Logger gets a line for each change, including refused ones, on a separate goroutine. nil
+	// means slog.Default().
 	Logger *slog.Logger
 }
 
-// Handler returns a handler that shows what apps do; see the package documentation for its paths.
-// apps is called for each request and returns the current ones, in the order to show. An app that
-// it no longer returns is forgotten after a minute, when its connections have ended, and its counts
-// are kept; if it came back after that, they would be counted twice. The handler can be mounted at
-// any path with http.StripPrefix. Everybody who reaches the handler may read: the server around it
-// decides who does.
+// Handler returns a handler that shows the state of apps; see the package documentation for its
+// paths. Mount it at any path with http.StripPrefix. Everybody who can reach the handler may read,
+// so its server must restrict access.
+//
+// The handler calls apps for each request; apps returns the current apps in the order to show. An
+// app that is no longer returned is forgotten a minute later, once its connections have ended; its
+// counts are kept. Returning a forgotten app again would count it twice.
 func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
 	h := &handler{apps: apps, lines: logqueue.NewLines()}
 	if opts != nil {
@@ -95,8 +96,8 @@ type handler struct {
 
 const maxBody = 64 << 10
 
-// guard refuses requests that a web site of another name may have made a browser send, and sets the
-// headers that every answer has.
+// guard refuses requests for another host name, as a browser sends them for a web site that
+// resolves its own name to this address. It sets the headers that every answer has.
 func (h *handler) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer h.logPanic(r)
@@ -117,7 +118,7 @@ func (h *handler) guard(next http.Handler) http.Handler {
 			return
 		}
 		if r.ContentLength > maxBody {
-			w.Header().Set("Connection", "close") // rather than to read it
+			w.Header().Set("Connection", "close") // instead of reading the body
 			text(w, http.StatusRequestEntityTooLarge, "The body is too large.\n")
 			return
 		}
@@ -126,7 +127,8 @@ func (h *handler) guard(next http.Handler) http.Handler {
 	})
 }
 
-// logPanic logs a panic of what Options have, and ends the request. It must be called by defer.
+// logPanic logs a panic, such as one of a function in Options, and ends the request. It must be
+// called by defer.
 func (h *handler) logPanic(r *http.Request) {
 	if p := recover(); p != nil {
 		h.log(r, slog.LevelError, "admin: panic",
@@ -157,7 +159,7 @@ func (h *handler) stats() Stats {
 	return s
 }
 
-// readyz says whether every app can serve clients.
+// readyz answers 200 if every app can serve clients, else 503 with the problems.
 func (h *handler) readyz(w http.ResponseWriter, _ *http.Request) {
 	if problems := h.stats().Problems(); len(problems) > 0 {
 		text(w, http.StatusServiceUnavailable, strings.Join(problems, "\n")+"\n")

@@ -66,7 +66,7 @@ func (t *exposition) apps(apps []App) {
 
 var states = []lbproxy.UpstreamState{lbproxy.StateUp, lbproxy.StateCooling, lbproxy.StateDown}
 
-// upstreams writes gauges for the upstreams that there are, and counters also for those gone.
+// upstreams writes gauges for present upstreams, and counters for present and removed ones.
 func (t *exposition) upstreams(apps []App) {
 	each := func(gone bool, f func(app string, u *Upstream)) {
 		for i := range apps {
@@ -146,7 +146,7 @@ func (t *exposition) info(info Info) {
 		t.add(info.Refused[reason], "reason", reason)
 	}
 	t.family("mtlsserver_user_connections", "gauge", "Connections of users who have any.")
-	const most = 1000 // the others have no name
+	const most = 1000 // users with a metric each; the others share one
 	for _, u := range info.Users[:min(most, len(info.Users))] {
 		t.add(uint64(u.Open), "user", u.Name, "app", u.App)
 	}

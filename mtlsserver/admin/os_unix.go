@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// ownedByUs reports whether a file is this user's, or root's. For root it is true of any file:
-// root edits the configuration of a server that runs as another user, and asks it.
+// ownedByUs reports whether a file belongs to this user or to root. For root it is always true:
+// root edits the configuration of a server that runs as another user, and uses its socket.
 func ownedByUs(info fs.FileInfo) bool {
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	us := os.Geteuid()

@@ -37,7 +37,7 @@ type view struct {
 	UserCount int
 }
 
-// page shows what all apps do. Tables are cut to one page of rows each.
+// page shows the state of all apps. It cuts each table to one page of rows.
 func (h *handler) page(w http.ResponseWriter, r *http.Request) {
 	v := view{Stats: h.stats()}
 	v.Problems = v.Stats.Problems()
@@ -59,7 +59,7 @@ func (h *handler) page(w http.ResponseWriter, r *http.Request) {
 	render(w, "status", v)
 }
 
-// cut returns the rows of a page, and notes whether there are more.
+// cut returns the rows of v's page, and sets v.More if more follow.
 func cut[T any](v *view, rows []T) []T {
 	rows = rows[min(v.From, len(rows)):]
 	v.More = v.More || len(rows) > rowsPerPage
@@ -76,7 +76,7 @@ func (h *handler) connsPage(w http.ResponseWriter, r *http.Request) {
 	render(w, "conns", v)
 }
 
-// render answers only when all is written, so that nobody takes a part for the page.
+// render renders the whole page before it answers, so that no client gets half a page as a success.
 func render(w http.ResponseWriter, name string, v view) {
 	var b bytes.Buffer
 	if err := pages.ExecuteTemplate(&b, name, v); err != nil {
@@ -87,7 +87,7 @@ func render(w http.ResponseWriter, name string, v view) {
 	_, _ = w.Write(b.Bytes())
 }
 
-// warnings are what needs a look although the apps are ready.
+// warnings returns the conditions that need attention although the apps are ready.
 func (s Stats) warnings() (all []string) {
 	for _, a := range s.Apps {
 		used, up := 0, 0
@@ -111,8 +111,8 @@ func (s Stats) warnings() (all []string) {
 	return all
 }
 
-// formatBytes writes three digits and a unit, as mtlsserver status does. It keeps the exact number,
-// for programs.
+// formatBytes returns three digits and a unit, as mtlsserver status prints them, with the exact
+// number for programs.
 func formatBytes(n uint64) template.HTML {
 	value, unit := float64(n), 0
 	for ; value >= 999.5 && unit < 6; unit++ {
@@ -135,7 +135,7 @@ func formatCount(n any) template.HTML {
 	return template.HTML(`<data value="` + digits + `">` + text + "</data>")
 }
 
-// age is the time from then to now in its two largest units.
+// age returns the time from then to now in its two largest units.
 func age(now, then time.Time) string {
 	s := int(max(now.Sub(then), 0) / time.Second)
 	switch {

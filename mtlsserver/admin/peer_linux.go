@@ -6,7 +6,7 @@ import (
 	"syscall"
 )
 
-// peerOf says which user and process has connected to a socket.
+// peerOf describes the user and process at the other end of a Unix socket.
 func peerOf(c *net.UnixConn) (who string) {
 	raw, err := c.SyscallConn()
 	if err != nil {

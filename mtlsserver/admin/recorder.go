@@ -10,45 +10,45 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A Recorder keeps the counts of apps, even of those that are gone, and how long dials and
-// connections lasted. Several handlers may share one, at the same time or one after the other. The
-// zero Recorder is ready for use. It must not be copied.
+// A Recorder keeps the counts of apps, including removed ones, and the durations of dials and
+// connections. Several handlers may share one. The zero Recorder is ready for use. A Recorder must
+// not be copied after first use.
 type Recorder struct {
 	times sync.Map // of *times, by app id
 
 	mu      sync.Mutex // held over Stats of apps, so that no older counts follow newer ones
 	seen    map[*lbproxy.LBProxyApp]*sighting
-	past    map[string]*App // by id: what no app in seen has
+	past    map[string]*App // by id: counts that no app in seen holds
 	history []Sample
 }
 
-// A sighting is an app with its counts when it was looked at last.
+// A sighting holds an app's counts at the last look.
 type sighting struct {
 	last App
-	left time.Time // when it was not current for the first time; zero if it is
+	left time.Time // when the app was first seen not to be current; zero while it is
 }
 
 const (
-	maxGone     = 1000        // apps, and upstreams of an app, that are remembered by name
-	keepApp     = time.Minute // after it was current: it may have a connection that is about to begin
+	maxGone     = 1000        // removed apps, and removed upstreams of an app, kept by name
+	keepApp     = time.Minute // how long a removed app may still begin connections
 	maxSamples  = 150
 	sampleEvery = 2 * time.Second
 )
 
-// Track makes r know app, so that its counts are kept even if it is gone before the next request to
-// a handler. Call it for each app that may be replaced.
+// Track makes r keep app's counts even if app is removed before the next request to a handler. Call
+// it for each app that may be replaced.
 func (r *Recorder) Track(app *lbproxy.LBProxyApp) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.look(app)
 }
 
-// Sample adds a point to the curves of the page, unless the last one is less than a second old.
-// Each request does so, too. Call it every two seconds, so that the page has curves when it is
-// opened.
+// Sample adds a point to the curves of the page, unless the last point is less than a second old.
+// Each request does the same. Call Sample every two seconds, so that the page has curves as soon as
+// it is opened.
 func (r *Recorder) Sample(current []*lbproxy.LBProxyApp) { r.stats(current, time.Now()) }
 
-// stats looks at all apps. Those current come first, in their order.
+// stats returns the counts of all apps. The current ones come first, in their order.
 func (r *Recorder) stats(current []*lbproxy.LBProxyApp, now time.Time) Stats {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -81,7 +81,7 @@ func (r *Recorder) stats(current []*lbproxy.LBProxyApp, now time.Time) Stats {
 	return all
 }
 
-// all returns the current apps, and others that may have connections.
+// all returns the current apps, then the removed ones that may have connections.
 func (r *Recorder) all(current []*lbproxy.LBProxyApp) []*lbproxy.LBProxyApp {
 	all := slices.Clone(current)
 	r.mu.Lock()
@@ -94,8 +94,8 @@ func (r *Recorder) all(current []*lbproxy.LBProxyApp) []*lbproxy.LBProxyApp {
 	return all
 }
 
-// look updates the sighting of app. What it had counted for upstreams that are gone, or have begun
-// anew, is past. The caller holds mu, as for all that follows.
+// look updates the sighting of app. It moves the counts of upstreams that are gone, or count from
+// zero again, to past. The caller holds mu, as for the methods below.
 func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
 	s := r.seen[app]
 	if s == nil {
@@ -115,7 +115,7 @@ func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
 	return s
 }
 
-// of returns the past of an id.
+// of returns r.past[id], and makes it if there is none.
 func (r *Recorder) of(id string) *App {
 	if r.past == nil {
 		r.past = map[string]*App{}
@@ -126,7 +126,7 @@ func (r *Recorder) of(id string) *App {
 	return r.past[id]
 }
 
-// forget sums the ids that have no app and are too many under no name.
+// forget moves the counts of ids without an app to the empty id while r.past exceeds maxGone.
 func (r *Recorder) forget() {
 	if len(r.past) <= maxGone {
 		return
@@ -188,7 +188,7 @@ func appOf(s lbproxy.Stats) App {
 	return a
 }
 
-// merge adds b to a. Upstreams of an app that is not current are rows only while they have
+// merge adds b to a. Upstreams of an app that is not current get rows only while they have
 // connections.
 func (a *App) merge(b *App, current bool, most int) {
 	a.Current = a.Current || current
@@ -219,10 +219,10 @@ func (a *App) merge(b *App, current bool, most int) {
 	}
 }
 
-// keep adds to the counts of an upstream that is gone, of which a knows at most so many by name.
+// keep adds u to the counts of removed upstreams. It keeps at most most of them by name.
 func (a *App) keep(u Upstream, most int) {
 	if u.Total+u.Sent+u.Received == 0 {
-		return // it was never used: nobody misses it
+		return // never used
 	}
 	sum, known := a.gone[u.Addr]
 	if !known && len(a.gone) >= most {
@@ -234,7 +234,7 @@ func (a *App) keep(u Upstream, most int) {
 	a.gone[u.Addr] = sum
 }
 
-// add adds the counts of v to those of u.
+// add adds v's counts to u.
 func (u *Upstream) add(v Upstream) {
 	u.Open += v.Open
 	u.Total += v.Total
@@ -248,7 +248,7 @@ func (u *Upstream) less(v Upstream) bool {
 	return u.Total < v.Total || u.Failed < v.Failed || u.Sent < v.Sent || u.Received < v.Received
 }
 
-// sums are the apps of each id together.
+// sums add up the apps of each id.
 type sums struct {
 	apps []*App
 	byID map[string]*App
@@ -264,8 +264,8 @@ func (s *sums) add(b App, current bool) {
 	a.merge(&b, current, math.MaxInt)
 }
 
-// finish moves the counts of upstreams that are gone to their rows if they are back. What was
-// counted between the last look at an upstream and its end has no name.
+// finish adds the counts of removed upstreams that are back to their rows. Counts made between the
+// last look at an upstream and its removal go under the empty name.
 func (s *sums) finish() (apps []App) {
 	for _, a := range s.apps {
 		lost := a.all

@@ -27,8 +27,8 @@ type Listen struct {
 	Socket   string // the path of a Unix socket; empty: none
 }
 
-// A Server answers admin requests. Slow or many clients hold up nothing but each other: requests
-// have timeouts, and at most 64 connections are open on each listener.
+// A Server answers admin requests. Slow or many clients delay only each other: requests have
+// timeouts, and each listener has at most 64 open connections.
 type Server struct {
 	http  http.Server
 	addr  net.Addr
@@ -47,10 +47,10 @@ func Serve(at Listen, h http.Handler) (*Server, error) {
 	s.http = http.Server{
 		Handler:        s.restrict(h),
 		ReadTimeout:    5 * time.Second,
-		WriteTimeout:   time.Minute, // a reload may take its time
+		WriteTimeout:   time.Minute, // a reload may be slow
 		IdleTimeout:    30 * time.Second,
 		MaxHeaderBytes: 16 << 10,
-		ErrorLog:       log.New(io.Discard, "", 0), // what a client did wrong it has been told
+		ErrorLog:       log.New(io.Discard, "", 0), // errors of clients; the answers report them
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			if socket, ok := c.(*connlimit.Conn).Conn.(*net.UnixConn); ok {
 				return context.WithValue(ctx, socketKey{}, "unix socket"+peerOf(socket))
@@ -86,7 +86,8 @@ func Serve(at Listen, h http.Handler) (*Server, error) {
 // Addr returns the TCP address at which s listens, or nil if there is none.
 func (s *Server) Addr() net.Addr { return s.addr }
 
-// Close ends the listeners, gives requests a second to end, then cuts them. It returns nil.
+// Close closes the listeners, waits up to a second for requests, and cuts the rest. It always
+// returns nil.
 func (s *Server) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -107,7 +108,7 @@ type ListenError struct {
 func (e *ListenError) Error() string { return "admin: " + e.Field + ": " + e.Err.Error() }
 func (e *ListenError) Unwrap() error { return e.Err }
 
-// Check returns the problems of at that can be found without listening.
+// Check returns the problems of at that it can find without listening.
 func (at Listen) Check() (errs []*ListenError) {
 	if at.Addr != "" {
 		if err := checkAddr(at.Addr, at.Anywhere); err != nil {
@@ -138,8 +139,8 @@ func checkAddr(addr string, anywhere bool) error {
 	return nil
 }
 
-// checkSocket refuses a path where others could put a socket of their own, or where something is
-// that must not be removed.
+// checkSocket refuses a path where other users could put a socket of their own, or where a file
+// exists that is not this user's socket.
 func checkSocket(path string) error {
 	folder := filepath.Dir(path)
 	in, err := os.Stat(folder)
@@ -165,8 +166,8 @@ func checkSocket(path string) error {
 	return nil
 }
 
-// listenSocket binds the socket under another name and renames it when its mode is right. So nobody
-// else can connect in between, and a socket that a crash has left behind is replaced.
+// listenSocket binds the socket under a temporary name, sets its mode, and renames it. So nobody
+// can connect before the mode is set, and a socket left behind by a crash is replaced.
 func (s *Server) listenSocket() (net.Listener, error) {
 	c, err := net.DialTimeout("unix", s.path, time.Second)
 	if err == nil {
@@ -204,13 +205,14 @@ func (s *Server) removeSocket() {
 
 type socketKey struct{}
 
-// bySocket returns who sent a request by the Unix socket of a Server; empty if it did not come so.
+// bySocket describes the sender of a request through a Server's Unix socket; empty for other
+// requests.
 func bySocket(r *http.Request) string {
 	who, _ := r.Context().Value(socketKey{}).(string)
 	return who
 }
 
-// restrict keeps other machines from all but health and metrics.
+// restrict allows other machines to read health and metrics only.
 func (s *Server) restrict(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		from, _ := netip.ParseAddrPort(r.RemoteAddr)

@@ -16,8 +16,8 @@ type Stats struct {
 	Info
 }
 
-// An App has the counters of all apps with one id, summed up: the current one, those that it
-// replaced, and those that are gone. The fields are as in lbproxy.Stats.
+// An App has the sums of the counters of all apps with one id: the current app and its
+// predecessors. The fields are as in lbproxy.Stats.
 type App struct {
 	ID          string                       `json:"id"`
 	Current     bool                         `json:"current"`
@@ -30,11 +30,11 @@ type App struct {
 	Received    uint64                       `json:"received"`
 	Ends        map[lbproxy.EndReason]uint64 `json:"ends"`
 	Upstreams   []Upstream                   `json:"upstreams,omitempty"`
-	Gone        Upstream                     `json:"gone"` // the sums of upstreams that are gone
+	Gone        Upstream                     `json:"gone"` // the sums of removed upstreams
 
-	rows map[string]int      // the indexes of Upstreams, by Addr
-	gone map[string]Upstream // the counts of others, by Addr
-	all  Upstream            // those of all there ever were, together
+	rows map[string]int      // indexes in Upstreams, by Addr
+	gone map[string]Upstream // removed upstreams, by Addr
+	all  Upstream            // the sums of all upstreams, present and removed
 }
 
 // An Upstream has the counters and the state of an app's upstream, as in lbproxy.UpstreamStats.
@@ -45,7 +45,7 @@ type Upstream struct {
 	Error    string                `json:"error,omitempty"` // why it is cooling or down
 	Weight   int                   `json:"weight,omitempty"`
 	Drain    bool                  `json:"drain,omitempty"`
-	Removed  bool                  `json:"removed,omitempty"` // and has connections
+	Removed  bool                  `json:"removed,omitempty"` // but it has connections
 	Open     int                   `json:"open"`
 	Total    uint64                `json:"total"`
 	Failed   uint64                `json:"failed"`
@@ -70,7 +70,7 @@ type Info struct {
 	Sections     []Section         `json:"sections,omitempty"`
 }
 
-// A Section has facts that only the program knows, such as the state of a store that it uses.
+// A Section has facts about the program, such as the state of a store that it uses.
 type Section struct {
 	Title string `json:"title"`
 	Facts []Fact `json:"facts"`
@@ -80,7 +80,7 @@ type Section struct {
 // gauge.
 type Fact struct {
 	Name  string `json:"name"`
-	Value string `json:"value"` // as a person reads it; empty: the line is a metric only
+	Value string `json:"value"` // for people; empty: the fact is a metric only
 	Bad   bool   `json:"bad,omitempty"`
 
 	Metric string  `json:"metric,omitempty"` // its name; empty: none
@@ -95,7 +95,7 @@ type User struct {
 	Open int    `json:"open"`
 }
 
-// A Certificate is one in force.
+// A Certificate describes a certificate in force.
 type Certificate struct {
 	Key      string    `json:"key"` // where the configuration names it
 	File     string    `json:"file"`
@@ -103,11 +103,10 @@ type Certificate struct {
 	NotAfter time.Time `json:"notAfter"`
 }
 
-// Days returns how many days c is still valid; negative if it has expired.
+// Days returns the number of days until c expires; negative if it has expired.
 func (c Certificate) Days() int { return int(math.Floor(time.Until(c.NotAfter).Hours() / 24)) }
 
-// Problems returns the reasons why clients cannot be served, as /readyz lists them. None means
-// ready.
+// Problems returns the reasons why the server is not ready, as /readyz lists them.
 func (s Stats) Problems() (all []string) {
 	if s.NotReady != "" {
 		all = append(all, s.NotReady)
@@ -130,10 +129,10 @@ func (s Stats) Problems() (all []string) {
 	return all
 }
 
-// Conns is what /api/conns answers.
+// Conns is the answer of /api/conns.
 type Conns struct {
 	Conns []Conn `json:"conns"`
-	Next  int    `json:"next,omitempty"` // the offset of those that follow; 0 if there are none
+	Next  int    `json:"next,omitempty"` // the offset of the next page; 0 if there is none
 }
 
 // A Conn is an open connection.
@@ -148,5 +147,5 @@ type Conn struct {
 	Received uint64            `json:"received"`
 }
 
-// Age returns for how long c is open, in whole seconds.
+// Age returns how long c has been open, in whole seconds.
 func (c Conn) Age() time.Duration { return time.Since(c.Since).Truncate(time.Second) }

@@ -20,10 +20,10 @@ var (
 	}
 )
 
-// times are how long the dials and the connections of an app lasted.
+// times are the durations of an app's dials and connections.
 type times struct{ dials, conns histogram }
 
-// A histogram counts durations. It has room for the most bounds there are.
+// A histogram counts durations by their bounds; dialBounds is the longest list.
 type histogram struct {
 	counts [len(dialBounds) + 1]atomic.Uint64 // up to each bound, and beyond the last
 	sum    atomic.Int64
@@ -38,10 +38,8 @@ func (h *histogram) observe(d time.Duration, bounds []time.Duration) {
 	h.sum.Add(int64(d))
 }
 
-// Record changes the options of the app that is to have an id, so that r hears how long its dials
-// and connections last. It returns them; nil stands for the zero Options.
-//
-// Both are counted when the connection is over.
+// Record wraps opts.OnDone, so that r records the durations of the app's dials and connections when
+// a connection has ended. It returns opts, or new Options if opts is nil. id is the app's id.
 func (r *Recorder) Record(id string, opts *lbproxy.Options) *lbproxy.Options {
 	if opts == nil {
 		opts = &lbproxy.Options{}
