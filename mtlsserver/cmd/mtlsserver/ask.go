@@ -18,15 +18,15 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// An asker asks the server that runs with a configuration, as package admin has it.
+// An asker is a client of package admin's API in a running server.
 type asker struct {
 	config        string
-	network, addr string // where it is asked
+	network, addr string // of the server's admin
 	token         string // permits changes by TCP
 }
 
-// askerOf reads of a configuration only its admin: a server can be asked, and say what is wrong,
-// whatever else the file has in it by now.
+// askerOf returns an asker for the server that runs with a configuration. It reads only the admin
+// in the file, so that it can ask even if the rest of the file has problems.
 func askerOf(config string) (*asker, error) {
 	text, err := os.ReadFile(config)
 	if err != nil {
@@ -39,8 +39,8 @@ func askerOf(config string) (*asker, error) {
 	a := &asker{config: config}
 	switch {
 	case c.Admin == nil || c.Admin.Socket == "" && c.Admin.Listen == "":
-		return nil, fmt.Errorf(`%s: it has no admin to ask: add "admin": {"socket": "admin.sock"}, `+
-			"and have the server reload by SIGHUP", config)
+		return nil, fmt.Errorf(`%s: there is no admin: add "admin": {"socket": "admin.sock"}, `+
+			"then send the server SIGHUP", config)
 	case c.Admin.Socket != "":
 		a.network, a.addr = "unix", within(filepath.Dir(config), c.Admin.Socket)
 		return a, nil
@@ -56,7 +56,7 @@ func askerOf(config string) (*asker, error) {
 	return a, nil
 }
 
-// A refusal is what a server answers when it does not do what it was asked for.
+// A refusal is a server's answer to a request that it rejects.
 type refusal struct {
 	code int
 	text string
@@ -64,10 +64,10 @@ type refusal struct {
 
 func (r *refusal) Error() string { return fmt.Sprintf("the server answers %d: %s", r.code, r.text) }
 
-// ask sends a request and decodes the answer into v. What the server answers in place of that is a
-// *refusal.
+// ask sends a request and decodes the answer into v. The error is a *refusal if the server rejects
+// the request.
 func (a *asker) ask(method, path string, v any) error {
-	// A reload is answered when it is done; the server gives up after a minute.
+	// The answer to a reload comes after the reload; the server gives up after a minute.
 	client := http.Client{Timeout: 70 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -99,17 +99,17 @@ func (a *asker) ask(method, path string, v any) error {
 		err = json.Unmarshal(text, v)
 	}
 	if err != nil {
-		return fmt.Errorf("%s: the answer from %s cannot be read: %w: "+
+		return fmt.Errorf("%s: cannot read the answer from %s: %w: "+
 			"is it an mtlsserver of this version?", a.config, a.addr, err)
 	}
 	return nil
 }
 
-// explain says what to do when no server answers.
+// explain adds a remedy to the error of a connection attempt.
 func (a *asker) explain(err error) error {
-	remedy := "start it, or if it runs without this admin yet, have it reload by SIGHUP"
+	remedy := "start it, or send it SIGHUP if it runs but does not have this admin yet"
 	if errors.Is(err, fs.ErrPermission) {
-		remedy = "run this as the user that the server has, or as root"
+		remedy = "run this as the server's user, or as root"
 	}
 	if op, ok := errors.AsType[*net.OpError](err); ok {
 		err = op.Err
@@ -117,7 +117,8 @@ func (a *asker) explain(err error) error {
 	return fmt.Errorf("%s: no server answers at %s: %w: %s", a.config, a.addr, err, remedy)
 }
 
-// printable is a text without what would act upon a terminal: peers may have had a word in it.
+// printable replaces unprintable characters, because a peer may have chosen part of the text, and
+// control characters act upon a terminal.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
@@ -127,14 +128,14 @@ func printable(text string) string {
 	}, text)
 }
 
-// reload has the running server reload, waits until it has, and prints what has changed.
+// reload asks the running server to reload, waits for the answer, and prints the changes.
 func reload(config string, stdout, stderr io.Writer) error {
 	a, err := askerOf(config)
 	if err != nil {
 		return err
 	}
 	if a.network == "tcp" && a.token == "" {
-		return fmt.Errorf("%s: by admin.listen alone nothing can be changed: "+
+		return fmt.Errorf("%s: admin.listen alone permits no changes: "+
 			"add admin.socket or admin.token, or use SIGHUP", config)
 	}
 	var changes mtlsserver.Changes
@@ -143,7 +144,7 @@ func reload(config string, stdout, stderr io.Writer) error {
 		for problem := range strings.SplitSeq(no.text, "\n") {
 			fmt.Fprintln(stderr, printable(problem))
 		}
-		return errSaid
+		return errReported
 	}
 	if err != nil {
 		return errors.New(printable(err.Error()))

@@ -297,7 +297,7 @@ func TestInitNeverOverwrites(t *testing.T) {
 		dir := t.TempDir()
 		write(t, dir, name, []byte("mine"))
 		code, stdout, stderr := try("init", dir)
-		if code != 2 || stdout != "" || !has(stderr, name+"…exists…overwritten") ||
+		if code != 2 || stdout != "" || !has(stderr, name+"…exists…overwrites no file") ||
 			strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%s: exit code %d, %q, %q", name, code, stdout, stderr)
 		}
@@ -429,7 +429,7 @@ func TestIssueThatFails(t *testing.T) {
 				patience = 0
 				t.Cleanup(func() { patience = was })
 				write(t, dir, "config.json.new", []byte("theirs"))
-			}, "config.json.new: file exists: another command edits it"},
+			}, "config.json.new: file exists: another command is editing"},
 		{"a configuration with problems", []string{"-name", "carol", "-apps", "web"},
 			func(t *testing.T, dir string) {
 				write(t, dir, "config.json", []byte(strings.Replace(good, `"30s"`, `30`, 1)))

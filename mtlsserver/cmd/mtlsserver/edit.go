@@ -53,8 +53,8 @@ func edit(config string, change func(*document) error) error {
 		f, err = os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
 	}
 	if err != nil {
-		return fmt.Errorf("%w: another command edits it, or was cut off: then remove that file",
-			err)
+		return fmt.Errorf("%w: another command is editing the configuration: wait for it, "+
+			"or remove this file if that command was interrupted", err)
 	}
 	err = rewrite(f, config, info, change)
 	if err = errors.Join(err, f.Close()); err == nil {
@@ -147,9 +147,9 @@ func (d *document) user(name string) int {
 	return slices.IndexFunc(d.config.Users, func(u mtlsserver.User) bool { return u.Name == name })
 }
 
-// enter adds a user to a config file; ca has issued the user's only certificate. If the file has a
-// user of that name, with the same apps, it adds the serial to that user.
-func enter(u mtlsserver.User, ca *x509.Certificate, config string) error {
+// addUser adds a user to a config file; ca has issued the user's only certificate. If the file has
+// a user of that name, with the same apps, it adds the serial to that user.
+func addUser(u mtlsserver.User, ca *x509.Certificate, config string) error {
 	return edit(config, func(d *document) error {
 		u.Serials[0] = userSerial(u.Serials[0].Serial, ca, len(d.config.TLS.CA))
 		i := d.user(u.Name)
@@ -171,7 +171,7 @@ func enter(u mtlsserver.User, ca *x509.Certificate, config string) error {
 }
 
 // keepSerials replaces each serial of a user by the text that keep returns for it, or removes the
-// serial if that is empty. It returns the number of serials that are left.
+// serial if the text is empty. It returns the number of remaining serials.
 func (d *document) keepSerials(user int, keep func(i int, text string) string) int {
 	list := fmt.Sprintf("users[%d].serials", user)
 	var kept []string

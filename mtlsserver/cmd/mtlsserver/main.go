@@ -50,42 +50,41 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
         make a new server certificate and key, and name them in config.json
         (no -host: for the same names)
   mtlsserver revoke -dir DIR -name NAME [-serial S]
-        take a user out of config.json, or one of the user's serials
+        remove a user, or one of the user's serials, from config.json
   mtlsserver rotate -dir DIR [-drop CA.pem]
-        add a new CA, which signs from now on; with -drop, remove an old one
-        and the serials that are of it
+        add a new CA, which signs all new certificates; with -drop, remove an
+        old CA and its serials
   mtlsserver users -config FILE
-        print the users: a line for each certificate
+        print the users, one certificate a line
   mtlsserver serial CERT.pem
-        print the serial of a certificate as the user list wants it; of a CA,
-        the id that serials name it by
+        print the serial of a certificate for config.json, or a CA's id, by
+        which serials name the CA
   mtlsserver check -config FILE
-        print every problem of a configuration (it binds nothing: whether an
-        address can be had, run tells)
+        print every problem of a configuration, without binding its addresses
   mtlsserver run -config FILE [-log json|text] [-v]
         serve; SIGHUP reloads the configuration, SIGINT and SIGTERM drain, a
-        second one ends at once
+        second SIGINT or SIGTERM ends the server at once
   mtlsserver status -config FILE
-        ask the running server, by the admin of its configuration, and print
-        its apps, upstreams, users and certificates
+        print the running server's apps, upstreams, users and certificates,
+        from the admin in its configuration
   mtlsserver reload -config FILE
-        have the running server reload, by the same way, and print what has
-        changed (+ added, - removed, ~ changed) or why it has refused
+        reload the running server's configuration through its admin, and print
+        the changes (+ added, - removed, ~ changed) or the problems
   mtlsserver version
         print how this program was built
 
-It exits 0 when all went well; 1 when a drain, or a second signal, had to cut
-connections, a status is not ready, or a reload was refused; 2 when the command
-line, the configuration or an address is wrong, or no server can be asked.
+It exits with 0 on success; with 1 if a drain or a second signal cut
+connections, a status is not ready, or a reload was refused; with 2 if the
+command line, the configuration or an address is wrong, or no server answers.
 `
 
 func main() {
 	signals := make(chan os.Signal)
-	// The command serial may wait for a pipe to read, so signals end it; the others would leave
-	// files half written.
+	// Signals end the command serial, which may wait for a pipe. They must not end other commands,
+	// which would leave files half written.
 	if len(os.Args) < 2 || os.Args[1] != "serial" {
-		// A signal is lost if its channel is full: one pending reload stands for all, but the first
-		// two signals to end each have an effect.
+		// A signal is lost if its channel is full. One pending reload is enough, but each of the
+		// first two signals to end has an effect.
 		reloads, ends := make(chan os.Signal, 1), make(chan os.Signal, 2)
 		signal.Notify(reloads, syscall.SIGHUP)
 		signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
@@ -100,7 +99,7 @@ func main() {
 			}
 		}()
 	}
-	signal.Ignore(syscall.SIGPIPE) // go on serving when nobody reads the log any more
+	signal.Ignore(syscall.SIGPIPE) // keep serving when the reader of the log has gone
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
 }
 
@@ -113,15 +112,15 @@ func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage)
 		return 0
 	}
-	if errors.Is(err, errSaid) {
+	if errors.Is(err, errReported) {
 		return 1
 	}
 	fmt.Fprintln(stderr, err)
 	return 2
 }
 
-// errSaid means that what went wrong has been said already, in the log or in the output.
-var errSaid = errors.New("it has been said")
+// errReported means that the log or the output has reported the failure already.
+var errReported = errors.New("already reported")
 
 func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
@@ -235,12 +234,12 @@ func command(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) 
 	}
 	err = do(arg)
 	if err == nil || args[0] == "check" || args[0] == "run" {
-		return err // it begins with the name of a file
+		return err // begins with the name of a file
 	}
 	return fmt.Errorf("mtlsserver %s: %w", args[0], err)
 }
 
-// seconds replaces a duration by its number of seconds; slog would write nanoseconds.
+// seconds replaces a duration by its number of seconds, because slog writes nanoseconds.
 func seconds(_ []string, a slog.Attr) slog.Attr {
 	if a.Value.Kind() == slog.KindDuration {
 		a.Value = slog.Float64Value(a.Value.Duration().Seconds())
@@ -283,13 +282,13 @@ func (l *list) Set(text string) error {
 	return nil
 }
 
-// A server is what the command run runs.
+// A server is the state of the command run.
 type server struct {
 	config  string
 	signals <-chan os.Signal
 	log     *slog.Logger
 	stdout  io.Writer
-	sockets handed
+	sockets passedSockets
 
 	reloading sync.Mutex         // held by reload: one at a time; guards srv
 	srv       *mtlsserver.Server // set once
@@ -302,7 +301,7 @@ func (s *server) serve() error {
 	}
 	sockets, err := systemd.Sockets()
 	if err == nil {
-		err = handed(sockets).unused(config)
+		err = passedSockets(sockets).unused(config)
 	}
 	if err != nil {
 		return err
@@ -332,14 +331,14 @@ func (s *server) serve() error {
 		case err := <-done:
 			if err != nil {
 				s.log.Warn("stopped", "err", err)
-				return errSaid
+				return errReported
 			}
 			s.log.Info("stopped")
 			return nil
 		case sig := <-s.signals:
 			switch {
 			case sig == syscall.SIGHUP:
-				_, _ = s.reload(ctx) // which logs why it failed
+				_, _ = s.reload(ctx) // reload logs its error
 			case ctx.Err() == nil:
 				s.log.Info("draining", "signal", sig.String())
 				s.notify(systemd.Stopping, "STATUS=draining")
@@ -364,9 +363,9 @@ func (s *server) ready(srv *mtlsserver.Server, config *mtlsserver.Config, w io.W
 	}
 }
 
-// reload takes the configuration up, unless ctx has ended.
+// reload reloads the configuration, unless ctx has ended.
 func (s *server) reload(ctx context.Context) (changes mtlsserver.Changes, err error) {
-	s.reloading.Lock() // so that an older file does not follow a newer one
+	s.reloading.Lock() // so that an older file never replaces a newer one
 	defer s.reloading.Unlock()
 	if ctx.Err() != nil {
 		s.log.Warn("too late to reload")
@@ -387,10 +386,10 @@ func (s *server) reload(ctx context.Context) (changes mtlsserver.Changes, err er
 		}
 		return changes, err
 	}
-	if err := s.sockets.unused(config); err != nil { // no reason to keep users in who were removed
+	if err := s.sockets.unused(config); err != nil { // must not keep a revocation from taking effect
 		s.log.Warn("a socket is not used", "err", err)
 	}
-	s.ready(s.srv, config, io.Discard) // nobody may be reading standard output any more
+	s.ready(s.srv, config, io.Discard) // standard output may have no reader any more
 	return changes, nil
 }
 

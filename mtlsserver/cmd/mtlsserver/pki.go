@@ -97,20 +97,21 @@ func initialize(dir string, hosts []string, stdout io.Writer) error {
 		config.text = fmt.Appendf(nil, firstConfig, "")
 	}
 	if err := writeNew(dir, slices.Concat(caFiles, serverFiles, []file{config})); err != nil {
-		return fmt.Errorf("%w: nothing is ever overwritten, name a new folder", err)
+		return fmt.Errorf("%w: init overwrites no file: name a new folder", err)
 	}
-	fmt.Fprintf(stdout, "Made a CA (whoever has ca.key can make users), a server certificate "+
+	fmt.Fprintf(stdout, "Made a CA (the holder of ca.key can make users), a server certificate "+
 		"and config.json in %[1]s. Next:"+`
   mtlsserver issue -dir %[1]s -name alice -apps web
   mtlsserver run -config %[2]s
 `, dir, filepath.Join(dir, "config.json"))
 	if unfit != nil {
-		fmt.Fprintf(stdout, "There is no admin in it, as its socket cannot be there: %v.\n", unfit)
+		fmt.Fprintf(stdout, "The configuration has no admin, as its socket cannot be there: %v.\n",
+			unfit)
 	}
 	return nil
 }
 
-// checkSocket returns why the socket of firstAdmin cannot be in dir.
+// checkSocket returns an error if the socket of firstAdmin cannot be in dir.
 func checkSocket(dir string) error {
 	path, err := filepath.Abs(filepath.Join(dir, "admin.sock"))
 	if err != nil {
@@ -122,11 +123,11 @@ func checkSocket(dir string) error {
 	return nil
 }
 
-// A file is one that a command will write. Everybody may read it if its name ends in .pem.
+// A file is to be written by a command. Everybody may read it if its name ends in .pem.
 type file struct {
 	name string
 	text []byte
-	like string // it gets the owner of this file, since the server may run as another user
+	like string // the file whose owner it gets, since the server may run as another user
 }
 
 // sign makes a key and a certificate for it. The issuer is ca, or the certificate itself if ca is
@@ -259,11 +260,11 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 		made += " and " + filepath.Join(i.dir, stem) + ".key"
 	}
 	if i.print {
-		fmt.Fprintln(stderr, made+".") // stdout gets the entry and nothing else
+		fmt.Fprintln(stderr, made+".") // stdout gets the entry only
 		return json.NewEncoder(stdout).Encode(user)
 	}
 	config := filepath.Join(i.dir, "config.json")
-	if err := enter(user, ca.Leaf, config); err != nil {
+	if err := addUser(user, ca.Leaf, config); err != nil {
 		remove(i.dir, files)
 		return err
 	}
@@ -305,8 +306,8 @@ func (i *issuer) create(
 	return stem, serial, files, err
 }
 
-// writeFree writes the files that make returns for a stem: the first of name, name-2, name-3 and so
-// on that is free. Other commands may do the same at the same time.
+// writeFree writes the files that make returns for a stem: the first free one of name, name-2,
+// name-3 and so on. Other commands may do the same at the same time.
 func writeFree(
 	dir, name string, make func(stem string) ([]file, error),
 ) (stem string, files []file, err error) {

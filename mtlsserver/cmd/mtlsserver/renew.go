@@ -17,11 +17,11 @@ type renewal struct {
 	days  int
 }
 
-// renew makes a new server certificate and key, and names both files in config.json at once. It
+// renew makes a new server certificate and key, and names both files in config.json in one step. It
 // keeps the old files.
 func (r *renewal) renew(stdout io.Writer) error {
 	if r.days < 1 || r.days > serverLife {
-		return fmt.Errorf("-days %d: want 1 to %d: some clients refuse what is valid for longer",
+		return fmt.Errorf("-days %d: want 1 to %d: some clients refuse a longer validity",
 			r.days, serverLife)
 	}
 	config := filepath.Join(r.dir, "config.json")

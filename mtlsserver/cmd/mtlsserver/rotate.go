@@ -13,8 +13,8 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// addCA makes a CA and adds it to config.json; it signs new certificates from now on. The old CAs
-// stay in force, so addCA adds the CA's id to every serial that has none.
+// addCA makes a CA, which signs new certificates from now on, and adds it to config.json. The old
+// CAs stay in force, so addCA adds the old CA's id to every serial that has none.
 func addCA(dir string, stdout io.Writer) error {
 	config := filepath.Join(dir, "config.json")
 	c, err := mtlsserver.Load(config)
@@ -41,8 +41,7 @@ func addCA(dir string, stdout io.Writer) error {
 	}
 	err = edit(config, func(d *document) error {
 		if !slices.Equal(d.config.TLS.CA, c.TLS.CA) {
-			return fmt.Errorf("another command has changed the CAs of %s meanwhile: "+
-				"look at it and try again", config)
+			return fmt.Errorf("%s: another command has changed tls.ca: try again", config)
 		}
 		cas := append(slices.Clone(c.TLS.CA), stem+".pem")
 		d.replace("tls.ca", quoted(cas))
@@ -54,12 +53,12 @@ func addCA(dir string, stdout io.Writer) error {
 	}
 	fmt.Fprintf(stdout, "Made %s and %s, and added the CA to %s.\n"+
 		"New certificates are signed by it. "+
-		"A server that is running takes it up by mtlsserver reload, or at SIGHUP.\n",
+		"A running server accepts it after mtlsserver reload or SIGHUP.\n",
 		filepath.Join(dir, stem+".pem"), filepath.Join(dir, stem+".key"), config)
 	return nil
 }
 
-// nameCA adds the CA with that KeyID to every serial that names none.
+// nameCA adds the KeyID of a CA to every serial that names no CA.
 func (d *document) nameCA(id string) (err error) {
 	for i, user := range d.config.Users {
 		d.keepSerials(i, func(j int, text string) string {
@@ -113,7 +112,7 @@ func dropCA(dir, file string, stdout io.Writer) error {
 		}
 		if n := len(stranded); n > 0 {
 			return fmt.Errorf("-drop %q: %d users have certificates of no other CA: %q: "+
-				"issue them new ones, or revoke them", file, n, stranded[:min(n, 10)])
+				"issue them new certificates, or revoke them", file, n, stranded[:min(n, 10)])
 		}
 		return nil
 	})
@@ -121,8 +120,8 @@ func dropCA(dir, file string, stdout io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(stdout, "Removed the CA %q and %d serials from %s. Its files stay.\n"+
-		"A server that is running ends the connections of its certificates "+
-		"by mtlsserver reload, or at SIGHUP.\n",
+		"A running server ends the connections of its certificates "+
+		"after mtlsserver reload or SIGHUP.\n",
 		file, serials, config)
 	return nil
 }

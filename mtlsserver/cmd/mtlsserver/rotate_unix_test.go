@@ -223,7 +223,7 @@ func TestRotateThatFails(t *testing.T) {
 			patience = 0
 			t.Cleanup(func() { patience = was })
 			os.WriteFile(filepath.Join(dir, "config.json.new"), nil, 0o600)
-		}, "config.json.new: file exists: another command edits it"},
+		}, "config.json.new: file exists: another command is editing"},
 	} {
 		dir := folder(t)
 		if row.spoil != nil {

@@ -17,11 +17,12 @@ import (
 )
 
 const (
-	columns   = 100 // that a line may have
-	mostUsers = 20  // that are printed: those with most connections
+	columns   = 100 // of a line
+	mostUsers = 20  // printed: the users with most connections
 )
 
-// status prints what the running server does. It fails with errSaid if that is not ready.
+// status prints the state of the running server. It fails with errReported if the server is not
+// ready.
 func status(config string, stdout io.Writer) error {
 	a, err := askerOf(config)
 	if err != nil {
@@ -48,10 +49,10 @@ func status(config string, stdout io.Writer) error {
 		}
 	}
 	if more := len(s.Users) - mostUsers; more > 0 {
-		fmt.Fprintf(stdout, "\n%d more users have connections: the status page has them.\n", more)
+		fmt.Fprintf(stdout, "\n%d more users have connections: see the status page.\n", more)
 	}
 	if len(problems) > 0 {
-		return errSaid
+		return errReported
 	}
 	return nil
 }
@@ -130,7 +131,7 @@ func certificateRows(certificates []admin.Certificate) [][]string {
 	return rows
 }
 
-// printTable prints rows in columns. Lines that are too long are cut.
+// printTable prints rows in columns and cuts long lines.
 func printTable(w io.Writer, rows [][]string) {
 	var text bytes.Buffer
 	tabs := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
@@ -151,7 +152,7 @@ func short(text string, most int) string {
 	return string([]rune(text)[:most-1]) + "…"
 }
 
-// age is a duration in its largest unit.
+// age returns a duration in its largest unit.
 func age(d time.Duration) string {
 	switch {
 	case d < time.Minute:
@@ -164,7 +165,7 @@ func age(d time.Duration) string {
 	return fmt.Sprintf("%dd", int(d.Hours()/24))
 }
 
-// size is a number of bytes in three digits and a unit.
+// size returns a number of bytes in three digits and a unit.
 func size(n uint64) string {
 	value, unit := float64(n), 0
 	for ; value >= 999.5 && unit < 6; unit++ {

@@ -95,7 +95,7 @@ func TestStatus(t *testing.T) {
 	for _, command := range []string{"status", "reload"} {
 		code, stdout, stderr := try(command, "-config", config)
 		if code != 2 || stdout != "" || !has(stderr, "mtlsserver "+command+": "+config+
-			": no server answers at …admin.sock: …: start it") ||
+			": no server answers at …admin.sock: …: start it, or send") ||
 			strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%s after the end: exit code %d, %q, %q", command, code, stdout, stderr)
 		}
@@ -251,13 +251,13 @@ func TestStatusThatCannotBeAsked(t *testing.T) {
 		{"status", `{`,
 			"config.json: unexpected end of JSON input: mtlsserver check -config …says where"},
 		{"status", `{}`,
-			`config.json: it has no admin to ask: add "admin": {"socket": "admin.sock"}, and have`},
-		{"reload", `{"admin": {}}`, "config.json: it has no admin to ask"},
+			`config.json: there is no admin: add "admin": {"socket": "admin.sock"}, then send`},
+		{"reload", `{"admin": {}}`, "config.json: there is no admin"},
 		{"reload", `{"admin": {"listen": "127.0.0.1:9"}}`,
-			"by admin.listen alone nothing can be changed: add admin.socket"},
+			"admin.listen alone permits no changes: add admin.socket"},
 		{"status", `{"admin": {"listen": "127.0.0.1:9", "token": "none"}}`, "none: "},
 		{"status", fmt.Sprintf(`{"admin": {"listen": %q}}`, l.Addr()),
-			"cannot be read: …: is it an mtlsserver of this version?"},
+			": cannot read the answer from …: is it an mtlsserver of this version?"},
 	} {
 		write(t, dir, "config.json", []byte(row.text))
 		code, stdout, stderr := try(row.command, "-config", config)
@@ -269,7 +269,7 @@ func TestStatusThatCannotBeAsked(t *testing.T) {
 	}
 	a := &asker{config: config, addr: "admin.sock"}
 	err = a.explain(&net.OpError{Op: "dial", Err: fs.ErrPermission})
-	if !strings.HasSuffix(err.Error(), "run this as the user that the server has, or as root") {
+	if !strings.HasSuffix(err.Error(), "run this as the server's user, or as root") {
 		t.Error(err)
 	}
 }
@@ -288,7 +288,7 @@ func TestInitWithoutAdmin(t *testing.T) {
 		open: "others may write the folder",
 	} {
 		if said := must(t, "init", dir); !has(said,
-			"There is no admin in it, as its socket cannot be there: …"+want) {
+			"The configuration has no admin, as its socket cannot be there: …"+want) {
 			t.Errorf("%s: init says %q", dir, said)
 		}
 		must(t, "check", "-config", filepath.Join(dir, "config.json"))

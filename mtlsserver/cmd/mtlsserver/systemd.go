@@ -12,13 +12,13 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// handed are the sockets that the service manager has passed on. The server uses them instead of
-// binding its own.
-type handed []systemd.Socket
+// passedSockets are the sockets that the service manager has passed to the process. The server uses
+// them instead of binding its own.
+type passedSockets []systemd.Socket
 
 // of returns the socket of an app: the one with the app's id as its name, or the one at its
 // address.
-func (h handed) of(app, addr string) (systemd.Socket, bool) {
+func (h passedSockets) of(app, addr string) (systemd.Socket, bool) {
 	i := slices.IndexFunc(h, func(s systemd.Socket) bool { return s.Name == app })
 	if i < 0 {
 		i = slices.IndexFunc(h, func(s systemd.Socket) bool { return listensAt(s.Addr, addr) })
@@ -30,15 +30,16 @@ func (h handed) of(app, addr string) (systemd.Socket, bool) {
 }
 
 // listen is the Listen of mtlsserver.Options.
-func (h handed) listen(app, addr string) (net.Listener, error) {
+func (h passedSockets) listen(app, addr string) (net.Listener, error) {
 	if s, ok := h.of(app, addr); ok {
 		return s.Listen()
 	}
 	return lbproxy.Listen(addr)
 }
 
-// unused returns an error that names the sockets that no app of c uses, and a remedy.
-func (h handed) unused(c *mtlsserver.Config) error {
+// unused returns an error with the sockets that no app of c uses, and a remedy; nil if there are
+// none.
+func (h passedSockets) unused(c *mtlsserver.Config) error {
 	used := map[int]string{}
 	ids := map[string]bool{}
 	for _, app := range c.Apps {
@@ -77,7 +78,7 @@ func listensAt(at net.Addr, addr string) bool {
 	return is.IP.Equal(want.IP) || is.IP.IsUnspecified() && wantAny
 }
 
-// notify tells the service manager, if there is one, the server's state.
+// notify reports the server's state to the service manager, if there is one.
 func (s *server) notify(states ...string) {
 	if err := systemd.Notify(states...); err != nil {
 		s.log.Warn("the service manager could not be told", "err", err)

@@ -19,8 +19,8 @@ type certKey struct {
 	serial mtlsserver.Serial
 }
 
-// users prints a table of the users of a config file, a line for each certificate. It knows when a
-// certificate expires if the certificate is in the config file's folder, where issue puts it.
+// users prints a table of the users of a config file, one certificate a line. It shows the expiry
+// of the certificates in the config file's folder, where issue puts them.
 func users(config string, stdout io.Writer) error {
 	c, err := mtlsserver.Load(config)
 	if err != nil {
@@ -88,7 +88,7 @@ func expiries(dir string, issuers []*x509.Certificate) map[certKey]time.Time {
 	return all
 }
 
-// limits describes the limits of u, in a word each.
+// limits describes the limits of u, each in one word.
 func limits(c *mtlsserver.Config, u *mtlsserver.User) string {
 	var all []string
 	add := func(where string, l *mtlsserver.Limit) {
