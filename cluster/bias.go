@@ -7,9 +7,10 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A bias corrects what an app's own connections do not show: a lasting imbalance between upstreams,
-// such as where proxies know different ones. It follows slowly. Adding the others' counts to one's
-// own does harm: by the time they are known here, all proxies have gone where they were least.
+// A bias corrects a lasting imbalance between upstreams that an app's own connections do not show,
+// for example if proxies have different upstreams. It follows slowly. Adding the other proxies'
+// counts to one's own would do harm: by the time the counts are known here, all proxies have chosen
+// the upstream that had the least.
 type bias map[string]float64 // connections, by address
 
 const (
@@ -18,8 +19,8 @@ const (
 	biasFade = 0.2  // of the bias, a beat, while the store is away
 )
 
-// follow takes a step of so many seconds, by what n proxies together have open. An upstream that is
-// not up is expected to have less, so its bias stays.
+// follow corrects b for a step of so many seconds, by the totals of n proxies. An upstream that is
+// not up should have fewer connections, so its bias stays.
 func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) int, n int,
 	seconds float64) {
 	var all, weights float64
@@ -37,7 +38,7 @@ func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) 
 		}
 		fair := all * float64(u.Weight) / weights
 		over, band := float64(total(u.Addr))-fair, math.Sqrt(fair)
-		if math.Abs(over) > band { // else it is the noise of small numbers
+		if math.Abs(over) > band { // less is the noise of small numbers
 			b[u.Addr] += biasGain * seconds * (over - math.Copysign(band, over)) / float64(n)
 		} else {
 			b[u.Addr] *= 1 - biasLeak*seconds
@@ -46,20 +47,20 @@ func (b bias) follow(upstreams []lbproxy.UpstreamStats, total func(addr string) 
 	maps.DeleteFunc(b, func(addr string, _ float64) bool { return !known[addr] })
 }
 
-// judged reports whether an upstream gets new connections, so that what it has open says something.
+// judged reports whether an upstream gets new connections, so that its open ones show an imbalance.
 func judged(u lbproxy.UpstreamStats) bool {
 	return u.State == lbproxy.StateUp && !u.Drain && !u.Removed
 }
 
-// fade lets go of what is no longer known to be so.
+// fade reduces b while the store is away.
 func (b bias) fade() {
 	for addr := range b {
 		b[addr] *= 1 - biasFade
 	}
 }
 
-// steps returns b in quarters of a connection, the least of them 0. Equal ones have to be equal:
-// ties are what the proxies' different places decide.
+// steps returns b in quarters of a connection, with 0 as the least. Rounding makes nearly equal
+// upstreams tie, so that the proxies' different places decide between them.
 func (b bias) steps(upstreams []lbproxy.UpstreamStats) map[string]float64 {
 	least := math.Inf(1)
 	for _, u := range upstreams {

@@ -27,11 +27,12 @@ type Config struct {
 	At      time.Time // when, by the store's clock
 }
 
-// ErrConflict is returned by [Store.Put] if somebody else has put a configuration meanwhile.
+// ErrConflict is returned by [Store.Put] if another version is in the store than the one to
+// replace.
 var ErrConflict = errors.New("cluster: somebody else has put a configuration meanwhile: " +
 	"read that, and make yours from it")
 
-// patience is how long calls may take that nobody's connection waits for.
+// patience returns the timeout of calls that no connection waits for.
 func (s *Store) patience() time.Duration { return max(2*time.Second, s.opts.Timeout) }
 
 // Config reads the configuration. If there is none, its Version is 0.
@@ -55,11 +56,11 @@ func (s *Store) Config(ctx context.Context) (Config, error) {
 	return c, nil
 }
 
-// Put replaces the configuration whose version is from, which is 0 if there is none yet, and
-// returns the new version. If another version is in the store it returns [ErrConflict], so one of
-// several calls at once succeeds. If the store has replicas, Put waits until one of them has the
-// configuration, for a second at most. An error with a version above 0 means that the configuration
-// is in force, but no replica has it.
+// Put replaces the configuration whose version is from, or 0 if there is none yet, and returns the
+// new version. If another version is in the store, Put returns [ErrConflict], so only one of
+// several concurrent calls succeeds. If the store has replicas, Put waits up to a second until one
+// of them has the configuration. An error with a version above 0 means that the configuration is
+// in force, but no replica has it.
 func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 ) (version int64, err error) {
 	c := s.client.Load()
@@ -69,7 +70,7 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 	ctx, cancel := context.WithTimeout(ctx, s.patience())
 	defer cancel()
 	var lonely bool
-	// WAIT is about what its own connection has written.
+	// WAIT covers only the writes of its own connection.
 	err = c.Dedicated(func(d rueidis.DedicatedClient) error {
 		put := d.B().Eval().Script(putText).Numkeys(1).Key(s.key("config")).
 			Arg(strconv.FormatInt(from, 10), string(text), by).Build()
@@ -86,7 +87,7 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 		info, err := d.Do(ctx, d.B().Info().Section("replication").Build()).ToString()
 		if err != nil || !strings.Contains(info, "connected_slaves:") ||
 			strings.Contains(info, "connected_slaves:0") {
-			return nil // there is nobody to wait for
+			return nil // no replica to wait for
 		}
 		n, err := d.Do(ctx, d.B().Wait().Numreplicas(1).Timeout(1000).Build()).AsInt64()
 		lonely = err == nil && n == 0
@@ -104,15 +105,15 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 	return version, nil
 }
 
-// watched is what is known of the configuration's version without asking.
+// watched holds the configuration's version that beats have reported.
 type watched struct {
 	mu      sync.Mutex
 	version int64
 	heard   time.Time
-	changed chan struct{} // has an element when there is news
+	changed chan struct{} // has an element when version has changed
 }
 
-// hear is what a beat has learned.
+// hear records the version that a beat has reported.
 func (w *watched) hear(version int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -132,9 +133,9 @@ type Watcher struct {
 	// with ".version" added to the name. Empty means that none is kept.
 	File string
 
-	// Apply puts a configuration in force. It is required. If it returns an error the configuration
-	// before must stay in force; the error is logged, and Apply is not called again until there is
-	// another version. It is called by Watch once, and then by a goroutine of Watch's own.
+	// Apply puts a configuration in force. It is required. If Apply returns an error, the previous
+	// configuration must stay in force; the error is logged, and Apply is called again only for
+	// another version. Watch itself makes the first call, a goroutine the others.
 	Apply func(Config) error
 }
 
@@ -148,14 +149,15 @@ type Watch struct {
 	mu       sync.Mutex
 	running  int64  // version
 	failed   int64  // version that Apply refused
-	err      error  // why
-	fromFile string // why what runs is from File; empty when it is the store's
+	err      error  // of that version
+	fromFile string // why the version in force is from File; empty if it is the store's
 }
 
 // Watch applies the configuration in the store, and then each newer one until Stop is called. If
-// the store is away, or has no configuration or an older one, it begins with the last good one,
-// from w.File. It fails if there is neither, or neither can be applied. ctx is for the start alone.
-// Without a [Member], whose beats tell of a new version, the store is asked every second.
+// the store is away, or has no configuration or an older one, Watch begins with the last good one,
+// from w.File. It fails if there is neither, or if neither can be applied. ctx bounds the start
+// only. The beats of a [Member] report a new version; without a Member, Watch asks the store every
+// second.
 func (s *Store) Watch(ctx context.Context, w Watcher) (*Watch, error) {
 	if w.Apply == nil {
 		return nil, errors.New("cluster: Watcher.Apply is nil: it is required")
@@ -175,7 +177,7 @@ func (s *Store) Watch(ctx context.Context, w Watcher) (*Watch, error) {
 			err = fmt.Errorf("configuration %d: %w", c.Version, err)
 		}
 	}
-	if err != nil { // then the last good one
+	if err != nil { // use the last good one
 		if fileErr != nil {
 			return nil, fmt.Errorf("%w; and no last good configuration: %w", err, fileErr)
 		}
@@ -197,8 +199,9 @@ func (f *Watch) Stop() {
 	<-f.over
 }
 
-// Running returns the version in force, and why it is not the store's: that one was refused, or the
-// store could not be read and the version in force is from the file. Use it as [Self.Config].
+// Running returns the version in force. problem is empty if that is the store's version; otherwise
+// it says why Apply refused the store's version, or why the version in force is from the file. Use
+// Running as [Self.Config].
 func (f *Watch) Running() (version int64, problem string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -228,13 +231,13 @@ func (f *Watch) run(ctx context.Context) {
 		f.mu.Lock()
 		old := version <= f.running || version == f.failed
 		f.mu.Unlock()
-		if !beaten || !old { // without beats it is asked for
+		if !beaten || !old { // without beats the store must be asked
 			f.look(ctx)
 		}
 	}
 }
 
-// look applies what is in the store, if that is new.
+// look applies the configuration in the store if it is new.
 func (f *Watch) look(ctx context.Context) {
 	c, err := f.store.Config(ctx)
 	f.mu.Lock()
@@ -251,7 +254,7 @@ func (f *Watch) look(ctx context.Context) {
 		f.failed, f.err = c.Version, err
 		f.mu.Unlock()
 		for problem := range strings.SplitSeq(err.Error(), "\n") {
-			f.store.log().Error("cluster: configuration refused, the one that runs stays",
+			f.store.log().Error("cluster: configuration refused, the one in force stays",
 				"version", c.Version, "by", c.By, "problem", problem)
 		}
 		return
@@ -274,9 +277,9 @@ func (f *Watch) apply(c Config) error {
 	return nil
 }
 
-// keep writes the text as it is, so that it can be read and checked. Which version it is stands in
-// another file, by the text's hash: that is written first and keeps the line of the text before, so
-// that at any moment one of its lines is about the text there is.
+// keep writes the text unchanged to File, so that it can be read and checked, and its version to
+// another file, with the text's hash. It writes the version first and keeps the previous text's
+// line, so that at any moment one line matches the text in File.
 func (w *Watcher) keep(c Config) error {
 	if w.File == "" {
 		return nil

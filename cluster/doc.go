@@ -1,6 +1,6 @@
 // Package cluster lets several lbproxy processes act as one: they share limits, spread connections
-// evenly together and follow one configuration. What they share is kept in a Redis or Valkey server
-// that all of them can reach.
+// evenly together and follow one configuration. They keep the shared state in a Redis or Valkey
+// server, the store.
 //
 //	store, err := cluster.Dial("redis://user:password@host:6379", nil)
 //	if err != nil {
@@ -16,14 +16,15 @@
 //
 // # When the store is away
 //
-// No connection depends on the store. A connection that opens waits for it for at most
-// [Options.Timeout]. After a refused connection, or two calls in a row without an answer, nothing
-// waits: each [Limit] follows its [Outage] policy, balancing uses the last known counts, and the
-// configuration stays. A probe every 100 ms finds the store when it is back. If it has lost its
-// data, the next beat of each proxy, within a second, writes it again.
+// No connection depends on the store. A new connection waits for the store for at most
+// [Options.Timeout]. The store counts as away after a refused connection, or two calls in a row
+// without an answer. Then nothing waits for it: each [Limit] follows its [Outage] policy, balancing
+// uses the last known counts, and the configuration stays. A probe every 100 ms finds the store
+// when it is back. If the store has lost its data, each proxy writes its part again within a
+// second.
 //
 // # The store is trusted
 //
-// Whoever may write to the store decides who may connect, and to what. Give the proxies a user of
-// their own there, and use TLS. docs/cluster.md shows both.
+// Anyone who can write to the store decides who may connect, and to what. Give the proxies a user
+// of their own in the store, and use TLS. docs/cluster.md shows both.
 package cluster

@@ -5,17 +5,17 @@ import (
 	"time"
 )
 
-// A flusher settles what limiters have borrowed, moved and counted: all of them every 100 ms, and
-// those in a hurry at once. It is one goroutine, with a few more while there are calls to make.
+// A flusher settles the accounts of limiters with the store: all every 100 ms, urgent ones at once.
+// It is one goroutine, with a few more while it makes calls.
 type flusher struct {
 	store *Store
-	wake  chan struct{} // has an element when there is somebody in urgent
+	wake  chan struct{} // has an element when urgent is not empty
 	quit  chan struct{}
 	over  chan struct{}
 	once  sync.Once
 
 	mu     sync.Mutex // may be taken while a limiter's mu is held, never the other way round
-	active []*limiter // those with their active set that are not being looked at
+	active []*limiter // limiters with active set that tick is not settling
 	urgent []*limiter
 }
 
@@ -30,7 +30,7 @@ func (f *flusher) add(m *limiter) {
 	f.active = append(f.active, m)
 }
 
-// hurry has m told to the store now: somebody else may wait for what it has given up.
+// hurry makes the flusher settle m now, because others may wait for a place that m has freed.
 func (f *flusher) hurry(m *limiter) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -62,13 +62,13 @@ func (f *flusher) run() {
 	}
 }
 
-// stop settles everything a last time, if the store is there, and waits until that is done.
+// stop settles everything a last time, if the store is connected, and waits until that is done.
 func (f *flusher) stop() {
 	f.once.Do(func() { close(f.quit) })
 	<-f.over
 }
 
-// tick settles all limiters and drops those of which nothing is left to settle.
+// tick settles all limiters and drops those without anything left to settle.
 func (f *flusher) tick(plan func(*limiter, time.Time) *call) {
 	f.mu.Lock()
 	all := f.active
@@ -87,7 +87,7 @@ func (f *flusher) tick(plan func(*limiter, time.Time) *call) {
 	f.mu.Unlock()
 }
 
-// settle makes the calls that plan says, at most 32 at once, and waits for them.
+// settle makes the calls that plan returns, at most 32 at once, and waits for them.
 func settle(limiters []*limiter, plan func(*limiter, time.Time) *call) {
 	var calls sync.WaitGroup
 	defer calls.Wait()
@@ -102,8 +102,8 @@ func settle(limiters []*limiter, plan func(*limiter, time.Time) *call) {
 			<-places
 			continue
 		}
-		calls.Go(func() { // the lock goes with it: what plan found is still so
-			m.ask(c) // what is lost is told again
+		calls.Go(func() { // takes over the lock, so that plan's findings still hold
+			m.ask(c) // after an error, a later call repeats it
 			m.mu.Unlock()
 			<-places
 		})
@@ -125,16 +125,16 @@ func (m *limiter) tick(now time.Time) *call {
 	return c
 }
 
-// due returns the call to make, if any, unless there is one in flight that will do. The caller
-// holds mu.
+// due returns the call to make, or nil if there is none or one in flight suffices. The caller holds
+// mu.
 func (m *limiter) due(now time.Time) *call {
 	if m.store.client.Load() == nil {
 		m.moved.Store(0)
-		m.rate.Store(0) // what the others could use is not known any more
+		m.rate.Store(0) // the demand of the other proxies is no longer known
 		return nil
 	}
 	news := m.change != 0 || m.heal || m.open > 0 && now.Sub(m.renewed) >= renewEvery
-	if m.l.Open > 0 && news && m.flying == 0 {
+	if m.l.Open > 0 && news && m.inFlight == 0 {
 		return &call{absolute: true, exclusive: true}
 	}
 	if m.moved.Load() > 0 || m.owed > 0 {
@@ -143,13 +143,13 @@ func (m *limiter) due(now time.Time) *call {
 	return nil
 }
 
-// last is tick for a store that is being closed.
+// last is tick while the store is being closed.
 func (m *limiter) last(now time.Time) *call {
 	m.used = 0
 	return m.tick(now)
 }
 
-// stays reports whether there will be something to settle, and leaves the flusher's list if not.
+// stays reports whether there will be something to settle. If not, it clears m.active.
 func (m *limiter) stays() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

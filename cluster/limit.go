@@ -14,8 +14,8 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// A Limit bounds the connections and bytes of a client over all proxies together. A field that is
-// zero sets no bound; a negative one refuses all, and so does the zero Limit.
+// A Limit bounds the connections and bytes of a client over all proxies together. A zero field sets
+// no bound, a negative one refuses everything, and so does the zero Limit.
 type Limit struct {
 	Burst int           // most connections opened at once
 	Every time.Duration // time to regain one opening; 0 or less: none is ever regained
@@ -24,31 +24,31 @@ type Limit struct {
 	// a proxy dies, its connections stop counting after 6 seconds.
 	Open int
 
-	// BytesPerSecond is the rate of both directions together. Proxies tell each other every 100 ms,
-	// through the store, how much they could use. Each gets an even part, and more if others leave
-	// some; for 100 ms after one more begins, the rate may be exceeded by that one's part. Moving
+	// BytesPerSecond is the rate of both directions together. Every 100 ms proxies exchange, through
+	// the store, how much they could use. Each gets an even part, and more if others leave some. For
+	// 100 ms after another proxy begins to move data, the rate may be exceeded by its part. Moving
 	// data never waits for the store.
 	BytesPerSecond int64
 
 	// Exact makes each connection ask the store. Otherwise a proxy borrows as many openings as it
-	// used in the last 100 ms, and gives back those that it does not use within 100 ms. A crash
-	// loses the borrowed openings until they are regained.
+	// used in the last 100 ms, and returns unused ones after 100 ms. A crash loses the borrowed
+	// openings until they are regained.
 	Exact bool
 
-	// Outage is what to do while the store is away.
+	// Outage is the policy while the store is away.
 	Outage Outage
 }
 
-// An Outage is what a [Limit] does while the store is away.
+// An Outage is the policy of a [Limit] while the store is away.
 type Outage int
 
 const (
-	// Share gives each of N proxies one part in N of the limit, N being the last known number. All
-	// together stay within the limit, and one Burst more at most.
+	// Share gives each of N proxies one part in N of the limit, where N is their last known number.
+	// Together they exceed the limit by at most one Burst.
 	Share Outage = iota
-	// Open lets everybody in, and slows nothing.
+	// Open admits every connection and slows none.
 	Open
-	// Closed refuses new connections. Open ones go on, with one part in N of BytesPerSecond.
+	// Closed refuses new connections. Open ones continue, with one part in N of BytesPerSecond.
 	Closed
 )
 
@@ -71,47 +71,48 @@ var limitText string
 var limitScript = rueidis.NewLuaScript(limitText)
 
 const (
-	flushEvery = 100 * time.Millisecond // lent openings and moved bytes are settled
-	renewEvery = 2 * time.Second        // open connections are renewed; limit.lua voids them after 6 s
+	flushEvery = 100 * time.Millisecond // between settlements of openings and bytes
+	renewEvery = 2 * time.Second        // of open connections, which limit.lua forgets after 6 s
 	forever    = time.Duration(1) << 52 * time.Microsecond
 )
 
 // A limiter is one proxy's part in a Limit.
 //
-// It tells the store changes, and any of them may be lost. It tells its open connections as an
-// absolute number as well: every 2 s, and after a failed call, when no other call is in flight.
+// It reports changes to the store, and any report may be lost. So it also reports its open
+// connections as an absolute number: every 2 s, and after a failed call, when no other call is in
+// flight.
 type limiter struct {
 	store  *Store
 	l      Limit
-	every  time.Duration // Every, so that it is more than 0 and Burst times that does not overflow
+	every  time.Duration // Every, bounded so that it is positive and Burst*every cannot overflow
 	keys   []string      // its one key
-	member string        // what its connections are counted under: no two limiters have the same
-	config [4]string     // arguments of the script that are the same in every call
+	member string        // unique name under which the store counts its connections
+	config [4]string     // the constant arguments of the script
 
 	perByte float64 // 1/BytesPerSecond
 
 	pace  lbproxy.Bandwidth
-	moved atomic.Int64 // bytes since told
-	rate  atomic.Int64 // bytes a second that may be, as the store has said; 0: it has not
+	moved atomic.Int64 // bytes since reported
+	rate  atomic.Int64 // bytes a second that the store allows; 0 if unknown
 
-	mu      sync.Mutex // not held over a call
-	active  bool       // the flusher looks at it
-	lent    int        // openings borrowed and not used
-	used    int        // openings let in by the store's word since the last tick
-	before  int        // and between the tick before and the last one
-	charged int        // of used: those that the share has been charged for
-	owed    int        // openings let in without the store, which it is yet to be told of
-	share   bucket     // what may be let in without the store
-	open    int        // connections open
-	change  int        // of open, which the store is yet to be told of
-	heal    bool       // a call failed: the store may have another number
-	renewed time.Time  // when it was told the number
-	flying  int        // calls in flight
-	trip    *trip      // the call that everybody waits for, if there is one
-	waiting int        // who do
-	until   time.Time  // until then the store would refuse
-	short   bool       // the last call brought less than was wanted
-	told    time.Time  // when the store was told last how many bytes a second it could be
+	mu       sync.Mutex // not held over a call
+	active   bool       // the flusher looks at it
+	lent     int        // openings borrowed and not used
+	used     int        // openings granted by the store and used since the last tick
+	before   int        // used between the last two ticks
+	charged  int        // the part of used that share has been charged for
+	owed     int        // openings admitted without the store and not yet reported
+	share    bucket     // openings to admit without the store
+	open     int        // connections open
+	change   int        // of open, not yet reported
+	heal     bool       // a call failed: the store may have another number
+	renewed  time.Time  // when the absolute number was last reported
+	inFlight int        // calls
+	trip     *trip      // the call that connections wait for; nil if there is none
+	waiting  int        // connections that wait for trip
+	until    time.Time  // the store refuses until then
+	short    bool       // the last call granted less than was wanted
+	reported time.Time  // when could was last reported
 }
 
 // A trip is a call whose outcome several connections wait for.
@@ -120,14 +121,14 @@ type trip struct {
 	err  error
 }
 
-// Limit returns a manager for [lbproxy.Conn] or [lbproxy.NewClientLimits]. The key names who is
-// limited. In all proxies of the cluster, managers of the same key and the same numbers are one
-// limit; with other numbers it begins anew. Limit makes no call, and needs no Close.
+// Limit returns a manager for [lbproxy.Conn] or [lbproxy.NewClientLimits]. The key identifies the
+// client. In all proxies of the cluster, managers with the same key and the same numbers are one
+// limit; other numbers begin a new one. Limit makes no call, and the manager needs no Close.
 func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
 	m := &limiter{store: s, l: l, every: max(l.Every, 0),
 		perByte: 1 / float64(max(l.BytesPerSecond, 1)),
 		pace:    lbproxy.Bandwidth{BytesPerSecond: l.BytesPerSecond}}
-	// The script counts whole microseconds, in numbers that are exact up to 2^53.
+	// The script counts in whole microseconds; its numbers are exact up to 2^53.
 	m.every = (m.every + time.Microsecond - 1).Truncate(time.Microsecond)
 	if most := forever / time.Duration(max(l.Burst, 1)); m.every == 0 || m.every > most {
 		m.every = max(most.Truncate(time.Microsecond), time.Microsecond)
@@ -142,7 +143,7 @@ func (s *Store) Limit(key string, l Limit) lbproxy.RateLimitManager {
 	return m
 }
 
-// refuses reports whether nothing is ever let in.
+// refuses reports whether l refuses every connection.
 func (l *Limit) refuses() bool {
 	return l.Burst < 0 || l.Open < 0 || l.BytesPerSecond < 0 ||
 		l.Burst == 0 && l.Open == 0 && l.BytesPerSecond == 0
@@ -163,8 +164,7 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 	if m.l.BytesPerSecond <= 0 {
 		return lbproxy.Decision{}
 	}
-	// The waits are those of a Bandwidth with the whole rate, to which bytes are as many more as
-	// this proxy's share of it is less.
+	// Pace by a Bandwidth with the whole rate, and divide the bytes by this proxy's share of it.
 	share := m.bytesShare()
 	if share == 0 {
 		return lbproxy.Decision{}
@@ -181,13 +181,13 @@ func (m *limiter) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision 
 	return d
 }
 
-// Idle reports whether a new limiter of the same key could replace this one. The store remembers
-// what was spent.
+// Idle reports whether a new limiter of the same key could replace this one. The store keeps the
+// limit's state.
 func (m *limiter) Idle() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.lent == 0 && m.open == 0 && m.owed == 0 && m.moved.Load() == 0 && m.change == 0 &&
-		m.flying == 0
+		m.inFlight == 0
 }
 
 // enter decides on an EventOpen.
@@ -212,7 +212,7 @@ func (m *limiter) enter(ctx context.Context) bool {
 			if t.err != nil {
 				return m.alone()
 			}
-			continue // with what the trip has brought
+			continue // with the openings that the trip has brought
 		}
 		c := call{wanted: min(m.l.Burst, 1), asks: 1}
 		if leased {
@@ -228,7 +228,7 @@ func (m *limiter) enter(ctx context.Context) bool {
 	}
 }
 
-// letIn counts a connection that the store has let in. The caller holds mu.
+// letIn counts a connection that the store has admitted. The caller holds mu.
 func (m *limiter) letIn() bool {
 	if m.l.Burst > 0 {
 		m.lent--
@@ -239,7 +239,7 @@ func (m *limiter) letIn() bool {
 	return true
 }
 
-// alone decides by the policy. The caller holds mu.
+// alone decides by the Outage policy. The caller holds mu.
 func (m *limiter) alone() bool {
 	now := time.Now()
 	m.settle(now)
@@ -269,15 +269,15 @@ func (m *limiter) alone() bool {
 	return true
 }
 
-// part is what this proxy may do without the store: one part in n, of the limit.
+// part returns this proxy's part of the limit without the store: one in n.
 func (m *limiter) part() (n, burst int, every time.Duration) {
 	n = int(m.store.peers.Load())
 	most := min(n, max(m.l.Burst, 1)) // a part is one opening at least
 	return n, max(m.l.Burst/n, 1), min(m.every, forever/time.Duration(most)) * time.Duration(most)
 }
 
-// settle charges the share for what the store has let in, so that a policy does not give it once
-// more. The caller holds mu.
+// settle charges the share for the openings that the store has granted, so that the policy does not
+// grant them again. The caller holds mu.
 func (m *limiter) settle(now time.Time) {
 	if n := m.used - m.charged; n > 0 && m.l.Burst > 0 {
 		_, burst, every := m.part()
@@ -286,18 +286,18 @@ func (m *limiter) settle(now time.Time) {
 	m.charged = m.used
 }
 
-// batch is how many openings to borrow: as many as were needed lately, but no more than are
-// regained meanwhile and no more than a part of all. The caller holds mu.
+// batch returns how many openings to borrow: as many as were needed lately, but no more than are
+// regained in that time, and no more than this proxy's part. The caller holds mu.
 func (m *limiter) batch() int {
 	_, burst, _ := m.part()
 	needed := max(m.used, m.before, m.waiting+1)
-	if m.short { // all there is, in one call: what it lets in is less than what is needed
+	if m.short { // the limit admits less than is needed: borrow all there is in one call
 		needed += needed/4 + 1
 	}
 	return min(needed, burst, max(int(flushEvery/m.every), 1))
 }
 
-// wait returns when t is over, or false if ctx ended first. The caller holds mu, which is released
+// wait waits for t and reports whether t ended before ctx. The caller holds mu, which wait releases
 // meanwhile.
 func (m *limiter) wait(ctx context.Context, t *trip) bool {
 	m.waiting++
@@ -314,7 +314,7 @@ func (m *limiter) wait(ctx context.Context, t *trip) bool {
 	}
 }
 
-// leave counts a connection out. One that another limit refused gives its opening back.
+// leave counts a connection that has ended. If another limit refused it, it returns its opening.
 func (m *limiter) leave(refused bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -328,14 +328,14 @@ func (m *limiter) leave(refused bool) {
 	}
 	if m.l.Open > 0 {
 		m.change--
-		m.until = time.Time{} // there may be room now
+		m.until = time.Time{} // the store may have a place now
 		m.activate()
 		m.store.limits.hurry(m)
 	}
 }
 
-// bytesShare is this proxy's part of BytesPerSecond, or 0 if there is no bound now. What the store
-// has said holds until the next tick, even if it has gone meanwhile.
+// bytesShare returns this proxy's part of BytesPerSecond, or 0 if there is no bound now. The
+// store's last rate holds until the next tick, even if the store has gone since.
 func (m *limiter) bytesShare() float64 {
 	if rate := m.rate.Load(); rate > 0 {
 		return float64(rate) * m.perByte
@@ -346,26 +346,26 @@ func (m *limiter) bytesShare() float64 {
 	return 1 / float64(m.store.peers.Load()) // an even part
 }
 
-// moving is called for the first bytes since the store was told.
+// moving reports the first bytes after a rest to the store.
 func (m *limiter) moving() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if now := time.Now(); now.Sub(m.told) > flushEvery { // after a rest
-		m.told = now
+	if now := time.Now(); now.Sub(m.reported) > flushEvery {
+		m.reported = now
 		m.store.limits.hurry(m)
 	}
 	m.activate()
 }
 
-// could is how many bytes a second may be of use: -1, all there are, if nearly all that were
-// allowed were used; 0 if there was nothing to move. It begins a new count. The caller holds mu.
+// could returns how many bytes a second this proxy could use: -1, as many as there are, if it used
+// nearly all of its rate; 0 if it moved none. It begins a new count. The caller holds mu.
 func (m *limiter) could(now time.Time) int64 {
 	bytes := m.moved.Swap(0)
 	if bytes == 0 {
 		return 0
 	}
-	moved, rate := float64(bytes)/max(now.Sub(m.told), flushEvery/2).Seconds(), m.rate.Load()
-	m.told = now
+	moved, rate := float64(bytes)/max(now.Sub(m.reported), flushEvery/2).Seconds(), m.rate.Load()
+	m.reported = now
 	if rate == 0 || moved > 0.8*float64(rate) {
 		return -1
 	}
@@ -383,22 +383,22 @@ func (m *limiter) activate() {
 // A call is one trip to the store.
 type call struct {
 	wanted    int  // openings
-	given     int  // openings that are given back
-	asks      int  // 1: a connection asks to be let in
-	absolute  bool // the store is told the number of open connections, not how it has changed
-	exclusive bool // everybody waits for it
+	given     int  // openings to return
+	asks      int  // 1 for a connection that asks to be admitted
+	absolute  bool // report the number of open connections, not its change
+	exclusive bool // others wait for this call
 
 	refused bool // the answer to a connection that asks
 }
 
-// ask makes a call, with everything that there is to tell. The caller holds mu, which is released
+// ask makes a call and reports everything that has changed. The caller holds mu, which ask releases
 // meanwhile.
 func (m *limiter) ask(c *call) error {
 	own := strconv.Itoa(m.change)
 	if c.absolute {
 		own = "=" + strconv.Itoa(m.open)
 	}
-	spare := min(m.lent, c.wanted) // given back by a connection that another limit refused
+	spare := min(m.lent, c.wanted) // returned by a connection that another limit refused
 	m.lent -= spare
 	owed, could := m.owed, m.could(time.Now())
 	m.change, m.owed = 0, 0
@@ -412,12 +412,12 @@ func (m *limiter) ask(c *call) error {
 		m.trip = t
 		defer close(t.done)
 	}
-	m.flying++
+	m.inFlight++
 	m.mu.Unlock()
 	values, err := m.store.script(context.Background(), m.store.opts.Timeout, limitScript, m.keys,
 		args...)
 	m.mu.Lock()
-	m.flying--
+	m.inFlight--
 	now := time.Now()
 	var answer answer
 	if err == nil {
@@ -427,7 +427,7 @@ func (m *limiter) ask(c *call) error {
 		m.trip, t.err = nil, err
 	}
 	m.lent += spare
-	if err != nil { // whether it was heard is not known
+	if err != nil { // the report may have been lost
 		m.owed = min(m.owed+owed, m.l.Burst)
 		m.heal = true
 		return err
@@ -436,7 +436,7 @@ func (m *limiter) ask(c *call) error {
 	if c.absolute {
 		m.heal, m.renewed = false, now
 	}
-	if could != 0 { // an even part first, then doubling: others may have begun at the same moment
+	if could != 0 { // begin with an even part, then double: others may begin at the same moment
 		even := max(m.l.BytesPerSecond/m.store.peers.Load(), 1)
 		m.rate.Store(min(answer.rate, max(2*m.rate.Load(), even)))
 	}
@@ -450,17 +450,17 @@ func (m *limiter) ask(c *call) error {
 	return nil
 }
 
-// hold is how long nothing is asked after the store has said no, or had less than was wanted. A
-// limit that borrows waits for more than the one opening that is regained first: else a flood would
-// have it ask for each.
+// hold returns how long not to ask again after the store has refused, or has granted less than was
+// wanted. A limit that borrows waits for several openings to be regained: otherwise a flood would
+// cause a call for each.
 func (m *limiter) hold(c *call, wait time.Duration) time.Duration {
 	if c.exclusive && c.wanted > 0 {
 		wait = max(wait, min(flushEvery, m.every*time.Duration(m.l.Burst)/2))
 	}
-	return min(wait, time.Second) // somebody may give back
+	return min(wait, time.Second) // another proxy may return openings
 }
 
-// An answer is what limit.lua returns.
+// An answer is the result of limit.lua.
 type answer struct {
 	granted int
 	why     string
@@ -482,7 +482,7 @@ func (a *answer) read(values []rueidis.RedisMessage) error {
 
 // A bucket is a token bucket whose size is an argument, because it changes with the number of
 // proxies.
-type bucket struct{ full time.Time } // when all will have been regained
+type bucket struct{ full time.Time } // when all openings will have been regained
 
 func (b *bucket) take(now time.Time, burst int, every time.Duration) bool {
 	full := later(b.full, now).Add(every)
@@ -493,7 +493,7 @@ func (b *bucket) take(now time.Time, burst int, every time.Duration) bool {
 	return true
 }
 
-// charge takes n, or as many as there are.
+// charge takes n openings, or as many as there are.
 func (b *bucket) charge(now time.Time, n, burst int, every time.Duration) {
 	from := later(b.full, now)
 	free := time.Duration(burst)*every - from.Sub(now)

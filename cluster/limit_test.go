@@ -448,7 +448,7 @@ func TestOpenOfAClientThatHasGone(t *testing.T) {
 		l := m.(*limiter)
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		return storetest.Want(l.flying == 1, "not yet")
+		return storetest.Want(l.inFlight == 1, "not yet")
 	})
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()

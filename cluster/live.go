@@ -28,11 +28,11 @@ type Proxy struct {
 	Open     int            `json:"open"`     // connections
 	Capacity int            `json:"capacity"` // 0: no bound
 	Draining bool           `json:"draining"`
-	Config   int64          `json:"config"`            // version it runs; 0: none of the store's
+	Config   int64          `json:"config"`            // version in force; 0: none of the store's
 	Problem  string         `json:"problem,omitempty"` // why it does not run the store's
-	Since    time.Time      `json:"since"`             // it joined, by its own clock
+	Since    time.Time      `json:"since"`             // when it joined, by its own clock
 	Version  string         `json:"version,omitempty"` // of the program
-	Lease    time.Duration  `json:"lease"`             // for how long a beat counts
+	Lease    time.Duration  `json:"lease"`             // how long a beat is valid
 
 	Age time.Duration `json:"age"` // of its last beat; set by Live
 }
@@ -42,7 +42,7 @@ type Upstream struct {
 	App  string         `json:"app"`
 	Addr string         `json:"addr"`
 	Open int            `json:"open"`
-	By   map[string]int `json:"by,omitempty"` // of that, by proxy; set by Tally
+	By   map[string]int `json:"by,omitempty"` // Open by proxy; set by Tally
 }
 
 // A Tally is a snapshot of a cluster.
@@ -53,8 +53,8 @@ type Tally struct {
 	Upstreams []Upstream `json:"upstreams"` // by app and address; those with connections only
 }
 
-// Live returns the live proxies and the sums of their open connections. It is cheap enough to be
-// called twice a second.
+// Live returns the live proxies and the sums of their open connections. It is cheap enough to call
+// twice a second.
 func (s *Store) Live(ctx context.Context) (Tally, error) { return s.live(ctx, "") }
 
 // Tally is like Live and also sets [Upstream.By], the connections of each proxy.
@@ -75,7 +75,7 @@ func (s *Store) live(ctx context.Context, what string) (t Tally, err error) {
 	leases, _ := v[1].AsStrSlice()
 	for i := 0; i+1 < len(leases); i += 2 {
 		p := Proxy{ID: leases[i]}
-		json.Unmarshal([]byte(infos[p.ID]), &p) // what cannot be read is not known
+		json.Unmarshal([]byte(infos[p.ID]), &p) // fields that do not decode stay zero
 		end, _ := strconv.ParseInt(leases[i+1], 10, 64)
 		p.ID, p.Age = leases[i], max(p.Lease-time.Duration(end-now)*time.Millisecond, 0)
 		t.Proxies = append(t.Proxies, p)
@@ -107,7 +107,7 @@ func (s *Store) live(ctx context.Context, what string) (t Tally, err error) {
 	return t, nil
 }
 
-// field is what an upstream of an app is called in the store. There is no space in an address.
+// field returns the store's name for an upstream of an app. An address has no space.
 func field(app, addr string) string { return app + " " + addr }
 
 func unfield(field string) (app, addr string) {

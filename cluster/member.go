@@ -24,32 +24,33 @@ var beatText string
 
 var beatScript = rueidis.NewLuaScript(beatText)
 
-// Self describes this proxy to the others. All fields are optional. The functions are called on
-// each beat, one at a time.
+// Self describes this proxy to the others. All fields are optional. Each beat calls the functions,
+// one at a time.
 type Self struct {
 	// ID is the proxy's name, also in the gateway's zone: at most 63 lower-case letters, digits and
-	// '-'. No other live proxy may have it. Empty means a random one.
+	// '-'. It must be unique among live proxies. Empty means a random name.
 	ID string
 
-	// Addr is the host at which clients find the proxy: an IP address, or a name, which only SRV
-	// records have. Gateways do not name a proxy without one.
+	// Addr is the host at which clients find the proxy: an IP address or a name. A name appears
+	// only in SRV records. Gateways leave out a proxy without Addr.
 	Addr string
 
 	// Ports returns the port of each app, for SRV records.
 	Ports func() map[string]int
 
-	// Apps returns the apps by their ids. Their connections are counted in the store, and each app
-	// is told of the other proxies by its SetPeers.
+	// Apps returns the apps by their ids. The store counts their connections, and SetPeers of each
+	// app gets the state of the other proxies.
 	Apps func() map[string]*lbproxy.LBProxyApp
 
-	// Config returns the version of the configuration in force, and why it is not the store's. With
-	// a Watch, use [Watch.Running].
+	// Config returns the version of the configuration in force, and the reason if it is not the
+	// store's. With a Watch, use [Watch.Running].
 	Config func() (version int64, problem string)
 
-	Capacity int    // gateways do not name a proxy with so many connections; 0 means no bound
-	Version  string // of the program, to be shown
+	Capacity int    // gateways leave out a proxy with as many connections; 0 means no bound
+	Version  string // of the program, for people
 
-	// Interval is the time between beats. A proxy counts as dead after three. 0 means a second.
+	// Interval is the time between beats. A proxy counts as dead after three intervals without a
+	// beat. 0 means a second.
 	Interval time.Duration
 }
 
@@ -58,7 +59,7 @@ type Member struct {
 	store *Store
 	self  Self
 	since time.Time
-	kick  chan struct{} // has an element when a beat should not wait for its time
+	kick  chan struct{} // has an element when the next beat should come now
 	stop  context.CancelFunc
 	over  chan struct{}
 
@@ -66,34 +67,34 @@ type Member struct {
 	draining bool
 	place    Place
 
-	// What follows is the beating goroutine's alone.
-	turn   int64           // of the last call; a process that is started again begins higher
-	sent   map[string]int  // counts as the store has them; nil: it has none
-	sums   map[string]int  // of all proxies
-	sumsAt string          // the store's name for that state
-	bias   map[string]bias // by app
-	step   time.Duration   // between the last two states of sums, if the biases are yet to follow
-	told   map[string]told // by app
-	missed int             // beats in a row without an answer
+	// Only the beating goroutine uses the fields below.
+	turn   int64            // of the last call; a restarted process begins with a higher one
+	sent   map[string]int   // the counts in the store; nil before the first beat
+	sums   map[string]int   // of all proxies
+	sumsAt string           // the store's time of sums
+	bias   map[string]bias  // by app
+	step   time.Duration    // between the last two sums; 0 once the biases have followed it
+	peers  map[string]peers // by app: the last call of SetPeers
+	missed int              // beats in a row without an answer
 }
 
-// unknown is a count of which the store may or may not have heard.
+// unknown is a count that the store may or may not have.
 const unknown = -1
 
 // A Place is the place of a [Member] among the others.
 type Place struct {
 	ID           string
-	Index, Count int           // number Index, from 0, of Count; Count is 0 until a beat is answered
+	Index, Count int           // number Index, from 0, of Count; 0 of 0 before the first answer
 	Lag          time.Duration // since the last answered beat, or since Join
-	Err          string        // why the last beat was not answered
+	Err          string        // why the last beat had no answer; empty if it had one
 
 	heard time.Time
 }
 
-// Join makes this proxy a member. Every second it writes its open connections to the store, reads
-// the number of proxies and the connections of all, and passes them on to its apps by
-// [lbproxy.LBProxyApp.SetPeers]. Join fails only if self is wrong; while the store is away it goes
-// on trying. The caller must call Leave.
+// Join makes this proxy a member. Every second (Self.Interval) the member writes its open
+// connections to the store, reads the number of proxies and the connections of all, and passes both
+// to its apps by [lbproxy.LBProxyApp.SetPeers]. Join fails only if self is invalid; while the store
+// is away, the member keeps trying. The caller must call Leave.
 func (s *Store) Join(self Self) (*Member, error) {
 	self.ID = cmp.Or(self.ID, strings.ToLower(s.id))
 	self.Interval = cmp.Or(self.Interval, time.Second)
@@ -133,12 +134,12 @@ func newMember(s *Store, self Self) *Member {
 		store: s, self: self, since: now, turn: now.UnixMicro(),
 		kick: make(chan struct{}, 1), over: make(chan struct{}),
 		place: Place{ID: self.ID, heard: now},
-		bias:  map[string]bias{}, told: map[string]told{},
+		bias:  map[string]bias{}, peers: map[string]peers{},
 	}
 }
 
-// Drain tells gateways not to name this proxy any more. It does not wait for that, and stops
-// nothing else: the proxy should go on accepting for a few seconds.
+// Drain tells gateways to leave out this proxy, and returns at once. It stops nothing: the proxy
+// should accept connections for a few more seconds.
 func (m *Member) Drain() {
 	m.mu.Lock()
 	m.draining = true
@@ -146,7 +147,7 @@ func (m *Member) Drain() {
 	m.Beat()
 }
 
-// Beat makes the next beat come now, for news that should not wait.
+// Beat makes the next beat come now, for urgent changes of what Self returns.
 func (m *Member) Beat() {
 	select {
 	case m.kick <- struct{}{}:
@@ -154,8 +155,8 @@ func (m *Member) Beat() {
 	}
 }
 
-// Leave ends the beats and takes the proxy out of the store, for which it waits a second at most.
-// If the store is away the lease runs out instead. It may be called more than once.
+// Leave ends the beats and removes the proxy from the store, for which it waits up to a second. If
+// the store is away, the proxy's lease expires instead. Leave may be called more than once.
 func (m *Member) Leave() {
 	m.stop()
 	<-m.over
@@ -188,7 +189,7 @@ func (m *Member) run(ctx context.Context) {
 	}
 }
 
-// beat is one beat: one call, or a few where there is much to tell.
+// beat makes one beat: one call, or a few for many counts.
 func (m *Member) beat(ctx context.Context) {
 	var apps map[string]*lbproxy.LBProxyApp
 	if m.self.Apps != nil {
@@ -208,7 +209,7 @@ func (m *Member) beat(ctx context.Context) {
 	var err error
 	for range 2 { // twice, if the store has forgotten this proxy
 		var again bool
-		if again, err = m.tell(ctx, info, counts); !again {
+		if again, err = m.send(ctx, info, counts); !again {
 			break
 		}
 	}
@@ -246,16 +247,16 @@ func (m *Member) info(open int) string {
 	m.mu.Unlock()
 	text, err := json.Marshal(p)
 	if err != nil {
-		panic(err) // it has nothing in it that JSON cannot say
+		panic(err) // every field of a Proxy marshals
 	}
 	return string(text)
 }
 
-// tell makes the calls of a beat. again means that the store did not know this proxy, so that
-// everything has to be told once more.
-func (m *Member) tell(ctx context.Context, info string, counts map[string]int,
+// send makes the calls of a beat. again means that the store did not know this proxy, so that all
+// counts must be sent again.
+func (m *Member) send(ctx context.Context, info string, counts map[string]int,
 ) (again bool, err error) {
-	if m.sent == nil { // nothing, or what another process has left that had the same ID
+	if m.sent == nil { // remove the counts of an earlier process with the same ID
 		if _, err := m.call(ctx, 0, "", nil); err != nil {
 			return false, err
 		}
@@ -274,14 +275,14 @@ func (m *Member) tell(ctx context.Context, info string, counts map[string]int,
 	}
 	first := len(m.sent) == 0
 	for {
-		some := news[:min(len(news), 1000)] // a call of more would make everybody wait
+		some := news[:min(len(news), 1000)] // a longer call would delay the other proxies
 		news = news[len(some):]
 		args := make([]string, 0, 2*len(some))
 		for _, f := range some {
 			args = append(args, f, strconv.Itoa(counts[f]))
 		}
 		joined, err := m.call(ctx, 3*m.self.Interval, info, args)
-		if err != nil { // the store may have heard it all the same
+		if err != nil { // the call may have reached the store all the same
 			for _, f := range some {
 				m.sent[f] = unknown
 			}
@@ -303,7 +304,7 @@ func (m *Member) tell(ctx context.Context, info string, counts map[string]int,
 	}
 }
 
-// call is one call of beat.lua. A lease of 0 says goodbye.
+// call calls beat.lua once. A lease of 0 removes the proxy.
 func (m *Member) call(ctx context.Context, lease time.Duration, info string, counts []string,
 ) (joined bool, err error) {
 	var version int64
@@ -345,12 +346,12 @@ func (m *Member) call(ctx context.Context, lease time.Duration, info string, cou
 	return isNew == 1, nil
 }
 
-// learn takes in what all proxies together have open.
+// learn decodes the open connections of all proxies together.
 func (m *Member) learn(at, text string) error {
 	var list []string
 	if text != "{}" { // Lua's empty list
 		if err := json.Unmarshal([]byte(text), &list); err != nil {
-			return fmt.Errorf("cluster: the counts in the store cannot be read: %w", err)
+			return fmt.Errorf("cluster: cannot decode the counts in the store: %w", err)
 		}
 	}
 	m.sums = map[string]int{}
@@ -359,15 +360,15 @@ func (m *Member) learn(at, text string) error {
 	}
 	was, _ := strconv.ParseInt(m.sumsAt, 10, 64)
 	is, _ := strconv.ParseInt(at, 10, 64)
-	if was > 0 { // after a while without the store one step is not to make up for all of it
+	if was > 0 { // after an outage, one step must not make up for all of it
 		m.step = min(max(time.Duration(is-was)*time.Millisecond, 0), 5*time.Second)
 	}
 	m.sumsAt = at
 	return nil
 }
 
-// countsEvery is how old the sums may be. To make and send them costs too much for every second
-// where there are many proxies or upstreams; then they are needed less often, too.
+// countsEvery returns how old the sums may be. With many proxies or upstreams, making and sending
+// them every second costs too much, and they change more slowly.
 func (m *Member) countsEvery() time.Duration {
 	if m.store.peers.Load() > 200 || len(m.sums) > 2000 {
 		return 5 * m.self.Interval
@@ -375,7 +376,7 @@ func (m *Member) countsEvery() time.Duration {
 	return m.self.Interval
 }
 
-// setPeers tells the apps where this proxy stands, if that is news.
+// setPeers calls SetPeers of each app whose Peers have changed.
 func (m *Member) setPeers(apps map[string]*lbproxy.LBProxyApp, stats map[string]lbproxy.Stats,
 	place Place) {
 	for id, app := range apps {
@@ -392,22 +393,21 @@ func (m *Member) setPeers(apps map[string]*lbproxy.LBProxyApp, stats map[string]
 			b.fade()
 		}
 		p := lbproxy.Peers{Index: place.Index, Count: place.Count, Bias: b.steps(upstreams)}
-		if old, ok := m.told[id]; ok && old.app == app && reflect.DeepEqual(old.peers, p) {
+		if old, ok := m.peers[id]; ok && old.app == app && reflect.DeepEqual(old.set, p) {
 			continue
 		}
 		if err := app.SetPeers(p); err != nil {
-			m.store.log().Error("cluster: an app does not take what is known of the others",
-				"app", id, "err", err)
+			m.store.log().Error("cluster: an app refuses its peers", "app", id, "err", err)
 		}
-		m.told[id] = told{app, p}
+		m.peers[id] = peers{app, p}
 	}
 	m.step = 0
 	maps.DeleteFunc(m.bias, func(id string, _ bias) bool { return apps[id] == nil })
-	maps.DeleteFunc(m.told, func(id string, _ told) bool { return apps[id] == nil })
+	maps.DeleteFunc(m.peers, func(id string, _ peers) bool { return apps[id] == nil })
 }
 
-// told is what an app was told last.
-type told struct {
-	app   *lbproxy.LBProxyApp
-	peers lbproxy.Peers
+// peers are the Peers that an app has.
+type peers struct {
+	app *lbproxy.LBProxyApp
+	set lbproxy.Peers
 }

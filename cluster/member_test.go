@@ -62,7 +62,7 @@ func (f *fleet) beat(id string) {
 	f.t.Helper()
 	m := f.member(id)
 	for range 2 {
-		again, err := m.tell(f.t.Context(), m.info(0), maps.Clone(f.open[id]))
+		again, err := m.send(f.t.Context(), m.info(0), maps.Clone(f.open[id]))
 		if err != nil {
 			f.t.Fatal(err)
 		}
@@ -202,7 +202,7 @@ func TestLostAndLateBeats(t *testing.T) {
 			m.store = cut
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 			defer cancel()
-			if _, err := m.tell(ctx, m.info(0), map[string]int{up: n}); err == nil {
+			if _, err := m.send(ctx, m.info(0), map[string]int{up: n}); err == nil {
 				t.Fatal("a beat through a wire that is cut")
 			}
 		}

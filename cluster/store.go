@@ -20,7 +20,7 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// ErrAway is wrapped by the errors of calls while the store cannot be reached. They also say why.
+// ErrAway is wrapped by the errors of calls while the store cannot be reached, which also say why.
 var ErrAway = errors.New("the store cannot be reached")
 
 // ErrClosed is returned by calls after [Store.Close].
@@ -32,15 +32,15 @@ type Options struct {
 	// share everything; one server may serve several clusters. Empty means "lbproxy".
 	Name string
 
-	// Timeout is the longest that a connection that opens waits for the store. 0 means 50 ms.
+	// Timeout bounds how long a new connection waits for the store. 0 means 50 ms.
 	Timeout time.Duration
 
 	// TLS is used if the URL begins with rediss:// or valkeys://. nil means that the store's
-	// certificate must be for the URL's host and from one of the system's roots.
+	// certificate must be for the URL's host and issued by one of the system's roots.
 	TLS *tls.Config
 
-	// Peers is the number of proxies until a [Member] learns it. While the store is away, [Share]
-	// lets each proxy have one part in so many. 0 means 1.
+	// Peers is the number of proxies N until a [Member] learns it from the store. While the store
+	// is away, [Share] gives each proxy one part in N of a limit. 0 means 1.
 	Peers int
 
 	// Logger gets a line when the store is lost and when it is back. nil means slog.Default().
@@ -49,15 +49,15 @@ type Options struct {
 
 // A Store is a connection to the state that proxies share. All methods are safe for concurrent use.
 type Store struct {
-	// It is connected exactly while client is not nil. Whoever sees a call fail takes the client
-	// out (lose), and starts the one goroutine (probe) that tries to put another one in.
+	// The Store is connected while client is not nil. A failed call removes the client (lose) and
+	// starts a goroutine (probe) that tries to set a new one.
 	client  atomic.Pointer[client]
 	name    string // of the cluster
-	id      string // of this Store: whose connections are counted in an open limit
-	addr    string // for errors and logs: without a password
+	id      string // of this Store, by which open limits count its connections
+	addr    string // for errors and logs, without a password
 	opts    Options
 	redis   rueidis.ClientOption
-	peers   atomic.Int64 // how many proxies share; at least 1
+	peers   atomic.Int64 // the number of proxies; at least 1
 	limits  flusher
 	serial  atomic.Uint64 // of limiters
 	config  watched
@@ -68,23 +68,23 @@ type Store struct {
 	calls, failures, timeouts atomic.Uint64
 	alone, turnedAway         atomic.Uint64
 
-	mu     sync.Mutex // guards what follows; never held over a call or a line of log
+	mu     sync.Mutex // guards the fields below; never held over a call or a log line
 	closed bool
 	err    error     // why it is away; nil while it is connected
-	since  time.Time // it is connected, or away
+	since  time.Time // when it was connected, or lost
 }
 
-// A client is one connection, or in a Redis Cluster one to each node. It is never reused after an
-// error.
+// A client is one connection, or in a Redis Cluster one to each node. After an error it is
+// replaced.
 type client struct {
 	rueidis.Client
-	late atomic.Int32 // calls in a row that got no answer
+	late atomic.Int32 // calls in a row without an answer
 }
 
 const (
 	probeEvery = 100 * time.Millisecond
-	// maxLate calls in a row without an answer mean that the store is away. One slow call means
-	// nothing: on a busy machine a few in thousands are.
+	// After maxLate calls in a row without an answer the store counts as away. A single slow call
+	// means nothing: on a busy machine a few in thousands are slow.
 	maxLate = 2
 )
 
@@ -95,9 +95,9 @@ const (
 //	redis://host:26379?master_set=mymaster   Sentinels
 //	unix:///run/redis.sock
 //
-// It tries once, for a second, to reach the server. If that fails it goes on trying every 100 ms,
-// and [Store.Ping] says what is wrong. Dial itself fails only if storeURL or opts are wrong. The
-// caller must call Close.
+// Dial tries for a second to reach the server. If that fails, the Store tries again every 100 ms;
+// [Store.Ping] returns the problem. Dial fails only if storeURL or opts are invalid. The caller
+// must call Close.
 func Dial(storeURL string, opts *Options) (*Store, error) {
 	s := &Store{id: rand.Text()[:12], since: time.Now()}
 	if opts != nil {
@@ -139,13 +139,13 @@ func isNameRune(r rune) bool {
 		'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z')
 }
 
-// parse reads the store's URL. Its errors never have the URL in them: that may have a password.
+// parse reads the store's URL. Its errors never contain the URL, which may have a password.
 func (s *Store) parse(text string) error {
 	const want = "want redis://user:password@host:6379, or rediss:// for TLS"
 	u, err := url.Parse(text)
 	schemes := []string{"redis", "rediss", "valkey", "valkeys", "unix"}
 	if err != nil || !slices.Contains(schemes, u.Scheme) {
-		return errors.New("cluster: the store's URL cannot be read " +
+		return errors.New("cluster: cannot parse the store's URL " +
 			"(it is not shown for its password): " + want)
 	}
 	s.addr = (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
@@ -164,26 +164,26 @@ func (s *Store) parse(text string) error {
 		o.TLSConfig.ServerName = cmp.Or(o.TLSConfig.ServerName, name)
 	}
 	o.ClientName = cmp.Or(o.ClientName, "lbproxy")
-	// Redis 7.0 and its ACLs do not know CLIENT SETINFO.
+	// Redis 7.0 does not have CLIENT SETINFO, not even in its ACLs.
 	o.ClientSetInfo = rueidis.DisableClientSetInfo
-	// Nothing is read twice.
+	// No value is read twice.
 	o.DisableCache = true
-	// A client waits to be served, so the policy answers it.
+	// A client is waiting: after a failure, the Outage policy decides at once.
 	o.DisableRetry = true
-	// Otherwise a call that is given up would take the connection with it.
+	// Otherwise a call that times out would close the connection.
 	o.AlwaysPipelining = true
-	// There is one connection: it is up or it is not, and calls stay in order.
+	// Use one connection: it is up or down as a whole, and calls stay in order.
 	o.PipelineMultiplex = -1
 	o.ForceSingleClient = o.Sentinel.MasterSet == "" && len(o.InitAddress) == 1
 	o.Sentinel.TopologyRefreshInterval = 5 * time.Second
 	o.Dialer.KeepAlive = time.Second
-	// A silent connection is given up then, if nobody has called meanwhile.
+	// Close a silent connection after this time, even without calls.
 	o.ConnWriteTimeout = 2 * time.Second
 	return nil
 }
 
-// connect puts a client in that has just been shown to work, also for writing: a server that is
-// loading its data, or has become a replica, is as good as none.
+// connect sets a new client after a test of it. The test writes, because a server that is loading
+// its data, or has become a replica, is of no use.
 func (s *Store) connect(timeout time.Duration) error {
 	o := s.redis
 	o.Dialer.Timeout = timeout
@@ -213,13 +213,13 @@ func (s *Store) connect(timeout time.Duration) error {
 	return nil
 }
 
-// lose takes c out, unless somebody else has.
+// lose removes c, unless it has been removed already.
 func (s *Store) lose(c *client, why error) {
 	s.mu.Lock()
 	lost := !s.closed && s.client.CompareAndSwap(c, nil)
 	if lost {
 		s.err, s.since = why, time.Now()
-		s.running.Go(c.Close) // it may wait a second for a server that is silent
+		s.running.Go(c.Close) // it may wait a second for a silent server
 		s.running.Go(s.probe)
 	}
 	s.mu.Unlock()
@@ -229,7 +229,7 @@ func (s *Store) lose(c *client, why error) {
 	}
 }
 
-// probe ends when the store is back.
+// probe tries to connect until the store is back.
 func (s *Store) probe() {
 	every := time.NewTicker(probeEvery)
 	defer every.Stop()
@@ -253,8 +253,8 @@ func (s *Store) probe() {
 // A caller makes one call.
 type caller = func(context.Context, rueidis.Client) rueidis.RedisResult
 
-// do makes one call, of at most so long, and counts how it went. Any error means that the caller
-// goes on without.
+// do makes one call, bounded by timeout, and counts its outcome. After an error the caller goes on
+// without the store.
 func (s *Store) do(ctx context.Context, timeout time.Duration, call caller,
 ) ([]rueidis.RedisMessage, error) {
 	c := s.client.Load()
@@ -270,7 +270,7 @@ func (s *Store) do(ctx context.Context, timeout time.Duration, call caller,
 		if c.late.Load() != 0 {
 			c.late.Store(0)
 		}
-		values, _ := result.ToArray() // of what is no array nothing is wanted
+		values, _ := result.ToArray() // callers ignore answers that are no arrays
 		return values, nil
 	}
 	s.failures.Add(1)
@@ -281,7 +281,7 @@ func (s *Store) do(ctx context.Context, timeout time.Duration, call caller,
 		if c.late.Add(1) >= maxLate {
 			s.lose(c, fmt.Errorf("%d calls in a row were not answered within %v", maxLate, timeout))
 		}
-	case answered && !passing(refused):
+	case answered && !unavailable(refused):
 		s.log().Warn("cluster: the store refuses a call", "store", s.addr, "err", s.clean(err))
 	default:
 		s.lose(c, err)
@@ -289,8 +289,8 @@ func (s *Store) do(ctx context.Context, timeout time.Duration, call caller,
 	return nil, s.wrap(err)
 }
 
-// passing reports whether the server says that it is of no use now.
-func passing(err *rueidis.RedisError) bool {
+// unavailable reports whether the error means that the server is of no use at present.
+func unavailable(err *rueidis.RedisError) bool {
 	code, _, _ := strings.Cut(err.Error(), " ")
 	switch code {
 	case "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MISCONF",
@@ -300,7 +300,7 @@ func passing(err *rueidis.RedisError) bool {
 	return false
 }
 
-// script is do for a script, all of whose keys are on one node.
+// script is do for a script whose keys are all on one node.
 func (s *Store) script(ctx context.Context, timeout time.Duration, script *rueidis.Lua,
 	keys []string, args ...string) ([]rueidis.RedisMessage, error) {
 	return s.do(ctx, timeout, func(ctx context.Context, c rueidis.Client) rueidis.RedisResult {
@@ -308,10 +308,10 @@ func (s *Store) script(ctx context.Context, timeout time.Duration, script *rueid
 	})
 }
 
-// key returns a key of the cluster's own; all of them are on one node.
+// key returns the cluster's key of that name. All of the cluster's keys are on one node.
 func (s *Store) key(name string) string { return "{" + s.name + "}:" + name }
 
-// Ping makes one trip to the store. Its error says why the store cannot be used, and what to do.
+// Ping makes one call to the store. Its error says why the store cannot be used, and what to do.
 func (s *Store) Ping(ctx context.Context) error {
 	ping := func(ctx context.Context, c rueidis.Client) rueidis.RedisResult {
 		return c.Do(ctx, c.B().Ping().Build())
@@ -320,7 +320,7 @@ func (s *Store) Ping(ctx context.Context) error {
 	return err
 }
 
-// away is the error of calls while there is no client.
+// away returns the error of calls while there is no client.
 func (s *Store) away() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -330,7 +330,7 @@ func (s *Store) away() error {
 	return s.wrap(s.err)
 }
 
-// wrap says which store an error is of, and what to do about the common ones.
+// wrap adds the store's address to an error, and a remedy to the common ones.
 func (s *Store) wrap(err error) error {
 	if err == nil {
 		return nil
@@ -359,7 +359,7 @@ func (s *Store) wrap(err error) error {
 	return fmt.Errorf("cluster: store %s: %s", s.addr, text)
 }
 
-// clean returns err's text without the password, should a library ever put it there.
+// clean returns err's text with the password removed, in case a library adds it.
 func (s *Store) clean(err error) string {
 	text := err.Error()
 	for _, secret := range []string{s.redis.Password, s.redis.Sentinel.Password} {
@@ -380,9 +380,9 @@ func (s *Store) log() *slog.Logger {
 	return slog.Default()
 }
 
-// Close gives back the openings that limits have borrowed, closes the connection and waits for all
-// goroutines of s. Members stop beating. Limits that are still in use follow their policies. It
-// returns nil.
+// Close returns the openings that limits have borrowed, closes the connection and waits for all
+// goroutines of s. Members stop beating. Limits that are still in use follow their policies. Close
+// always returns nil.
 func (s *Store) Close() error {
 	s.limits.stop()
 	s.mu.Lock()
@@ -405,13 +405,13 @@ type Status struct {
 	Connected bool      // false: limits follow their policies
 	Since     time.Time // when it was connected, or lost
 	Err       string    // why it is not connected
-	Peers     int       // how many proxies share the limits
+	Peers     int       // the number of proxies that share the limits
 
-	// These count since Dial.
+	// The counters begin at Dial.
 	Calls      uint64 // calls to the store
-	Failures   uint64 // calls that brought no useful answer
+	Failures   uint64 // calls without a useful answer
 	Timeouts   uint64 // failures because no answer came in time
-	Alone      uint64 // connections let in by a policy, without the store
+	Alone      uint64 // connections admitted by a policy, without the store
 	TurnedAway uint64 // connections refused by a policy
 }
 

@@ -49,11 +49,11 @@ func TestDialRefusesWrongOptions(t *testing.T) {
 		opts Options
 		want string
 	}{
-		{"", Options{}, "cannot be read"},
-		{"http://h:1", Options{}, "cannot be read"},
-		{"geheim@h:1", Options{}, "cannot be read"},
-		{"geheim:h", Options{}, "cannot be read"},
-		{"redis://u:geheim@h:port", Options{}, "cannot be read"},
+		{"", Options{}, "cannot parse"},
+		{"http://h:1", Options{}, "cannot parse"},
+		{"geheim@h:1", Options{}, "cannot parse"},
+		{"geheim:h", Options{}, "cannot parse"},
+		{"redis://u:geheim@h:port", Options{}, "cannot parse"},
 		{"redis://u:geheim@h:1/x/y", Options{}, "invalid URL path"},
 		{"redis://h:1", Options{Name: "a b"}, "want letters"},
 		{"redis://h:1", Options{Timeout: -1}, "negative"},
