@@ -1,15 +1,14 @@
--- One proxy's heartbeat: it renews the lease, takes what is new of the proxy's counts, clears away
--- who has died, and returns what there is to know. Repeating a beat changes nothing. Time is the
+-- One proxy's heartbeat: it renews the lease, stores the changed counts of the proxy, removes dead
+-- proxies, and returns the state of the cluster. Repeating a beat changes nothing. Time is the
 -- store's, in milliseconds.
 --
 -- KEYS[1]  {cluster}:live; the others are found by its prefix, so they are on the same node
--- ARGV     1 prefix   2 id   3 lease, 0 to leave   4 what others are told of the proxy, JSON
---          5 time of the sums it has   6 how old sums may be   7 config version it runs
---          8 a number that each call of the proxy has higher than the one before
---          9… field, n: so many connections of the proxy are open to that upstream
--- returns  {1 if the proxy was not known: then it owes all its counts, its index, how many there
--- are,
---           config version, time of the sums, the sums if newer}
+-- ARGV     1 prefix   2 id   3 lease, 0 to leave   4 the proxy's description in JSON
+--          5 time of the sums it has   6 how old sums may be   7 config version in force
+--          8 a number that rises with each call of the proxy
+--          9… field, n: the proxy's open connections to an upstream
+-- returns  {1 if the proxy was not known, and must send all its counts; its index; the number of
+--           proxies; config version; time of the sums; the sums if newer}
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local prefix, id, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
@@ -49,8 +48,7 @@ if lease == 0 then
 	return {0, 0, redis.call('ZCARD', rank), 0, '0', ''}
 end
 
--- A call that was given up may arrive after the next one, by another connection: what it says is
--- old.
+-- A call that timed out may arrive after the next one, on another connection. It is out of date.
 if tonumber(redis.call('HGET', turn, id) or 0) > tonumber(ARGV[8]) then
 	return redis.error_reply('LATE a newer beat of this proxy is here')
 end
@@ -72,7 +70,7 @@ if tonumber(redis.call('HGET', config, 'seen') or 0) < tonumber(ARGV[7]) then
 	redis.call('HSET', config, 'seen', ARGV[7])
 end
 
--- The sums as one text, made at most once per interval, for all.
+-- The sums as one text, which is made at most once per interval for all proxies.
 local snap = prefix .. 'snap'
 local at, sums = redis.call('HGET', snap, 't') or '0', ''
 if now - at >= tonumber(ARGV[6]) or tonumber(at) > now then

@@ -1,20 +1,21 @@
--- One trip of one limit, by one proxy. Time is the store's, in microseconds.
+-- One call of one proxy for one limit. Time is the store's, in microseconds.
 --
 -- KEYS[1]  the limit's hash: tat   when all openings will have been regained
---                            o:ID  "n until": connections that a proxy has open, and when that is void
---                            b:ID  "n until": bytes a second that a proxy could use, -1 for all there are
+--                            o:ID  "n until": open connections of a proxy, and when to forget them
+--                            b:ID  "n until": bytes a second a proxy could use, -1: no bound
 -- ARGV     1 the proxy   2 burst (0: openings are not limited)   3 every   4 max open (0: no limit)
 --          5 bytes a second (0: no limit)
---          6 openings wanted   7 given back   8 let in while the store was away
---          9 "+n", "-n": so many more connections of the proxy are open; "=n": so many are
---         10 1: a connection asks to be let in
---         11 bytes a second that it could use, -1 for all there are, 0: it moves none
--- returns  {openings granted, "" or why not: "rate", "open", µs until it is worth asking again,
+--          6 openings wanted   7 returned   8 admitted while the store was away
+--          9 open connections of the proxy: "+n" or "-n" is the change, "=n" the number
+--         10 1: a connection asks to be admitted
+--         11 bytes a second that it could use, -1 for no bound, 0 if it moves none
+-- returns  {openings granted, "" or why none: "rate", "open", µs until asking again is useful,
 --           bytes a second that the proxy may move}
 local t = redis.call('TIME')
 local now = t[1] * 1000000 + t[2]
 local key, mine = KEYS[1], 'o:' .. ARGV[1]
-local burst, every, max, rate = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local burst, every = tonumber(ARGV[2]), tonumber(ARGV[3])
+local max, rate = tonumber(ARGV[4]), tonumber(ARGV[5])
 local wanted, given, owed = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local function text(n) return string.format('%.0f', n) end
 
@@ -64,7 +65,7 @@ if ARGV[10] == '1' and why == '' then
 	own = own + 1
 end
 
-local worth = 0 -- how long this is worth remembering
+local worth = 0 -- how long to keep the key
 if tat > now then
 	redis.call('HSET', key, 'tat', text(tat))
 	worth = tat - now
@@ -79,8 +80,8 @@ if max > 0 then
 		worth = math.max(worth, 6000000)
 	end
 end
--- Who could use less than an even part of the bytes leaves the rest to the others. A proxy is told
--- what it would get if it could use all there are, so that it may grow.
+-- A proxy that could use less than an even part of the bytes leaves the rest to the others. The
+-- result is the part that this proxy would get without such a bound, so that it can grow.
 local part = rate
 if rate > 0 then
 	local could = tonumber(ARGV[11])

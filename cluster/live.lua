@@ -1,4 +1,4 @@
--- Everything about the live proxies, for people, gateways and scripts.
+-- Returns the state of the live proxies.
 --
 -- KEYS[1]  {cluster}:live
 -- ARGV     1 prefix   2 "all": also each proxy's own counts

@@ -1,4 +1,4 @@
--- Replaces the configuration, if it is still the one that the new one was made from.
+-- Replaces the configuration, unless it has changed since the new one was made from it.
 --
 -- KEYS[1]  {cluster}:config
 -- ARGV     1 version it was made from   2 text   3 by whom
@@ -8,7 +8,8 @@ local version = tonumber(redis.call('HGET', KEYS[1], 'version') or 0)
 if version ~= tonumber(ARGV[1]) then
 	return {0, version}
 end
--- Proxies do not go back to a version below the one they run: a store that has lost everything goes on from there.
+-- Proxies do not go back to a lower version, so a store that has lost its data counts on from the
+-- highest one that a proxy runs.
 local seen = tonumber(redis.call('HGET', KEYS[1], 'seen') or 0)
 version = math.max(version, seen) + 1
 redis.call('HSET', KEYS[1], 'version', version, 'text', ARGV[2], 'by', ARGV[3],

@@ -19,20 +19,20 @@ type File struct {
 	Path   string       // the file; its folder must exist and be writable
 	Logger *slog.Logger // nil means slog.Default()
 
-	// Then is called after each change of the file, to make the server read it. If it fails the
-	// error is logged, and it is called again half a second later. nil means that the server sees
-	// changes by itself.
+	// Then is called after each change of the file, to make the server read it. If it fails, the
+	// error is logged, and Then is called again half a second later. nil means that the server
+	// notices changes itself.
 	Then func(context.Context) error
 }
 
-// refresh is how often the file is written although the same proxies are named: their weights
-// change, and of many others may be named for a while.
+// refresh is the time between writes while the same proxies are named: their weights change, and
+// of many proxies others get their turn.
 const refresh = 5 * time.Second
 
-// Keep writes the file until ctx ends: at once when the proxies to be named change, and otherwise
-// every 5 s if weights have changed. A server never sees half of a file. With no proxy left, or the
-// store away, the file stays as it is. Keep returns nil when ctx ends, and an error if the zone is
-// wrong or the file cannot be written at the beginning.
+// Keep writes the file until ctx ends: at once when the named proxies change, and otherwise every
+// 5 s if weights have changed. It replaces the file atomically. Without any live proxy, or while
+// the store is away, the file stays as it is. Keep returns nil when ctx ends, and an error if the
+// zone is invalid or the first write of the file fails.
 func (f *File) Keep(ctx context.Context, source Source) error {
 	if err := f.Zone.Check(); err != nil {
 		return err
@@ -50,15 +50,15 @@ func (f *File) Keep(ctx context.Context, source Source) error {
 		s := f.Zone.set(t, 0)
 		change := before == nil || !sameNames(before, s)
 		if !s.alive && before != nil {
-			change = false // resolvers would remember an empty zone: keep the last one
+			change = false // resolvers would cache an empty zone
 		}
 		if change || time.Since(written) >= refresh && s.alive && !same(before, s) {
 			serial = max(uint32(time.Now().Unix()), serial+1)
 			if err := replace(f.Path, f.Zone.Text(t, serial)); err != nil {
 				if before == nil {
-					cancel(fmt.Errorf("gateway: the zone cannot be written to %s: %w", f.Path, err))
+					cancel(fmt.Errorf("gateway: cannot write the zone to %s: %w", f.Path, err))
 				} else {
-					log.Error("gateway: the zone cannot be written", "file", f.Path, "err", err)
+					log.Error("gateway: cannot write the zone", "file", f.Path, "err", err)
 				}
 				return
 			}
@@ -67,7 +67,7 @@ func (f *File) Keep(ctx context.Context, source Source) error {
 		if owing {
 			err := f.Then(ctx)
 			if owing = err != nil; owing {
-				log.Error("gateway: the zone is written, but what should read it fails", "err", err)
+				log.Error("gateway: the zone is written, but File.Then fails", "err", err)
 			}
 		}
 	})
@@ -77,12 +77,12 @@ func (f *File) Keep(ctx context.Context, source Source) error {
 	return nil
 }
 
-// same reports whether two sets have the same records, but for the serial.
+// same reports whether two sets have the same records, apart from the serial.
 func same(a, b *set) bool {
 	return a != nil && slices.Equal(a.lines(false), b.lines(false))
 }
 
-// sameNames is same, whatever the weights.
+// sameNames is same without comparing weights.
 func sameNames(a, b *set) bool { return slices.Equal(a.lines(true), b.lines(true)) }
 
 func (s *set) lines(weightless bool) (lines []string) {
@@ -103,7 +103,7 @@ func (s *set) lines(weightless bool) (lines []string) {
 	return slices.Sorted(slices.Values(lines))
 }
 
-// replace writes a file that a server of another user may read, so that it never sees half of it.
+// replace replaces a file atomically. Other users may read it, such as a DNS server's.
 func replace(path, text string) error {
 	tmp, err := os.CreateTemp(filepath.Dir(path), ".zone-*")
 	if err != nil {

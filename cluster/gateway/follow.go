@@ -8,17 +8,17 @@ import (
 	"github.com/danielepagano/lbproxy/cluster"
 )
 
-// pollEvery is how often the store is asked who is there. A dead proxy is there until its lease of
-// 3 s has ended.
+// pollEvery is the time between reads of the live proxies. A dead proxy counts as live until its
+// lease of 3 s expires.
 const pollEvery = 500 * time.Millisecond
 
-// A Source knows the live proxies. A [cluster.Store] is one.
+// A Source returns the live proxies. A [cluster.Store] is one.
 type Source interface {
 	Live(context.Context) (cluster.Tally, error)
 }
 
-// follow calls f with what source says, twice a second until ctx ends. What cannot be learned does
-// not change anything: the last list stays good, and the log says so.
+// follow calls f with the live proxies twice a second until ctx ends. While source fails, the last
+// list stays valid, and the log says so.
 func follow(ctx context.Context, source Source, log *slog.Logger, f func(cluster.Tally)) {
 	every := time.NewTicker(pollEvery)
 	defer every.Stop()

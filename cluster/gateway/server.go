@@ -18,10 +18,9 @@ import (
 )
 
 // A Server is an authoritative DNS server for one zone. It refuses all other names, and zone
-// transfers. Before it knows of any proxy, and when all are dead, it answers SERVFAIL, which
-// resolvers do not remember for long. It answers each network (IPv4 /24, IPv6 /56) at most 50 times
-// a second by UDP; beyond that it tells clients to use TCP, so that it cannot be used to flood
-// others.
+// transfers. Before the first proxy is known, and when all are dead, it answers SERVFAIL, which
+// resolvers cache only briefly. It answers each network (IPv4 /24, IPv6 /56) at most 50 times a
+// second by UDP, and then tells clients to use TCP, so that nobody can use it to flood others.
 type Server struct {
 	zone   *Zone
 	source Source
@@ -53,7 +52,7 @@ func Listen(addr string, zone *Zone, source Source, log *slog.Logger) (*Server, 
 			break
 		}
 		tcp.Close()
-		if port != "0" || try == 10 { // any port: another may be free for both
+		if port != "0" || try == 10 { // for port 0, try another that both protocols can use
 			return nil, err
 		}
 	}
@@ -64,8 +63,8 @@ func Listen(addr string, zone *Zone, source Source, log *slog.Logger) (*Server, 
 // Addr returns the address at which s listens.
 func (s *Server) Addr() string { return s.udp.LocalAddr().String() }
 
-// Serve answers until ctx ends, and then returns nil. It closes the ports in any case. It must be
-// called once.
+// Serve answers until ctx ends, and then returns nil. It always closes the ports. It must be called
+// exactly once.
 func (s *Server) Serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -81,7 +80,7 @@ func (s *Server) Serve(ctx context.Context) error {
 		started := make(chan struct{})
 		d.NotifyStartedFunc = func() { close(started) }
 		running.Go(func() { errs <- d.ActivateAndServe() })
-		<-started // before that it cannot be shut down
+		<-started // Shutdown fails before that
 	}
 	running.Go(func() { follow(ctx, s.source, s.log, s.learn) })
 	var err error
@@ -103,12 +102,12 @@ func (s *Server) Serve(ctx context.Context) error {
 func (s *Server) learn(t cluster.Tally) {
 	next := s.zone.set(t, uint32(time.Now().Unix()))
 	if old := s.now.Load(); old == nil || old.alive != next.alive {
-		s.log.Info("gateway: proxies are named", "zone", s.zone.Name, "proxies", len(t.Proxies))
+		s.log.Info("gateway: naming proxies", "zone", s.zone.Name, "proxies", len(t.Proxies))
 	}
 	s.now.Store(next)
 }
 
-// serveUDP answers no more to anybody who may not have asked than they would notice.
+// serveUDP bounds its answers: the source address of a question may be forged.
 func (s *Server) serveUDP(w dns.ResponseWriter, r *dns.Msg) {
 	size := dns.MinMsgSize
 	if o := r.IsEdns0(); o != nil {
@@ -116,7 +115,7 @@ func (s *Server) serveUDP(w dns.ResponseWriter, r *dns.Msg) {
 	}
 	addr, _ := w.RemoteAddr().(*net.UDPAddr)
 	if addr == nil || !s.rates.allow(addr.AddrPort().Addr(), time.Now()) {
-		m := new(dns.Msg).SetReply(r) // as small as the question; who has asked may ask again by TCP
+		m := new(dns.Msg).SetReply(r) // as small as the question; a real client asks again by TCP
 		m.Truncated = true
 		w.WriteMsg(m)
 		return
@@ -153,7 +152,7 @@ func (s *Server) reply(r *dns.Msg, size int) *dns.Msg {
 	case now == nil:
 		m.Rcode, m.Authoritative = dns.RcodeServerFailure, false
 		return m
-	case q.Qtype == dns.TypeANY: // RFC 8482: not everything there is
+	case q.Qtype == dns.TypeANY: // RFC 8482: a minimal answer
 		m.Answer = []dns.RR{&dns.HINFO{Hdr: s.zone.header(q.Name, dns.TypeHINFO), Cpu: "RFC8482"}}
 		return m
 	}
@@ -172,7 +171,7 @@ func (s *Server) reply(r *dns.Msg, size int) *dns.Msg {
 	return m
 }
 
-// has reports whether there is a record of name or below it.
+// has reports whether there is a record with this name or a name below it.
 func (s *set) has(name string) bool {
 	if s.records[name] != nil {
 		return true
@@ -185,8 +184,8 @@ func (s *set) has(name string) bool {
 	return false
 }
 
-// rates bounds the answers by UDP to each network: whoever forges where a question came from has no
-// more than that sent there. It has a fixed size; networks that share a place share its rate.
+// rates bounds the answers by UDP to each network, and so the flood that forged source addresses
+// can cause there. It has a fixed size; networks that share a place share its rate.
 type rates struct {
 	seed   maphash.Seed
 	places [4096]struct{ second, answers atomic.Int64 }

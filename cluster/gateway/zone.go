@@ -1,17 +1,17 @@
 // Package gateway names the live proxies of a cluster in DNS.
 //
-// It names every live proxy that is neither draining nor full, in random order, up to 64 of them.
-// If there is no other it names those too. Load has no other effect: resolvers keep answers, so if
-// only the least loaded proxies were named, everybody would go to the same few.
+// It names live proxies that are neither draining nor full, in random order, up to 64 of them. If
+// all are draining or full, it names those. Load has no other effect: resolvers cache answers, so
+// naming only the least loaded proxies would send all clients to the same few.
 //
-// A zone has these names. Proxies whose address is a name have SRV records alone.
+// A zone has these names. Proxies whose address is a name have SRV records only.
 //
 //	ZONE            A, AAAA  all proxies
 //	_APP._tcp.ZONE  SRV      proxies that serve the app, with its port; weighted by free capacity
 //	ID.ZONE         A, AAAA  one proxy
 //
-// A [File] keeps the zone in a file, for any DNS server that reads one. A [Server] is a small DNS
-// server of its own.
+// A [File] keeps the zone in a file for any DNS server that reads zone files. A [Server] is a small
+// DNS server.
 package gateway
 
 import (
@@ -32,7 +32,7 @@ import (
 
 const (
 	most     = 64   // proxies named at once
-	safeSize = 1232 // bytes of UDP that get through everywhere (DNS Flag Day 2020)
+	safeSize = 1232 // bytes of UDP that pass every network (DNS Flag Day 2020)
 )
 
 // A Zone says how proxies are named. It must not change once it is in use.
@@ -40,16 +40,16 @@ type Zone struct {
 	// Name is the zone's name, such as "lb.example.com". It is required.
 	Name string
 
-	// NS are the names of the zone's DNS servers, at least one. One whose name is in the zone
-	// itself needs its address as well: "ns1.example.com", but "ns1.lb.example.com=192.0.2.1".
+	// NS are the names of the zone's DNS servers, at least one. A name in the zone itself needs its
+	// address too: "ns1.example.com", but "ns1.lb.example.com=192.0.2.1".
 	NS []string
 
-	// TTL is how long resolvers keep an answer, in whole seconds, a day at most. 0 means 1 second,
-	// and negative that they do not keep it.
+	// TTL is how long resolvers cache an answer, in whole seconds, up to a day. 0 means 1 second,
+	// negative means no caching.
 	TTL time.Duration
 }
 
-// Check returns an error that says what is wrong with z, or nil.
+// Check returns an error if z is invalid.
 func (z *Zone) Check() error {
 	if z == nil || z.Name == "" {
 		return errors.New("gateway: no zone: give its name, such as lb.example.com")
@@ -93,11 +93,11 @@ func (z *Zone) header(name string, kind uint16) dns.RR_Header {
 	return dns.RR_Header{Name: name, Rrtype: kind, Class: dns.ClassINET, Ttl: z.ttl()}
 }
 
-// A set is the records of a zone at one moment. It does not change.
+// A set holds the records of a zone at one moment. It is immutable.
 type set struct {
 	zone    *Zone
-	origin  string // the zone's name as it is in records
-	alive   bool   // there is a proxy
+	origin  string // the zone's name in canonical form
+	alive   bool   // it names a proxy
 	records map[string]map[uint16][]dns.RR
 	seen    map[string]bool // records, as lines
 }
@@ -126,7 +126,7 @@ func (z *Zone) set(t cluster.Tally, serial uint32) *set {
 		return p.Draining || p.Capacity > 0 && p.Open >= p.Capacity
 	})
 	if len(named) == 0 {
-		named = all // better one that is full than none
+		named = all // a full proxy is better than none
 	}
 	s.alive = len(named) > 0
 	for _, p := range all {
@@ -148,7 +148,7 @@ func (z *Zone) set(t cluster.Tally, serial uint32) *set {
 	return s
 }
 
-// label reports whether l can be in a name: an app's id may be none.
+// label reports whether l is a valid DNS label; an app's id may not be one.
 func label(l string) bool {
 	return l != "" && len(l) < 64 && !strings.ContainsFunc(l, func(r rune) bool {
 		return r != '-' && r != '_' && (r < '0' || r > '9') && (r < 'a' || r > 'z') &&
@@ -156,7 +156,7 @@ func label(l string) bool {
 	})
 }
 
-// weight is by what p may still take, of what it may. One without a bound counts as free.
+// weight returns p's free part of its capacity, as an SRV weight. Without a bound all is free.
 func weight(p cluster.Proxy) uint16 {
 	if p.Capacity <= 0 {
 		return 1001
@@ -164,7 +164,7 @@ func weight(p cluster.Proxy) uint16 {
 	return uint16(1 + 1000*max(p.Capacity-p.Open, 0)/p.Capacity)
 }
 
-// address adds the record of an address, if it is one.
+// address adds the A or AAAA record of addr if addr is an IP address.
 func (s *set) address(name, addr string) {
 	ip, err := netip.ParseAddr(addr)
 	switch ip = ip.Unmap(); {
@@ -189,9 +189,8 @@ func (s *set) add(rr dns.RR) {
 	s.records[h.Name][h.Rrtype] = append(s.records[h.Name][h.Rrtype], rr)
 }
 
-// answer fills in m, which has its question, with records of that name and type: up to 64 at
-// random, and no more than fit into size bytes. Who gets some of many is served as well as who gets
-// all.
+// answer adds to m the records of its question's name and type: up to 64 in random order, and no
+// more than fit into size bytes. Some of many proxies serve a client as well as all.
 func (s *set) answer(m *dns.Msg, size int) {
 	q := m.Question[0]
 	all := slices.Clone(s.records[strings.ToLower(q.Name)][q.Qtype])
@@ -203,8 +202,8 @@ func (s *set) answer(m *dns.Msg, size int) {
 	}
 }
 
-// Text returns the zone as a file for a DNS server. z must have passed Check. A server takes up a
-// change only if the serial is higher than before.
+// Text returns the zone in the format of a zone file. z must have passed Check. A DNS server
+// notices a change only if the serial has risen.
 func (z *Zone) Text(t cluster.Tally, serial uint32) string {
 	return z.set(t, serial).text()
 }
@@ -213,7 +212,7 @@ func (s *set) text() string {
 	var b strings.Builder
 	b.WriteString("; lbcluster writes this whenever proxies come or go: changes here are lost.\n")
 	for _, name := range slices.SortedFunc(maps.Keys(s.records), func(a, b string) int {
-		// The SOA record, of the shortest name, has to be the first.
+		// The SOA record must come first; its name is the shortest.
 		return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b))
 	}) {
 		kinds := s.records[name]

@@ -15,7 +15,7 @@ import (
 // A putter is the command put.
 type putter struct {
 	*command
-	from      int64 // negative: whatever is in force
+	from      int64 // negative: the version in force
 	dir       string
 	unchecked bool
 }
@@ -25,7 +25,7 @@ func (p *putter) put(ctx context.Context, s *cluster.Store, path string) error {
 	if err != nil {
 		return err
 	}
-	now, err := s.Config(ctx) // before the check: what is put meanwhile is a conflict
+	now, err := s.Config(ctx) // before the check, so that a change during it is a conflict
 	if err != nil {
 		return err
 	}

@@ -65,7 +65,7 @@ func (c *command) dns(flags *flag.FlagSet) func(context.Context, *cluster.Store)
 		if *listen == "" {
 			return errors.New(`-listen is missing: say where to answer, such as 192.0.2.1:53`)
 		}
-		if len(z.NS) == 0 { // what it must be called, it is called
+		if len(z.NS) == 0 { // a zone needs a name server
 			z.NS = []string{"ns." + z.Name}
 			if host, _, err := net.SplitHostPort(*listen); err == nil {
 				if ip, err := netip.ParseAddr(host); err == nil && !ip.IsUnspecified() {

@@ -68,7 +68,7 @@ func (c *command) list(ctx context.Context, s *cluster.Store, asJSON bool) error
 	return w.Flush()
 }
 
-// addresses is where clients find p's apps.
+// addresses returns the addresses of p's apps.
 func addresses(p cluster.Proxy) string {
 	if len(p.Ports) == 0 {
 		return p.Addr
@@ -80,7 +80,7 @@ func addresses(p cluster.Proxy) string {
 	return strings.Join(all, ", ")
 }
 
-// printable is for a terminal: whoever may write to the store is not to write to that.
+// printable escapes control characters, so that writers of the store cannot act upon the terminal.
 func printable(s string) string {
 	q := strconv.QuoteToGraphic(s)
 	return strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)

@@ -1,5 +1,5 @@
 // Command lbcluster runs several mtlsservers as one: it puts a configuration into the store that
-// they share, runs them by it, shows them, and names them in DNS.
+// they share, runs servers that follow it, shows them, and names them in DNS.
 //
 //	lbcluster put [-from N] [-dir DIR | -unchecked] CONFIG.json
 //	lbcluster get
@@ -8,7 +8,7 @@
 //	lbcluster zone -zone NAME -ns NAME[=ADDR] -out FILE [-then COMMAND]
 //	lbcluster dns -zone NAME -listen ADDR [-ns NAME[=ADDR]]
 //
-// lbcluster -h says what each does. docs/cluster.md says when one needs it.
+// lbcluster -h describes each command. docs/cluster.md says when you need a cluster.
 package main
 
 import (
@@ -35,18 +35,18 @@ const usage = `lbcluster runs several mtlsservers as one. They share a Redis or 
   lbcluster put [-from N] [-dir DIR | -unchecked] CONFIG.json
         check a configuration, as for a proxy whose files are in DIR (default: the
         folder of CONFIG.json), and put it in force; with -from only if version N
-        still is
+        is still in force
   lbcluster get
         print the configuration in force
   lbcluster run -dir DIR [-host ADDR] [-advertise ADDR] [-id NAME] [-capacity N]
                 [-outage share|open|closed] [-exact] [-timeout 50ms] [-lame 3s]
                 [-log json|text] [-v]
-        serve by it; DIR has the certificates and keys, and the last good
-        configuration is kept there
+        serve the configuration in force; DIR has the certificates and keys, and
+        keeps the last good configuration
         -host       replaces the host in each "listen"
         -advertise  where clients find this proxy, for gateways (default: -host)
-        -id         its name, which no other proxy has (default: made from the host's)
-        -capacity   gateways do not name a proxy with so many connections
+        -id         its unique name (default: made from the host's name)
+        -capacity   gateways leave out a proxy with so many connections
         -outage     while the store is away, let in this proxy's share (default),
                     everybody (open) or nobody (closed)
         -exact      ask the store for each connection, instead of borrowing ahead
@@ -56,31 +56,31 @@ const usage = `lbcluster runs several mtlsservers as one. They share a Redis or 
   lbcluster ls [-json]
         show proxies and upstreams
   lbcluster zone -zone NAME -ns NAME[=ADDR] -out FILE [-then COMMAND] [-ttl 1s]
-        keep a zone file, for a DNS server, that names the live proxies; run COMMAND
-        whenever it has changed
+        keep a zone file for a DNS server, which names the live proxies; run COMMAND
+        after each change
   lbcluster dns -zone NAME -listen ADDR [-ns NAME[=ADDR]] [-ttl 1s]
-        be such a DNS server
+        serve DNS, naming the live proxies
 
 All take:
   -store URL     of the store, without a password (default: $LBPROXY_STORE, which may have one)
                  redis://user:password@host:6379, or rediss:// for TLS
-  -cluster NAME  which of several clusters in it (default lbproxy)
+  -cluster NAME  which of several clusters in the store (default lbproxy)
 For TLS, $LBPROXY_STORE_CA, $LBPROXY_STORE_CERT and $LBPROXY_STORE_KEY may name PEM files.
 
-It exits 0 when all went well, 1 when run had to cut connections, and 2 when something is wrong.
+It exits with 0 on success, 1 if run had to cut connections, and 2 after an error.
 `
 
 func main() {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
-	signal.Ignore(syscall.SIGPIPE) // that nobody reads the log any more is no reason to end
+	signal.Ignore(syscall.SIGPIPE) // keep serving when the reader of the log has gone
 	os.Exit(run(os.Args[1:], os.Getenv, signals, os.Stdout, os.Stderr))
 }
 
-// errCut is for a drain that had to cut connections.
+// errCut is the error of a drain that had to cut connections.
 type errCut struct{ error }
 
-// run is main, with everything it touches as an argument. It returns the exit code.
+// run is main with its environment as arguments. It returns the exit code.
 func run(args []string, getenv func(string) string, signals <-chan os.Signal,
 	stdout, stderr io.Writer) int {
 	c := &command{getenv: getenv, signals: signals, stdout: stdout, stderr: stderr}
@@ -93,13 +93,13 @@ func run(args []string, getenv func(string) string, signals <-chan os.Signal,
 		fmt.Fprint(stdout, usage)
 		return 0
 	case errors.As(err, &cut):
-		return 1 // the log has told
+		return 1 // already logged
 	}
 	fmt.Fprintln(stderr, err)
 	return 2
 }
 
-// A command is what all subcommands have.
+// A command holds the state that all subcommands share.
 type command struct {
 	getenv         func(string) string
 	signals        <-chan os.Signal
@@ -116,14 +116,14 @@ func (c *command) run(args []string) error {
 		return errors.New("lbcluster: no command: lbcluster -h lists them")
 	}
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // the error says it
+	flags.SetOutput(io.Discard) // run prints the error
 	flags.StringVar(&c.storeURL, "store", "", "")
 	flags.StringVar(&c.cluster, "cluster", "", "")
 	flags.StringVar(&c.format, "log", "text", "")
 	flags.BoolVar(&c.verbose, "v", false, "")
 	var do func(ctx context.Context, s *cluster.Store) error
-	want := ""    // the name of the argument, if there is to be one
-	brief := true // it asks, answers and ends
+	want := ""    // the name of the argument, if the command takes one
+	brief := true // the command makes one request and ends
 	switch args[0] {
 	case "put":
 		p := putter{command: c}
@@ -173,7 +173,7 @@ func (c *command) run(args []string) error {
 	return nil
 }
 
-// untilSignal is a context that ends with the first signal.
+// untilSignal returns a context that ends with the first signal.
 func (c *command) untilSignal(ctx context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	go func() {
@@ -186,7 +186,7 @@ func (c *command) untilSignal(ctx context.Context) (context.Context, func()) {
 	return ctx, cancel
 }
 
-// dial returns the store. Nothing is logged for a brief command.
+// dial returns the store. It logs nothing for a brief command.
 func (c *command) dial(brief bool) (*cluster.Store, error) {
 	text := c.storeURL
 	if u, err := url.Parse(text); err == nil && u.User != nil {
@@ -206,7 +206,7 @@ func (c *command) dial(brief bool) (*cluster.Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	if brief { // its error says the same
+	if brief { // the command's error says the same
 		log = slog.New(slog.DiscardHandler)
 	}
 	conf, err := c.tls()
@@ -217,7 +217,7 @@ func (c *command) dial(brief bool) (*cluster.Store, error) {
 		&cluster.Options{Name: c.cluster, Timeout: c.timeout, TLS: conf, Logger: log})
 }
 
-// tls is what the environment says of TLS to the store; nil if it says nothing.
+// tls returns the TLS configuration for the store from the environment; nil if it has none.
 func (c *command) tls() (*tls.Config, error) {
 	ca, cert, key := c.getenv("LBPROXY_STORE_CA"), c.getenv("LBPROXY_STORE_CERT"),
 		c.getenv("LBPROXY_STORE_KEY")
@@ -232,7 +232,7 @@ func (c *command) tls() (*tls.Config, error) {
 		}
 		conf.RootCAs = x509.NewCertPool()
 		if !conf.RootCAs.AppendCertsFromPEM(text) {
-			return nil, fmt.Errorf("LBPROXY_STORE_CA: %s: no certificate in it: want PEM", ca)
+			return nil, fmt.Errorf("LBPROXY_STORE_CA: %s: want a certificate in PEM", ca)
 		}
 	}
 	if cert+key != "" {

@@ -24,7 +24,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// A runner is the command run: an mtlsserver by the configuration in the store.
+// A runner is the command run: an mtlsserver that follows the configuration in the store.
 type runner struct {
 	*command
 	dir, host, advertise, id, outage string
@@ -35,13 +35,13 @@ type runner struct {
 	log    *slog.Logger
 	store  *cluster.Store
 	policy cluster.Outage
-	watch  atomic.Pointer[cluster.Watch]  // nil until the first configuration runs
-	member atomic.Pointer[cluster.Member] // nil until it has joined
+	watch  atomic.Pointer[cluster.Watch]  // nil until the first configuration is in force
+	member atomic.Pointer[cluster.Member] // nil until the proxy has joined
 
 	mu      sync.Mutex // held while a configuration is applied
 	server  *mtlsserver.Server
 	running cluster.Config
-	sharing int // how many proxies the server's bounds are for
+	sharing int // the number of proxies that share each upstream's maxConns
 }
 
 func newRunner(c *command, flags *flag.FlagSet) *runner {
@@ -73,7 +73,7 @@ func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
 	}
 	if _, _, err := net.SplitHostPort(r.host); err == nil {
 		return fmt.Errorf("-host %q: want an address or a name, without a port: "+
-			"that is the configuration's", r.host)
+			"the configuration has the ports", r.host)
 	}
 	if r.log, err = r.logger(); err != nil {
 		return err
@@ -110,7 +110,7 @@ func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
 	return r.serve(ctx, member)
 }
 
-// serve serves until a signal drains it, and a second one ends it.
+// serve serves until a signal starts a drain. A second signal ends it at once.
 func (r *runner) serve(ctx context.Context, member *cluster.Member) error {
 	ctx, drain := context.WithCancel(ctx)
 	defer drain()
@@ -149,7 +149,7 @@ func (r *runner) serve(ctx context.Context, member *cluster.Member) error {
 	}
 }
 
-// apply is for cluster.Watcher.
+// apply implements cluster.Watcher.Apply.
 func (r *runner) apply(c cluster.Config) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -160,7 +160,7 @@ func (r *runner) apply(c cluster.Config) error {
 	return nil
 }
 
-// rescale has each upstream's maxConns be shared by n proxies.
+// rescale divides each upstream's maxConns between n proxies.
 func (r *runner) rescale(n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -171,12 +171,12 @@ func (r *runner) rescale(n int) {
 	r.sharing = n
 	if err := r.load(r.running); err != nil {
 		r.sharing = was
-		r.log.Error("the configuration that runs does not load any more, so maxConns stay as they are",
+		r.log.Error("the configuration in force no longer loads: maxConns stay as they are",
 			"problem", err)
 	}
 }
 
-// load has the server run by c. The caller holds mu.
+// load makes c the server's configuration. The caller holds mu.
 func (r *runner) load(c cluster.Config) error {
 	conf, err := mtlsserver.Parse(fmt.Sprintf("configuration %d", c.Version), r.dir, c.Text)
 	if err != nil {
@@ -200,7 +200,7 @@ func adapt(conf *mtlsserver.Config, host string, n int) {
 		if _, port, err := net.SplitHostPort(app.Listen); err == nil && host != "" {
 			app.Listen = net.JoinHostPort(host, port)
 		}
-		for i := range app.Upstreams { // the bound protects the upstream, whoever connects
+		for i := range app.Upstreams { // the bound protects the upstream from all proxies together
 			if u := &app.Upstreams[i]; u.MaxConns > 0 {
 				u.MaxConns = max(u.MaxConns/n, 1)
 			}
@@ -208,7 +208,7 @@ func adapt(conf *mtlsserver.Config, host string, n int) {
 	}
 }
 
-// limit is for mtlsserver.Options.NewLimit.
+// limit implements mtlsserver.Options.NewLimit.
 func (r *runner) limit(user, app string, l mtlsserver.Limit) lbproxy.RateLimitManager {
 	return r.store.Limit(strconv.Quote(user)+" "+strconv.Quote(app), cluster.Limit{
 		Burst: l.Burst, Every: l.Every, Open: l.Open, BytesPerSecond: l.BytesPerSecond,
@@ -228,8 +228,8 @@ func (r *runner) ports() map[string]int {
 
 func (r *runner) apps() map[string]*lbproxy.LBProxyApp { return r.server.Apps() }
 
-// hostID is the host's name, as a proxy may be called, and a few letters: there may be several on a
-// host.
+// hostID returns an ID made from the host's name and random letters, because a host may run several
+// proxies.
 func hostID() string {
 	name, _ := os.Hostname()
 	name, _, _ = strings.Cut(strings.ToLower(name), ".")

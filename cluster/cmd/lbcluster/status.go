@@ -7,7 +7,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
-// sections is for mtlsserver.Options: what the status page and the metrics say of the cluster.
+// sections implements mtlsserver.Options.Sections: the cluster on the status page and as metrics.
 func (r *runner) sections() []admin.Section {
 	return []admin.Section{r.storeFacts(), r.proxyFacts()}
 }

@@ -16,7 +16,7 @@ import (
 	"github.com/danielepagano/lbproxy/cluster/gateway"
 )
 
-// patience is more than anything here takes: the demo fails rather than hangs.
+// patience is longer than any step should take: the demo fails rather than hangs.
 const patience = 6 * time.Second
 
 // demo tells the story on out. The first claim that does not hold ends it.
@@ -101,7 +101,7 @@ func (s *story) begin() error {
 	})
 }
 
-// limit: one limit holds over both proxies.
+// limit shows that one limit holds over both proxies.
 func (s *story) limit() error {
 	s.say("\nAlice may open 6 connections. She tries twenty times, by east and west in turn.")
 	in := map[string]int{}
@@ -111,7 +111,7 @@ func (s *story) limit() error {
 			in[p.id]++
 		}
 	}
-	// What one proxy has borrowed and not used it gives back within a fifth of a second.
+	// A proxy returns borrowed, unused openings within a fifth of a second.
 	err := s.await("one limit holds across both proxies", func() string {
 		for _, p := range s.proxies {
 			if _, err := p.visit("alice"); err == nil {
@@ -124,7 +124,7 @@ func (s *story) limit() error {
 	return err
 }
 
-// kill: clients of a dead proxy find the other by the gateway.
+// kill shows that clients of a dead proxy find the other by the gateway.
 func (s *story) kill() error {
 	s.say("\nBob asks the gateway for a proxy, and is connected.")
 	c, p, err := s.arrive("bob")
@@ -172,7 +172,7 @@ func (s *story) kill() error {
 		func() string { return differ(s.named(), "east west") })
 }
 
-// config: both proxies follow the store.
+// config shows that both proxies follow the store.
 func (s *story) config() error {
 	s.say("\nThe operator puts another configuration into the store: blue alone.")
 	if err := s.put("blue"); err != nil {
@@ -192,13 +192,13 @@ func (s *story) config() error {
 	}
 	s.say("  Both proxies send everybody to blue.")
 	if _, err := s.store.Put(s.ctx, 1, nil, "somebody else"); err == nil {
-		return fmt.Errorf("claim: who has not seen version 2 cannot replace it: it was replaced")
+		return fmt.Errorf("claim: nobody can replace version 2 unseen: it was replaced")
 	}
 	s.say("  Somebody who has seen only the first one wants to replace it, and is refused.")
 	return nil
 }
 
-// await is for claims that take a moment to be so. check returns what is not.
+// await waits until a claim holds. check returns how it does not hold, or an empty text.
 func (s *story) await(claim string, check func() string) error {
 	end := time.Now().Add(patience)
 	for {
@@ -238,7 +238,7 @@ func (s *story) put(names ...string) error {
 // openGateway starts a DNS server, and a resolver that asks it.
 func (s *story) openGateway() error {
 	var source gateway.Source = s.store
-	if s.sabotage == "kill" { // it never hears of a death
+	if s.sabotage == "kill" { // the gateway never notices a dead proxy
 		source = &frozen{source: s.store}
 	}
 	zone := &gateway.Zone{Name: "lb.test", NS: []string{"ns.lb.test=127.0.0.1"}}
@@ -261,7 +261,7 @@ func (s *story) openGateway() error {
 	return nil
 }
 
-// frozen repeats what it heard when there were two proxies.
+// frozen repeats the last state that had two proxies.
 type frozen struct {
 	source gateway.Source
 	last   cluster.Tally

@@ -40,7 +40,7 @@ func startProxy(ctx context.Context, id, storeURL string, log *slog.Logger,
 		return nil, err
 	}
 	p.watch, err = p.store.Watch(ctx, cluster.Watcher{Apply: func(c cluster.Config) error {
-		if sabotage == "config" && p.app != nil { // it follows nobody
+		if sabotage == "config" && p.app != nil { // ignore all but the first configuration
 			return nil
 		}
 		return p.apply(c, log)
@@ -59,7 +59,7 @@ func startProxy(ctx context.Context, id, storeURL string, log *slog.Logger,
 	if err != nil {
 		return nil, err
 	}
-	scope := "" // both proxies mean the same alice
+	scope := "" // both proxies share alice's limit
 	if sabotage == "limit" {
 		scope = id
 	}
@@ -91,7 +91,7 @@ func (p *proxy) apply(c cluster.Config, log *slog.Logger) (err error) {
 	return p.app.SetUpstreams(upstreams)
 }
 
-// kill ends p as kill -9 would: its connections break, and it says goodbye to nobody.
+// kill ends p as kill -9 would: its connections break, and it does not leave the cluster.
 func (p *proxy) kill() {
 	p.once.Do(func() {
 		p.store.Close()
@@ -128,7 +128,7 @@ func (p *proxy) visit(client string) (server string, err error) {
 	return server, err
 }
 
-// readLine reads no more than that from c.
+// readLine reads a line from c, and no byte more.
 func readLine(c net.Conn) (string, error) {
 	var line []byte
 	for b := make([]byte, 1); len(line) < 100; {
@@ -153,7 +153,7 @@ func expectEnd(c net.Conn) error {
 	return nil
 }
 
-// greet runs a server that tells everybody its name and holds the connection.
+// greet runs a server that sends each client its name and holds the connection.
 func greet(l net.Listener, name string) (stop func()) {
 	var all sync.WaitGroup
 	all.Go(func() {

@@ -4,6 +4,6 @@ package storetest
 
 import "os"
 
-// There is no redis-server to freeze where these are called for.
+// These are never called: redis-server does not run here.
 func stop(*os.Process)   { panic("there is no SIGSTOP") }
 func resume(*os.Process) { panic("there is no SIGCONT") }

@@ -1,4 +1,4 @@
-// Package storetest gives tests a store: one in memory, and the real one where it is installed.
+// Package storetest gives tests a store in memory, and a real one where redis-server is installed.
 package storetest
 
 import (
@@ -27,12 +27,12 @@ func Each(t *testing.T, f func(t *testing.T, url string)) {
 	t.Run("redis-server", func(t *testing.T) { f(t, Redis(t).URL()) })
 }
 
-// Need skips a test for want of a program, or fails it where LBPROXY_INTEROP=all says that all are
-// there.
+// Need returns the path of a program. Without the program it skips the test, or fails it if
+// LBPROXY_INTEROP is "all".
 func Need(t testing.TB, program string) string {
 	t.Helper()
 	path, err := exec.LookPath(program)
-	if err != nil { // not in everybody's PATH
+	if err != nil { // sbin is not in every PATH
 		path, err = exec.LookPath("/usr/sbin/" + program)
 	}
 	if err != nil {
@@ -45,7 +45,7 @@ func Need(t testing.TB, program string) string {
 	return path
 }
 
-// A Server is a redis-server of the test's own, which keeps nothing on disk.
+// A Server is a test's own redis-server, without files.
 type Server struct {
 	Addr string
 	t    testing.TB
@@ -66,7 +66,7 @@ func Redis(t testing.TB, args ...string) *Server {
 	return s
 }
 
-// Sentinel starts a Sentinel by a configuration, to which port and folder are added.
+// Sentinel starts a Sentinel with a configuration, to which it adds port and folder.
 func Sentinel(t testing.TB, conf string) *Server {
 	t.Helper()
 	Need(t, "redis-server")
@@ -79,13 +79,13 @@ func Sentinel(t testing.TB, conf string) *Server {
 	return s
 }
 
-// URL is what cluster.Dial wants.
+// URL returns the server's URL for cluster.Dial.
 func (s *Server) URL() string { return "redis://" + s.Addr }
 
 // Start starts it again, empty, on the same address, and waits until it answers.
 func (s *Server) Start() {
 	s.t.Helper()
-	var out strings.Builder // it has nothing to say, unless something is wrong
+	var out strings.Builder // empty, unless the start fails
 	s.cmd = exec.Command("redis-server", s.args...)
 	s.cmd.Stdout, s.cmd.Stderr = &out, &out
 	if err := s.cmd.Start(); err != nil {
@@ -105,7 +105,7 @@ func (s *Server) Start() {
 	})
 }
 
-// Kill is kill -9. It may be called for a server that is dead.
+// Kill ends the server as kill -9 does. The server may be dead already.
 func (s *Server) Kill() {
 	if s.cmd != nil {
 		s.cmd.Process.Kill()
@@ -114,16 +114,16 @@ func (s *Server) Kill() {
 	}
 }
 
-// Freeze is SIGSTOP: connections stay, and nothing is answered.
+// Freeze sends SIGSTOP: connections stay open, without any answer.
 func (s *Server) Freeze() { stop(s.cmd.Process) }
 
-// Thaw is SIGCONT.
+// Thaw sends SIGCONT.
 func (s *Server) Thaw() { resume(s.cmd.Process) }
 
-// Patience is more than anything takes that a test waits for.
+// Patience is longer than any event that a test waits for should take.
 const Patience = 20 * time.Second
 
-// Await asks every 5 ms until there is no error, and fails the test when Patience is over.
+// Await calls check every 5 ms until it returns nil, and fails the test after Patience.
 func Await(t testing.TB, what string, check func() error) {
 	t.Helper()
 	end := time.Now().Add(Patience)
@@ -143,7 +143,7 @@ func Await(t testing.TB, what string, check func() error) {
 	}
 }
 
-// A Wire is a proxy between one side and the store, which can be cut.
+// A Wire is a proxy for the store that can be cut.
 type Wire struct {
 	Addr string
 	to   string
@@ -182,10 +182,10 @@ func NewWire(t testing.TB, addr string) *Wire {
 	return w
 }
 
-// URL is what cluster.Dial wants.
+// URL returns the wire's URL for cluster.Dial.
 func (w *Wire) URL() string { return "redis://" + w.Addr }
 
-// Cut makes w a black hole: connections stay, new ones are accepted, and no byte gets through until
+// Cut makes w a black hole: it keeps connections and accepts new ones, but passes no byte until
 // Heal.
 func (w *Wire) Cut() {
 	w.mu.Lock()
@@ -193,14 +193,14 @@ func (w *Wire) Cut() {
 	w.healed = make(chan struct{})
 }
 
-// Heal lets bytes through again, also those that were held.
+// Heal passes bytes again, including the held ones.
 func (w *Wire) Heal() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	close(w.healed)
 }
 
-// Reset ends the connections there are.
+// Reset ends all connections.
 func (w *Wire) Reset() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -249,8 +249,8 @@ func (w *Wire) pump(ctx context.Context, to, from net.Conn) {
 	}
 }
 
-// Child runs the test's own program again, which finds what in CHILD, reads from in and writes to
-// out. It is killed with the test.
+// Child runs the test binary as another process with what in CHILD, and returns its standard input
+// and output. It is killed with the test.
 func Child(t testing.TB, what string) (cmd *exec.Cmd, in io.Writer, out io.Reader) {
 	t.Helper()
 	cmd = exec.Command(os.Args[0])
@@ -283,7 +283,7 @@ func WriteFile(t testing.TB, name, text string) string {
 	return path
 }
 
-// Errorf is for checks that Await asks.
+// Errorf is fmt.Errorf, for the checks of Await.
 func Errorf(format string, args ...any) error { return fmt.Errorf(format, args...) }
 
 // Want returns an error, for Await, unless ok.
