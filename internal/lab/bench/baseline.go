@@ -11,12 +11,12 @@ import (
 	"time"
 )
 
-// baselineArg has this program be the baseline, in a process of its own.
+// baselineArg makes a process of this program the baseline.
 const baselineArg = "io.Copy"
 
-// baseline is the least one could write in Go: two goroutines of io.Copy for each connection,
-// upstreams by turns, no limits, no timeouts. Its arguments are the address to listen on, the files
-// for mutual TLS (or "" three times), and the upstreams. It returns only if it cannot start.
+// baseline is the plainest proxy in Go: two goroutines of io.Copy for each connection, upstreams
+// in turn, no limits, no timeouts. Its arguments are the address to listen on, the files for mutual
+// TLS (or "" three times), and the upstreams. It returns only if it cannot start.
 func baseline(args []string) error {
 	listen, cert, key, ca, upstreams := args[0], args[1], args[2], args[3], args[4:]
 	l, err := net.Listen("tcp", listen)
@@ -77,7 +77,7 @@ func certPool(file string) (*x509.CertPool, error) {
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("%s: no certificate in it", file)
+		return nil, fmt.Errorf("%s: want a certificate in PEM", file)
 	}
 	return pool, nil
 }

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Latencies counts durations in 16 steps from each power of two to the next, so that a quantile is
+// latencies counts durations in 16 steps from each power of two to the next, so that a quantile is
 // less than 7 % too large. The zero value is empty. It is safe for concurrent use.
 type latencies [64 << 4]atomic.Int64
 
@@ -17,7 +17,7 @@ func step(d time.Duration) int {
 	return exponent<<4 | int(n>>(exponent-4)&15)
 }
 
-// above returns the least duration that is too long for counter i.
+// above returns the shortest duration that is too long for counter i.
 func above(i int) time.Duration {
 	exponent, part := i>>4, i&15
 	return time.Duration((16 + uint64(part) + 1) << (exponent - 4))
@@ -31,7 +31,7 @@ func (l *latencies) reset() {
 	}
 }
 
-// quantile returns a duration that the fraction q of all is shorter than; 0 if there are none.
+// quantile returns a duration longer than the fraction q of all; 0 if there are none.
 func (l *latencies) quantile(q float64) time.Duration {
 	total := int64(0)
 	for i := range l {

@@ -7,10 +7,10 @@
 //	go run ./bench -versus 'before=/tmp/before'   # two builds of examples/basic
 //	go run ./bench -scale   # lbproxy alone: with many idle connections, and with many upstreams
 //
-// All is on loopback. Clients and upstreams are in this process, whose own cost does not count:
-// what is measured is the CPU time of the proxy's processes for each operation. Rounds are
-// interleaved, so that a machine that is busy for a while is so for all of them. Trust the ratios:
-// times are another machine's.
+// Everything is on loopback. Bench measures the CPU time of the proxy's processes for each
+// operation; clients and upstreams are in this process, whose cost does not count. Rounds are
+// interleaved, so that a busy machine slows all proxies alike. Trust the ratios: the times depend
+// on the machine.
 package main
 
 import (
@@ -53,7 +53,7 @@ const (
 // A bench is one run of the command.
 type bench struct {
 	rounds      int
-	window      time.Duration // one measurement's
+	window      time.Duration // of one measurement
 	works       []string
 	idle        int
 	mtls, scale bool
@@ -63,11 +63,11 @@ type bench struct {
 	log       io.Writer // progress
 	began     time.Time
 	dir       string
-	certs     string      // the folder they are in; "" without TLS
+	certs     string      // the folder of certificates; "" without TLS
 	client    *tls.Config // nil without TLS
 	listeners []net.Listener
 	upstreams []string // four, or manyUpstreams for -scale
-	notes     []string // for the reader: what was left out and why
+	notes     []string // for the reader, such as a missing peer and the reason
 }
 
 func parse(args []string, log io.Writer) (*bench, error) {
@@ -129,7 +129,7 @@ func (b *bench) progress(format string, args ...any) {
 	fmt.Fprintf(b.log, "%4.0fs  %s\n", time.Since(b.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// note is progress that belongs to the result, too.
+// note reports progress that also belongs to the result.
 func (b *bench) note(format string, args ...any) {
 	b.notes = append(b.notes, fmt.Sprintf(format, args...))
 	b.progress(format, args...)
@@ -172,7 +172,7 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 	return nil
 }
 
-// peers are all there are, own first.
+// peers returns all peers, own first.
 func (b *bench) peers(own peer) []peer {
 	peers := []peer{own}
 	if runtime.GOOS == "linux" && !b.mtls {
@@ -196,7 +196,7 @@ func (b *bench) peers(own peer) []peer {
 	return append(peers, baselinePeer())
 }
 
-// compare measures peers by turns.
+// compare measures peers in turn.
 func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 	var running []*process
 	defer stopAll(&running)
@@ -214,7 +214,7 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 			b.note("%v", err)
 			continue
 		}
-		if slices.Contains(b.works, "idle") { // each before it has done anything else
+		if slices.Contains(b.works, "idle") { // before any other work
 			b.progress("%s: %d idle connections", p.name, b.idle)
 			s := p.idle(ctx, b.idle, b.window)
 			work := fmt.Sprintf("idle connection, one of %d", b.idle)
@@ -252,7 +252,7 @@ func (b *bench) compare(ctx context.Context, peers []peer) (string, error) {
 	return t.String() + problems(slices.Concat(rows, resting)), nil
 }
 
-// measureScale measures own as it is, with many connections that are idle, and with many upstreams.
+// measureScale measures own as it is, with many idle connections, and with many upstreams.
 func (b *bench) measureScale(ctx context.Context, own peer) (string, error) {
 	var running []*process
 	defer stopAll(&running)
@@ -286,7 +286,7 @@ func (b *bench) measureScale(ctx context.Context, own peer) (string, error) {
 	return b.heading(nil) + table(rows, columns, own.name) + "\n" + problems(rows), nil
 }
 
-// takeRounds puts every work on all processes by turns.
+// takeRounds does each work on all processes in turn.
 func (b *bench) takeRounds(ctx context.Context, running []*process) (rows []row, err error) {
 	for _, name := range b.works {
 		for _, w := range works[name] {
@@ -308,7 +308,7 @@ func (b *bench) takeRounds(ctx context.Context, running []*process) (rows []row,
 	return rows, nil
 }
 
-// heading says what was measured, on what, and how.
+// heading describes the machine, the versions and the figures.
 func (b *bench) heading(versions []string) string {
 	var t strings.Builder
 	machine := append([]string{system(), fmt.Sprintf("%d cores", runtime.NumCPU()),

@@ -17,19 +17,18 @@ import (
 	"time"
 )
 
-// A peer is a proxy to measure. Command writes what configuration it needs and says how to start
-// it.
+// A peer is a proxy to measure. command writes its configuration and returns its command line.
 type peer struct {
 	name, version string
 	command       func(c conf) ([]string, error)
 }
 
-// A conf is what a peer is to do.
+// A conf is the task of a peer.
 type conf struct {
-	dir       string // its own
+	dir       string // the peer's folder
 	listen    string
 	upstreams []string
-	conns     int // at once, at the most
+	conns     int // at most so many at once
 	// certs is the folder with ca.pem, server.pem, server.key, client.pem and client.key; "" without
 	// TLS.
 	certs string
@@ -42,7 +41,7 @@ func (c conf) write(name, format string, args ...any) (string, error) {
 
 const module = "github.com/danielepagano/lbproxy/"
 
-// build makes lbproxy's own programs, and with them the certificates if there is to be TLS.
+// build builds lbproxy's own programs and, for TLS, makes the certificates with them.
 func (b *bench) build(ctx context.Context) (peer, error) {
 	program, pkg := filepath.Join(b.dir, "basic"), "examples/basic"
 	if b.mtls {
@@ -87,7 +86,7 @@ func onLoops(own peer) peer {
 	}}
 }
 
-// versus is a peer as -versus describes it.
+// versus returns the peer that -versus describes.
 func versus(own peer, description string) peer {
 	name, command, _ := strings.Cut(description, "=")
 	argv := strings.Fields(command)
@@ -115,7 +114,7 @@ func mtlsserver(program string, c conf) ([]string, error) {
 		upstreams = append(upstreams, object{"addr": u})
 	}
 	config["apps"] = []object{{"id": "web", "listen": c.listen, "upstreams": upstreams}}
-	config["handshake"] = object{"maxPerAddress": 256} // all clients have the same one
+	config["handshake"] = object{"maxPerAddress": 256} // all clients share one address
 	config["tls"] = object{
 		"cert": filepath.Join(c.certs, "server.pem"),
 		"key":  filepath.Join(c.certs, "server.key"),
@@ -141,8 +140,8 @@ func baselinePeer() peer {
 	}}
 }
 
-// haproxy finds HAProxy, or says how to get it. What option splice-auto makes of it depends on the
-// load.
+// haproxy finds HAProxy, or returns an error that says how to get it. With option splice-auto it
+// splices depending on the load.
 func haproxy(name, options string) (peer, error) {
 	program, err := find("haproxy",
 		"Debian and Ubuntu: apt install haproxy; macOS: brew install haproxy")
@@ -191,7 +190,7 @@ listen bench
 	}}, nil
 }
 
-// nginx finds an nginx that can forward TCP, or says how to get it.
+// nginx finds an nginx that can forward TCP, or returns an error that says how to get it.
 func nginx() (peer, error) {
 	const get = "Debian and Ubuntu: apt install nginx libnginx-mod-stream; macOS: brew install nginx"
 	program, err := find("nginx", get)
@@ -238,7 +237,7 @@ stream {
 	}}, nil
 }
 
-// find looks for a program also where the path of ordinary users does not lead.
+// find looks for a program in PATH and in the folders that ordinary users do not have in it.
 func find(name, get string) (string, error) {
 	for _, dir := range []string{"", "/usr/sbin", "/usr/local/sbin", "/usr/local/bin",
 		"/opt/homebrew/bin"} {
@@ -252,11 +251,11 @@ func find(name, get string) (string, error) {
 func firstLine(program, arg string) string {
 	out, _ := exec.Command(program, arg).CombinedOutput()
 	line, _, _ := strings.Cut(string(out), "\n")
-	line, _, _ = strings.Cut(line, " - ") // where HAProxy's has a link
+	line, _, _ = strings.Cut(line, " - ") // HAProxy's continues with a link
 	return strings.TrimPrefix(line, "nginx version: ")
 }
 
-// A process is a peer that runs.
+// A process is a running peer.
 type process struct {
 	name string
 	cmd  *exec.Cmd
@@ -264,7 +263,7 @@ type process struct {
 	dial, dialNagle func() (net.Conn, error)
 }
 
-// start has a peer listen, in front of upstreams.
+// start starts a peer in front of upstreams.
 func (b *bench) start(p peer, upstreams []string) (*process, error) {
 	dir, err := os.MkdirTemp(b.dir, "")
 	if err != nil {
@@ -321,7 +320,7 @@ func stopAll(running *[]*process) {
 	}
 }
 
-// dialer returns what clients connect by: with TCP_NODELAY, as is usual in Go, or without.
+// dialer returns the clients' dial function, with TCP_NODELAY, as is usual in Go, or without.
 func (b *bench) dialer(addr string, noDelay bool) func() (net.Conn, error) {
 	return func() (net.Conn, error) {
 		raw, err := net.DialTimeout("tcp", addr, patience)
@@ -342,7 +341,7 @@ func (b *bench) dialer(addr string, noDelay bool) func() (net.Conn, error) {
 	}
 }
 
-// clientTLS is the same for all peers. X25519 is what all of them have.
+// clientTLS sets the clients' TLS configuration for all peers, with X25519, which all have.
 func (b *bench) clientTLS() error {
 	pool, err := certPool(filepath.Join(b.certs, "ca.pem"))
 	if err != nil {
@@ -357,7 +356,7 @@ func (b *bench) clientTLS() error {
 	return err
 }
 
-// listen starts four upstreams, or for -scale one that has many addresses.
+// listen starts four upstreams, or for -scale one with many addresses.
 func (b *bench) listen() error {
 	addr, listeners, config := "127.0.0.1:0", 4, new(net.ListenConfig)
 	if b.scale {

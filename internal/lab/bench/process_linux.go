@@ -11,20 +11,20 @@ import (
 	"unsafe"
 )
 
-const cannotMeasure = "" // everything can be
+const cannotMeasure = "" // Linux has everything
 
-// own has a child be the first of a process group of its own: an interrupt at the terminal then
-// reaches this process alone, which ends the whole group, an nginx's workers included.
+// own puts a child into a process group of its own: an interrupt at the terminal then reaches only
+// this process, which ends the whole group, including nginx's workers.
 func own() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
 
 func terminate(pid int) { syscall.Kill(-pid, syscall.SIGTERM) }
 func kill(pid int)      { syscall.Kill(-pid, syscall.SIGKILL) }
 
-// family is a process and its children.
+// family returns a process and its children.
 func family(pid int) []int {
 	pids := []int{pid}
 	tasks, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
-	for _, task := range tasks { // each thread has its own
+	for _, task := range tasks { // each thread has its own children
 		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/children", pid, task.Name()))
 		for _, child := range strings.Fields(string(children)) {
 			if n, err := strconv.Atoi(child); err == nil {
@@ -35,9 +35,9 @@ func family(pid int) []int {
 	return pids
 }
 
-// cpuTime is the user and system time that processes have used, of threads that have ended, too.
+// cpuTime returns the user and system time of processes, including threads that have ended.
 func cpuTime(pids []int) (sum time.Duration) {
-	// CPUCLOCK_SCHED: in nanoseconds, where /proc/PID/stat has hundredths of a second
+	// CPUCLOCK_SCHED counts nanoseconds; /proc/PID/stat only hundredths of a second.
 	const schedClock = 2
 	for _, pid := range pids {
 		var t syscall.Timespec
@@ -48,7 +48,7 @@ func cpuTime(pids []int) (sum time.Duration) {
 	return sum
 }
 
-// memory is the resident set of processes in bytes, and how many descriptors they have.
+// memory returns the resident set of processes in bytes, and the number of their descriptors.
 func memory(pids []int) (resident, descriptors float64) {
 	for _, pid := range pids {
 		statm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
@@ -62,8 +62,8 @@ func memory(pids []int) (resident, descriptors float64) {
 	return resident, descriptors
 }
 
-// raiseDescriptors returns how many descriptors this process may have, after raising that as far as
-// it is allowed to. Go does so by itself, but takes it back for children, unless it was asked for.
+// raiseDescriptors raises this process's limit of descriptors as far as allowed, and returns it. Go
+// does so itself, but restores the old limit for children, unless the program sets the limit.
 func raiseDescriptors() int {
 	var limit syscall.Rlimit
 	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {
@@ -76,7 +76,7 @@ func raiseDescriptors() int {
 	return int(min(limit.Max, 1<<20))
 }
 
-// onLoopback keeps a listener to the loopback interface, whatever address it is on.
+// onLoopback binds a listener on any address to the loopback interface.
 func onLoopback(_, _ string, c syscall.RawConn) error {
 	var err error
 	if e := c.Control(func(fd uintptr) { err = syscall.BindToDevice(int(fd), "lo") }); e != nil {
@@ -85,7 +85,7 @@ func onLoopback(_, _ string, c syscall.RawConn) error {
 	return err
 }
 
-// system names the processor and the kernel.
+// system returns the names of the processor and the kernel.
 func system() string {
 	model := "unknown processor"
 	info, _ := os.ReadFile("/proc/cpuinfo")

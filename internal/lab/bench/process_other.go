@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// cannotMeasure says what is missing on this system, and what to do about it.
+// cannotMeasure says which figures this system lacks, and how to get them.
 const cannotMeasure = "CPU time, memory and descriptors of other processes can only be read on " +
 	"Linux: here there are rates alone, " +
 	"which say little. Run it on a Linux machine, or in a container: " +

@@ -9,20 +9,20 @@ import (
 	"unicode/utf8"
 )
 
-// A row is what the rounds of one work and one proxy came to.
+// A row has the results of the rounds of one work and one proxy.
 type row struct {
 	work, proxy string
 	samples     []sample
 }
 
-// median is of at least one value; of an even number of them, it is the lower one in the middle.
+// median returns the median of values, the lower one for an even number. There must be a value.
 func median[T cmp.Ordered](values []T) T {
 	sorted := slices.Sorted(slices.Values(values))
 	return sorted[(len(sorted)-1)/2]
 }
 
-// median leaves out rounds in which nothing was done, which count as errors. It is 0 if there are
-// no others.
+// median returns the median of the rounds in which an operation was done; 0 if there are none.
+// Other rounds count as errors.
 func (r row) median(of func(sample) float64) float64 {
 	var values []float64
 	for _, s := range r.samples {
@@ -44,7 +44,7 @@ func rate(s sample) float64        { return s.rate }
 func resident(s sample) float64    { return s.resident / 1024 }
 func descriptors(s sample) float64 { return s.descriptors }
 
-// errs says how many errors there were, and what the first one was.
+// errs returns the number of errors, and the first one.
 func (r row) errs() (n int, first error) {
 	for _, s := range r.samples {
 		n += s.errs
@@ -58,11 +58,11 @@ type column struct {
 	title  string
 	of     func(sample) float64
 	digits int
-	ratio  bool // is followed by the ratio to the base's
+	ratio  bool // followed by the ratio to the base's figure
 }
 
-// table writes rows in Markdown that is fit to be read as it is. Ratios are to the row of base for
-// the same work.
+// table formats rows as Markdown with aligned columns. Ratios are to the row of base for the same
+// work.
 func table(rows []row, columns []column, base string) string {
 	cells := [][]string{{"operation", "proxy"}}
 	for _, c := range columns {
@@ -97,7 +97,7 @@ func figure(value float64, digits int) string {
 	return fmt.Sprintf("%.*f", digits, value)
 }
 
-// markdown lines cells up: the first two columns are text, the others numbers.
+// markdown aligns cells: the first two columns are text, the others numbers.
 func markdown(cells [][]string) string {
 	widths := make([]int, len(cells[0]))
 	for _, line := range cells {
@@ -132,9 +132,8 @@ func markdown(cells [][]string) string {
 	return b.String()
 }
 
-// problems names what went wrong in rows, a line each, and what cannot be trusted: a machine that
-// has other things to do, or whose kernel drops packets of loopback for want of room, makes a
-// stream stand still now and then.
+// problems lists the errors in rows, one a line, and the figures that are not reliable: on a busy
+// machine, or if the kernel drops packets of loopback for lack of memory, a stream stalls at times.
 func problems(rows []row) string {
 	var b strings.Builder
 	for _, r := range rows {

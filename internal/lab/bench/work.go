@@ -18,19 +18,19 @@ import (
 type work struct {
 	name    string // in the table: what one operation is
 	clients int
-	ops     int64 // what clients count that makes one operation
+	ops     int64 // the clients' counts that make one operation
 	client  func(*load) error
-	streams int  // of bulk besides, which do not count
+	streams int  // additional bulk streams, which do not count
 	nagle   bool // clients leave TCP_NODELAY off
 }
 
 const (
 	messageSize = 64
 	bulkSize    = 256 << 10
-	patience    = 5 * time.Second // more than any single thing here takes: nothing hangs
+	patience    = 5 * time.Second // longer than any step should take: nothing hangs
 )
 
-// What an upstream does is in the first byte of a client's first message.
+// The first byte of a client's first message tells the upstream what to do.
 const (
 	answerOnce = iota // send the message back and close
 	echo              // send back this one and all that follow
@@ -38,14 +38,14 @@ const (
 	sink              // read without end
 )
 
-// Round trips beside bulk are made by so many clients, each of which sends a message so often
-// whether the one before is back or not: 2,000 a second in all.
+// Clients that make round trips beside bulk, and the time between the messages of each. They do not
+// wait for the previous answer: 2,000 messages a second in all.
 const (
 	pacedClients = 8
 	pace         = 4 * time.Millisecond
 )
 
-// works are what -work names.
+// works are the choices of -work.
 var works = map[string][]work{
 	"conn": {{name: "connection, 32 at once", clients: 32, ops: 1, client: (*load).connect}},
 	"nagle": {
@@ -78,11 +78,11 @@ type load struct {
 	dial  func() (net.Conn, error)
 	until time.Time
 	count atomic.Int64
-	took  latencies // of what was counted
+	took  latencies // of counted operations
 	fails
 }
 
-// counted notes an operation that is done. It was due at a time.
+// counted counts an operation that was due at a time and is done now.
 func (l *load) counted(due time.Time) {
 	l.count.Add(1)
 	l.took.add(time.Since(due))
@@ -103,11 +103,11 @@ func (f *fails) add(err error) {
 	}
 }
 
-// A sample is what a load came to.
+// A sample is the result of a load.
 type sample struct {
 	rate                  float64       // operations a second
 	cpu                   time.Duration // of the proxy, for one operation
-	p50, p99, p999        time.Duration // how long an operation takes
+	p50, p99, p999        time.Duration // of an operation's duration
 	resident, descriptors float64       // of the proxy, for one idle connection
 	errs                  int
 	err                   error // the first
@@ -115,8 +115,8 @@ type sample struct {
 
 var errNothingDone = errors.New("nothing got done")
 
-// measure has clients do w by way of p, and looks at what they do in window, when they have got
-// going.
+// measure makes clients do w through p and, once they have started, counts their operations in
+// window.
 func (p *process) measure(w work, window time.Duration) sample {
 	begin, warm := time.Now(), window/4
 	l := &load{dial: p.dial, until: begin.Add(warm + window + 20*time.Millisecond)}
@@ -156,7 +156,7 @@ func (p *process) measure(w work, window time.Duration) sample {
 	return s
 }
 
-// connect opens connections for one message and its answer each, which the upstream closes.
+// connect opens connections for one message and its answer each. The upstream closes them.
 func (l *load) connect() error {
 	for due := time.Now(); due.Before(l.until); due = time.Now() {
 		if err := l.exchange(); err != nil {
@@ -181,7 +181,7 @@ func (l *load) exchange() error {
 	return nil
 }
 
-// open connects and sends the first message, and reads the answer if there is to be one.
+// open connects, sends the first message, and reads the answer if one is due.
 func (l *load) open(first byte) (net.Conn, error) {
 	c, err := l.dial()
 	if err != nil {
@@ -220,7 +220,7 @@ func roundTrip(c net.Conn, msg, answer []byte) error {
 	return nil
 }
 
-// ping sends messages over one connection, each when the one before is back.
+// ping sends messages over one connection, each after the answer to the previous one.
 func (l *load) ping() error {
 	c, err := l.open(echo)
 	if err != nil {
@@ -238,8 +238,8 @@ func (l *load) ping() error {
 	return nil
 }
 
-// paced sends messages over one connection at their times, and takes how long after its time each
-// comes back. A message that waits for others to be served has waited, too.
+// paced sends messages over one connection at fixed times, and measures from a message's time to
+// its answer, so that the wait behind other messages counts.
 func (l *load) paced() error {
 	c, err := l.open(echo)
 	if err != nil {
@@ -294,9 +294,8 @@ func (l *load) stream(
 	}
 }
 
-// hold opens n connections by way of p that echo one message each and then rest. It gives up after
-// a few errors: a proxy that is out of descriptors has each connection wait. The caller closes
-// them.
+// hold opens n connections through p that echo one message each and then rest. It stops after a few
+// errors: without descriptors a proxy makes each connection wait. The caller closes them.
 func (p *process) hold(ctx context.Context, n int, f *fails) (conns []net.Conn) {
 	l := &load{dial: p.dial}
 	for len(conns) < n && f.n < 3 && ctx.Err() == nil {
@@ -311,10 +310,10 @@ func (p *process) hold(ctx context.Context, n int, f *fails) (conns []net.Conn) 
 	return conns
 }
 
-// idle measures what n connections at rest hold.
+// idle measures the memory and descriptors of n connections at rest.
 func (p *process) idle(ctx context.Context, n int, settle time.Duration) sample {
 	var f fails
-	closeAll(p.hold(ctx, 10, &f)) // what the first few need is no cost of each
+	closeAll(p.hold(ctx, 10, &f)) // so that the cost of the first use does not count
 	time.Sleep(settle)
 	pids := family(p.cmd.Process.Pid)
 	resident, descriptors := memory(pids)
@@ -333,7 +332,7 @@ func closeAll(conns []net.Conn) {
 	}
 }
 
-// answer is what upstreams do with each connection.
+// answer is the upstreams' part of each connection.
 func answer(l net.Listener) {
 	for {
 		c, err := l.Accept()

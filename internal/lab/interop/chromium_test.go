@@ -19,8 +19,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// What Chromium makes of close_notify when it closes a connection: it does not send it. An upload
-// that it gives up while it waits to send ends in the middle of a record, which is always a cut.
+// Chromium sends no close_notify when it closes a connection. An upload that it gives up while it
+// waits to send ends in the middle of a record, which always counts as cut off.
 var chromiumTable = []struct {
 	does                     string
 	required, idle, optional outcome
@@ -69,8 +69,7 @@ func TestCloseNotifyOfChromium(t *testing.T) {
 	}
 }
 
-// A site is an upstream that a browser uses. It stops reading an upload until the browser has given
-// it up.
+// A site is an upstream for a browser. It stops reading an upload until the browser has given up.
 type site struct {
 	addr            string
 	stalled, resume chan struct{}
@@ -191,8 +190,8 @@ func (r *stallingReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// browse has Chromium open a page of s by TLS, do what it says, and leave. It returns the results
-// of all of its connections.
+// browse makes Chromium open a page of s over TLS, run its script, and leave. It returns the
+// results of all its connections.
 func (s *site) browse(t *testing.T, closeNotify lbproxy.CloseNotify, does string) []lbproxy.Result {
 	t.Helper()
 	chromium := need(t, "chromium", "chromium")

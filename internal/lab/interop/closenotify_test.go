@@ -16,28 +16,28 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// What a client does before it leaves.
+// The actions of a client before it leaves.
 const (
 	idle   = "closes a kept connection that is idle"
 	upload = "closes in the middle of an upload"
 )
 
-// An outcome is what a client's leaving may look like: how the proxy's log calls the end, and what
-// the upstream sees, "end" or "reset".
+// An outcome is a possible result when a client leaves: the reason in the proxy's log, and the
+// upstream's view, "end" or "reset".
 type outcome struct{ reasons, upstream string }
 
 var (
 	ended = outcome{"done", "end"}
 	cut   = outcome{"client-closed", "reset"}
-	// In the middle of an upload the proxy may have something under way or not, and the client may
-	// have left something unread, which makes its system send a reset.
+	// In the middle of an upload the proxy may hold data or not, and the client may leave bytes
+	// unread, so that its system sends a reset.
 	cutShort = outcome{"client-closed client-error", "reset"}
 	anyEnd   = outcome{"done client-closed client-error", "end reset"}
 )
 
-// What clients make of TLS's close_notify when they leave: Python, Node and a Go program that exits
-// do not send it, curl does, and nginx does where it gives up an upload. Without it, "required"
-// resets the upstream; "idle" and "optional" pass the end on if nothing was under way.
+// Clients differ in sending TLS's close_notify when they leave: Python, Node and a Go program that
+// exits do not send it; curl does, and nginx does when it gives up an upload. Without close_notify,
+// "required" resets the upstream; "idle" and "optional" pass the end on if no data was in flight.
 var closeNotifyTable = []struct {
 	client, does             string
 	required, idle, optional outcome
@@ -90,10 +90,10 @@ func TestCloseNotify(t *testing.T) {
 	}
 }
 
-// sentOfUpload is how much of a million bytes a client has sent when it leaves.
+// sentOfUpload is the part of a million bytes that a client has sent when it leaves.
 const sentOfUpload = 300_000
 
-// leave makes a client do what it does, and leave.
+// leave makes a client perform an action and leave.
 func leave(t *testing.T, m *mtls, client, does string) {
 	t.Helper()
 	switch client + " " + does {
@@ -179,7 +179,7 @@ func (m *mtls) client(t *testing.T, raw net.Conn) *tls.Conn {
 	cert, err := tls.LoadX509KeyPair(m.file("alice.pem"), m.file("alice.key"))
 	proxytest.Must(t, err)
 	return tls.Client(raw, &tls.Config{
-		// The origin's bytes are what is looked at here; who the server is others check.
+		// This test checks the origin's bytes; others check the server's certificate.
 		InsecureSkipVerify: true, Certificates: []tls.Certificate{cert},
 	})
 }

@@ -30,15 +30,15 @@ var (
 	errCut      = errors.New("the end of TCP without the end of TLS")
 )
 
-// A conn is a connection under test: what is to become of it, and what has.
+// A conn is a connection under test: its plan and its state.
 type conn struct {
 	*plan
 	up, down     end           // the client's end and the upstream's
 	seen         atomic.Bool   // an upstream has it
 	clientDone   chan struct{} // closed when up is complete
 	upstreamDone chan struct{} // closed when down is complete
-	outcome      chan outcome  // what the proxy says has become of it
-	results      atomic.Int32  // how often it said so
+	outcome      chan outcome  // the proxy's result
+	results      atomic.Int32  // the number of results
 	abort        func(error)
 	dials        atomic.Int32
 	audit        audit
@@ -59,7 +59,7 @@ func newConn(p *plan) *conn {
 
 func (c *conn) took() time.Duration { return c.ended.Sub(c.started) }
 
-// An outcome is what the proxy says about a connection.
+// An outcome is the proxy's result of a connection.
 type outcome struct {
 	end            string
 	err            error // plain only
@@ -73,7 +73,7 @@ func (o *outcome) limited() bool { return o.end == string(lbproxy.EndRateLimited
 // An end is one end of a connection.
 type end struct {
 	conn    *conn
-	net     net.Conn // what is written to and read from: tcp, or TLS over it
+	net     net.Conn // for reads and writes: tcp, or TLS over it
 	tcp     *net.TCPConn
 	out, in proxytest.Pattern
 
@@ -141,7 +141,7 @@ func (e *end) run(s script) {
 			return
 		case flood:
 			for e.send(256 << 10) {
-				// More than the proxy throws away in the second that an answer has to leave.
+				// More than the proxy discards in the second that an answer has to leave.
 				if int64(e.sent) > 8<<30 {
 					e.flooded = true
 					return
@@ -238,13 +238,12 @@ func (c *noted) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// faults lists what is wrong with something.
+// faults is a list of faults found.
 type faults []string
 
 func (f *faults) add(format string, args ...any) { *f = append(*f, fmt.Sprintf(format, args...)) }
 
-// judge lists all that is wrong with c, which is over at both ends, or was never seen by an
-// upstream.
+// judge lists all faults of c, which has ended at both ends, or never reached an upstream.
 func (c *conn) judge(o *outcome) (wrong faults) {
 	clientEnd, upstreamEnd, reach := c.clientEnd, c.upstreamEnd, c.reach
 	if c.kind == someLimit {
@@ -298,7 +297,7 @@ func (c *conn) judge(o *outcome) (wrong faults) {
 	return append(wrong, c.audit.judge(o)...)
 }
 
-// judge lists what is wrong with the stream that e has received from peer.
+// judge lists the faults of the stream that e has received from peer.
 func (e *end) judge(name string, want verdict, peer *end) (wrong faults) {
 	note := func(format string, args ...any) {
 		wrong.add("%s: received %d of the %d bytes sent (%d tried), then %v; sent %d of %d, then %v: %s",
@@ -345,8 +344,8 @@ func (c *conn) floodFailed() bool {
 	return c.down.writeErr != nil
 }
 
-// An audit is a RateLimitManager that lets another one decide, keeps the books on what it is told,
-// and may cut.
+// An audit is a RateLimitManager that lets another one decide, keeps accounts of its events, and
+// may cut the connection.
 type audit struct {
 	lbproxy.RateLimitManager       // nil: none was asked
 	cutAt                    int64 // bytes
@@ -380,7 +379,7 @@ func (a *audit) Report(ctx context.Context, e lbproxy.Event) lbproxy.Decision {
 	return d
 }
 
-// judge lists what is wrong with the events of a connection with outcome o.
+// judge lists the faults of the events of a connection with outcome o.
 func (a *audit) judge(o *outcome) (wrong faults) {
 	if a.RateLimitManager == nil {
 		return nil

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// A lag keeps the times at which this process was not run because others had the processors. What
-// has to happen within a time is given so much more.
+// A lag records the times at which this process did not run because others had the processors.
+// Deadlines are extended by them.
 type lag struct {
 	mu    sync.Mutex
 	times []late

@@ -17,7 +17,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// revocableUsers are those who are revoked now and then. Whoever else there is stays.
+// revocableUsers are revoked at times. All other users stay.
 const revocableUsers = 4
 
 // The others' names. The stranger has a certificate, and is in no list.
@@ -54,7 +54,7 @@ func newPKI(t testing.TB) *pki {
 		cert := p.Client(proxytest.Name(name))
 		p.serials[name] = fmt.Sprintf("dec:%d", cert.Leaf.SerialNumber)
 		p.clients[name] = p.ClientConfig(&cert)
-		// The default curve costs more, and is not what this is about.
+		// The default curve costs more, and the soak does not test curves.
 		p.clients[name].CurvePreferences = []tls.CurveID{tls.X25519}
 	}
 	return p
@@ -157,8 +157,8 @@ func (f *mtlsFront) client(c *conn) *tls.Config {
 	return f.run.pki.clients[name]
 }
 
-// reload revokes a user and lets them in again, and changes the upstreams of the app web. It does
-// not replace the app: that refuses whoever is in a handshake (app-removed).
+// reload revokes a user and enters them again, and changes the upstreams of the app web. It does
+// not replace the app: that would refuse clients in their handshake (app-removed).
 func (f *mtlsFront) reload(round int) {
 	user := round % revocableUsers
 	f.web = slices.Clone(f.run.web)
@@ -218,7 +218,7 @@ func (f *mtlsFront) stop() {
 	f.server.Close()
 }
 
-// A resultLog is where the server logs: a line for each connection tells what became of it.
+// A resultLog is the server's log handler: the line for each connection has its outcome.
 type resultLog struct{ panicLog }
 
 func (l resultLog) Enabled(context.Context, slog.Level) bool { return true }

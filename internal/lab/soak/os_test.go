@@ -8,8 +8,8 @@ import (
 	"unsafe"
 )
 
-// addrOf is what client id connects from: all of 127.0.0.0/8 is loopback. No two of four million
-// neighbours have the same.
+// addrOf returns the address that client id connects from: all of 127.0.0.0/8 is loopback. Four
+// million neighbouring ids have different addresses.
 func addrOf(id uint64) *net.TCPAddr {
 	return &net.TCPAddr{IP: net.IPv4(127, 64|byte(id>>16)&63, byte(id>>8), byte(id))}
 }
@@ -27,7 +27,7 @@ func idOf(addr net.Addr) (id uint64, ok bool) {
 	return uint64(ip[1]&63)<<16 | uint64(ip[2])<<8 | uint64(ip[3]), true
 }
 
-// unsent is how many bytes c has sent that have not arrived.
+// unsent returns the number of bytes that c has sent and the peer's system has not acknowledged.
 func unsent(c *net.TCPConn) int {
 	var n int32
 	control(c, func(fd int) {

@@ -21,13 +21,13 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// dialUpstreams is how many the app has in whose dials faults are injected.
+// dialUpstreams is the number of upstreams of the app with faults in its dials.
 const dialUpstreams = 4
 
 // nobody is an address where nobody listens.
 const nobody = "127.0.0.1:1"
 
-// A panicLog is where lbproxy logs. It says when something has panicked, and nothing else.
+// A panicLog is lbproxy's log handler. It reports panics and ignores everything else.
 type panicLog struct{ run *run }
 
 func (l panicLog) Enabled(_ context.Context, level slog.Level) bool {
@@ -64,7 +64,7 @@ type plainFront struct {
 	refused uint64          // dials of the app dial that were sent to where nobody listens
 }
 
-// A book is what the results of an app add up to. Its Stats must say the same.
+// A book has the sums of an app's results. Its Stats must equal them.
 type book struct{ results, refused, failed, sent, received uint64 }
 
 func newPlainFront(t testing.TB, r *run) *plainFront {
@@ -262,7 +262,7 @@ func (f *plainFront) reshuffle() {
 	f.run.count(reload)
 }
 
-// look checks what can be said of the counts at any time.
+// look checks the counts in ways that hold at any time.
 func (f *plainFront) look() {
 	for id, a := range f.apps {
 		s := a.Stats()

@@ -12,7 +12,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver"
 )
 
-// A kind is what a connection is about: nothing special, or a fault.
+// A kind is the fault of a connection, if any.
 type kind string
 
 const (
@@ -42,7 +42,7 @@ const (
 	stranger      kind = "unknown serial"
 	handshakeGone kind = "reset in handshake"
 
-	// Those below are not of one connection.
+	// The kinds below are not faults of one connection.
 	noAccept kind = "EMFILE, accept"
 	reload   kind = "reload, SetUpstreams"
 )
@@ -94,8 +94,8 @@ type step struct {
 	n  int
 }
 
-// A script is what one goroutine of one end does. A failed send leaves only what is to be received,
-// a failed recv nothing.
+// A script is the work of one goroutine of one end. After a failed send only its receives follow,
+// after a failed recv nothing.
 type script []step
 
 // A verdict is how the stream that an end receives must end.
@@ -105,10 +105,10 @@ const (
 	whole   verdict = "whole"   // all that was sent, then a clean end
 	broken  verdict = "broken"  // a part of what was sent, and no clean end
 	refused verdict = "refused" // broken, without a byte
-	either  verdict = "either"  // one of those: this end is what failed
+	either  verdict = "either"  // any of these: this end has failed
 )
 
-// A plan is what is to become of a connection: a function of the seed and its id.
+// A plan describes a connection and its expected ends. It is a function of the seed and the id.
 type plan struct {
 	id    uint64
 	mtls  bool
@@ -123,11 +123,11 @@ type plan struct {
 	exact                    bool
 	floods                   bool // a flood must end by an error
 	reach                    reach
-	ends                     []string // what the proxy may call the end
+	ends                     []string // the reasons that the proxy may report
 	dialFaults, limitedBytes int
 }
 
-// reach is whether an upstream is to see a connection.
+// reach says whether an upstream will see a connection.
 type reach int
 
 const (
@@ -221,7 +221,7 @@ func (g *generator) chance(percent int) bool { return g.IntN(100) < percent }
 func (g *generator) fill() {
 	g.clientEnd, g.upstreamEnd, g.ends = whole, whole, []string{string(lbproxy.EndDone)}
 	g.app = []string{"web", "web", "web", "greet", "tls"}[g.IntN(5)]
-	k, j := g.size(), g.size() // what is sent by the client, by the upstream
+	k, j := g.size(), g.size() // bytes from the client, from the upstream
 	switch g.kind {
 	case normal:
 		if g.chance(10) && !g.mtls {
@@ -338,14 +338,14 @@ func (g *generator) broken(client, upstream verdict, ends ...lbproxy.EndReason) 
 	}
 }
 
-// refused has the client reset before any upstream hears of it.
+// refused plans a reset of the client before any upstream sees it.
 func (g *generator) refused(ends ...lbproxy.EndReason) {
 	g.client = []script{{{send, g.IntN(2000)}}, {{recvEnd, 0}}}
 	g.broken(refused, refused, ends...)
 	g.reach = never
 }
 
-// exchange has both streams sent whole.
+// exchange plans two complete streams.
 func (g *generator) exchange(k, j int) {
 	rest := func() (s script) {
 		if g.chance(10) {
@@ -396,14 +396,14 @@ func (g *generator) exchange(k, j int) {
 	}
 }
 
-// holding has both ends wait, when each has what the other sent, for what will break the
-// connection.
+// holding makes both ends wait for the break of the connection, after each has received the other's
+// bytes.
 func (g *generator) holding(k, j int, ends ...lbproxy.EndReason) {
 	g.script(script{{send, k}, {recv, j}, {recvEnd, 0}}, script{{recv, k}, {send, j}, {recvEnd, 0}})
 	g.broken(broken, broken, ends...)
 }
 
-// reset has one end reset the connection after it has sent n bytes, while the other sends m.
+// reset makes one end reset the connection after sending n bytes, while the other sends m.
 func (g *generator) reset(byClient bool, n, m int) {
 	var first script
 	if byClient { // not before an upstream has the connection
@@ -433,7 +433,7 @@ func (g *generator) reset(byClient bool, n, m int) {
 	}
 }
 
-// cutTLS has one end's stream cut, such that TCP sees a clean end and TLS does not.
+// cutTLS cuts one end's stream so that TCP sees a clean end and TLS does not.
 func (g *generator) cutTLS(k, j int) {
 	if g.mtls && g.chance(60) {
 		g.client = []script{{{recv, 1}, {send, k}, {cut, 0}, {recvEnd, 0}}}

@@ -70,10 +70,10 @@ type run struct {
 	plainDone, mtlsDone, bytes, waited, lateOnes atomic.Uint64
 
 	mu       sync.Mutex
-	kinds    map[kind]uint64 // what was injected
+	kinds    map[kind]uint64 // injected faults
 	slowest  *conn
 	grown    int64   // bytes in the heap after the last connection, more than before the first
-	later    []*conn // to be judged when no upstream can have them any more
+	later    []*conn // to judge when no upstream can have them any more
 	failures []string
 }
 
@@ -183,7 +183,7 @@ func TestSoak(t *testing.T) {
 	bare := settled()
 	r := newRun(t, total, black)
 	resting := settled()
-	streamOf(0, 0).At(0, 1) // makes what all streams are cut from
+	streamOf(0, 0).At(0, 1) // makes the bytes that all streams are cut from
 	heap := proxytest.HeapInUse()
 	t.Logf("seed %d", r.seed)
 	fmt.Fprintf(os.Stderr, "soak: seed %d\n", r.seed)
@@ -248,7 +248,7 @@ func TestSoak(t *testing.T) {
 	}
 	took := time.Since(last)
 	r.grown = proxytest.HeapInUse() - heap
-	// what would be kept of each connection
+	// The heap would grow by anything kept of each connection.
 	if most := 1<<20 + 20*int64(r.next.Load()); r.grown > most {
 		r.fail("the heap has %d bytes more than before the first connection, want at most %d",
 			r.grown, most)
@@ -388,7 +388,7 @@ func (r *run) client(c *conn) {
 		if !errors.Is(e.readErr, syscall.EADDRNOTAVAIL) && !errors.Is(e.readErr, syscall.EMFILE) {
 			return // reset so soon
 		}
-		r.waited.Add(1) // for what this machine is short of, and that is not the proxy's
+		r.waited.Add(1) // for a resource of this machine that the proxy does not use
 		time.Sleep(20 * time.Millisecond)
 	}
 	e.tcp = raw.(*net.TCPConn)
@@ -417,7 +417,7 @@ func (r *run) client(c *conn) {
 		}
 	}
 	if _, e.writeErr = e.net.Write(header(r.seed, c.id)); e.writeErr != nil {
-		for e.recv(1) { // what is the matter?
+		for e.recv(1) { // until the error
 		}
 		return
 	}

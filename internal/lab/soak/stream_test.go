@@ -14,10 +14,10 @@ const (
 	fromUpstream = 1
 )
 
-// streamOf is what connection id carries in a direction.
+// streamOf returns the bytes that connection id carries in a direction.
 func streamOf(id, direction uint64) proxytest.Pattern { return proxytest.Pattern(2*id + direction) }
 
-// A header is what a client sends first. It says to the upstream which connection this is.
+// A header begins a client's stream. It tells the upstream which connection this is.
 const headerSize = 16
 
 func header(seed, id uint64) []byte {
@@ -31,5 +31,5 @@ func headerID(seed uint64, b []byte) (id uint64, ok bool) {
 	return id, bytes.Equal(b, header(seed, id))
 }
 
-// greeting is what upstreams that speak first say.
+// greeting is the first message of upstreams that speak first.
 var greeting = []byte("220 ready: speak")

@@ -30,7 +30,7 @@ type server struct {
 	conns map[*net.TCPConn]struct{}
 }
 
-// newServer starts a server, on which change, if not nil, has made its mark.
+// newServer starts a server, after change, if not nil, has changed it.
 func newServer(t testing.TB, r *run, change func(*server)) *server {
 	t.Helper()
 	s := &server{run: r, addr: "127.0.0.1:0", conns: map[*net.TCPConn]struct{}{}}
@@ -69,8 +69,7 @@ func (s *server) start() error {
 	return nil
 }
 
-// kill is what happens to connections when a process is killed: all are reset, and there is no
-// listener.
+// kill acts as the end of a killed process: it resets all connections and closes the listener.
 func (s *server) kill() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -112,7 +111,7 @@ func (s *server) serve(tcp *net.TCPConn) {
 	who := &end{net: tcp, tcp: tcp}
 	if s.tls != nil {
 		if who.overTLS(tls.Server, s.tls) != nil {
-			return // nobody's; who has lost it will say so
+			return // nobody's; its client reports the loss
 		}
 	}
 	if s.greets {
