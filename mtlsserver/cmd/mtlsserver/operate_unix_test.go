@@ -407,7 +407,7 @@ func TestOperateHasEveryReason(t *testing.T) {
 	ends = slices.DeleteFunc(ends, func(end string) bool { return end == "not-admitted" })
 	want = append(want, ends...)
 	slices.Sort(want)
-	got := cells(t, "## Debug a refused client", "## What the log's lines mean")
+	got := cells(t, "## Debug a refused client", "## The lines of the log")
 	if !slices.Equal(got, want) {
 		t.Errorf("the page has\n%q, want\n%q", got, want)
 	}
@@ -426,7 +426,7 @@ func TestOperateHasEveryLineOfTheLog(t *testing.T) {
 	want = append(want, literals(t, `logger\(&b\)\.Error\("([^"]+)"`, "mtlsserver/cmd/mtlsserver")...)
 	want = append(want, literals(t, `h\.log\(r, level, "([^"]+)"`, "mtlsserver/admin")...)
 	slices.Sort(want)
-	got := cells(t, "## What the log's lines mean", "## Limits for the open internet")
+	got := cells(t, "## The lines of the log", "## Limits for the open internet")
 	if !slices.Equal(got, want) {
 		t.Errorf("the page has\n%q, want\n%q", got, want)
 	}
