@@ -60,18 +60,18 @@ func demo(out io.Writer, log *slog.Logger) error {
 	s.say("Three servers, red, green and blue, behind one lbproxy app. All is real TCP.")
 
 	s.say("\nThree clients come one at a time, each when the one before has left.")
-	s.say("Where servers have equally few connections, the first of them is chosen:")
+	s.say("Among servers with equally few connections, the first one is chosen:")
 	s.visit(front, "amy", "ben", "cho")
 
 	s.say("\nSix clients come and stay. Each gets the server with the fewest connections.")
 	s.come(front, "ann", "bob", "cat")
 	s.come(front, "dan", "eve", "fay")
 
-	s.say("\nBob and eve leave. The next two go where there is room, not by turns.")
+	s.say("\nBob and eve leave. The next two take their places, not the next in turn.")
 	s.leave("bob", "eve")
 	s.come(front, "gil", "hal")
 
-	s.say("\nEveryone leaves, and green is stopped. The clients who come now do not notice.")
+	s.say("\nEveryone leaves, and green is stopped. The next clients do not notice.")
 	s.leave("ann", "cat", "dan", "fay", "gil", "hal")
 	green.stop()
 	s.come(front, "ida", "jon", "kim")
@@ -82,10 +82,10 @@ func demo(out io.Writer, log *slog.Logger) error {
 	s.come(side, "lou", "mia", "ned")
 	s.leave("lou", "mia")
 
-	s.say("\nEveryone is gone. The app has counted this:")
+	s.say("\nEveryone is gone. These are the app's counts:")
 	stats := app.Stats()
 	s.table(stats.Upstreams, servers)
-	s.say("  %d connections accepted, %d refused, %d failed: no client lost by green's end.",
+	s.say("  %d connections accepted, %d refused, %d failed: green's end cost no client.",
 		stats.Accepted, stats.Refused, stats.Failed)
 	return s.err
 }
@@ -98,7 +98,7 @@ type story struct {
 	err     error
 }
 
-// patience is longer than any step takes. With it as a deadline, the demo fails instead of hanging.
+// patience is longer than any step takes. As a deadline it makes the demo fail instead of hang.
 const patience = 5 * time.Second
 
 func (s *story) say(format string, args ...any) {
@@ -171,8 +171,8 @@ func (s *story) leave(names ...string) map[string]lbproxy.Result {
 	return results
 }
 
-// result waits until the app no longer counts a connection. Without that, chance would decide
-// whether a client that has just left still counts.
+// result waits until the app no longer counts a connection. Otherwise chance would decide whether a
+// client that has just left still counts.
 func (s *story) result() lbproxy.Result {
 	select {
 	case r := <-s.results:

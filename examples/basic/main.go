@@ -6,7 +6,7 @@
 // first, so clients that come one at a time all get the first one.
 //
 // Basic serves until it is interrupted, then waits for open connections to end; a second interrupt
-// cuts them. Without flags it shows in a short story what lbproxy does, with its own servers and
+// cuts them. Without flags it demonstrates lbproxy in a short story, with its own servers and
 // clients on loopback.
 package main
 
@@ -34,7 +34,7 @@ import (
 func main() {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	// Go on serving when nobody reads the output any more, as after "basic ... | head -1".
+	// Keep serving when the reader of the output has gone, as after "basic ... | head -1".
 	signal.Ignore(syscall.SIGPIPE)
 	os.Exit(run(os.Args[1:], signals, os.Stdout, os.Stderr))
 }
@@ -46,7 +46,7 @@ func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int 
 		return exitCode(demo(stdout, log), stderr)
 	}
 	conf, err := parse(args)
-	// Lines wait in a bounded queue, so that signals work although nobody reads standard error.
+	// Lines wait in a bounded queue, so that signals work even if nobody reads standard error.
 	queue := logqueue.NewWriter(stderr, func(n uint64) []byte {
 		return fmt.Appendf(nil, "basic: log lines were dropped: %d\n", n)
 	})
@@ -99,28 +99,28 @@ type config struct {
 }
 
 const usage = `usage: basic -listen ADDR -upstream ADDR[,weight=N] [-upstream ...] [flags]
-       basic              (shows what lbproxy does, by itself, on loopback)
+       basic              (a demonstration on loopback)
 
-  -listen ADDR            where clients come in: 127.0.0.1:8080 or :8080;
+  -listen ADDR            the address for clients: 127.0.0.1:8080 or :8080;
                           port 0 takes a free one
   -upstream ADDR[,weight=N]
-                          a server to send them to; weight 2 gets twice what
-                          weight 1, the default, gets
+                          a server for the connections; weight 2 gets twice as
+                          many as weight 1, the default
   -max-conns N            accept no more while N are open (default: no limit)
-  -idle DURATION          end a connection in which nothing moves for so long
+  -idle DURATION          end a connection that moves no data for so long
                           (default 1h; 0: never)
   -dial-timeout DURATION  how long an upstream may take to answer a dial
                           before the next is tried (default 5s)
   -fail-timeout DURATION  skip an upstream for so long after a failed dial
                           (default 10s)
-  -check DURATION         dial each upstream now and then, and notice within
+  -check DURATION         dial each upstream at intervals, and notice within
                           twice this time that it is gone (default: never)
   -admin ADDR             serve a status page and metrics at a loopback
                           address, such as 127.0.0.1:9090 (default: nowhere)
   -loops                  run connections on event loops: experimental, Linux
   -v                      log every connection
 
-What each client address may do, without limit by default:
+Limits for each client address, none by default:
 
   -rate N                 open N connections per second (0.5: one every 2
                           seconds) ...
@@ -206,7 +206,7 @@ func (c *config) addUpstream(s string) error {
 		n, isWeight := strings.CutPrefix(option, "weight=")
 		weight, err := strconv.Atoi(n)
 		if !isWeight || err != nil || weight < 1 {
-			return errors.New("want host:port or host:port,weight=N, N being a whole number from 1")
+			return errors.New("want host:port or host:port,weight=N, where N is 1 or more")
 		}
 		u.Weight = weight
 	}
@@ -261,7 +261,7 @@ func parseBytes(s string) (int64, error) { return strconv.ParseInt(s, 10, 64) }
 // parseRate accepts the rates whose time between two openings a time.Duration can express.
 func parseRate(s string) (float64, error) {
 	n, err := strconv.ParseFloat(s, 64)
-	if err == nil && n != 0 && !(n >= 0.001 && n <= 1e6) { // NaN is not in range, either
+	if err == nil && n != 0 && !(n >= 0.001 && n <= 1e6) { // also true for NaN
 		err = strconv.ErrRange
 	}
 	return n, err

@@ -31,29 +31,29 @@ func Example() {
 	// Three servers, red, green and blue, behind one lbproxy app. All is real TCP.
 	//
 	// Three clients come one at a time, each when the one before has left.
-	// Where servers have equally few connections, the first of them is chosen:
+	// Among servers with equally few connections, the first one is chosen:
 	//   amy -> red, ben -> red, cho -> red
 	//
 	// Six clients come and stay. Each gets the server with the fewest connections.
 	//   ann -> red, bob -> green, cat -> blue
 	//   dan -> red, eve -> green, fay -> blue
 	//
-	// Bob and eve leave. The next two go where there is room, not by turns.
+	// Bob and eve leave. The next two take their places, not the next in turn.
 	//   gil -> green, hal -> green
 	//
-	// Everyone leaves, and green is stopped. The clients who come now do not notice.
+	// Everyone leaves, and green is stopped. The next clients do not notice.
 	//   ida -> red, jon -> blue, kim -> red
 	//   Jon took 2 dials: green did not answer, so blue was tried.
 	//
 	// A second listener allows each address two connections at once. Three come.
 	//   lou -> red, mia -> blue, ned -> nobody (rate-limited)
 	//
-	// Everyone is gone. The app has counted this:
+	// Everyone is gone. These are the app's counts:
 	//   UPSTREAM   STATE     OPEN   TOTAL   FAILED   SENT   RECEIVED
 	//   red        up        0      8       0        32 B   32 B
 	//   green      cooling   0      5       1        16 B   24 B
 	//   blue       up        0      4       0        16 B   20 B
-	//   17 connections accepted, 1 refused, 0 failed: no client lost by green's end.
+	//   17 connections accepted, 1 refused, 0 failed: green's end cost no client.
 	// exit code 0
 }
 
@@ -322,7 +322,7 @@ func TestSecondInterruptCloses(t *testing.T) {
 func TestWrongFlags(t *testing.T) {
 	const (
 		wantListen   = "want an address of this machine, such as 127.0.0.1:8080 or :8080"
-		wantUpstream = "want host:port or host:port,weight=N, N being a whole number from 1"
+		wantUpstream = "want host:port or host:port,weight=N, where N is 1 or more"
 		wantRate     = "want openings per second, 0.001 to 1000000, or 0 for no limit"
 		wantBurst    = "want a whole number of openings, or 0 for the default"
 		wantOpen     = "want a whole number of connections, or 0 for no limit"

@@ -37,7 +37,7 @@ func (c config) options() *lbproxy.Options {
 	}
 	if c.check > 0 {
 		// An upstream is down after two failed checks in a row. Each begins at most half of c.check
-		// after the one before and takes as long at most, so both have failed after twice c.check.
+		// after the previous one and takes at most as long, so both have failed after twice c.check.
 		half := max(c.check/2, 1)
 		opts.HealthCheck = &lbproxy.HealthCheck{Interval: half, Timeout: half, Fall: 2}
 	}

@@ -96,7 +96,7 @@ func run(out io.Writer) (err error) {
 	}
 
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprint(table, "client\tapp\twhat it sees\tlogged reason\n")
+	fmt.Fprint(table, "client\tapp\tclient sees\tlogged reason\n")
 	connect := func(app string, certs ...tls.Certificate) (net.Conn, string) {
 		c, greeting, err := dial(server.Addrs()[app], ca, certs)
 		if err != nil {
@@ -155,7 +155,7 @@ func dial(addr net.Addr, ca *authority, certs []tls.Certificate) (net.Conn, stri
 // outcome describes the end of a connection as its client sees it.
 func outcome(err error) string {
 	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "remote error" {
-		// This is the alert that the server has sent.
+		// The text is the server's alert.
 		return strings.TrimPrefix(op.Err.Error(), "tls: ")
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -164,7 +164,7 @@ func outcome(err error) string {
 	return "the connection ends"
 }
 
-// Reasons is a slog.Handler that passes on the reasons for which connections ended.
+// reasons is a slog.Handler that passes on the reason of each connection's end.
 type reasons chan string
 
 func (r reasons) Handle(_ context.Context, line slog.Record) error {
@@ -181,7 +181,7 @@ func (r reasons) Enabled(context.Context, slog.Level) bool { return true }
 func (r reasons) WithAttrs([]slog.Attr) slog.Handler       { return r }
 func (r reasons) WithGroup(string) slog.Handler            { return r }
 
-// Upstreams are servers that send their name and then echo.
+// upstreams are servers that send their name and then echo.
 type upstreams struct {
 	listeners []net.Listener
 	running   sync.WaitGroup

@@ -18,7 +18,7 @@ func Example() {
 	}
 
 	// Output:
-	// client                    app  what it sees          logged reason
+	// client                    app  client sees           logged reason
 	// alice                     web  web-1 answers         (nothing yet)
 	// reporting                 web  web-2 answers         done
 	// reporting                 db   bad certificate       app-not-allowed

@@ -24,7 +24,7 @@ type quota struct {
 }
 
 func (q *quota) Report(_ context.Context, e lbproxy.Event) lbproxy.Decision {
-	// Of all events only EventData has Bytes.
+	// Only EventData has Bytes.
 	return lbproxy.Decision{Exceeded: q.used.Add(e.Bytes) > q.max}
 }
 
