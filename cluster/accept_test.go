@@ -62,7 +62,7 @@ func TestFourProcessesShareALimit(t *testing.T) {
 				t.Logf("%d of %.0f let in (%.3f): %v; at most %d calls by one proxy, in %v; "+
 					"the machine held them up for %v",
 					in, allowed, float64(in)/allowed, each, calls, length(), held)
-				// What is lent and not used when time is over is missing.
+				// Borrowed openings that are unused at the end are missing.
 				least := 0.95
 				if testing.Short() {
 					least = 0.9
@@ -104,7 +104,7 @@ func TestFourProcessesShareBandwidth(t *testing.T) {
 	}
 	t.Logf("%.3f of the rate: %.3f; the machine held them up for %.3f of the time",
 		total, each, lost)
-	// What streams have moved last is not paid for when time is over: about 0.1 s of the rate.
+	// The last bytes are not yet charged at the end: about 0.1 s of the rate.
 	if total < 0.93-lost || total > 1.01+0.1/length().Seconds() {
 		t.Errorf("%.3f of the rate", total)
 	}
@@ -115,7 +115,7 @@ func TestFourProcessesShareBandwidth(t *testing.T) {
 	}
 }
 
-// What a killed process held is free within 7 s, and never are there more than 10.
+// The places of a killed process are free within 7 s, and never are more than 10 taken.
 func TestOpenLimitOutlivesAKilledProcess(t *testing.T) {
 	t.Parallel()
 	server := storetest.Redis(t)
@@ -156,8 +156,7 @@ func TestOpenLimitOutlivesAKilledProcess(t *testing.T) {
 	}
 }
 
-// The store is killed and frozen under load, and comes back. What has to hold is in
-// docs/cluster.md.
+// The store is killed and frozen under load, and comes back. docs/cluster.md has the promises.
 func TestStoreGoesAndComesBack(t *testing.T) {
 	const before, gone, after = time.Second, time.Second, 2 * time.Second
 	for _, how := range []string{"killed", "frozen"} {
@@ -184,15 +183,14 @@ func TestStoreGoesAndComesBack(t *testing.T) {
 	}
 }
 
-// judge looks at how a proxy went through an outage: at the quarters of a second that lie wholly in
-// it, and at those that begin half a second after its end. What a machine held up comes later.
+// judge checks a proxy's openings during an outage: in the quarters of a second that lie wholly in
+// it, and in those that begin half a second after its end. A busy machine delays some openings.
 func judge(t *testing.T, o Outage, got share, away, back time.Duration) {
 	t.Helper()
 	const quarter, end = 250 * time.Millisecond, 4 * time.Second
 	t.Logf("%v; longest open %v, %d timeouts; the machine held it up for %v",
 		got.In[:end/quarter], got.Longest, got.Status.Timeouts, got.Late)
-	// Who waits for longer than the timeout waits for the whole outage, or for a connection to
-	// fail.
+	// A wait longer than the timeout would last for the whole outage, or until a connection fails.
 	if most := 500*time.Millisecond + 2*got.Late; got.Longest > most {
 		t.Errorf("an open took %v, want %v at most", got.Longest, most)
 	}
@@ -213,13 +211,13 @@ func judge(t *testing.T, o Outage, got share, away, back time.Duration) {
 	rate := map[Outage]float64{Share: 50, Open: 400, Closed: 0}[o]
 	check("without the store", away+60*time.Millisecond, back, rate, 0.3)
 	if alone := int(got.Status.Alone); alone > within(away, back+quarter) {
-		return // the store was so slow after its return that it was given up for another time
+		return // the store was so slow after its return that it counted as away again
 	}
 	check("after its return", back+500*time.Millisecond, end, 200, 0.2)
 }
 
-// Some proxies see the store and some do not: together they let in no more than the limit and one
-// more burst.
+// Some proxies reach the store and some do not: together they admit no more than the limit and one
+// burst.
 func TestPartition(t *testing.T) {
 	t.Parallel()
 	server := storetest.Redis(t)

@@ -17,21 +17,21 @@ import (
 	"github.com/danielepagano/lbproxy/cluster/internal/storetest"
 )
 
-// A job is what a child process does: one proxy of several that share a limit.
+// A job is the task of a child process: one proxy of several that share a limit.
 type job struct {
 	URL     string
 	Peers   int
 	Timeout time.Duration
 	Limit   Limit
-	For     time.Duration // how long it goes on
-	Rate    float64       // connections a second that ask to be let in
+	For     time.Duration // how long it lasts
+	Rate    float64       // connections a second that ask to be admitted
 	Streams int           // move bytes as fast as they may
 	Hold    int           // connections it wants to have open, for ever
 
 	begin time.Time // the parent says
 }
 
-// A share is what a proxy was let do.
+// A share is the part of the limit that a proxy got.
 type share struct {
 	In      []int         // let in, by quarter of a second
 	Last    time.Duration // when the last one was, from Start
@@ -125,7 +125,7 @@ func (j job) streams(ctx context.Context, m lbproxy.RateLimitManager, s *Store) 
 				if chunk = 32 << 10; d.Chunk > 0 {
 					chunk = min(chunk, d.Chunk)
 				}
-				// As the relay does: what one wait was too long shortens the next.
+				// As in the relay, the excess of one wait shortens the next.
 				if earliest := time.Now().Add(-50 * time.Millisecond); due.Before(earliest) {
 					missed += earliest.Sub(due)
 					due = earliest

@@ -36,7 +36,7 @@ func TestPut(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		// Of many that put at once one does, in each round.
+		// Of many concurrent puts one succeeds, in each round.
 		for from := range int64(20) {
 			var won atomic.Int32
 			var all sync.WaitGroup
@@ -67,7 +67,7 @@ func TestPutWaitsForAReplica(t *testing.T) {
 	copied := func() (Config, error) {
 		r, _ := dial(t, replica.URL(), nil)
 		defer r.Close()
-		// A replica is as good as no store: what connects wants to write.
+		// A replica is of no use as a store, because connect writes.
 		if err := r.Ping(t.Context()); err == nil || !strings.Contains(err.Error(), "READONLY") {
 			return Config{}, fmt.Errorf("Ping of a replica: %v", err)
 		}
@@ -223,11 +223,11 @@ func TestEmptyStoreReplacesNothing(t *testing.T) {
 	storetest.Await(t, "the store is back", func() error { return s.Ping(t.Context()) })
 	w.look(t.Context())
 	w2.look(t.Context())
-	put(t, s, "old") // version 1: nobody has beaten, so the store does not know better
+	put(t, s, "old") // version 1: without a beat the store knows no higher one
 	w.look(t.Context())
 	w2.look(t.Context())
 
-	// One that starts now does not go back either.
+	// A proxy that starts now does not go back either.
 	var h follower
 	w3, err := s.Watch(t.Context(), h.watcher(file))
 	if err != nil {

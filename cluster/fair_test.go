@@ -37,8 +37,8 @@ func TestPartOfABandwidthIsLikeABandwidth(t *testing.T) {
 	}
 }
 
-// Two proxies share a bandwidth. On each, downloads get equal shares, those that came later too,
-// and a small request does not wait for them.
+// Two proxies share a bandwidth. On each, downloads get equal shares, whenever they began, and a
+// small request does not wait for them.
 func TestSharedBandwidthIsFair(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it measures over real sockets, which needs a machine that is not too busy")
@@ -95,7 +95,7 @@ func TestSharedBandwidthIsFair(t *testing.T) {
 		for p := range proxies {
 			join(p, i)
 		}
-		time.Sleep(length() / 10) // each comes to those that are there
+		time.Sleep(length() / 10) // each joins the earlier ones
 	}
 	time.Sleep(500 * time.Millisecond)
 

@@ -21,7 +21,7 @@ func closeOne(t testing.TB, m lbproxy.RateLimitManager) {
 	m.Report(t.Context(), lbproxy.Event{Kind: lbproxy.EventClose})
 }
 
-// report opens a connection, which must be let in (1), refused (0) or either (-1).
+// report opens a connection, which must be admitted (1), refused (0) or either (-1).
 func report(t testing.TB, m lbproxy.RateLimitManager, want int) {
 	t.Helper()
 	if got := open(t, m); want >= 0 && got != (want == 1) {
@@ -29,7 +29,7 @@ func report(t testing.TB, m lbproxy.RateLimitManager, want int) {
 	}
 }
 
-// count returns how many of n are let in.
+// count returns how many of n are admitted.
 func count(t testing.TB, n int, m lbproxy.RateLimitManager) (in int) {
 	for range n {
 		if open(t, m) {
@@ -41,7 +41,7 @@ func count(t testing.TB, n int, m lbproxy.RateLimitManager) (in int) {
 
 const never = 1000 * time.Hour
 
-// calm is for tests in which no call may be late, however busy the machine is.
+// calm are options for tests in which no call may be late, even on a busy machine.
 var calm = &Options{Timeout: storetest.Patience}
 
 func TestLimitIsSharedByProxies(t *testing.T) {
@@ -106,7 +106,7 @@ func TestHugeLimitsDoNotOverflow(t *testing.T) {
 	}
 }
 
-// The clocks of proxies do not matter: what is regained is by the store's.
+// The clocks of proxies do not matter: openings are regained by the store's clock.
 func TestTimeIsTheStores(t *testing.T) {
 	server := miniredis.RunT(t)
 	at := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -153,7 +153,7 @@ func TestFloodOverTheLimitCostsTheStoreNothing(t *testing.T) {
 	})
 }
 
-// What the store let in counts for the part that may be let in without it, and the other way round.
+// Openings granted by the store count against the share without it, and the reverse.
 func TestShareIsNotGivenTwice(t *testing.T) {
 	server := storetest.Redis(t)
 	s, _ := dial(t, server.URL(), &Options{Timeout: storetest.Patience, Peers: 4})
@@ -173,7 +173,7 @@ func TestShareIsNotGivenTwice(t *testing.T) {
 		if in := count(t, 100, fresh); in != 10 {
 			t.Errorf("%s: %d let in without the store, want a quarter of 40", name, in)
 		}
-		server.Start() // and it has forgotten everything
+		server.Start() // empty
 		storetest.Await(t, "the store is back", func() error { return s.Ping(t.Context()) })
 		in := 0
 		storetest.Await(t, "the rest is let in", func() error {
@@ -187,7 +187,7 @@ func TestShareIsNotGivenTwice(t *testing.T) {
 	}
 }
 
-// away kills the store and waits until that is known.
+// away kills the store and waits until the client notices.
 func away(t *testing.T, s *Store, server *storetest.Server) {
 	server.Kill()
 	storetest.Await(t, "the store is known to be away", func() error {
@@ -271,7 +271,7 @@ func TestOpenLimitIsExact(t *testing.T) {
 	})
 }
 
-// A proxy that died cannot say that its connections are closed.
+// A dead proxy cannot report that its connections are closed.
 func TestConnectionsOfTheDeadStopCounting(t *testing.T) {
 	t.Parallel()
 	server := miniredis.RunT(t)
@@ -305,7 +305,7 @@ func TestConnectionsOfTheDeadStopCounting(t *testing.T) {
 	}
 }
 
-// A reply that was lost leaves the store with a wrong number; the next renewal puts it right.
+// A lost reply leaves the store with a wrong number; the next renewal corrects it.
 func TestLostRepliesHeal(t *testing.T) {
 	t.Parallel()
 	server := miniredis.RunT(t)
@@ -348,7 +348,7 @@ func TestRefusalSpendsNothing(t *testing.T) {
 			}
 			return storetest.Want(in == 10, strconv.Itoa(in))
 		})
-		// Another limit refuses what this one has let in.
+		// Another limit refuses a connection that this one has admitted.
 		for name, l := range map[string]Limit{
 			"leased": {Burst: 5, Every: never}, "exact": {Burst: 5, Every: never, Exact: true},
 			"open": {Burst: 5, Every: never, Open: 5},
@@ -481,7 +481,7 @@ func TestDataNeverCallsTheStore(t *testing.T) {
 	}
 }
 
-// What a proxy borrows is what it has used lately, within bounds.
+// A proxy borrows as many openings as it has used lately, within bounds.
 func TestBatch(t *testing.T) {
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), &Options{Peers: 4})
 	for _, c := range []struct {
@@ -508,8 +508,7 @@ func TestBatch(t *testing.T) {
 	}
 }
 
-// What a proxy had borrowed when it died is lost: one batch, for as long as it takes to be
-// regained.
+// A dead proxy's borrowed openings are lost until they are regained: one batch.
 func TestCrashLosesOneBatch(t *testing.T) {
 	server := miniredis.RunT(t)
 	at := time.Now()
@@ -540,7 +539,7 @@ func TestCrashLosesOneBatch(t *testing.T) {
 	})
 }
 
-// Rate and open connections are one trip.
+// One call checks the rate and the open connections.
 func TestOneTripForAllBounds(t *testing.T) {
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), calm)
 	stopFlusher(s)

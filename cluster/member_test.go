@@ -32,10 +32,10 @@ func TestJoinRefusesWrongSelf(t *testing.T) {
 	}
 }
 
-// A fleet is proxies that beat when the test says so.
+// A fleet is a set of proxies that beat on demand.
 type fleet struct {
 	t     *testing.T
-	store *Store // of all: what counts is the ID
+	store *Store // for all; the ID distinguishes the proxies
 
 	interval time.Duration // a member's lease is three of them
 	live     map[string]*Member
@@ -72,7 +72,7 @@ func (f *fleet) beat(id string) {
 	}
 }
 
-// check compares the sums in the store with what is open.
+// check compares the sums in the store with the open connections.
 func (f *fleet) check() {
 	f.t.Helper()
 	want := map[string]int{}
@@ -106,7 +106,8 @@ func (f *fleet) check() {
 	}
 }
 
-// Proxies come, go, die, pause and repeat themselves; the sums are what is open two beats later.
+// Proxies come, go, die, pause and repeat beats; two beats later the sums equal the open
+// connections.
 func TestSumsAreWhatIsOpen(t *testing.T) {
 	t.Parallel()
 	const seed = 1
@@ -186,7 +187,7 @@ func TestSumsAreWhatIsOpen(t *testing.T) {
 	})
 }
 
-// A beat whose answer is lost may have been heard or not, or be heard after the next one.
+// A beat without an answer may have reached the store or not, or reach it after the next one.
 func TestLostAndLateBeats(t *testing.T) {
 	t.Parallel()
 	storetest.Each(t, func(t *testing.T, url string) {
@@ -196,7 +197,7 @@ func TestLostAndLateBeats(t *testing.T) {
 		direct := f.store
 		m := f.member("a")
 		up := field("app", "10.0.0.1:80")
-		lose := func(n int) { // a beat that says n, and is given up
+		lose := func(n int) { // a beat with count n that times out
 			t.Helper()
 			wire.Cut()
 			m.store = cut
@@ -206,7 +207,7 @@ func TestLostAndLateBeats(t *testing.T) {
 				t.Fatal("a beat through a wire that is cut")
 			}
 		}
-		arrives := func() { // what was lost, in the store, late
+		arrives := func() { // the lost beat reaches the store late
 			t.Helper()
 			wire.Heal()
 			storetest.Await(t, "the wire is healed", func() error { return cut.Ping(t.Context()) })
@@ -418,7 +419,7 @@ func TestLiveShowsWhatIsOpen(t *testing.T) {
 	})
 }
 
-// A store that comes back empty is told everything again.
+// A store that comes back empty gets all counts again.
 func TestEmptyStoreIsFilledAgain(t *testing.T) {
 	server := storetest.Redis(t)
 	app, addr := newApp(t, 1)
@@ -449,7 +450,7 @@ func TestEmptyStoreIsFilledAgain(t *testing.T) {
 	})
 	server.Start()
 	storetest.Await(t, "the connection is shown again", shown)
-	// A configuration that is put now is not one that proxies take for old.
+	// A new configuration has a version that proxies do not consider old.
 	if v, err := s.Put(t.Context(), 0, []byte("{}"), "me"); err != nil || v != 8 {
 		t.Errorf("Put after the store has lost everything: version %d, %v, want 8", v, err)
 	}
@@ -517,7 +518,7 @@ func TestWeightsCountInTheBias(t *testing.T) {
 	}
 }
 
-// A beat without news, and one with 40 changed counts, of 64 proxies at once.
+// Beats of 64 concurrent proxies, without changes and with 40 changed counts.
 func BenchmarkBeat(b *testing.B) {
 	server := storetest.Redis(b)
 	s, _ := dial(b, server.URL(), calm)

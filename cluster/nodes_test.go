@@ -14,7 +14,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// command gives a server a command that the package has no use for, and returns the answer.
+// command sends a server a command that the package does not use, and returns the answer.
 func command(t *testing.T, server *storetest.Server, words ...string) string {
 	t.Helper()
 	c, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{server.Addr},
@@ -79,8 +79,7 @@ sentinel failover-timeout mymaster 3000
 		tally, err := s.Live(t.Context())
 		return errors.Join(err, storetest.Want(len(tally.Proxies) == 1, "not yet"))
 	})
-	// Spends of the last moment may be lost, and nothing more. Without the store it had a part, of
-	// one.
+	// Only the last spends may be lost. Without the store the part was one in one.
 	if in := count(t, 20, l); in < 6 || in > 10 {
 		t.Errorf("%d more let in, of the 6 that are left, or some that are lost", in)
 	}

@@ -18,8 +18,8 @@ import (
 var scale = flag.Duration("scale", 0,
 	"measure 20 real proxies and 200 upstreams for so long, such as 2m, after a minute")
 
-// Twenty real apps, each with its own store, and two hundred upstreams, over loopback, beside what
-// the simulation says: 1.25 rotated, 2.08 in slice order.
+// Twenty real apps, each with its own store, and two hundred upstreams over loopback. The
+// simulation has 1.25 rotated, 2.08 in slice order.
 func TestAtScale(t *testing.T) {
 	if *scale == 0 {
 		t.Log("it takes minutes: run it with -scale 2m")

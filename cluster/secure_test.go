@@ -13,7 +13,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// Everything works by TLS, for a user who may no more than docs/cluster.md says.
+// Everything works over TLS, for a user with only the rights in docs/cluster.md.
 func TestTLSAndACL(t *testing.T) {
 	ca := proxytest.NewAuthority()
 	dir := t.TempDir()

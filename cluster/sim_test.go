@@ -15,14 +15,14 @@ import (
 var simulate = flag.String("simulate", "",
 	"simulate so many proxies and upstreams, such as 1000x10000, with and without the bias")
 
-// A sim has n proxies choose among m upstreams as lbproxy does: the least (open+bias), and of
-// equals the first from the proxy's own place on. Connections come as a Poisson process and last as
-// a bounded Pareto distribution says (alpha 1.5, mean 5 s, at most 1,000 s). Every second each
-// proxy learns what all have open, and its bias follows.
+// A sim makes n proxies choose among m upstreams as lbproxy does: the least (open+bias), and among
+// equals the first from the proxy's own place on. Connections come as a Poisson process; their
+// durations have a bounded Pareto distribution (alpha 1.5, mean 5 s, at most 1,000 s). Every second
+// each proxy learns the totals, and its bias follows.
 type sim struct {
 	n, m     int
 	load     float64 // mean open connections of an upstream
-	lopsided bool    // each second proxy knows only half of the upstreams
+	lopsided bool    // every second proxy has only half of the upstreams
 	biased   bool
 	rotated  bool
 
@@ -30,7 +30,7 @@ type sim struct {
 	open  []int   // by upstream
 	own   [][]int // by proxy and upstream
 	steps [][]int // biases, in quarters
-	known []int   // by proxy: it knows so many of the upstreams
+	known []int   // by proxy: the number of upstreams it has
 }
 
 type departure struct {
@@ -52,7 +52,7 @@ func (h *departures) Pop() any {
 
 const simMean, simMost, simAlpha = 5.0, 1000.0, 1.5
 
-// lasting is how long a connection lasts.
+// lasting returns the duration of a connection.
 func (s *sim) lasting() float64 {
 	const lo = 1.7786 // which makes the mean 5
 	return lo * math.Pow(1-s.rng.Float64()*(1-math.Pow(lo/simMost, simAlpha)), -1/simAlpha)
@@ -145,7 +145,7 @@ func (s *sim) run(seed uint64) float64 {
 	}
 }
 
-// The bias does nothing where everybody knows the same upstreams, and helps where they do not.
+// The bias does nothing if all proxies have the same upstreams, and helps if they do not.
 func TestBiasInSimulation(t *testing.T) {
 	t.Parallel()
 	mean := func(s sim) (m float64) {

@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 		child(what)
 		return
 	}
-	// Most tests wait for most of their time. A flag of the command line still wins.
+	// Most tests mostly wait, so run more of them at once. A flag of the command line still wins.
 	flag.Set("test.parallel", "12")
 	proxytest.Main(m)
 }
@@ -114,7 +114,7 @@ func TestWrongPasswordIsAClearErrorAndNowhereShown(t *testing.T) {
 	}
 }
 
-// What is wrong with the way to a store is said.
+// The error of an unreachable store names the problem.
 func TestErrorsSayWhatToDo(t *testing.T) {
 	t.Parallel()
 	server := storetest.Redis(t)
@@ -134,7 +134,7 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 	}
 }
 
-// One slow call says nothing about the store; two in a row open the breaker, and a probe closes it.
+// One slow call means nothing; two in a row open the breaker, and a probe closes it.
 func TestBreaker(t *testing.T) {
 	t.Parallel()
 	server := storetest.Redis(t)

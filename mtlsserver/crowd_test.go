@@ -15,8 +15,8 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// These tests look at the decisions of a gate one by one, without connections and by a clock that
-// stands still. They run in a bubble of package synctest.
+// These tests check the decisions of a gate one by one, without connections and with a stopped
+// clock. They run in a bubble of package synctest.
 
 // A comer is a client at a gate.
 type comer struct {
@@ -35,14 +35,14 @@ func (c *comer) SetDeadline(t time.Time) error {
 	return nil
 }
 
-// silent has a client come to g. It sends nothing yet.
+// silent makes a client come to g without sending anything.
 func (g *gate) silent(ip string) *comer {
 	c := &comer{g: g, cancel: func() {}, entered: make(chan error, 1)}
 	c.visit = g.wait(c, netip.MustParseAddr(ip))
 	return c
 }
 
-// come has a client come to g and send its first byte.
+// come makes a client come to g and send its first byte.
 func (g *gate) come(ip string) *comer { return g.silent(ip).speak() }
 
 func (c *comer) speak() *comer {
@@ -61,7 +61,7 @@ func (c *comer) leave(missed bool) error {
 	return err
 }
 
-// want fails unless the states of clients are those: "in", "waiting", "cut" or "refused".
+// want fails unless the clients have these states: "in", "waiting", "cut" or "refused".
 func want(t *testing.T, states string, clients ...*comer) {
 	t.Helper()
 	var got []string
@@ -202,8 +202,8 @@ func TestQueueOfAnAddressIsBounded(t *testing.T) {
 	})
 }
 
-// A handshake that was cut has given its place to another one, so its end lets nobody in unless a
-// place is free.
+// A cut handshake has given its place to another one, so its end admits nobody unless a place is
+// free.
 func TestCutHandshakeLeavesNoPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(Handshake{Timeout: time.Minute, MaxConcurrent: 3, MaxPerAddress: 2})
@@ -256,7 +256,7 @@ func TestMissesAreBounded(t *testing.T) {
 	})
 }
 
-// A deaf connection does not hear of deadlines, as if they came too late.
+// A deaf connection ignores deadlines, as if they came too late.
 type deaf struct{ net.Conn }
 
 func (deaf) SetDeadline(time.Time) error { return nil }

@@ -78,7 +78,7 @@ func Example() {
 	// <nil>
 }
 
-// A listener of one's own identifies its clients. VerifyConnection lets crypto/tls send a refused
+// A program's own listener identifies its clients. VerifyConnection makes crypto/tls send a refused
 // client an alert; only the end of the handshake proves that the client holds its key.
 func ExampleAuthenticator() {
 	dir, err := os.MkdirTemp("", "mtlsserver")

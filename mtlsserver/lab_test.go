@@ -57,7 +57,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// openFiles returns the number of open descriptors, or 0 where the system does not tell.
+// openFiles returns the number of open descriptors, or 0 on systems without /proc.
 func openFiles() int {
 	entries, _ := os.ReadDir("/proc/self/fd")
 	return len(entries)
@@ -432,7 +432,7 @@ func (l *lab) in(t testing.TB, app string, cert *tls.Certificate) *tls.Conn {
 	return c
 }
 
-// greeted reads the name that an upstream says first.
+// greeted reads the name that an upstream sends first.
 func greeted(c net.Conn, name string) error {
 	got := make([]byte, len(name)+1)
 	if _, err := io.ReadFull(c, got); err != nil {

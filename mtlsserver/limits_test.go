@@ -7,7 +7,7 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// A meter is a RateLimitManager that tells whether it is back in its initial state.
+// A meter is a RateLimitManager that reports whether it is back in its initial state.
 type meter struct{ idle bool }
 
 func (*meter) Report(context.Context, lbproxy.Event) (d lbproxy.Decision) { return d }

@@ -26,7 +26,7 @@ var reasons = append([]Reason{
 	Reason(lbproxy.EndClosed),
 }, allReasons...)
 
-// A reason that is missing in allReasons would be no metric until it is the first time.
+// A reason missing in allReasons would have no metric before its first refusal.
 func TestAllReasonsAreMetricsFromTheStart(t *testing.T) {
 	source, err := os.ReadFile("identity.go")
 	must(t, err)

@@ -17,7 +17,7 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// These tests look from a client at the demands that a configuration has besides a certificate.
+// These tests check, from a client, the configuration's requirements besides a certificate.
 
 // wantReason fails unless the client's connection is refused or ended for reason.
 func (l *lab) wantReason(t *testing.T, c net.Conn, reason string) entry {
@@ -72,7 +72,7 @@ func TestSerialMayBeBoundToItsCertificate(t *testing.T) {
 	}
 }
 
-// A store of the caller's own replaces the users of the configuration.
+// A caller's store replaces the users of the configuration.
 func TestUsersOfAStore(t *testing.T) {
 	l := newLab(t, nil)
 	var removed atomic.Bool

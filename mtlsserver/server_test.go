@@ -117,7 +117,7 @@ func certificateTable(t *testing.T, l *lab) []row {
 		{name: "CA:TRUE leaf", cert: good(func(c *x509.Certificate) {
 			c.IsCA = true
 		}), reason: IsCA},
-		// Go only: openssl refuses keyCertSign without CA:TRUE by itself.
+		// Go only: openssl itself refuses keyCertSign without CA:TRUE.
 		{name: "keyCertSign leaf", cert: usage(sign|x509.KeyUsageCertSign, client),
 			reason: IsCA, only: true},
 		{name: "keyEncipherment only", cert: usage(x509.KeyUsageKeyEncipherment, client),
@@ -241,7 +241,7 @@ func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
 var silent = map[Reason]bool{NotTLS: true, HandshakeTooLarge: true, ClientAlert: true,
 	ClientGone: true}
 
-// alerts are those that crypto/tls sends by itself, before it calls VerifyConnection.
+// alerts are the alerts that crypto/tls itself sends, before it calls VerifyConnection.
 var alerts = map[Reason]string{OldTLS: "protocol version", NoCertificate: "certificate required"}
 
 func TestCertificateTable(t *testing.T) {
@@ -911,7 +911,7 @@ func TestReloadIsInForceBeforeItEndsSessions(t *testing.T) {
 	l.server.liveMu.Unlock()
 }
 
-// A sweep may meet a session that another one has ended and that is not over yet.
+// A sweep may meet a session that another sweep is ending.
 func TestOverlappingSweepsCountASessionOnce(t *testing.T) {
 	l := newLab(t, nil)
 	c := l.in(t, "web", &l.alice)
@@ -1155,7 +1155,7 @@ func TestAFloodOfKeyUpdatesEndsTheConnection(t *testing.T) {
 	l.in(t, "web", &l.alice)
 }
 
-// records makes a connection as alice and returns it with what its next records are written by.
+// records makes a connection as alice and returns it with the writer of its next records.
 func (l *lab) records(t *testing.T) (net.Conn, *records) {
 	var secrets bytes.Buffer
 	raw, err := net.Dial("tcp", l.addr("web"))
@@ -1197,7 +1197,7 @@ func (r *records) use(t *testing.T, secret []byte) {
 	r.iv = r.expand(t, "iv", 12)
 }
 
-// update goes on to the next secret, as after a KeyUpdate.
+// update advances to the next secret, as after a KeyUpdate.
 func (r *records) update(t *testing.T) { r.use(t, r.expand(t, "traffic upd", sha256.Size)) }
 
 // expand is HKDF-Expand-Label (RFC 8446, section 7.1).

@@ -22,11 +22,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	flag.Set("test.parallel", "4") // most of it is waiting
+	flag.Set("test.parallel", "4") // the tests mostly wait
 	proxytest.Main(m)
 }
 
-// A source says what the test wants.
+// A source returns the proxies that the test sets.
 type source struct {
 	mu    sync.Mutex
 	tally cluster.Tally
@@ -105,7 +105,7 @@ func TestWhoIsNamed(t *testing.T) {
 			t.Errorf("in the zone: %q", no)
 		}
 	}
-	// Better one that drains or is full than none.
+	// A draining or full proxy is better than none.
 	text = testZone.Text(cluster.Tally{Proxies: all[:2]}, 7)
 	if !strings.Contains(text, "\nlb.test.\t1\tIN\tA\t10.0.0.1\n") ||
 		!strings.Contains(text, "\nlb.test.\t1\tIN\tA\t10.0.0.2\n") {
@@ -123,7 +123,7 @@ func TestProxyKnownByName(t *testing.T) {
 		strings.Contains(text, "a.lb.test") {
 		t.Error(text)
 	}
-	// What is no name names nobody.
+	// An invalid name names no proxy.
 	text = testZone.Text(cluster.Tally{Proxies: []cluster.Proxy{{ID: "a", Addr: "x\n$INCLUDE y",
 		Ports: map[string]int{"web": 1}}}}, 7)
 	if strings.Contains(text, "INCLUDE") || strings.Contains(text, "SRV") {
@@ -268,7 +268,7 @@ func TestServerGoesOnWithoutTheStore(t *testing.T) {
 	}
 }
 
-// Whoever forges addresses gets no more than so many answers sent there, and the rest as small as
+// Questions with forged addresses cause a bounded number of answers there; the rest are as small as
 // the questions.
 func TestAnswersToOneNetworkAreBounded(t *testing.T) {
 	r := rates{seed: maphash.MakeSeed()}
@@ -354,7 +354,7 @@ func TestFileIsWrittenWhenNamesChange(t *testing.T) {
 		t.Error(two)
 	}
 	src.set(errors.New("away"))
-	src.set(nil) // nobody is there: the last ones are as good as none
+	src.set(nil) // no proxy is live
 	src.set(nil, proxies(3)...)
 	if three := proxytest.Receive(t, "the third", read); !strings.Contains(three, "10.0.0.3") {
 		t.Error(three)

@@ -18,7 +18,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// daemon runs a program until the test ends, and shows what it wrote if the test fails.
+// daemon runs a program until the test ends, and shows its output if the test fails.
 func daemon(t *testing.T, program string, args ...string) {
 	t.Helper()
 	var out strings.Builder
@@ -65,7 +65,7 @@ func has(addr, ip string, want bool) func() error {
 	}
 }
 
-// unbound resolves by the servers at these addresses.
+// unbound starts an unbound that asks the servers at these addresses.
 func unbound(t *testing.T, to ...string) string {
 	addr := proxytest.FreeAddr(t)
 	_, port, _ := net.SplitHostPort(addr)
@@ -102,7 +102,8 @@ func dnsmasq(t *testing.T, to string) string {
 	return addr
 }
 
-// knot serves the zone in a file, and returns its address and what has it read the file.
+// knot serves the zone in a file. It returns the server's address and a function that reloads the
+// file.
 func knot(t *testing.T, file string) (addr string, reload func(context.Context) error) {
 	addr = proxytest.FreeAddr(t)
 	knotc := storetest.Need(t, "knotc")
@@ -140,7 +141,7 @@ zone:
 	return addr, reload
 }
 
-// A proxy is killed. How long is it named, by our own server and by Knot, and through resolvers?
+// A killed proxy is named for a bounded time, by our own server and by Knot, and through resolvers.
 func TestKilledProxyIsNamedNoMore(t *testing.T) {
 	t.Parallel()
 	storetest.Need(t, "unbound")
@@ -255,7 +256,7 @@ func TestKilledGatewayIsNotMissed(t *testing.T) {
 	}
 }
 
-// Go's own resolver takes what there is.
+// Go's own resolver accepts the answers.
 func TestGoResolver(t *testing.T) {
 	src := new(source)
 	src.set(nil, proxies(3)...)

@@ -41,7 +41,7 @@ func newApp(t testing.TB, id string, opts *lbproxy.Options, addrs ...string) *lb
 	return app
 }
 
-// serve has app serve on a new listener and returns its address.
+// serve makes app serve on a new listener and returns its address.
 func serve(t testing.TB, app *lbproxy.LBProxyApp) string {
 	t.Helper()
 	l := proxytest.Listen(t)
@@ -94,7 +94,7 @@ const label = `[a-z]+="(?:[^"\\\n]|\\[\\"n])*"`
 
 var sample = regexp.MustCompile(`^([a-z_]+(?:\{` + label + `(?:,` + label + `)*\})?) (\S+)$`)
 
-// metrics parses the metrics, and fails if the text is not as Prometheus wants it.
+// metrics parses the metrics, and fails if the text is not in Prometheus's format.
 func metrics(t testing.TB, text string) map[string]float64 {
 	t.Helper()
 	all := map[string]float64{}

@@ -105,7 +105,7 @@ func BenchmarkRecord(b *testing.B) {
 	}
 }
 
-// A page is bounded, however much there is to show. BenchmarkStatusPage… and its like measure them.
+// The size of a page is bounded. BenchmarkStatusPage… and the other benchmarks measure pages.
 func TestPagesOfManyAreBounded(t *testing.T) {
 	h := admin.Handler(listOf(crowd(t, 500, 10_000)), &admin.Options{Info: fullInfo("alice")})
 	for _, path := range []string{"/", "/conns"} {

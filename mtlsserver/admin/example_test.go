@@ -12,7 +12,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
-// The handler can be mounted in any mux. Whoever reaches it there can read it.
+// The handler can be mounted in any mux. Everybody who can reach it there can read it.
 func ExampleHandler() {
 	app, err := lbproxy.New("web", []lbproxy.Upstream{
 		{Addr: "10.0.0.1:80"}, {Addr: "10.0.0.2:80", Drain: true},

@@ -28,7 +28,7 @@ func header(key, value string) func(*http.Request) {
 	return func(r *http.Request) { r.Header.Set(key, value) }
 }
 
-// changeable returns a handler that offers every change, and what it logs.
+// changeable returns a handler that offers every change, and its log.
 func changeable(apps ...*lbproxy.LBProxyApp) (http.Handler, *proxytest.Buffer) {
 	log := &proxytest.Buffer{}
 	return admin.Handler(listOf(apps...), &admin.Options{
@@ -62,8 +62,8 @@ func awaitLine(t *testing.T, log *proxytest.Buffer, texts ...string) {
 	})
 }
 
-// A web site can have its own name mean 127.0.0.1 (DNS rebinding), but not have a browser send
-// another name than its own.
+// A web site can resolve its own name to 127.0.0.1 (DNS rebinding), but cannot make a browser send
+// another name.
 func TestForeignHostIsRefused(t *testing.T) {
 	h, _ := changeable(newApp(t, "web", nil, "127.0.0.1:1"))
 	for host, want := range map[string]int{
@@ -122,8 +122,8 @@ func TestChangesNeedPermissionAndTheSameOrigin(t *testing.T) {
 	awaitLine(t, log, "change=drain", "by=192.0.2.1:1234", "not allowed", "level=WARN")
 	awaitLine(t, log, "change=reload", `config.json:3: apps: none\\nconfig.json:4: users: none`)
 
-	// Without Options.Token every token is wrong. Without Options.Drain and Reload these are not
-	// offered.
+	// Without Options.Token every token is wrong. Without Options.Drain and Reload the handler does
+	// not offer them.
 	bare := admin.Handler(listOf(), &admin.Options{Logger: slog.New(slog.DiscardHandler)})
 	if w := ask(bare, "POST", drain, header("Authorization", "Bearer ")); w.Code != 403 {
 		t.Errorf("no token in the options: %d, want 403", w.Code)
@@ -220,7 +220,7 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 	}
 }
 
-// A hook that panics costs its request alone, and is logged.
+// A panicking hook ends only its own request, and is logged.
 func TestPanicOfAHookIsLogged(t *testing.T) {
 	log := &proxytest.Buffer{}
 	h := admin.Handler(listOf(), &admin.Options{
@@ -341,7 +341,7 @@ func TestMetricsAreAsPrometheusWantsThem(t *testing.T) {
 	promtool(t, get(t, admin.Handler(listOf(), &admin.Options{Info: nothing}), "/metrics"))
 }
 
-// However many users there are, their labels are bounded, and their sum is right.
+// The labels of users are bounded for any number of users, and their sum is right.
 func TestUsersInMetricsAreBounded(t *testing.T) {
 	var users []admin.User
 	for i := range 5000 {
@@ -370,7 +370,7 @@ func TestUsersInMetricsAreBounded(t *testing.T) {
 	}
 }
 
-// Whatever names there are, and whatever peers say, the page is HTML and the metrics are metrics.
+// The page stays valid HTML and the metrics stay valid with any names and any text of peers.
 func FuzzNames(f *testing.F) {
 	for _, name := range []string{
 		"web", "é", `"><script>alert(1)</script>`, "</title>", "&amp;", "javascript:alert(1)",
@@ -435,7 +435,7 @@ type named string
 func (n named) Network() string { return "tcp" }
 func (n named) String() string  { return string(n) }
 
-// An endless body counts what is read of it.
+// An endless body counts the bytes that are read from it.
 type endless struct{ read int }
 
 func (e *endless) Read(p []byte) (int, error) {

@@ -13,7 +13,7 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// Of apps and upstreams that are gone, a Recorder keeps a bounded number of names and all sums.
+// A Recorder keeps all sums of removed apps and upstreams, and a bounded number of their names.
 func TestPastIsBoundedAndKeepsItsSums(t *testing.T) {
 	r := &Recorder{}
 	r.stats(nil, time.Now())
@@ -43,7 +43,7 @@ func TestPastIsBoundedAndKeepsItsSums(t *testing.T) {
 	}
 }
 
-// An app that is not current any more is kept for a minute; its counts are kept for ever.
+// A removed app is kept for a minute; its counts are kept for ever.
 func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 	r, now := &Recorder{}, time.Now()
 	fails := func(context.Context, string, string) (net.Conn, error) {
@@ -75,7 +75,7 @@ func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 	}
 }
 
-// An app is kept while it has a connection, with everything that it counts meanwhile.
+// A removed app is kept while it has a connection, and so are the counts it adds meanwhile.
 func TestAppWithAConnectionIsKept(t *testing.T) {
 	app, err := lbproxy.New("web", []lbproxy.Upstream{{Addr: "10.0.0.1:80"}}, &lbproxy.Options{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -111,7 +111,7 @@ func TestAppWithAConnectionIsKept(t *testing.T) {
 	app.Close()
 }
 
-// The curves are of the last minutes, however often and for how long somebody looks.
+// The curves cover the last minutes, however often the page is requested.
 func TestHistoryIsBounded(t *testing.T) {
 	r, now := &Recorder{}, time.Now()
 	for range 10 * maxSamples {

@@ -26,7 +26,7 @@ func start(t testing.TB, at admin.Listen, h http.Handler) *admin.Server {
 	return s
 }
 
-// folder is one that nobody else may write, with a short name.
+// folder returns a folder with a short name that nobody else may write.
 func folder(t testing.TB) string {
 	dir, err := os.MkdirTemp("", "admin")
 	proxytest.Must(t, err)
@@ -102,7 +102,7 @@ func TestStaleSocketIsReplacedAndAForeignOneStays(t *testing.T) {
 	}
 }
 
-// A server that is too busy to accept is not taken for one that has crashed.
+// A server that is too busy to accept does not count as crashed.
 func TestBusySocketIsNotReplaced(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("what a full queue answers is known of Linux alone")
@@ -188,8 +188,8 @@ func has(text, parts string) bool {
 	return true
 }
 
-// Clients that say nothing, or that drip, are cut; many of them take all places, but no others';
-// and Close does not wait for them.
+// Silent and dripping clients are cut. Many of them take all places of their listener, but of no
+// other, and Close does not wait for them.
 func TestSlowClientsAreCutAndBounded(t *testing.T) {
 	h, _ := changeable()
 	socket := filepath.Join(folder(t), "admin.sock")
@@ -256,7 +256,7 @@ func TestCloseDoesNotWaitForARequest(t *testing.T) {
 	close(end)
 }
 
-// Other machines see health and metrics alone, whatever they ask with.
+// Other machines see only health and metrics, even with a token.
 func TestOtherMachinesSeeHealthAndMetricsAlone(t *testing.T) {
 	h, _ := changeable(newApp(t, "web", nil, "127.0.0.1:1"))
 	ip := ownAddress(t)

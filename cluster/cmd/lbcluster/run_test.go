@@ -35,7 +35,7 @@ func newPKI(t *testing.T) pki {
 	return pki{dir, ca.ClientConfig(&alice)}
 }
 
-// config is one with an app on any free port.
+// config is a configuration with an app on any free port.
 func config(upstream, limit string) string {
 	return fmt.Sprintf(`{
   "tls": {"cert": "server.pem", "key": "server.key", "ca": "ca.pem"},
@@ -46,7 +46,7 @@ func config(upstream, limit string) string {
 `, upstream, limit)
 }
 
-// named is an upstream that tells its name and holds the connection.
+// named is an upstream that sends its name and holds the connection.
 func named(t *testing.T, name string) string {
 	return proxytest.Upstream(t, func(c *net.TCPConn) {
 		fmt.Fprintln(c, name)
@@ -82,7 +82,7 @@ func startProxy(t *testing.T, env map[string]string, p pki, args ...string) (*pr
 	return proc, addr
 }
 
-// enter connects alice, and returns what she is told.
+// enter connects alice, and returns the upstream's name.
 func enter(p pki, addr string) (net.Conn, string, error) {
 	raw, err := net.DialTimeout("tcp", addr, storetest.Patience)
 	if err != nil {
@@ -138,7 +138,7 @@ func lsHas(t *testing.T, env map[string]string, want ...string) {
 	})
 }
 
-// Two proxies run by the configuration in the store, through what may happen to it and to them.
+// Two proxies follow the configuration in the store, through failures of the store and of a proxy.
 func TestRun(t *testing.T) {
 	server := storetest.Redis(t)
 	env := map[string]string{"LBPROXY_STORE": server.URL()}
@@ -231,7 +231,7 @@ func TestRun(t *testing.T) {
 		storetest.Await(t, "an empty store changes nothing", comesTo(p, addr, "red"))
 	}
 
-	// A drain waits for connections, and says by its exit code that it had to cut one.
+	// A drain waits for connections; its exit code shows that it had to cut one.
 	east.signals <- syscall.SIGTERM
 	if code := east.end(t); code != 1 {
 		t.Error("with a connection open at the drainTimeout: exit", code, &east.log)

@@ -9,7 +9,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	flag.Set("test.parallel", "4") // most of it is waiting
+	flag.Set("test.parallel", "4") // the tests mostly wait
 	proxytest.Main(m)
 }
 

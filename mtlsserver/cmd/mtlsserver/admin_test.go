@@ -11,8 +11,7 @@ import (
 	"testing"
 )
 
-// A reload that is asked for by the socket is answered when it is done, by what has changed or by
-// every problem.
+// A reload through the socket is answered when it is done, with the changes or every problem.
 func TestReloadByTheSocket(t *testing.T) {
 	dir := folder(t)
 	short, err := os.MkdirTemp("", "admin") // a socket's path must be short

@@ -32,7 +32,7 @@ func must(t *testing.T, args ...string) string {
 	return stdout
 }
 
-// echo is an upstream that answers name and then what it was sent.
+// echo is an upstream that sends name and then echoes.
 func echo(t *testing.T, name string) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -361,7 +361,7 @@ func TestIssueKeepsTheRest(t *testing.T) {
 	}
 	must(t, "check", "-config", config)
 
-	// What is printed is the entry, and nothing else is touched.
+	// The output is the entry, and no file changes.
 	code, entry, made := try("issue", "-dir", dir, "-name", "carol", "-apps", "web", "-print")
 	if code != 0 || !has(made, "Made …carol.pem and …carol.key.") {
 		t.Errorf("issue -print: exit code %d, %q", code, made)

@@ -16,7 +16,7 @@ import (
 type process struct {
 	signals chan os.Signal
 	addrs   map[string]string // of the apps, when it became ready
-	out     lines             // what it says once it is ready
+	out     lines             // its output once it is ready
 	errs    lines
 	code    chan int
 }

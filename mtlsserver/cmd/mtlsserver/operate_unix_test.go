@@ -20,7 +20,7 @@ import (
 type follower struct {
 	path    string   // PATH
 	work    string   // where commands run
-	inPlace []string // of what the page has: pairs
+	inPlace []string // replacements in the page's text: pairs
 }
 
 func (f *follower) command(t *testing.T, text string) *exec.Cmd {
@@ -42,7 +42,7 @@ func (f *follower) run(t *testing.T, text string) string {
 	return string(said)
 }
 
-// pick takes the block out of those of a page that has a text.
+// pick removes and returns the block of a page that contains a text.
 func pick(t *testing.T, all *[]string, text string) string {
 	t.Helper()
 	i := slices.IndexFunc(*all, func(block string) bool { return strings.Contains(block, text) })
@@ -202,7 +202,7 @@ func TestOperate(t *testing.T) {
 		t.Errorf("not run: %q", steps)
 	}
 
-	// What config.json may have besides is in the page as JSON.
+	// The page has the optional keys of config.json as JSON.
 	for i, part := range strings.Split(page(t), "```") {
 		if addition, ok := strings.CutPrefix(part, "json\n"); ok && i%2 == 1 {
 			key, _, _ := strings.Cut(addition, ":")
@@ -222,8 +222,8 @@ func TestOperate(t *testing.T) {
 	}
 }
 
-// The README's commands for the server are run, in another folder and at other ports than it names,
-// and with another upstream than Python's.
+// The test runs the README's commands for the server, in another folder, on other ports, and with
+// another upstream than Python's.
 func TestREADME(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it builds the program")
@@ -319,7 +319,7 @@ func verifyUnits(t *testing.T, commands string) {
 	}
 }
 
-// verifyDocker checks that commands fit the Dockerfile. TestContainer runs what the image does.
+// verifyDocker checks that commands fit the Dockerfile. TestContainer runs the image's command.
 func verifyDocker(t *testing.T, commands string) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(root(t), "Dockerfile"))
@@ -371,7 +371,7 @@ func cells(t *testing.T, from, to string) (all []string) {
 	return all
 }
 
-// literals returns what a pattern has in the Go files of folders that are no tests.
+// literals returns the matches of a pattern in the Go files of folders, without tests.
 func literals(t *testing.T, pattern string, folders ...string) (all []string) {
 	t.Helper()
 	for _, folder := range folders {

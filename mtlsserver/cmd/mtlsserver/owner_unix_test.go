@@ -37,7 +37,7 @@ func owned(t *testing.T, path string, uid, gid uint32, mode os.FileMode) {
 	}
 }
 
-// The same holds for what replaces a file of the server's.
+// The same holds for files that replace a file of the server.
 func TestRenewAndRotateKeepTheOwners(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can have a file be somebody else's")

@@ -274,7 +274,7 @@ func TestStatusThatCannotBeAsked(t *testing.T) {
 	}
 }
 
-// Where its socket cannot be, init leaves the admin out and says why.
+// If the admin's socket cannot be in the folder, init leaves the admin out and prints the reason.
 func TestInitWithoutAdmin(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("modes of folders mean nothing")

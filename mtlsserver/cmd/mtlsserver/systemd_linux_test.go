@@ -121,7 +121,7 @@ func (s *service) stop(t *testing.T) {
 	}
 }
 
-// await returns the next states that a service tells of, which must begin with these.
+// await returns the next states that a service reports, which must begin with these.
 func (m *manager) await(t *testing.T, want string) string {
 	t.Helper()
 	m.notify.SetReadDeadline(time.Now().Add(20 * time.Second))
@@ -246,7 +246,7 @@ func TestSocketsOfNoApp(t *testing.T) {
 		}
 	}
 
-	// What is no listening socket.
+	// Descriptors that are not listening sockets.
 	_, config := setUp(t)
 	null, err := os.Open(os.DevNull)
 	if err != nil {
@@ -364,7 +364,7 @@ func TestTenUpgradesCutNobody(t *testing.T) {
 	t.Logf("%d connections", served.Load())
 }
 
-// The units are those that an administrator copies, except for the program's path.
+// The test uses the units that an administrator copies, with another path of the program.
 func TestUnitsAreValid(t *testing.T) {
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {
