@@ -9,8 +9,8 @@ import (
 	"github.com/danielepagano/lbproxy/internal/strictjson"
 )
 
-// A Config says what a [Server] serves and to whom. Load and Parse read one from JSON; a program
-// may also build one. Parse reads back the JSON that json.Marshal makes of it.
+// A Config configures a [Server]: its apps, its users and its limits. Load and Parse read a Config
+// from JSON; a program may also build one. Parse accepts the JSON that json.Marshal makes of it.
 type Config struct {
 	TLS          Files     `json:"tls"`
 	Apps         []App     `json:"apps"`
@@ -114,7 +114,7 @@ type UpstreamTLS struct {
 	ServerName string `json:"serverName,omitzero"`
 }
 
-// A User is the holder of certificates, and what they may reach.
+// A User is the holder of certificates, with the apps that they may reach.
 type User struct {
 	Name      string           `json:"name"`
 	Serials   []UserSerial     `json:"serials"`

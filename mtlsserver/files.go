@@ -94,7 +94,7 @@ func certificate(text []byte, only bool) (*x509.Certificate, error) {
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("%w: make a new one, or copy it anew", err)
+		return nil, fmt.Errorf("%w: make a new one, or copy it again", err)
 	}
 	return cert, nil
 }

@@ -14,8 +14,8 @@ import (
 // certificate that is in force may have expired, as long as its file is the same: otherwise an
 // expired certificate would keep a revocation from taking effect.
 //
-// Reload resets the connections that c does not allow. All others go on, and so do listeners with
-// the same app and address, the state of unchanged limits, and the counters of upstreams. Changed
+// Reload resets the connections that c does not allow. All other connections continue. Listeners
+// with the same app and address stay open; unchanged limits and upstreams keep their state. Changed
 // limits, timeouts and health checks apply to new connections; connections in their handshake get
 // the new upstreams. Reload logs the changes and returns them.
 func (s *Server) Reload(c *Config) (Changes, error) {

@@ -16,7 +16,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/logqueue"
 )
 
-// Options say what a handler shows and permits. A nil *Options and the zero Options mean the
+// Options change what a handler shows and permits. A nil *Options and the zero Options mean the
 // defaults.
 type Options struct {
 	// Hosts are the names, without port, that a request's Host header may have besides localhost

@@ -443,7 +443,7 @@ func (e *endless) Read(p []byte) (int, error) {
 	return copy(p, bytes.Repeat([]byte("x"), len(p))), nil
 }
 
-// A gigabyte is not read, whether its length is said or not.
+// The handler does not read a gigabyte, with or without a Content-Length.
 func TestHugeBodyIsNotRead(t *testing.T) {
 	h, _ := changeable()
 	for length, most := range map[int64]int{1 << 30: 0, -1: 128 << 10} {

@@ -51,7 +51,7 @@ const usage = `lbcluster runs several mtlsservers as one. They share a Redis or 
                     everybody (open) or nobody (closed)
         -exact      ask the store for each connection, instead of borrowing ahead
         -timeout    the longest that a connection waits for the store (default 50ms)
-        -lame       how long to go on accepting after SIGTERM (default 3s), until
+        -lame       how long to accept clients after SIGTERM (default 3s), until
                     gateways and resolvers have forgotten this proxy
   lbcluster ls [-json]
         show proxies and upstreams

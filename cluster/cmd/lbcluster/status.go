@@ -37,8 +37,8 @@ func (r *runner) storeFacts() admin.Section {
 			"Calls without a useful answer.", s.Failures),
 		count("Timeouts", "lbcluster_store_timeouts_total",
 			"Calls without an answer in time.", s.Timeouts),
-		count("Let in without it", "lbcluster_alone_total",
-			"Connections let in by the policy, without the store.", s.Alone),
+		count("Admitted without it", "lbcluster_alone_total",
+			"Connections admitted by the policy, without the store.", s.Alone),
 		count("Refused without it", "lbcluster_turned_away_total",
 			"Connections refused by the policy, without the store.", s.TurnedAway),
 	}}

@@ -28,7 +28,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	sabotage := flags.String("break", "", "sabotage the `part`: limit, kill or config")
-	verbose := flags.Bool("v", false, "show what the parts log")
+	verbose := flags.Bool("v", false, "show the logs of all parts")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return 0
 	} else if err != nil {

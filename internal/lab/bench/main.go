@@ -1,5 +1,5 @@
-// Bench measures what a proxy costs on the machine it runs on: lbproxy beside haproxy, nginx and
-// two goroutines of io.Copy for each connection.
+// Bench measures the cost of proxies on this machine: lbproxy, haproxy, nginx, and a proxy of two
+// io.Copy goroutines for each connection.
 //
 //	go run ./bench          # some minutes
 //	go run ./bench -quick   # under a minute, and less exact
@@ -319,7 +319,7 @@ func (b *bench) heading(versions []string) string {
 		"Each proxy has threads for all cores, which it shares with clients and upstreams: "+
 		"how many a second there are depends on those, too.", b.rounds, b.window)
 	if !b.mtls && !b.scale {
-		t.WriteString(" haproxy splices when it thinks fit (option splice-auto), haproxy, splice " +
+		t.WriteString(" haproxy splices when it decides to (option splice-auto); haproxy, splice " +
 			"always does.")
 	}
 	if b.mtls {
@@ -328,8 +328,8 @@ func (b *bench) heading(versions []string) string {
 			"mtlsserver writes a log line for each connection, the others write none.")
 	}
 	if slices.Contains(b.works, "idle") {
-		t.WriteString(" KiB are the proxy's resident memory; what the kernel holds for sockets and " +
-			"pipes is not in it.")
+		t.WriteString(" KiB are the proxy's resident memory, without the kernel's memory for " +
+			"sockets and pipes.")
 	}
 	t.WriteString("\n\n")
 	for _, note := range b.notes {

@@ -16,7 +16,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// An mtls is a running mtlsserver and the folder with what its client, alice, needs: ca.pem,
+// An mtls is a running mtlsserver and the folder with the files of its client, alice: ca.pem,
 // alice.pem and alice.key.
 type mtls struct {
 	*proxy
@@ -64,7 +64,7 @@ func startApps(t *testing.T, more object, apps ...object) *mtls {
 	return m
 }
 
-// addrOf returns where an app listens.
+// addrOf returns the address of an app.
 func (m *mtls) addrOf(t *testing.T, app string) string {
 	t.Helper()
 	return m.await(t, fmt.Sprintf(`app %q listens on (\S+)`, app))
@@ -132,8 +132,8 @@ func (m *mtls) nginx(t *testing.T) (addr string, d *daemon, log string) {
 	return addr, d, log
 }
 
-// Each client downloads and uploads. A client that leaves without close_notify when all is done has
-// lost nothing, and is no error.
+// Each client downloads and uploads. A client may leave without close_notify when all is done: it
+// loses nothing and causes no error.
 func TestMutualTLSWithClientsOfOthers(t *testing.T) {
 	const size = 20 << 20
 	m := startMTLS(t, "", newOrigin(t).addr)
@@ -226,9 +226,9 @@ https.get(options, () => {}).on('error', e => { console.error(e.message); proces
 	m.wantEnds(t, 1, "no-certificate")
 }
 
-// Python leaves Nagle's algorithm on: its first bytes wait until the last ones of the handshake are
-// acknowledged, which takes the server's system 40 ms at least if it does not send anything itself.
-// No machine is so busy that each of many exchanges takes that long.
+// Python leaves Nagle's algorithm on: its first bytes wait until the end of the handshake is
+// acknowledged, which takes the server's system at least 40 ms if it sends nothing itself. Even on
+// a busy machine some of many exchanges are faster.
 func TestFirstExchangeDoesNotWaitForADelayedAcknowledgement(t *testing.T) {
 	m := startMTLS(t, "", newOrigin(t).addr)
 	got := quiet(t, m.python(t, `

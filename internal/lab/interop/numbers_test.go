@@ -21,7 +21,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
-// A tally is what clients have counted themselves.
+// A tally has the clients' own counts.
 type tally struct {
 	served, refused, bytes atomic.Int64
 }

@@ -20,7 +20,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// both are two upstreams that are the same server, so that it does not matter who gets which.
+// both returns two upstreams at the same server, so that any choice is right.
 func both(port string) []string {
 	return []string{"127.0.0.1:" + port, net.JoinHostPort("::1", port)}
 }
@@ -241,13 +241,13 @@ MaxStartups 100
 	wantNone(t, "sshd", server.stop(t), "reset", "error", "fatal", "timeout", "broken pipe")
 }
 
-// startNginx starts an nginx with what goes into its http block, and returns its log's path.
+// startNginx starts an nginx with the content of its http block, and returns its log's path.
 func startNginx(t *testing.T, dir, http string, addrs ...string) (d *daemon, log string) {
 	t.Helper()
 	return startNginxWithStream(t, dir, http, "", addrs...)
 }
 
-// startNginxWithStream is startNginx with a stream block, unless what goes into it is empty.
+// startNginxWithStream is startNginx with a stream block, unless its content is empty.
 func startNginxWithStream(
 	t *testing.T, dir, http, stream string, addrs ...string,
 ) (d *daemon, log string) {
@@ -279,7 +279,7 @@ http {
 	return start(t, command(t, nginx, "-p", dir, "-c", config, "-e", log), addrs...), log
 }
 
-// nginxComplaints are what nginx says when a connection breaks or an upstream fails.
+// nginxComplaints match nginx's log lines about broken connections and failed upstreams.
 var nginxComplaints = []string{
 	`\[(error|crit|alert|emerg)\]`, "reset", "prematurely", "broken pipe", "failed",
 }

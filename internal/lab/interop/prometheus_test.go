@@ -70,7 +70,7 @@ scrape_configs:
 	return &prometheus{t, "http://" + addr + "/api/v1/"}
 }
 
-// ask stores in data what the HTTP API answers.
+// ask stores the answer of the HTTP API in data.
 func (p *prometheus) ask(path string, data any) {
 	p.t.Helper()
 	r, err := http.Get(p.url + path)
@@ -106,7 +106,7 @@ func (p *prometheus) query(expression, label string) map[string]float64 {
 	return values
 }
 
-// await waits until the values of an expression are as ok wants them.
+// await waits until ok accepts the values of an expression.
 func (p *prometheus) await(expression, label string, ok func(map[string]float64) bool) {
 	p.t.Helper()
 	var values map[string]float64

@@ -18,7 +18,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// request is what a client sends to those that read PROXY headers and say what they have read.
+// request is the clients' request to readers of PROXY headers, which answer with their content.
 const request = "GET / HTTP/1.0\r\n\r\n"
 
 // A reader of PROXY headers answers each client with the addresses and ports of the client and of
@@ -33,8 +33,8 @@ type reader struct {
 const nginxSeen = "$proxy_protocol_addr $proxy_protocol_port " +
 	"$proxy_protocol_server_addr $proxy_protocol_server_port"
 
-// startReaders starts the software that others wrote. The checks function returns how many health
-// checks have come, by the logs, after it has looked for complaints in them.
+// startReaders starts third-party readers. The checks function returns the number of health checks
+// in their logs, and fails the test for complaints in them.
 func startReaders(t *testing.T) (readers map[string]reader, checks func() map[string]int) {
 	t.Helper()
 	dir := folder(t)
@@ -103,7 +103,7 @@ defaults
 	return start(t, command(t, need(t, "haproxy", "haproxy"), "-db", "-f", config), addrs...)
 }
 
-// Each reader understands what mtlsserver sends for a client, and its health checks.
+// Each reader understands mtlsserver's headers for clients and for health checks.
 func TestPROXYHeadersAreUnderstood(t *testing.T) {
 	readers, checks := startReaders(t)
 	var apps []object
@@ -144,13 +144,13 @@ func TestPROXYHeadersAreUnderstood(t *testing.T) {
 	m.wantEnds(t, len(apps)*2, "done")
 }
 
-// seenBy is what a reader says of a connection between two addresses.
+// seenBy returns a reader's answer for a connection between two addresses.
 func seenBy(client, server net.Addr) string {
 	c, s := client.(*net.TCPAddr), server.(*net.TCPAddr)
 	return fmt.Sprint(c.IP, " ", c.Port, " ", s.IP, " ", s.Port)
 }
 
-// ask returns what a reader says, after the head of an HTTP answer if it has one.
+// ask returns a reader's answer, without the head of an HTTP answer.
 func ask(t *testing.T, c net.Conn, first bool) string {
 	t.Helper()
 	if !first {
@@ -207,8 +207,8 @@ func startSenders(t *testing.T, m *mtls, host string) (addrs map[string]string, 
 	return addrs, haproxy
 }
 
-// mtlsserver believes the headers of senders that it trusts: its log and what it sends on have the
-// client's address. A health check is a connection of the sender's own.
+// mtlsserver accepts the headers of trusted senders: its log and its own headers have the client's
+// address. A health check is a connection of the sender itself.
 func TestPROXYHeadersAreBelieved(t *testing.T) {
 	nginx := "127.0.0.1:" + freePort(t)
 	startNginx(t, folder(t), fmt.Sprintf("server { listen %s proxy_protocol; return 200 '%s'; }",
@@ -261,7 +261,7 @@ func clientOf(e end) string {
 	return addr
 }
 
-// From a peer that is not trusted a header is bytes like any other.
+// From an untrusted peer a header is ordinary data.
 func TestPROXYHeadersOfOthersAreBytes(t *testing.T) {
 	received := make(chan string, 1)
 	upstream := proxytest.Upstream(t, func(c *net.TCPConn) {

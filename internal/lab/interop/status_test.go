@@ -52,7 +52,7 @@ func startOperated(t *testing.T, program string, upstreams ...string) *operated 
 	return o
 }
 
-// clientConfig returns what alice's connections use.
+// clientConfig returns the TLS configuration of alice's connections.
 func (m *mtls) clientConfig(t *testing.T) *tls.Config {
 	t.Helper()
 	cert, err := tls.LoadX509KeyPair(m.file("alice.pem"), m.file("alice.key"))
@@ -81,7 +81,7 @@ func (m *mtls) change(t *testing.T, path string) {
 	}
 }
 
-// get returns what a path of the status page's server answers.
+// get returns the answer of the status page's server for a path.
 func (o *operated) get(path string) (string, error) {
 	r, err := http.Get(o.url + path)
 	if err != nil {
@@ -102,7 +102,7 @@ func (o *operated) fetch(t *testing.T, path string) string {
 	return body
 }
 
-// load has five clients who stay and three who come and go until the test ends.
+// load runs five clients that stay and three that come and go until the test ends.
 func (o *operated) load(t *testing.T) {
 	t.Helper()
 	for range 5 {
@@ -134,7 +134,7 @@ func (o *operated) load(t *testing.T) {
 	})
 }
 
-// A row is what the page says of an upstream.
+// A row is the page's row of an upstream.
 type row struct {
 	App, Upstream, State, Says string
 	Total                      int
@@ -315,7 +315,7 @@ func (b *tab) wantLinksByKeyboard() {
 	})
 }
 
-// Otherwise no test would see what Chromium complains about.
+// Without this, Chromium's complaints would go unnoticed.
 func TestBrowserSeesViolationsOfThePolicy(t *testing.T) {
 	b := newTab(t)
 	o := startOperated(t, "basic", proxytest.Upstream(t, proxytest.Echo))

@@ -17,14 +17,14 @@ import (
 )
 
 func init() {
-	theirs.MaxV2HeaderSize = 216 + 4<<10 // as ours; the specification does not say how much to take
+	theirs.MaxV2HeaderSize = 216 + 4<<10 // as ours; the specification sets no bound
 }
 
-// A difference is a kind of header of which the two readers may say different things.
+// A difference is a kind of header for which the two readers may differ.
 type difference struct {
 	specification string // the sentence of doc/proxy-protocol.txt
 	covers        func(b []byte) bool
-	// accepted says who accepts such a header; one that both accept we call unknown.
+	// accepted names the reader that accepts such a header; if both do, we call it unknown.
 	byUs, byThem bool
 }
 
@@ -60,7 +60,7 @@ func isV2(b []byte, command byte) bool {
 	return len(b) >= 16 && bytes.HasPrefix(b, theirs.SIGV2) && b[12] == command
 }
 
-// FuzzReadersAgree has both readers read the same bytes. Both must refuse them, or find the same
+// FuzzReadersAgree lets both readers read the same bytes. Both must refuse them, or find the same
 // addresses and leave the same bytes behind the header.
 func FuzzReadersAgree(f *testing.F) {
 	v2 := string(theirs.SIGV2)
@@ -127,7 +127,8 @@ func plain(a *net.TCPAddr) netip.AddrPort {
 	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
 }
 
-// FuzzWritersAgree has both writers write the same header, byte for byte, and each reader read it.
+// FuzzWritersAgree checks that both writers write the same header, byte for byte, and that each
+// reader reads it.
 func FuzzWritersAgree(f *testing.F) {
 	four, six := []byte{192, 0, 2, 1}, bytes.Repeat([]byte{0xfd}, 16)
 	mapped := append(append(make([]byte, 10), 255, 255), four...)
@@ -190,7 +191,7 @@ func FuzzWritersAgree(f *testing.F) {
 	})
 }
 
-// checkTLVs compares what h says of the client with what they find in it.
+// checkTLVs compares h's TLVs of the client with those that their reader finds.
 func checkTLVs(t *testing.T, h *ours.Header, read *theirs.Header) {
 	t.Helper()
 	tlvs, err := read.TLVs()

@@ -511,7 +511,7 @@ func TestBadConfigurations(t *testing.T) {
 				pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")})),
 			want: []string{
 				`config.json:2: tls.cert: "…server.pem": x509: malformed certificate: ` +
-					`make a new one, or copy it anew`}},
+					`make a new one, or copy it again`}},
 		{name: "expired certificate", spoil: badServer(expired(serverCert())), want: []string{
 			`config.json:2: tls.cert: "…server.pem": expired at 20…Z: make a new one`}},
 		{name: "empty certificate", spoil: swap("server.pem", nil), want: []string{

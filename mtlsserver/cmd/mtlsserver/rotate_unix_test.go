@@ -100,7 +100,7 @@ func TestRotateTheCA(t *testing.T) {
 	shell(steps[0]) // add the new CA
 	connect("alice", "ca.pem")
 	allOpen("step 1")
-	shell(steps[1]) // have clients trust both
+	shell(steps[1]) // make clients trust both
 	connect("bob", "trust.pem")
 	shell(steps[2]) // new certificates
 	connect("alice", "trust.pem")
@@ -153,7 +153,7 @@ func TestRotateTheCA(t *testing.T) {
 		t.Errorf("it ended with %v", err)
 	}
 
-	// Another rotation finds another name, and knows what the CAs before are.
+	// Another rotation finds another name, and keeps the earlier CAs.
 	must(t, "rotate", "-dir", dir)
 	if text := contents(t, dir)["config.json"]; !has(text, `"ca": ["ca-2.pem","ca-3.pem"]`) {
 		t.Errorf("config.json is\n%s", text)
@@ -161,7 +161,7 @@ func TestRotateTheCA(t *testing.T) {
 	must(t, "check", "-config", config)
 }
 
-// startProcess starts a server with a single app and returns where that listens.
+// startProcess starts a server with a single app and returns the app's address.
 func startProcess(t *testing.T, cmd *exec.Cmd) (addr string) {
 	t.Helper()
 	stdout, err := cmd.StdoutPipe()
@@ -175,7 +175,7 @@ func startProcess(t *testing.T, cmd *exec.Cmd) (addr string) {
 	return ready(t, stdout)
 }
 
-// ready returns where the single app of a server listens, as soon as the server says so.
+// ready waits until a server with a single app is ready, and returns the app's address.
 func ready(t *testing.T, stdout io.Reader) (addr string) {
 	t.Helper()
 	text := make([]byte, 0, 200)

@@ -60,7 +60,7 @@ func TestStatus(t *testing.T) {
 		}
 	}
 
-	if strings.Contains(said, "\nREFUSED") { // reasons that nobody was refused for are no news
+	if strings.Contains(said, "\nREFUSED") { // reasons without refusals are left out
 		t.Errorf("nobody was refused:\n%s", said)
 	}
 
@@ -160,7 +160,7 @@ func TestReloadBesideSIGHUP(t *testing.T) {
 	}
 }
 
-// A server that says what it should not cannot move the terminal, nor widen the table.
+// A malicious server's answer cannot control the terminal or widen the table.
 func TestStatusIsCleanAndNarrow(t *testing.T) {
 	const evil = "evil\x1b[2J\u202e\n" +
 		"name that is much longer than any column of a table should ever be, and longer"
