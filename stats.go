@@ -9,6 +9,7 @@ import (
 // when upstreams are removed.
 type Stats struct {
 	App      string
+	Stopping bool   // Shutdown or Close was called; it stays true
 	Open     int    // connections now, those not yet admitted included
 	Accepted uint64 // connections ever: accepted by Serve, or given to ServeConn
 
@@ -54,7 +55,7 @@ func (a *LBProxyApp) Stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := Stats{
-		App: a.id, Open: a.open, Accepted: a.accepted,
+		App: a.id, Stopping: a.stopped, Open: a.open, Accepted: a.accepted,
 		Ends:        make(map[EndReason]uint64, len(endReasons)),
 		NotAdmitted: a.ends[EndNotAdmitted], Refused: a.refused,
 		Failed: a.ends[EndNoUpstream] + a.ends[EndDialFailed],

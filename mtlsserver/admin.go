@@ -34,7 +34,13 @@ func (r *report) admin(listens map[string]string) (token string) {
 		return ""
 	}
 	for _, at := range r.config.adminListens() {
-		for _, err := range at.Check() {
+		errs := at.Check()
+		if at.Anywhere = true; len(errs) > 0 && len(at.Check()) == 0 {
+			r.add("admin.listen", "%q: not loopback, so others may see who is connected: "+
+				"use 127.0.0.1, or set adminAnywhere for health and metrics alone", at.Addr)
+			continue
+		}
+		for _, err := range errs {
 			r.add("admin."+err.Field, "%v", err.Err)
 		}
 	}

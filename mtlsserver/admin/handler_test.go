@@ -244,6 +244,11 @@ func TestReadyzSaysWhyNot(t *testing.T) {
 	up := newApp(t, "web", nil, "127.0.0.1:1")
 	down := newApp(t, "db", nil, "127.0.0.1:2")
 	proxytest.Must(t, down.SetUpstreams([]lbproxy.Upstream{{Addr: "127.0.0.1:2", Drain: true}}))
+	stopped, replaced := newApp(t, "mail", nil, "127.0.0.1:1"), newApp(t, "web", nil, "127.0.0.1:1")
+	proxytest.Must(t, stopped.Shutdown(t.Context()))
+	replaced.Close()
+	recorder := &admin.Recorder{}
+	recorder.Track(replaced)
 	draining := func() admin.Info { return admin.Info{NotReady: "draining"} }
 	for _, row := range []struct {
 		apps []*lbproxy.LBProxyApp
@@ -255,8 +260,12 @@ func TestReadyzSaysWhyNot(t *testing.T) {
 		{[]*lbproxy.LBProxyApp{up, down}, nil, 503, "app db: no upstream is up\n"},
 		{nil, nil, 503, "there are no apps\n"},
 		{[]*lbproxy.LBProxyApp{up}, draining, 503, "draining\n"},
+		{[]*lbproxy.LBProxyApp{up, stopped}, nil, 503, "app mail: draining\n"},
+		{[]*lbproxy.LBProxyApp{stopped, down}, nil, 503,
+			"app mail: draining\napp db: no upstream is up\n"},
+		{[]*lbproxy.LBProxyApp{up, stopped}, draining, 503, "draining\n"},
 	} {
-		h := admin.Handler(listOf(row.apps...), &admin.Options{Info: row.info})
+		h := admin.Handler(listOf(row.apps...), &admin.Options{Info: row.info, Recorder: recorder})
 		if w := ask(h, "GET", "/readyz"); w.Code != row.code || w.Body.String() != row.want {
 			t.Errorf("%d %q, want %d %q", w.Code, w.Body, row.code, row.want)
 		}
@@ -339,6 +348,24 @@ func TestMetricsAreAsPrometheusWantsThem(t *testing.T) {
 	}
 	nothing := func() admin.Info { return admin.Info{} }
 	promtool(t, get(t, admin.Handler(listOf(), &admin.Options{Info: nothing}), "/metrics"))
+}
+
+// A scrape that differs from the last one only in its order would look new to every diff and cache.
+func TestMetricsKeepTheirOrder(t *testing.T) {
+	recorder := &admin.Recorder{}
+	for _, id := range []string{"e", "d", "c", "b", "a"} {
+		recorder.Track(newApp(t, id, nil, "127.0.0.1:1")) // and removed
+	}
+	info := fullInfo("alice")() // once: its certificate expires at a time from now
+	h := admin.Handler(listOf(newApp(t, "web", nil, "127.0.0.1:1")), &admin.Options{
+		Recorder: recorder, Info: func() admin.Info { return info },
+	})
+	first := get(t, h, "/metrics")
+	for range 5 {
+		if next := get(t, h, "/metrics"); next != first {
+			t.Fatalf("the order has changed from\n%s\nto\n%s", first, next)
+		}
+	}
 }
 
 // The labels of users are bounded for any number of users, and their sum is right.

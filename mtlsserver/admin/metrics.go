@@ -47,8 +47,8 @@ func (t *exposition) apps(apps []App) {
 	}
 	t.family("lbproxy_connections_total", "counter", "Connections that are over, by how they ended.")
 	for _, a := range apps {
-		for end, n := range a.Ends {
-			t.add(n, "app", a.ID, "end", string(end))
+		for _, end := range sorted(a.Ends) {
+			t.add(a.Ends[end], "app", a.ID, "end", string(end))
 		}
 	}
 	t.family("lbproxy_refused_total", "counter", "Connections that were not served.")

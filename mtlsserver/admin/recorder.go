@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -16,16 +17,18 @@ import (
 type Recorder struct {
 	times sync.Map // of *times, by app id
 
-	mu      sync.Mutex // held over Stats of apps, so that no older counts follow newer ones
-	seen    map[*lbproxy.LBProxyApp]*sighting
-	past    map[string]*App // by id: counts that no app in seen holds
-	history []Sample
+	mu        sync.Mutex // held over Stats of apps, so that no older counts follow newer ones
+	seen      map[*lbproxy.LBProxyApp]*sighting
+	sightings int
+	past      map[string]*App // by id: counts that no app in seen holds
+	history   []Sample
 }
 
 // A sighting holds an app's counts at the last look.
 type sighting struct {
-	last App
-	left time.Time // when the app was first seen not to be current; zero while it is
+	number int // counts up: the first app seen has 1
+	last   App
+	left   time.Time // when the app was first seen not to be current; zero while it is
 }
 
 const (
@@ -54,14 +57,13 @@ func (r *Recorder) stats(current []*lbproxy.LBProxyApp, now time.Time) Stats {
 	defer r.mu.Unlock()
 	sums := sums{byID: map[string]*App{}}
 	for _, app := range current {
-		sums.add(r.look(app).last, true)
+		s := r.look(app)
+		s.left = time.Time{}
+		sums.add(s.last, true)
 	}
-	for app, s := range r.seen {
-		if slices.Contains(current, app) {
-			s.left = time.Time{}
-			continue
-		}
-		if r.look(app); s.left.IsZero() {
+	for _, app := range r.others(current) {
+		s := r.look(app)
+		if s.left.IsZero() {
 			s.left = now
 		}
 		if s.last.Open == 0 && now.Sub(s.left) > keepApp {
@@ -83,26 +85,35 @@ func (r *Recorder) stats(current []*lbproxy.LBProxyApp, now time.Time) Stats {
 
 // all returns the current apps, then the removed ones that may have connections.
 func (r *Recorder) all(current []*lbproxy.LBProxyApp) []*lbproxy.LBProxyApp {
-	all := slices.Clone(current)
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	return append(slices.Clone(current), r.others(current)...)
+}
+
+// others returns the apps in seen that are not current, the first seen first. The caller holds mu,
+// as for the methods below.
+func (r *Recorder) others(current []*lbproxy.LBProxyApp) (all []*lbproxy.LBProxyApp) {
 	for app := range r.seen {
 		if !slices.Contains(current, app) {
 			all = append(all, app)
 		}
 	}
+	slices.SortFunc(all, func(a, b *lbproxy.LBProxyApp) int {
+		return cmp.Compare(r.seen[a].number, r.seen[b].number)
+	})
 	return all
 }
 
 // look updates the sighting of app. It moves the counts of upstreams that are gone, or count from
-// zero again, to past. The caller holds mu, as for the methods below.
+// zero again, to past.
 func (r *Recorder) look(app *lbproxy.LBProxyApp) *sighting {
 	s := r.seen[app]
 	if s == nil {
 		if r.seen == nil {
 			r.seen = map[*lbproxy.LBProxyApp]*sighting{}
 		}
-		s = &sighting{}
+		r.sightings++
+		s = &sighting{number: r.sightings}
 		r.seen[app] = s
 	}
 	now := appOf(app.Stats())
@@ -167,8 +178,9 @@ func newApp(id string) *App {
 
 func appOf(s lbproxy.Stats) App {
 	a := App{
-		ID: s.App, Open: s.Open, Accepted: s.Accepted, NotAdmitted: s.NotAdmitted, Refused: s.Refused,
-		Failed: s.Failed, Sent: s.Sent, Received: s.Received, Ends: s.Ends,
+		ID: s.App, Stopping: s.Stopping, Open: s.Open, Accepted: s.Accepted,
+		NotAdmitted: s.NotAdmitted, Refused: s.Refused, Failed: s.Failed,
+		Sent: s.Sent, Received: s.Received, Ends: s.Ends,
 		Upstreams: make([]Upstream, len(s.Upstreams)), rows: make(map[string]int, len(s.Upstreams)),
 		all: Upstream{Total: s.Gone.Total, Failed: s.Gone.Failed, Sent: s.Sent, Received: s.Received},
 	}
@@ -192,6 +204,7 @@ func appOf(s lbproxy.Stats) App {
 // connections.
 func (a *App) merge(b *App, current bool, most int) {
 	a.Current = a.Current || current
+	a.Stopping = a.Stopping || current && b.Stopping
 	a.Open += b.Open
 	a.Accepted += b.Accepted
 	a.NotAdmitted += b.NotAdmitted

@@ -134,7 +134,7 @@ func checkAddr(addr string, anywhere bool) error {
 			addr)
 	case !anywhere && host != "localhost" && !ip.IsLoopback():
 		return fmt.Errorf("%q: not loopback, so others may see who is connected: use 127.0.0.1, "+
-			"or set adminAnywhere for health and metrics alone", addr)
+			"or set Listen.Anywhere for health and metrics alone", addr)
 	}
 	return nil
 }

@@ -21,6 +21,7 @@ type Stats struct {
 type App struct {
 	ID          string                       `json:"id"`
 	Current     bool                         `json:"current"`
+	Stopping    bool                         `json:"stopping,omitempty"`
 	Open        int                          `json:"open"`
 	Accepted    uint64                       `json:"accepted"`
 	NotAdmitted uint64                       `json:"notAdmitted"`
@@ -117,7 +118,11 @@ func (s Stats) Problems() (all []string) {
 			continue
 		}
 		current++
-		if !slices.ContainsFunc(a.Upstreams, func(u Upstream) bool {
+		if a.Stopping {
+			if s.NotReady == "" { // otherwise it has said so for all apps
+				all = append(all, "app "+clean(a.ID)+": draining")
+			}
+		} else if !slices.ContainsFunc(a.Upstreams, func(u Upstream) bool {
 			return u.State == lbproxy.StateUp && !u.Drain && !u.Removed
 		}) {
 			all = append(all, "app "+clean(a.ID)+": no upstream is up")
