@@ -7,11 +7,17 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -310,7 +316,8 @@ func ExampleAll() {
 	// let in
 }
 
-// One limit for each client, however many connections and apps it uses.
+// One limit for each client, however many connections and apps it uses. A client of IPv6 may use
+// every address of its /64, so the network is the client.
 func ExampleClientLimits() {
 	limits := lbproxy.NewClientLimits(10_000, func(client string) lbproxy.RateLimitManager {
 		if strings.HasPrefix(client, "10.") {
@@ -318,13 +325,18 @@ func ExampleClientLimits() {
 		}
 		return &lbproxy.OpenLimit{Max: 1}
 	})
-	fmt.Println(limits.For("10.0.0.7") == nil)
-	fmt.Println(open(limits.For("192.0.2.1")), open(limits.For("192.0.2.1")))
-	fmt.Println(open(limits.For("192.0.2.2")))
+	of := func(addr string) lbproxy.RateLimitManager {
+		ip := netip.MustParseAddr(addr).Unmap()
+		network, _ := ip.Prefix(min(ip.BitLen(), 64))
+		return limits.For(network.String()) // such as 192.0.2.1/32 or 2001:db8::/64
+	}
+	fmt.Println(of("10.0.0.7") == nil)
+	fmt.Println(open(of("192.0.2.1")), open(of("192.0.2.1")), open(of("192.0.2.2")))
+	fmt.Println(open(of("2001:db8::1")), open(of("2001:db8::2")), open(of("2001:db8:0:1::1")))
 	// Output:
 	// true
-	// let in refused
-	// let in
+	// let in refused let in
+	// let in refused let in
 }
 
 // SetUpstreams replaces the upstreams while connections are open. A removed upstream keeps its
@@ -361,6 +373,55 @@ func ExampleLBProxyApp_SetUpstreams() {
 	// red got ann again
 	// open: 1 removed: false
 	// open: 1 removed: true
+}
+
+// Upstreams in a JSON file are reloaded without a restart, when the program gets a signal for
+// example.
+func ExampleLBProxyApp_SetUpstreams_json() {
+	reload := func(app *lbproxy.LBProxyApp, path string) error {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		decoder := json.NewDecoder(f)
+		decoder.DisallowUnknownFields() // such as a misspelled key
+		var upstreams []lbproxy.Upstream
+		if err := decoder.Decode(&upstreams); err != nil {
+			return fmt.Errorf("%s: %w", filepath.Base(path), err)
+		}
+		return app.SetUpstreams(upstreams)
+	}
+
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: "10.0.0.1:80"}}, nil)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	dir, err := os.MkdirTemp("", "")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "upstreams.json")
+	for _, text := range []string{
+		`[{"addr": "10.0.0.2:80", "weight": 3}, {"addr": "10.0.0.3:80", "drain": true}]`,
+		`[{"addr": "10.0.0.4:80", "wieght": 3}]`, // changes nothing
+	} {
+		os.WriteFile(path, []byte(text), 0o600)
+		fmt.Println(reload(app, path))
+		for _, u := range app.Stats().Upstreams {
+			fmt.Println(u.Addr, u.Weight, u.Drain)
+		}
+	}
+	// Output:
+	// <nil>
+	// 10.0.0.2:80 3 false
+	// 10.0.0.3:80 1 true
+	// upstreams.json: json: unknown field "wieght"
+	// 10.0.0.2:80 3 false
+	// 10.0.0.3:80 1 true
 }
 
 // Upstreams are checked by a function of ours. A dial would find nothing wrong with red, which is
@@ -404,6 +465,61 @@ func ExampleHealthCheck() {
 	// green got hello
 	// down
 	// up
+}
+
+// A web server is well if it answers a request for /healthz with 200.
+func ExampleHealthCheck_http() {
+	red := httptest.NewServer(http.NotFoundHandler())
+	defer red.Close()
+	green := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer green.Close()
+
+	check := func(ctx context.Context, u lbproxy.Upstream) error {
+		transport := &http.Transport{
+			DisableKeepAlives: true, // each check makes a new connection, as clients do
+			DialContext: func(context.Context, string, string) (net.Conn, error) {
+				return u.Dial(ctx) // not the context given here, which may outlive the request
+			},
+		}
+		r, err := http.NewRequestWithContext(ctx, "GET", "http://"+u.Addr+"/healthz", nil)
+		if err != nil {
+			return err
+		}
+		answer, err := transport.RoundTrip(r)
+		if err != nil {
+			return err
+		}
+		answer.Body.Close()
+		if answer.StatusCode != http.StatusOK {
+			return errors.New("GET /healthz: " + answer.Status)
+		}
+		return nil
+	}
+
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{
+		{Addr: red.Listener.Addr().String()},
+		{Addr: green.Listener.Addr().String()},
+	}, &lbproxy.Options{
+		Logger: slog.New(slog.DiscardHandler),
+		HealthCheck: &lbproxy.HealthCheck{
+			Interval: time.Millisecond, // 5 seconds is more usual
+			Check:    check,
+		},
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	for app.Stats().Upstreams[0].State == lbproxy.StateUp { // three checks
+		time.Sleep(time.Millisecond)
+	}
+	for _, u := range app.Stats().Upstreams {
+		fmt.Println(u.State, u.Err)
+	}
+	// Output:
+	// down GET /healthz: 404 Not Found
+	// up <nil>
 }
 
 // Shutdown waits for connections to end; Close cuts those that take too long.
@@ -487,6 +603,59 @@ func ExampleHandshakeTLS() {
 	// Output:
 	// red got ann
 	// localhost open
+}
+
+// An AdmitFunc around HandshakeTLS limits handshakes, which cost more than connections. It reports
+// to a RateLimitManager itself: an EventOpen and, if that is allowed, an EventClose.
+func ExampleHandshakeTLS_limited() {
+	red := startUpstream("red")
+	defer red.Close()
+	results := make(chan lbproxy.Result, 2)
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}},
+		&lbproxy.Options{OnDone: func(r lbproxy.Result) { results <- r }})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	server, roots := serverCertificate()
+	handshake := lbproxy.HandshakeTLS(server, nil)
+	limits := lbproxy.NewClientLimits(100_000, func(string) lbproxy.RateLimitManager {
+		return lbproxy.All(
+			&lbproxy.TokenBucket{Burst: 1, Every: time.Hour}, // in all; 10 a second is more usual
+			&lbproxy.OpenLimit{Max: 5},                       // in progress
+		)
+	})
+	l := listen()
+	go app.Serve(l, func(ctx context.Context, c *lbproxy.Conn) error {
+		addr, err := netip.ParseAddrPort(c.Client.RemoteAddr().String())
+		if err != nil {
+			return err
+		}
+		limit := limits.For(addr.Addr().String())
+		if d := limit.Report(ctx, lbproxy.Event{Kind: lbproxy.EventOpen}); d.Exceeded {
+			return errors.New("too many handshakes")
+		}
+		defer limit.Report(context.WithoutCancel(ctx), lbproxy.Event{Kind: lbproxy.EventClose})
+		return handshake(ctx, c)
+	})
+
+	for range 2 {
+		c, err := tls.Dial("tcp", l.Addr().String(), roots)
+		if err != nil {
+			fmt.Println("refused")
+		} else {
+			fmt.Println(client{c}.ask("ann"))
+			c.Close()
+		}
+		r := <-results
+		fmt.Println(r.End, r.Err)
+	}
+	// Output:
+	// red got ann
+	// done <nil>
+	// refused
+	// not-admitted too many handshakes
 }
 
 // TLSServer allows other bounds than HandshakeTLS, and another CloseNotify.

@@ -660,9 +660,15 @@ func TestShutdownWaitsForConnections(t *testing.T) {
 	addr := serve(t, a, nil)
 	c := dial(t, addr)
 	ping(t, c)
+	if a.Stats().Stopping {
+		t.Error("Stopping before Shutdown")
+	}
 	ended := make(chan error)
 	go func() { ended <- a.Shutdown(t.Context()) }()
 	<-a.stopping
+	if s := a.Stats(); !s.Stopping || s.Open != 1 {
+		t.Errorf("during Shutdown: %+v, want Stopping with one open", s)
+	}
 	for { // the listener is closed right after
 		late, err := net.Dial("tcp", addr)
 		if err != nil {
@@ -697,6 +703,9 @@ func TestShutdownWaitsForConnections(t *testing.T) {
 	cancel()
 	if err := a.Shutdown(canceled); err != nil {
 		t.Errorf("Shutdown again, with nothing to wait for: %v", err)
+	}
+	if !a.Stats().Stopping {
+		t.Error("not Stopping after Shutdown")
 	}
 	if err := a.Close(); err != nil {
 		t.Errorf("Close after Shutdown: %v", err)

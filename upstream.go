@@ -22,6 +22,11 @@ import (
 )
 
 // An Upstream is a server that connections are forwarded to.
+//
+// A []Upstream may be decoded from JSON. The keys are the names of the fields, in upper or lower
+// case: [{"addr": "10.0.0.1:80", "weight": 2}]. There is no key for TLS, which the program sets
+// afterwards. Use [encoding/json.Decoder.DisallowUnknownFields], so that a misspelled key is an
+// error.
 type Upstream struct {
 	// Addr is "host:port". It identifies the upstream and is unique within an app. A host name is
 	// resolved at each dial.
@@ -40,7 +45,7 @@ type Upstream struct {
 	// TLS, if set, makes the app speak TLS to the upstream; its Certificates prove the proxy to
 	// it. An empty ServerName is taken from Addr, as in tls.Dial. A stream that the upstream ends
 	// without close_notify counts as cut. nil means plain TCP.
-	TLS *tls.Config
+	TLS *tls.Config `json:"-"`
 
 	// ProxyProtocol is the version, 1 or 2, of the PROXY protocol header that is sent to the upstream
 	// first, before TLS and within the DialTimeout: it names the client's address and the one the

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -351,4 +353,36 @@ func lookUpOutOfDescriptors() {
 	}
 	out.Flush()
 	os.Exit(0)
+}
+
+func TestUpstreamsAreReadFromJSON(t *testing.T) {
+	const text = `[{"addr": "a:1", "weight": 2, "maxConns": 3, "drain": true, "proxyProtocol": 1},
+		{"Addr": "b:1"}]`
+	decode := func(text string) (ups []Upstream, err error) {
+		d := json.NewDecoder(strings.NewReader(text))
+		d.DisallowUnknownFields()
+		return ups, d.Decode(&ups)
+	}
+	want := []Upstream{{Addr: "a:1", Weight: 2, MaxConns: 3, Drain: true, ProxyProtocol: 1},
+		{Addr: "b:1"}}
+	got, err := decode(text)
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("%+v, %v, want %+v", got, err, want)
+	}
+	const insecure = `[{"addr": "a:1", "tls": {"InsecureSkipVerify": true}}]`
+	if got, err := decode(insecure); err == nil {
+		t.Errorf("the key tls is accepted: %+v", got)
+	}
+	if err := json.Unmarshal([]byte(insecure), &got); err != nil || got[0].TLS != nil {
+		t.Errorf("%+v, %v, want no TLS", got, err)
+	}
+	want[1].TLS = &tls.Config{} // which has fields that JSON cannot write
+	written, err := json.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want[1].TLS = nil
+	if got, err = decode(string(written)); err != nil || !slices.Equal(got, want) {
+		t.Errorf("written and read: %+v, %v, want %+v", got, err, want)
+	}
 }

@@ -120,7 +120,7 @@ const usage = `usage: basic -listen ADDR -upstream ADDR[,weight=N] [-upstream ..
   -loops                  run connections on event loops: experimental, Linux
   -v                      log every connection
 
-Limits for each client address, none by default:
+Limits for each client address (IPv6: /64), none by default:
 
   -rate N                 open N connections per second (0.5: one every 2
                           seconds) ...

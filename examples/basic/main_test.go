@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"regexp"
@@ -252,6 +253,47 @@ func TestLimits(t *testing.T) {
 				t.Errorf("served by %v, want %v", got, want)
 			}
 		})
+	}
+}
+
+// A connFrom is a connection from an address.
+type connFrom struct {
+	net.Conn
+	addr string
+}
+
+func (c connFrom) RemoteAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(c.addr))
+}
+
+// A client of IPv6 may have a whole /64, so another address of it must not be another client.
+func TestAddressesOfOneNetworkShareALimit(t *testing.T) {
+	for _, tt := range []struct {
+		first, second string
+		shared        bool
+	}{
+		{"192.0.2.1:1", "192.0.2.1:2", true},
+		{"192.0.2.1:1", "[::ffff:192.0.2.1]:1", true},
+		{"192.0.2.1:1", "192.0.2.2:1", false},
+		{"[2001:db8::1]:1", "[2001:db8::ffff:2]:1", true},
+		{"[2001:db8::1]:1", "[2001:db8:0:1::1]:1", false},
+		{"[fe80::1%eth0]:1", "[fe80::2%eth0]:1", true},
+	} {
+		admit := limits{open: 1}.admit()
+		for _, addr := range []string{tt.first, tt.second} {
+			c := &lbproxy.Conn{Client: connFrom{addr: addr}}
+			if err := admit(t.Context(), c); err != nil {
+				t.Fatal(err)
+			}
+			d := c.RateLimit.Report(t.Context(), lbproxy.Event{Kind: lbproxy.EventOpen})
+			if want := addr == tt.second && tt.shared; d.Exceeded != want {
+				t.Errorf("%s of %s and %s: refused is %t, want %t", addr, tt.first, tt.second,
+					d.Exceeded, want)
+			}
+			if ip := netip.MustParseAddrPort(addr).Addr().Unmap().String(); c.ClientID != ip {
+				t.Errorf("%s is called %q, want %q", addr, c.ClientID, ip)
+			}
+		}
 	}
 }
 

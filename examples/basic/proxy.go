@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -83,18 +84,17 @@ func serve(
 	}
 
 	log.Info("draining: interrupt again to break open connections", "open", app.Stats().Open)
-	cut := 0
 	drained := make(chan error, 1)
 	go func() { drained <- app.Shutdown(context.Background()) }()
 	select {
 	case <-drained:
 	case <-signals:
-		cut = app.Stats().Open
 		app.Close() // ends Shutdown too
 		<-drained
 	}
 	<-served
 	s := app.Stats()
+	cut := s.Ends[lbproxy.EndClosed] // by Close
 	log.Info("stopped",
 		"accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed, "cut", cut)
 	if cut > 0 {
@@ -117,7 +117,7 @@ func (c config) serveAdmin(app *lbproxy.LBProxyApp, log *slog.Logger) (*admin.Se
 	return s, nil
 }
 
-// limits bound each client address. Zero fields set no bound.
+// limits bound each client, by its network. Zero fields set no bound.
 type limits struct {
 	rate      float64 // connections opened per second
 	burst     int     // connections opened at once
@@ -129,7 +129,7 @@ type limits struct {
 // one.
 const maxClients = 100_000
 
-// admit returns an AdmitFunc that limits each client address by l, or nil if there are no limits.
+// admit returns an AdmitFunc that limits each client by l, or nil if there are no limits.
 func (l limits) admit() lbproxy.AdmitFunc {
 	if l == (limits{}) {
 		return nil
@@ -141,10 +141,17 @@ func (l limits) admit() lbproxy.AdmitFunc {
 			return fmt.Errorf("client address %v: want TCP", c.Client.RemoteAddr())
 		}
 		// On a listener for IPv6 and IPv4, 10.0.0.1 may appear as ::ffff:10.0.0.1.
-		ip := addr.AddrPort().Addr().Unmap().String()
-		c.ClientID, c.RateLimit = ip, clients.For(ip)
+		ip := addr.AddrPort().Addr().Unmap()
+		c.ClientID, c.RateLimit = ip.String(), clients.For(network(ip))
 		return nil
 	}
+}
+
+// network returns the network that a client with the address ip may have to itself: a whole /64 of
+// IPv6, a single address of IPv4.
+func network(ip netip.Addr) string {
+	prefix, _ := ip.Prefix(min(ip.BitLen(), 64))
+	return prefix.String()
 }
 
 // manager returns a manager for the limits of one client.
