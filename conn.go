@@ -46,11 +46,11 @@ type Conn struct {
 	// Any net.Conn will do. The app looks for three methods. CloseWrite() error passes on the end
 	// of the upstream's stream while the client's own goes on. NetConn() net.Conn leads to the
 	// connection below a layer such as TLS. SetLinger(int) error, at the bottom, resets. A wrapper
-	// around a TCP connection should have the first two: without them its peer may lose the last
-	// bytes it was sent, and Result.Err says so. (A net.Pipe has none of them.)
+	// around a TCP connection should have the first two: without them its other end may lose the
+	// last bytes it was sent, and Result.Err says so. (A net.Pipe has none of them.)
 	//
-	// crypto/tls reports a client's FIN without close_notify as the end of its stream. Use a
-	// [TLSConn], whose Read returns io.ErrUnexpectedEOF then, to have such a stream treated as cut.
+	// crypto/tls reports a client's FIN without close_notify as the end of its stream. To have such
+	// a stream treated as aborted, use a [TLSConn], whose Read returns io.ErrUnexpectedEOF then.
 	Client net.Conn
 
 	// ClientAddr is the client's address, for limits, logs and PROXY headers. nil means
@@ -67,23 +67,23 @@ type Conn struct {
 	// tell the upstream.
 	Verified bool
 
-	// RateLimit is asked before the connection is served, and told of the bytes that move. It may
-	// refuse, cut or slow the connection. nil means no limit.
+	// RateLimit receives the connection's events, the first before it is served. It may refuse,
+	// reset or slow the connection. nil means no limit.
 	RateLimit RateLimitManager
 
 	// Value is the caller's own. The app does not look at it.
 	Value any
 
-	// OnRefused may send a last word, such as an HTTP 503, to a client that is over its rate limit
-	// when it opens, or for whom there is no upstream. err is Result.Err: it matches
+	// OnRefused may send a final response, such as an HTTP 503, to a client that is over its rate
+	// limit when it connects, or for whom there is no upstream. err is Result.Err: it matches
 	// ErrRateLimited, ErrNoUpstream or *DialError. OnRefused is not called for a connection that
 	// was aborted. nil means that such clients are reset.
 	//
-	// It runs on a goroutine of its own, when the connection is counted out. Writes to c fail after
-	// a second, reads always; a TLS client, whose handshake must have been made, is spoken to in
-	// TLS. c is closed when OnRefused has returned and the client has ended its stream, or after
-	// another second. At most 256 of them run at once per app; beyond that clients are reset.
-	// Shutdown and Close do not wait for it; Close resets its c.
+	// It runs on a goroutine of its own, after the connection has left the counts. c has a write
+	// deadline of one second; reads fail. If Client is a TLSConn, its handshake must be complete,
+	// and writes are encrypted. c is closed when OnRefused has returned and the client has ended
+	// its stream, or after another second. At most 256 of them run at once per app; beyond that
+	// clients are reset. Shutdown and Close do not wait for it; Close resets its c.
 	OnRefused func(c net.Conn, err error)
 
 	// OnDone is called once, when the connection is over and out of all counts, just before
@@ -145,10 +145,10 @@ func (c *Conn) Info() ConnInfo {
 }
 
 // Abort ends c with cause; nil means context.Canceled. Both sides are reset. It may be called any
-// number of times; the first cause counts and becomes Result.Err, with EndCanceled. It waits for
-// no peer and no hook. During admit it resets the accepted connection and cancels admit's context
-// with cause. A Conn that is aborted before ServeConn is not served: ServeConn resets Client and
-// returns cause. After the end it does nothing.
+// number of times; the first cause counts and becomes Result.Err, with EndCanceled. It does not
+// wait for the client, the upstream or a hook. During admit it resets the accepted connection and
+// cancels admit's context with cause. A Conn that is aborted before ServeConn is not served:
+// ServeConn resets Client and returns cause. After the end it does nothing.
 func (c *Conn) Abort(cause error) {
 	if cause == nil {
 		cause = context.Canceled
@@ -255,9 +255,10 @@ type Result struct {
 	Err            error // the one that ended it; nil: a clean end; the cause of a context or Abort
 }
 
-// LogValue implements slog.LogValuer: slog.Info("done", "conn", result) is an access log. It is a
-// group of app, end, client, upstream, attempts, duration, sent and received, and of client_id and
-// err unless they are empty.
+// LogValue implements [slog.LogValuer], so slog.Info("connection", "", result) in an OnDone is an
+// access log. The value is a group of app, end, client, upstream, attempts, duration, sent and
+// received, and of client_id and err unless they are empty. With an empty key, as here, the fields
+// are not nested. duration is a [time.Duration]: nanoseconds in JSON.
 func (r Result) LogValue() slog.Value { return slog.GroupValue(r.attrs()...) }
 
 func (r *Result) attrs() []slog.Attr {
@@ -281,9 +282,9 @@ type EndReason string
 
 const (
 	EndDone          EndReason = "done"           // both sides ended their streams
-	EndClientClosed  EndReason = "client-closed"  // the client closed quiet TLS without close_notify
+	EndClientClosed  EndReason = "client-closed"  // idle TLS connection closed without close_notify
 	EndNotAdmitted   EndReason = "not-admitted"   // admit returned an error
-	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or cut by a limit
+	EndRateLimited   EndReason = "rate-limited"   // refused (Attempts is 0) or reset by a limit
 	EndNoUpstream    EndReason = "no-upstream"    // every upstream is full, down or draining
 	EndDialFailed    EndReason = "dial-failed"    // each upstream that was tried failed: see Err
 	EndClientError   EndReason = "client-error"   // the client's side failed
@@ -311,10 +312,10 @@ var (
 // until the connection is over and always closes c.Client. The error is Result.Err. A Conn can be
 // served once; a second call returns [ErrConnUsed] and touches nothing.
 //
-// When one side ends its stream, the other is told (CloseWrite) and may go on with its own. When
-// a side fails, what was read from it is still delivered, for at most a second, and then the other
-// side is reset rather than closed, so that nobody takes a cut stream for a whole one. Clients for
-// whom there is no upstream, or that are over their rate limit, are reset unless c.OnRefused is
+// When one side ends its stream, the other is told (CloseWrite) and may go on with its own. When a
+// side fails, what was read from it is still delivered, for at most a second, and then the other
+// side is reset rather than closed, so that nobody takes an aborted stream for a whole one. Clients
+// for whom there is no upstream, or that are over their rate limit, are reset unless c.OnRefused is
 // set. Unix sockets have no reset; they are closed.
 //
 // After Shutdown or Close, ServeConn resets the client at once. The Result has EndClosed, the
@@ -353,11 +354,12 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 	return *s.result, s.result.Err
 }
 
-// AcceptProxy returns an AdmitFunc that reads a PROXY protocol header, version 1 or 2, from
-// trusted peers and sets ClientAddr and ServerAddr by it, then asks next; a nil next admits
-// everyone. A trusted peer must send a header, within 3 seconds: at most 536 bytes, and TLVs of
-// up to 4 KiB, which are ignored. The addresses stay as they are if the header is LOCAL or
-// UNKNOWN. Anybody else keeps their address, and their bytes are never taken for a header.
+// AcceptProxy returns an AdmitFunc that reads a PROXY protocol header, version 1 or 2, from clients
+// at trusted addresses, which are other proxies. It sets ClientAddr and ServerAddr by the header,
+// then asks next; a nil next admits everyone. A trusted client must send a header, within 3
+// seconds: at most 536 bytes, and TLVs of up to 4 KiB, which are ignored. The addresses stay as
+// they are, nil, if the header is LOCAL or UNKNOWN. Anybody else keeps their address, and their
+// bytes are never taken for a header.
 //
 // AcceptProxy panics if trusted is empty or has a prefix of no bits, which would trust everyone.
 func AcceptProxy(trusted []netip.Prefix, next AdmitFunc) AdmitFunc {

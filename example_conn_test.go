@@ -133,7 +133,8 @@ func ExampleConn_onRefused() {
 	// "HTTP/1.1 503 Service Unavailable"
 }
 
-// A Result is a slog.LogValuer: an access log is a line of code.
+// A Result is a slog.LogValuer: an access log is a line of code. With the key "" its fields are not
+// nested.
 func ExampleResult_LogValue() {
 	red := startUpstream("red")
 	defer red.Close()
@@ -149,7 +150,7 @@ func ExampleResult_LogValue() {
 	logged := make(chan bool, 1)
 	_, l, stop := demoApp(&lbproxy.Options{
 		OnDone: func(r lbproxy.Result) {
-			access.Info("done", "c", r)
+			access.Info("connection", "", r)
 			logged <- true
 		},
 	}, func(_ context.Context, c *lbproxy.Conn) error {
@@ -163,7 +164,7 @@ func ExampleResult_LogValue() {
 	c.Close()
 	<-logged
 	// Output:
-	// level=INFO msg=done c.app=demo c.end=done c.attempts=1 c.sent=5 c.received=13 c.client_id=ann
+	// level=INFO msg=connection app=demo end=done attempts=1 sent=5 received=13 client_id=ann
 }
 
 // Behind another proxy, the client's address comes in a header. Only that proxy is believed.
@@ -363,7 +364,8 @@ func ExampleLBProxyApp_SetPeers() {
 	// proxy 1 green got ann
 }
 
-// Stats are counters for whatever collects metrics.
+// Stats are counters for whatever collects metrics. For Prometheus nothing need be written: package
+// mtlsserver/admin has an http.Handler with these metrics and more.
 func ExampleLBProxyApp_Stats() {
 	red := startUpstream("red")
 	defer red.Close()

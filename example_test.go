@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
@@ -603,6 +604,42 @@ func ExampleHandshakeTLS() {
 	// Output:
 	// red got ann
 	// localhost open
+}
+
+// The config must not change while it is used, but its GetCertificate is called in each handshake:
+// a renewed certificate is served without a restart.
+func ExampleHandshakeTLS_getCertificate() {
+	red := startUpstream("red")
+	defer red.Close()
+	app, err := lbproxy.New("demo", []lbproxy.Upstream{{Addr: red.Addr().String()}},
+		&lbproxy.Options{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer app.Close()
+	var current atomic.Pointer[tls.Certificate]
+	l := listen()
+	go app.Serve(l, lbproxy.HandshakeTLS(&tls.Config{
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return current.Load(), nil
+		},
+	}, nil))
+
+	for range 2 {
+		server, roots := serverCertificate()
+		current.Store(&server.Certificates[0]) // as of tls.LoadX509KeyPair
+		c, err := tls.Dial("tcp", l.Addr().String(), roots)
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		fmt.Println(client{c}.ask("ann"))
+		c.Close()
+	}
+	// Output:
+	// red got ann
+	// red got ann
 }
 
 // An AdmitFunc around HandshakeTLS limits handshakes, which cost more than connections. It reports

@@ -17,15 +17,15 @@ import (
 // checks in a row is down: it gets no connection, even if there is no other upstream, until it
 // passes Rise checks in a row. Dials to it that are in progress are given up at once for the next
 // upstream; its open connections go on, unless [Options].CloseOnDown is set. An upstream that is up
-// again gets at most every second new connection until another upstream has as few open. When no
+// again gets at most every second connection until its load has reached another upstream's. When no
 // upstream is up, clients get [ErrNoUpstream].
 //
 // An upstream counts as up until its checks fail, so that service begins at once; its first check
 // comes within an Interval. Dials still count: an upstream whose dial failed is skipped for
 // [Options].FailTimeout although its checks pass. An upstream that is down is not dialed at all.
 //
-// How long a client may wait for an upstream that stops answering is at most Fall times the sum of
-// Interval and Timeout, or [Options].DialTimeout, whichever is less.
+// A client waits for an unresponsive upstream for at most the lesser of [Options].DialTimeout and
+// Fall × (Interval + Timeout); then the next one is tried.
 //
 // The checks of an upstream go on over [LBProxyApp.SetUpstreams] while its Addr stays. When it is
 // removed they stop, and the check in progress is canceled.
@@ -53,10 +53,10 @@ type HealthCheck struct {
 	// panic is logged and counts as failed. context.Canceled, and an error that is the proxy's own,
 	// such as having run out of descriptors, count neither way.
 	//
-	// A nil Check dials with Options.DialContext, in a context without a Conn, makes a TLS
+	// A nil Check dials with Options.DialContext, in a context without a Conn, performs a TLS
 	// handshake if u.TLS is set, and closes. (A TLS 1.3 server that rejects the proxy's certificate
 	// still completes the handshake.) A Check of your own may start with [Upstream.Dial], which
-	// does the same through a zero net.Dialer.
+	// does the same through a zero net.Dialer. An example checks web servers.
 	Check func(ctx context.Context, u Upstream) error
 }
 

@@ -58,8 +58,8 @@ type Options struct {
 	IdleTimeout time.Duration
 
 	// FailTimeout is how long an upstream is skipped after a failed dial, unless every upstream has
-	// failed. Then a single connection probes it; others keep skipping it until the probe succeeds.
-	// 0 means 10 seconds, negative means that it is not skipped.
+	// failed. When FailTimeout has passed, one connection probes it; others keep skipping it until
+	// the probe succeeds. 0 means 10 seconds, negative means that it is not skipped.
 	FailTimeout time.Duration
 
 	// HealthCheck makes the app check its upstreams all the time. Such an app must be closed, by
@@ -84,12 +84,12 @@ type Options struct {
 	MaxConns int
 
 	// Loops makes Serve run plain TCP on event loops, one for each processor (GOMAXPROCS). A short
-	// connection then takes about three quarters of the CPU, an idle one a ninth of the memory.
-	// An AdmitFunc and the RateLimit's EventOpen run on a goroutine, which costs some of the gain.
-	// A connection stays on goroutines if its Client is not a *net.TCPConn then, if its RateLimit
-	// asks a manager that is not this package's own, if the upstream has TLS, or with
-	// Options.DialContext. Connections that move bulk leave their loop for goroutines. Loops are
-	// experimental; they exist on Linux, and elsewhere the field is ignored.
+	// connection then takes about three quarters of the CPU, an idle one a ninth of the memory. An
+	// AdmitFunc and the RateLimit's EventOpen run on a goroutine, which costs some of the gain. A
+	// connection stays on goroutines if its Client is not a *net.TCPConn when admit returns, if its
+	// RateLimit asks a manager that is not this package's own, if the upstream has TLS, or with
+	// Options.DialContext. Large transfers leave their loop for goroutines. Loops are experimental;
+	// they exist on Linux, and elsewhere the field is ignored.
 	Loops bool
 
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was
@@ -101,9 +101,11 @@ type Options struct {
 	Logger *slog.Logger
 
 	// OnDone is called once for every connection that was accepted, or given to ServeConn, when it
-	// is over and out of all counts; that is a little after the client sees its end. It runs on
-	// the connection's last goroutine. Shutdown and Close wait for it, so it must not call them;
-	// they do not wait for the OnDone of a ServeConn that is called when the app has been stopped.
+	// is over and out of all counts; that is a little after the client sees its end. It runs on the
+	// connection's last goroutine. If it blocks, each connection that ends holds a goroutine,
+	// without bound. Shutdown and Close wait for it, so it must not call them; they do not wait for
+	// the OnDone of a ServeConn that is called when the app has been stopped. It is the place for
+	// an access log; see [Result.LogValue].
 	OnDone func(Result)
 }
 
@@ -250,23 +252,21 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 // accepted connection. A nil error admits it; any other rejects it: bytes written to Client
 // have a second to arrive, then it is reset, and the error is Result.Err with EndNotAdmitted.
 //
-// ctx carries c (see [ConnFromContext]) and belongs to the connection: it ends with it, also when
-// it is aborted or the app is closed. An AdmitFunc may block, on a goroutine of its own, and must
-// not touch c after it has returned.
+// ctx carries c (see [ConnFromContext]). It is canceled when the connection ends or is aborted, or
+// the app is closed. An AdmitFunc may block, because it has a goroutine of its own. It must not
+// touch c after it has returned.
 //
-// A deadline set on Client stays in force, except on event loops; clear it before returning nil. To
-// be sure that a rejected client sees a message, read from Client before writing it: otherwise the
-// client's dial may fail first.
+// Clear any deadline set on Client before returning nil. To be sure that a rejected client sees a
+// message, read from Client before writing it: otherwise the client's connect may fail first.
 type AdmitFunc func(ctx context.Context, c *Conn) error
 
 // Listen returns a listener on addr, a "host:port", for Serve, which takes any other listener, too.
-// This one is for plain TCP, not MPTCP, and on Linux its connections inherit the keep-alive that
-// net sets on each (after 15 s of silence; lost when 9 probes, 15 s apart, are not answered),
-// which saves four system calls a connection.
+// This one is for plain TCP, not MPTCP. Its connections have net's default keep-alive: idle 15 s,
+// interval 15 s, 9 probes.
 func Listen(addr string) (net.Listener, error) {
 	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // splicing and resets are known of TCP alone
-	relay.InheritKeepAlive(&lc)
+	lc.SetMultipathTCP(false)   // splicing and resets are known of TCP alone
+	relay.InheritKeepAlive(&lc) // on Linux this saves four system calls a connection
 	return lc.Listen(context.Background(), "tcp", addr)
 }
 
@@ -387,8 +387,11 @@ func (r *acceptBackoff) wait(err error) bool {
 
 // Shutdown stops accepting, closes the listeners, and waits until every connection has ended; then
 // it ends the health checks and waits for those in progress. It also waits for a connection whose
-// AdmitFunc has not returned, and serves it if it is admitted. If ctx ends first, Shutdown returns
-// ctx's error and leaves connections open: call Close to abort them.
+// AdmitFunc has not returned, and serves it if it is admitted.
+//
+// If ctx ends first, Shutdown returns ctx's error and leaves the rest to go on: call Close to end
+// it. The error does not say that connections are open, as it may be a health check that has not
+// returned. After Close, Stats().Ends[EndClosed] counts the connections that Close has reset.
 func (a *LBProxyApp) Shutdown(ctx context.Context) error {
 	a.stop()
 	if err := await(ctx, a.drained); err != nil {
@@ -419,10 +422,10 @@ func await(ctx context.Context, done <-chan struct{}) error {
 	}
 }
 
-// Close stops accepting, closes the listeners, resets every connection without waiting for any
-// peer, ends health checks, and returns when all their goroutines have ended. It waits for hooks
-// that are running, and for the system to discard queued bytes: some tenths of a second if there
-// are hundreds of sockets with megabytes each. It returns nil.
+// Close stops accepting, closes the listeners, resets every connection without waiting for clients
+// or upstreams, ends health checks, and returns when the app's goroutines have ended. It waits for
+// hooks that are running, and for the system to discard queued bytes: some tenths of a second if
+// there are hundreds of sockets with megabytes each. It returns nil.
 func (a *LBProxyApp) Close() error {
 	a.stop()
 	a.cancel(ErrAppClosed)

@@ -10,12 +10,12 @@ import (
 	"time"
 )
 
-// A RateLimitManager hears what connections do and decides whether they may go on. Its scope is the
-// caller's choice: connections whose [Conn.RateLimit] is the same manager share its limit, be that
-// a client's, an app's or the whole program's. It must be safe for concurrent use.
+// A RateLimitManager receives the events of connections and decides whether they may go on. Its
+// scope is the caller's choice: connections whose [Conn.RateLimit] is the same manager share its
+// limit, be that a client's, an app's or the whole program's. It must be safe for concurrent use.
 //
-// EventOpen is reported before anything is dialled. If the manager allows it, exactly one
-// EventClose follows, whatever happens. If it refuses, nothing follows, and the open must not cost
+// EventOpen is reported before anything is dialed. If the manager allows it, exactly one EventClose
+// follows, whatever happens. If it refuses, nothing follows, and the connection must not cost
 // anything. EventData is reported after the bytes have moved, at most 1 MiB of them at a time, so a
 // Wait is backpressure.
 //
@@ -24,6 +24,9 @@ import (
 // and the counts stay right. A manager that depends on something that can fail, such as a store,
 // decides itself whether to let connections go on meanwhile. A manager that is kept in
 // [ClientLimits] and remembers more than its open connections should have a method Idle() bool.
+//
+// A program may call Report itself, in an AdmitFunc for example, if it pairs events as above. A
+// connection that it then rejects ends with EndNotAdmitted, not with EndRateLimited.
 type RateLimitManager interface {
 	Report(ctx context.Context, e Event) Decision
 }
@@ -36,9 +39,9 @@ type Event struct {
 	Direction Direction // EventData only
 	Bytes     int64     // EventData only: how many moved, at most 1 MiB
 
-	// Refused is set on the EventClose that undoes an EventOpen: this manager allowed the open, but
-	// a later one of the same [All] refused it, so there never was a connection. The manager should
-	// give back the cost of the open.
+	// Refused is set on the EventClose that undoes an EventOpen: this manager allowed the
+	// connection, but a later one of the same [All] refused it, so it was never served. The manager
+	// should give back its cost.
 	Refused bool
 }
 
@@ -101,18 +104,17 @@ type Decision struct {
 	// Exceeded refuses the connection (EventOpen) or resets it (EventData).
 	Exceeded bool
 
-	// Err is the reason for Exceeded and becomes Result.Err; nil means [ErrRateLimited]. An error
-	// of a manager's own should wrap that one, so that errors.Is finds it.
+	// Err is the reason for Exceeded and becomes Result.Err; nil means [ErrRateLimited]. A custom
+	// error should wrap ErrRateLimited, so that errors.Is finds it.
 	Err error
 
-	// Wait holds the connection before it is dialed for (EventOpen), or this direction of it before
-	// more bytes move (EventData). A direction makes up for inexact timers: a wait of less than a
-	// millisecond is added to the next one, and one that lasted too long shortens the next. Not
-	// positive: no wait.
+	// Wait delays the dial (EventOpen), or the next bytes of this direction (EventData). A
+	// direction makes up for inexact timers: a wait of less than a millisecond is added to the next
+	// one, and one that lasted too long shortens the next. 0 or less means no wait.
 	Wait time.Duration
 
 	// Chunk is the most bytes to move at once next: in this direction (EventData) or in both
-	// (EventOpen). Not positive: the size is chosen such that waits stay near 20 ms. A manager of
+	// (EventOpen). 0 or less: the size is chosen so that waits stay near 20 ms. A manager of
 	// several connections should set the same Chunk for all: otherwise their shares become equal
 	// only after some time, or not quite.
 	Chunk int
@@ -130,18 +132,18 @@ func (d Decision) and(o Decision) Decision {
 	return d
 }
 
-// A TokenBucket limits how often connections open: Burst at once, then one more each Every. It
+// A TokenBucket limits the rate of new connections: Burst at once, then one more each Every. It
 // refuses connections over that rate and never makes one wait. The zero value refuses all. The
 // fields must not change after first use. It is safe for concurrent use.
 type TokenBucket struct {
-	Burst int           // most openings at once; 0 or less refuses all
-	Every time.Duration // time to regain one opening; 0 or less: none is ever regained
+	Burst int           // most new connections at once; 0 or less refuses all
+	Every time.Duration // time to refill one connection; 0 or less: none is ever refilled
 
 	// mu guards the fields below. An empty bucket needs no more state than this: time is compared
 	// when somebody asks, so there is no refilling goroutine, no float and no overflow.
 	mu    sync.Mutex
-	spent int       // openings not yet regained, from 0 to Burst
-	since time.Time // when the next one to be regained began to be; meaningless if spent is 0
+	spent int       // connections not yet refilled, from 0 to Burst
+	since time.Time // when the next one began to be refilled; meaningless if spent is 0
 }
 
 // Report implements [RateLimitManager].
@@ -155,18 +157,18 @@ func (b *TokenBucket) Report(_ context.Context, e Event) Decision {
 	return Decision{}
 }
 
-// Idle reports whether the bucket is full, so that a new one could replace it. See [ClientLimits].
+// Idle reports whether the bucket is full, so that [ClientLimits] may forget it.
 func (b *TokenBucket) Idle() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.regain(time.Now())
+	b.refill(time.Now())
 	return b.spent == 0
 }
 
 func (b *TokenBucket) take(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.regain(now)
+	b.refill(now)
 	if b.spent >= b.Burst {
 		return false
 	}
@@ -177,9 +179,9 @@ func (b *TokenBucket) take(now time.Time) bool {
 	return true
 }
 
-// regain counts whole openings. It is exact, and whole*Every cannot overflow because it never
+// refill counts whole connections. It is exact, and whole*Every cannot overflow because it never
 // exceeds the time that has passed. The caller holds mu.
-func (b *TokenBucket) regain(now time.Time) {
+func (b *TokenBucket) refill(now time.Time) {
 	if b.Every <= 0 || b.spent == 0 {
 		return
 	}
@@ -230,19 +232,15 @@ func (l *OpenLimit) Report(_ context.Context, e Event) Decision {
 // taken together. It never refuses a connection, except that the zero value, which has no rate,
 // refuses all. The fields must not change after first use. It is safe for concurrent use.
 //
-// Connections share the rate equally, whenever they came, and a direction that uses less than its
-// share is hardly delayed by what others move, so that an interactive session stays responsive
-// beside any number of downloads. Each stream that is held gets its turn in about 20 ms. With very
-// many streams a turn takes longer, because no turn is for less than 512 bytes, or what passes in
-// 0.25 ms if that is more.
+// Connections share the rate equally, whenever they came. A direction that uses less than its share
+// is hardly delayed by the others, so an interactive session stays responsive beside any number of
+// downloads.
 type Bandwidth struct {
 	BytesPerSecond int64 // 0 or less refuses all
 
-	// Burst is how many bytes pass without a wait after a rest; 0 or less means none. A rest regains
-	// BytesPerSecond of it each second. As a burst ends, the pieces become smaller, so up to 64
-	// streams overdraw it by no more than what passes in 20 ms, or 512 bytes each if that is more.
-	// For example, 50 streams at 100 KiB per second then pause for a quarter of a second, and a
-	// stream that sends a byte now and then waits 0.03 s at most.
+	// Burst is how many bytes pass without a wait after an idle period, which refills it by
+	// BytesPerSecond each second. 0 or less means none. Up to 64 streams may overdraw it by the
+	// bytes of 20 ms, or 512 bytes each if that is more.
 	Burst int64
 
 	// mu guards the fields below.
@@ -250,7 +248,8 @@ type Bandwidth struct {
 	paid time.Time // when the bytes moved so far are paid for, at BytesPerSecond …
 	owed uint64    // … and so many BytesPerSecond-ths of a nanosecond: exact for the smallest pieces
 
-	// An estimate of how many streams are held. It begins anew, at manyStreams, after a rest.
+	// An estimate of how many streams are held. It begins anew, at manyStreams, after an idle
+	// period.
 	streams float64       // at least 1
 	since   time.Time     // when the count that follows began
 	waits   time.Duration // the sum of all waits told since then
@@ -282,8 +281,7 @@ func (b *Bandwidth) Report(_ context.Context, e Event) Decision {
 	return b.move(time.Now(), max(e.Bytes, 0))
 }
 
-// Idle reports whether all moved bytes are paid for, so that a new one could replace it. See
-// [ClientLimits].
+// Idle reports whether b is back in its initial state, so that [ClientLimits] may forget it.
 func (b *Bandwidth) Idle() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -303,7 +301,7 @@ func (b *Bandwidth) Idle() bool {
 // Start-time fair queueing would need to know the streams, and a queue. The caller holds mu.
 func (b *Bandwidth) move(now time.Time, n int64) (d Decision) {
 	burst, _ := nanoseconds(max(b.Burst, 0), b.BytesPerSecond)
-	if now.Sub(b.paid) > turn-burst { // more than a turn of the burst is unspent, or it was a rest
+	if now.Sub(b.paid) > turn-burst { // more than a turn of the burst is unspent, or b was idle
 		b.streams, b.since, b.waits = manyStreams, now, 0
 	}
 	debt := b.charge(now, n) - burst
@@ -381,10 +379,10 @@ func inTime(d time.Duration, rate int64) int64 {
 	return int64(min(quo, math.MaxInt64))
 }
 
-// All returns a manager that allows an open if every one of managers does. It asks them in order.
-// When one refuses, those asked before it get an EventClose with Refused set at once. It resets a
-// connection when any of them does. The longest Wait and the smallest Chunk count. A nil manager
-// is left out. A manager that holds a nil pointer is not, and panics at its first report.
+// All returns a manager that allows a connection if every one of managers does. It asks them in
+// order. When one refuses, those asked before it get an EventClose with Refused set at once. It
+// resets a connection when any of them does. The longest Wait and the smallest Chunk count. A nil
+// manager is left out. A manager that holds a nil pointer is not, and panics at its first report.
 func All(managers ...RateLimitManager) RateLimitManager {
 	var all all
 	for _, m := range managers {
@@ -461,6 +459,9 @@ var ErrTooManyClients = fmt.Errorf("%w: ClientLimits has no room for a new clien
 
 // ClientLimits keeps one [RateLimitManager] per client. [NewClientLimits] makes one; the zero value
 // refuses all. It is safe for concurrent use.
+//
+// A client is whatever the caller's text names: a user, or a network. An IPv6 address does not do,
+// because one client usually has a whole /64, and so 2^64 limits; an example uses the /64.
 type ClientLimits struct {
 	max      int
 	newLimit func(client string) RateLimitManager
@@ -472,22 +473,22 @@ type ClientLimits struct {
 }
 
 // NewClientLimits returns a ClientLimits that remembers at most max clients (0 or less: none) and
-// calls newLimit to make the manager of each. For calls newLimit whenever the client is not
-// remembered, so perhaps several times for one client; one of the results is used. newLimit must be
+// calls newLimit to make the manager of each. Method For calls newLimit for a client it does not
+// remember, so perhaps several times for one client; one of the results is used. newLimit must be
 // safe for concurrent use. If it returns nil the client has no limit. A nil newLimit refuses all.
 //
-// When max is reached, a new client takes the place of an idle one, which is forgotten: a client
-// without open connections whose manager has no method Idle() bool, or one that returns true.
-// [TokenBucket], [Bandwidth] and [All] have that method, so a forgotten client regains nothing that
-// it had spent. If none of a small sample of clients is idle, the new client is refused with
+// When max is reached, a new client replaces an idle one, which is forgotten. A client is idle if
+// it has no open connection and its manager has no method Idle() bool, or Idle returns true.
+// [TokenBucket], [Bandwidth] and [All] have that method, so being forgotten does not give back what
+// a client has spent. If none of a small sample of clients is idle, the new client is refused with
 // [ErrTooManyClients], although others may be idle.
 func NewClientLimits(max int, newLimit func(client string) RateLimitManager) *ClientLimits {
 	return &ClientLimits{max: max, newLimit: newLimit, clients: map[string]*clientLimit{}}
 }
 
 // For returns the manager of client, for [Conn.RateLimit]. It may be kept, or asked for again for
-// each connection: all that For returns for one client act as one. A client is remembered from its
-// first EventOpen. For returns nil if the client has no limit.
+// each connection: the managers returned for one client share one state. A client is remembered
+// from its first EventOpen. For returns nil if the client has no limit.
 func (l *ClientLimits) For(client string) RateLimitManager {
 	l.mu.Lock()
 	c := l.clients[client]

@@ -300,7 +300,7 @@ func FuzzTokenBucket(f *testing.F) {
 				rise(big.NewRat(passed, every))
 			}
 			b.mu.Lock()
-			b.regain(now)
+			b.refill(now)
 			fullNow := b.spent == 0
 			b.mu.Unlock()
 			if want := level.Cmp(full) == 0; fullNow != want {

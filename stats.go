@@ -6,7 +6,8 @@ import (
 )
 
 // Stats is a snapshot of an app's counters and of its open connections. No counter ever falls, even
-// when upstreams are removed.
+// when upstreams are removed. Package [github.com/danielepagano/lbproxy/mtlsserver/admin] serves
+// Stats as metrics for Prometheus.
 type Stats struct {
 	App      string
 	Stopping bool   // Shutdown or Close was called; it stays true
@@ -51,6 +52,7 @@ type UpstreamStats struct {
 
 // Stats returns a consistent snapshot: the upstreams never have more connections open than the app.
 // It is cheap enough to be called every second; its cost depends on the number of upstreams only.
+// It may be called after Shutdown and Close, too.
 func (a *LBProxyApp) Stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -11,14 +11,15 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// HandshakeTLS returns an AdmitFunc that makes the client speak TLS, then asks next, which finds a
-// [*TLSConn] in Client and no deadline on it; a nil next admits everyone. The handshake has 10
-// seconds and at most 16 KiB from the client; use [TLSServer] for other bounds. HandshakeTLS
-// panics if config is nil.
+// HandshakeTLS returns an AdmitFunc that performs a TLS handshake with the client, then asks next,
+// which finds a [*TLSConn] in Client and no deadline on it; a nil next admits everyone. The
+// handshake has 10 seconds and at most 16 KiB from the client; use [TLSServer] for other bounds.
+// HandshakeTLS panics if config is nil. config must not be changed afterwards; to replace a
+// certificate, set its GetCertificate, which is called in each handshake.
 //
 // It does not bound how many handshakes are in progress: Options.MaxConns does. Limits that next
 // sets begin after the handshake. To bound the handshakes of one address, wrap HandshakeTLS in an
-// AdmitFunc that counts.
+// AdmitFunc that counts, as an example shows.
 func HandshakeTLS(config *tls.Config, next AdmitFunc) AdmitFunc {
 	if config == nil {
 		panic("lbproxy: HandshakeTLS: config is nil")
@@ -45,13 +46,13 @@ func HandshakeTLS(config *tls.Config, next AdmitFunc) AdmitFunc {
 type CloseNotify int
 
 const (
-	// CloseNotifyRequired, the zero value, resets the upstream. The end is EndClientClosed if
-	// both directions were quiet at a record boundary and nothing was unacknowledged, else
+	// CloseNotifyRequired, the zero value, resets the upstream. The end is EndClientClosed if both
+	// directions were idle at a record boundary and nothing was unacknowledged, else
 	// EndClientError.
 	CloseNotifyRequired CloseNotify = iota
 
-	// CloseNotifyIdle passes such a quiet end on to the upstream as the end of the stream. Whoever
-	// can forge a FIN can shorten a stream at a moment when it is quiet.
+	// CloseNotifyIdle passes such an idle end on to the upstream as the end of the stream. Whoever
+	// can forge a FIN can shorten a stream at a moment when it is idle.
 	CloseNotifyIdle
 
 	// CloseNotifyOptional passes every FIN on as the end of the stream, for clients that half-close
@@ -76,7 +77,7 @@ func (n CloseNotify) String() string {
 var ErrHandshakeSize = relay.ErrHandshakeSize
 
 // A TLSConn is the server side of a TLS connection, for a [Conn]'s Client. It differs from a
-// tls.Conn in that the end of the connection below it is not the end of the stream: the peer must
+// tls.Conn in that the end of the connection below it is not the end of the stream: the client must
 // have said so by close_notify, else Read returns io.ErrUnexpectedEOF. A large Write leaves in few
 // system calls. Until the handshake is done, no more than a given number of bytes is read.
 //
@@ -96,8 +97,8 @@ type tlsOver struct {
 	state         tls.ConnectionState
 }
 
-// TLSServer returns a TLSConn over raw. At most maxHandshake bytes are read before the handshake
-// is done; 0 means any number. config must not be nil, as for tls.Server.
+// TLSServer returns a TLSConn over raw. At most maxHandshake bytes are read before the handshake is
+// done; 0 means any number. config must not be nil or changed afterwards, as for tls.Server.
 func TLSServer(raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
 	c := new(TLSConn)
 	c.conn.Store(relay.NewTLS(tls.Server, raw, config, maxHandshake))
@@ -125,7 +126,7 @@ func (c *TLSConn) release() {
 // Handshake is HandshakeContext with the background context.
 func (c *TLSConn) Handshake() error { return c.HandshakeContext(context.Background()) }
 
-// HandshakeContext makes the TLS handshake unless it has been made. See
+// HandshakeContext performs the TLS handshake unless it has been performed. See
 // [tls.Conn.HandshakeContext].
 func (c *TLSConn) HandshakeContext(ctx context.Context) error {
 	if t := c.conn.Load(); t != nil {
@@ -158,7 +159,7 @@ func (c *TLSConn) LocalAddr() net.Addr {
 	return c.over.local
 }
 
-// RemoteAddr returns the peer's address.
+// RemoteAddr returns the client's address.
 func (c *TLSConn) RemoteAddr() net.Addr {
 	if t := c.conn.Load(); t != nil {
 		return t.RemoteAddr()
@@ -166,7 +167,7 @@ func (c *TLSConn) RemoteAddr() net.Addr {
 	return c.over.remote
 }
 
-// Read reads decrypted bytes. It returns io.EOF only when the peer has sent close_notify.
+// Read reads decrypted bytes. It returns io.EOF only when the client has sent close_notify.
 func (c *TLSConn) Read(b []byte) (int, error) { return c.io(b, (*relay.TLS).Read) }
 
 // Write writes b. If it fails and b has more than 16 KiB, it is not known how many bytes of b

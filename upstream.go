@@ -42,9 +42,9 @@ type Upstream struct {
 	// shown.
 	Drain bool
 
-	// TLS, if set, makes the app speak TLS to the upstream; its Certificates prove the proxy to
-	// it. An empty ServerName is taken from Addr, as in tls.Dial. A stream that the upstream ends
-	// without close_notify counts as cut. nil means plain TCP.
+	// TLS, if set, makes the app speak TLS to the upstream; its Certificates prove the proxy to it.
+	// An empty ServerName is taken from Addr, as in tls.Dial. A stream that the upstream ends
+	// without close_notify counts as aborted. nil means plain TCP.
 	TLS *tls.Config `json:"-"`
 
 	// ProxyProtocol is the version, 1 or 2, of the PROXY protocol header that is sent to the upstream
@@ -372,9 +372,9 @@ func exhausted(err error) bool {
 }
 
 // Dial connects to u as the default health check does: it dials Addr, sends a PROXY header that
-// names no client (LOCAL, or UNKNOWN in version 1) if u.ProxyProtocol is set, makes a TLS handshake
-// if u.TLS is set, and returns the connection, which the caller must close. ctx bounds all of it.
-// It is for a [HealthCheck].Check that speaks the upstream's protocol.
+// names no client (LOCAL, or UNKNOWN in version 1) if u.ProxyProtocol is set, performs a TLS
+// handshake if u.TLS is set, and returns the connection, which the caller must close. ctx bounds
+// all of it. It is for a [HealthCheck].Check that speaks the upstream's protocol.
 //
 // Dial knows no app: it uses a zero [net.Dialer], where the default check uses
 // [Options].DialContext.
