@@ -4,22 +4,27 @@
 //	mux.Handle("/lb/", http.StripPrefix("/lb", admin.Handler(apps, nil)))
 //
 // Package mtlsserver serves it at the addresses under "admin" in its configuration. This package
-// imports lbproxy and the standard library only; [Options] connect it with a server.
+// imports lbproxy and the standard library only.
 //
 // # Reading
 //
 //	GET /           the status page; it works without JavaScript
 //	GET /conns      the open connections, as a page
-//	GET /metrics    the text format of Prometheus
+//	GET /metrics    the text format of Prometheus; docs/metrics.md lists the metrics
 //	GET /healthz    200 while the program answers
-//	GET /readyz     200, or 503 and why: draining, or an app without an upstream that is up
+//	GET /readyz     200, or 503 and why: an app is draining (Shutdown or Close was called), or has
+//	                no upstream that is up, or Options.Info says NotReady
 //	GET /api/stats  a [Stats] in JSON; ?brief=1 leaves out upstreams, users and certificates
 //	GET /api/conns  a [Conns] in JSON: ?app, user, upstream and client select, offset and limit
 //	                (at most 1,000; by default 100) page
 //
 // Counters never fall: removed apps and upstreams keep their counts. The counts of up to 1,000
 // removed apps, and of 1,000 removed upstreams of each app, keep their names; the rest are summed
-// under the empty name.
+// under app="" and upstream="".
+//
+// The Host of a request must be an IP address, localhost or one of Options.Hosts, except on a Unix
+// socket. Otherwise the answer is 421. So Prometheus must scrape by IP address, or Options.Hosts
+// must have the name that it uses.
 //
 // # Changing
 //

@@ -10,6 +10,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -506,5 +509,44 @@ func TestHugeBodyIsNotRead(t *testing.T) {
 		if sent > 64<<20 || answer != "" && !strings.HasPrefix(answer, "HTTP/1.1 4") {
 			t.Errorf("%s: %d bytes were taken, answer %.100q", head, sent, answer)
 		}
+	}
+}
+
+// docs/metrics.md has a row for each metric, with its type, its labels and its help.
+func TestMetricsAreListed(t *testing.T) {
+	recorder := &admin.Recorder{}
+	app := newApp(t, "web", recorder.Record("web", nil), "127.0.0.1:1")
+	h := admin.Handler(listOf(app), &admin.Options{Recorder: recorder, Info: fullInfo("alice")})
+	type family struct{ kind, help string }
+	families, labels := map[string]family{}, map[string]string{}
+	help, name := "", ""
+	for line := range strings.Lines(get(t, h, "/metrics")) {
+		if text, ok := strings.CutPrefix(line, "# HELP "); ok {
+			name, help, _ = strings.Cut(strings.TrimSpace(text), " ")
+		} else if text, ok := strings.CutPrefix(line, "# TYPE "+name+" "); ok {
+			families[name] = family{strings.TrimSpace(text), help}
+		} else if labels[name] == "" {
+			var each []string
+			for _, parts := range regexp.MustCompile(`([a-z]+)="`).FindAllStringSubmatch(line, -1) {
+				if parts[1] != "le" { // all histograms have it
+					each = append(each, "`"+parts[1]+"`")
+				}
+			}
+			labels[name] = strings.Join(each, ", ")
+		}
+	}
+	var want []string
+	for name, f := range families {
+		want = append(want, fmt.Sprintf("| `%s` | %s | %s | %s |", name, f.kind, labels[name], f.help))
+	}
+	slices.Sort(want)
+	page, err := os.ReadFile("../../docs/metrics.md")
+	proxytest.Must(t, err)
+	got := regexp.MustCompile("(?m)^\\| `[a-z_]+` \\| (gauge|counter|histogram) \\|.*").
+		FindAllString(string(page), -1)
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("docs/metrics.md has the rows\n%s\nwant\n%s",
+			strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }

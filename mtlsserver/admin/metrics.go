@@ -24,7 +24,7 @@ func (h *handler) metrics(w http.ResponseWriter, _ *http.Request) {
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
 		version = info.Main.Version
 	}
-	t.family("lbproxy_build_info", "gauge", "The version of the program and of Go.")
+	t.family("lbproxy_build_info", "gauge", "The versions of the program and of Go; the value is 1.")
 	t.add(1, "version", version, "goversion", runtime.Version())
 	t.apps(s.Apps)
 	t.upstreams(s.Apps)
@@ -41,17 +41,17 @@ func (t *exposition) apps(apps []App) {
 	for _, a := range apps {
 		t.add(uint64(a.Open), "app", a.ID)
 	}
-	t.family("lbproxy_accepted_connections_total", "counter", "Connections ever.")
+	t.family("lbproxy_accepted_connections_total", "counter", "Connections that were accepted.")
 	for _, a := range apps {
 		t.add(a.Accepted, "app", a.ID)
 	}
-	t.family("lbproxy_connections_total", "counter", "Connections that are over, by how they ended.")
+	t.family("lbproxy_connections_total", "counter", "Connections that have ended, by how.")
 	for _, a := range apps {
 		for _, end := range sorted(a.Ends) {
 			t.add(a.Ends[end], "app", a.ID, "end", string(end))
 		}
 	}
-	t.family("lbproxy_refused_total", "counter", "Connections that were not served.")
+	t.family("lbproxy_refused_total", "counter", "Connections that were not served, by reason.")
 	for _, a := range apps {
 		t.add(a.NotAdmitted, "app", a.ID, "reason", "not-admitted")
 		t.add(a.Refused, "app", a.ID, "reason", "rate-limited")
@@ -80,7 +80,7 @@ func (t *exposition) upstreams(apps []App) {
 			}
 		}
 	}
-	t.family("lbproxy_upstream_state", "gauge", "1 for the state that the upstream is in.")
+	t.family("lbproxy_upstream_state", "gauge", "1 for the state that it is in, 0 for the others.")
 	each(false, func(app string, u *Upstream) {
 		for _, state := range states {
 			t.add(one(u.State == state), "app", app, "upstream", u.Addr, "state", string(state))
@@ -90,13 +90,13 @@ func (t *exposition) upstreams(apps []App) {
 		name, kind, help string
 		of               func(*Upstream) uint64
 	}{
-		{"draining", "gauge", "1 if it gets no new connections.",
+		{"draining", "gauge", "1 if it is draining or removed.",
 			func(u *Upstream) uint64 { return one(u.Drain || u.Removed) }},
 		{"weight", "gauge", "Its weight.",
 			func(u *Upstream) uint64 { return uint64(u.Weight) }},
 		{"open_connections", "gauge", "Connections now, dials included.",
 			func(u *Upstream) uint64 { return uint64(u.Open) }},
-		{"connections_total", "counter", "Connections it was chosen for.",
+		{"connections_total", "counter", "Connections that it was chosen for.",
 			func(u *Upstream) uint64 { return u.Total }},
 		{"dial_failures_total", "counter", "Dials that failed by its fault.",
 			func(u *Upstream) uint64 { return u.Failed }},
@@ -126,7 +126,7 @@ func (h *handler) durations(t *exposition, apps []App) {
 		bounds     []time.Duration
 		of         func(*times) *histogram
 	}{
-		{"dial", "How long dials that succeeded took.", dialBounds[:],
+		{"dial", "How long successful dials took.", dialBounds[:],
 			func(t *times) *histogram { return &t.dials }},
 		{"connection", "How long connections lasted.", connBounds[:],
 			func(t *times) *histogram { return &t.conns }},
@@ -141,11 +141,11 @@ func (h *handler) durations(t *exposition, apps []App) {
 }
 
 func (t *exposition) info(info Info) {
-	t.family("mtlsserver_refused_total", "counter", "Clients refused, or cut off, by reason.")
+	t.family("mtlsserver_refused_total", "counter", "Clients refused, or cut off later, by reason.")
 	for _, reason := range sorted(info.Refused) {
 		t.add(info.Refused[reason], "reason", reason)
 	}
-	t.family("mtlsserver_user_connections", "gauge", "Connections of users who have any.")
+	t.family("mtlsserver_user_connections", "gauge", "Open connections of users who have any.")
 	const most = 1000 // users with a metric each; the others share one
 	for _, u := range info.Users[:min(most, len(info.Users))] {
 		t.add(uint64(u.Open), "user", u.Name, "app", u.App)
@@ -157,7 +157,7 @@ func (t *exposition) info(info Info) {
 	for _, app := range sorted(others) {
 		t.add(others[app], "user", "", "app", app)
 	}
-	t.family("mtlsserver_certificate_expiry_timestamp_seconds", "gauge", "When it expires.")
+	t.family("mtlsserver_certificate_expiry_timestamp_seconds", "gauge", "When it expires; of several in a file, the first to expire.")
 	ends := map[string]time.Time{}
 	for _, c := range info.Certificates {
 		if at, ok := ends[c.File]; !ok || c.NotAfter.Before(at) {

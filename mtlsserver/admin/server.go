@@ -22,9 +22,16 @@ import (
 
 // Listen says where a [Server] listens.
 type Listen struct {
-	Addr     string // "127.0.0.1:9090"; empty: nowhere
-	Anywhere bool   // Addr need not be loopback; others may read only /healthz, /readyz and /metrics
-	Socket   string // the path of a Unix socket; empty: none
+	// Addr is an IP address or localhost, and a port, such as "127.0.0.1:9090". Empty means none.
+	Addr string
+
+	// Anywhere allows an Addr that is not loopback. Other machines may then read /healthz, /readyz
+	// and /metrics, and nothing else. Prometheus must scrape by IP address, or Options.Hosts must
+	// have the name.
+	Anywhere bool
+
+	// Socket is the path of a Unix socket, whose clients may make changes. Empty means none.
+	Socket string
 }
 
 // A Server answers admin requests. Slow or many clients delay only each other: requests have

@@ -96,7 +96,7 @@ type User struct {
 	Open int    `json:"open"`
 }
 
-// A Certificate describes a certificate in force.
+// A Certificate describes a certificate that the server uses.
 type Certificate struct {
 	Key      string    `json:"key"` // where the configuration names it
 	File     string    `json:"file"`
