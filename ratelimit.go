@@ -132,17 +132,17 @@ func (d Decision) and(o Decision) Decision {
 	return d
 }
 
-// A TokenBucket limits the rate of new connections: Burst at once, then one more each Every. It
-// refuses connections over that rate and never makes one wait. The zero value refuses all. The
-// fields must not change after first use. It is safe for concurrent use.
+// A TokenBucket limits the rate of new connections. Each takes one of Burst tokens, and a token is
+// refilled each Every. A connection without a token is refused; none waits. The zero value refuses
+// all. The fields must not change after first use. It is safe for concurrent use.
 type TokenBucket struct {
-	Burst int           // most new connections at once; 0 or less refuses all
-	Every time.Duration // time to refill one connection; 0 or less: none is ever refilled
+	Burst int           // tokens of a full bucket; 0 or less refuses all
+	Every time.Duration // time to refill one token; 0 or less: none is ever refilled
 
 	// mu guards the fields below. An empty bucket needs no more state than this: time is compared
 	// when somebody asks, so there is no refilling goroutine, no float and no overflow.
 	mu    sync.Mutex
-	spent int       // connections not yet refilled, from 0 to Burst
+	spent int       // tokens not yet refilled, from 0 to Burst
 	since time.Time // when the next one began to be refilled; meaningless if spent is 0
 }
 
@@ -179,8 +179,8 @@ func (b *TokenBucket) take(now time.Time) bool {
 	return true
 }
 
-// refill counts whole connections. It is exact, and whole*Every cannot overflow because it never
-// exceeds the time that has passed. The caller holds mu.
+// refill adds whole tokens. It is exact, and whole*Every cannot overflow because it never exceeds
+// the time that has passed. The caller holds mu.
 func (b *TokenBucket) refill(now time.Time) {
 	if b.Every <= 0 || b.spent == 0 {
 		return

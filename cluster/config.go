@@ -56,12 +56,12 @@ func (s *Store) Config(ctx context.Context) (Config, error) {
 	return c, nil
 }
 
-// Put replaces the configuration whose version is from, or 0 if there is none yet, and returns the
+// Put replaces the configuration whose version is base, or 0 if there is none yet, and returns the
 // new version. If another version is in the store, Put returns [ErrConflict], so only one of
 // several concurrent calls succeeds. If the store has replicas, Put waits up to a second until one
-// of them has the configuration. An error with a version above 0 means that the configuration is
-// in force, but no replica has it.
-func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
+// of them has the configuration. An error with a version above 0 means that the configuration is in
+// force, but no replica has it.
+func (s *Store) Put(ctx context.Context, base int64, text []byte, by string,
 ) (version int64, err error) {
 	c := s.client.Load()
 	if c == nil {
@@ -73,7 +73,7 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 	// WAIT covers only the writes of its own connection.
 	err = c.Dedicated(func(d rueidis.DedicatedClient) error {
 		put := d.B().Eval().Script(putText).Numkeys(1).Key(s.key("config")).
-			Arg(strconv.FormatInt(from, 10), string(text), by).Build()
+			Arg(strconv.FormatInt(base, 10), string(text), by).Build()
 		answer, err := d.Do(ctx, put).AsIntSlice()
 		switch {
 		case err != nil:
@@ -81,7 +81,7 @@ func (s *Store) Put(ctx context.Context, from int64, text []byte, by string,
 		case len(answer) != 2:
 			return fmt.Errorf("the store answers with %d values instead of 2", len(answer))
 		case answer[0] == 0:
-			return fmt.Errorf("%w (version %d is not %d)", ErrConflict, answer[1], from)
+			return fmt.Errorf("%w (version %d is not %d)", ErrConflict, answer[1], base)
 		}
 		version = answer[1]
 		info, err := d.Do(ctx, d.B().Info().Section("replication").Build()).ToString()

@@ -17,22 +17,22 @@ import (
 // A Limit bounds the connections and bytes of a client over all proxies together. A zero field sets
 // no bound, a negative one refuses everything, and so does the zero Limit.
 type Limit struct {
-	Burst int           // most connections opened at once
-	Every time.Duration // time to regain one opening; 0 or less: none is ever regained
+	Burst int           // tokens of a full bucket: a new connection takes one
+	Every time.Duration // time to refill one token; 0 or less: none is ever refilled
 
-	// Open is the most connections open at once. It is exact: each connection asks the store. When
-	// a proxy dies, its connections stop counting after 6 seconds.
+	// Open is the most open connections. It is exact: each connection asks the store. When a proxy
+	// dies, its connections stop counting after 6 seconds.
 	Open int
 
-	// BytesPerSecond is the rate of both directions together. Every 100 ms proxies exchange, through
-	// the store, how much they could use. Each gets an even part, and more if others leave some. For
-	// 100 ms after another proxy begins to move data, the rate may be exceeded by its part. Moving
-	// data never waits for the store.
+	// BytesPerSecond is the rate of both directions together. Every 100 ms proxies exchange,
+	// through the store, how much they could use. Each gets an even part, and more if others leave
+	// some. When another proxy begins to move data, the rate may be exceeded by its part for 100
+	// ms. Moving data never waits for the store.
 	BytesPerSecond int64
 
-	// Exact makes each connection ask the store. Otherwise a proxy borrows as many openings as it
+	// Exact makes each connection ask the store. Otherwise a proxy borrows as many tokens as it
 	// used in the last 100 ms, and returns unused ones after 100 ms. A crash loses the borrowed
-	// openings until they are regained.
+	// tokens until they are refilled.
 	Exact bool
 
 	// Outage is the policy while the store is away.
@@ -71,7 +71,7 @@ var limitText string
 var limitScript = rueidis.NewLuaScript(limitText)
 
 const (
-	flushEvery = 100 * time.Millisecond // between settlements of openings and bytes
+	flushEvery = 100 * time.Millisecond // between settlements of tokens and bytes
 	renewEvery = 2 * time.Second        // of open connections, which limit.lua forgets after 6 s
 	forever    = time.Duration(1) << 52 * time.Microsecond
 )
@@ -97,12 +97,12 @@ type limiter struct {
 
 	mu       sync.Mutex // not held over a call
 	active   bool       // the flusher looks at it
-	lent     int        // openings borrowed and not used
-	used     int        // openings granted by the store and used since the last tick
+	lent     int        // tokens borrowed and not used
+	used     int        // tokens granted by the store and used since the last tick
 	before   int        // used between the last two ticks
 	charged  int        // the part of used that share has been charged for
-	owed     int        // openings admitted without the store and not yet reported
-	share    bucket     // openings to admit without the store
+	owed     int        // tokens granted without the store and not yet reported
+	share    bucket     // tokens to grant without the store
 	open     int        // connections open
 	change   int        // of open, not yet reported
 	heal     bool       // a call failed: the store may have another number
@@ -212,7 +212,7 @@ func (m *limiter) enter(ctx context.Context) bool {
 			if t.err != nil {
 				return m.alone()
 			}
-			continue // with the openings that the trip has brought
+			continue // with the tokens that the trip has brought
 		}
 		c := call{wanted: min(m.l.Burst, 1), asks: 1}
 		if leased {
@@ -272,11 +272,11 @@ func (m *limiter) alone() bool {
 // part returns this proxy's part of the limit without the store: one in n.
 func (m *limiter) part() (n, burst int, every time.Duration) {
 	n = int(m.store.peers.Load())
-	most := min(n, max(m.l.Burst, 1)) // a part is one opening at least
+	most := min(n, max(m.l.Burst, 1)) // a part is one token at least
 	return n, max(m.l.Burst/n, 1), min(m.every, forever/time.Duration(most)) * time.Duration(most)
 }
 
-// settle charges the share for the openings that the store has granted, so that the policy does not
+// settle charges the share for the tokens that the store has granted, so that the policy does not
 // grant them again. The caller holds mu.
 func (m *limiter) settle(now time.Time) {
 	if n := m.used - m.charged; n > 0 && m.l.Burst > 0 {
@@ -286,8 +286,8 @@ func (m *limiter) settle(now time.Time) {
 	m.charged = m.used
 }
 
-// batch returns how many openings to borrow: as many as were needed lately, but no more than are
-// regained in that time, and no more than this proxy's part. The caller holds mu.
+// batch returns how many tokens to borrow: as many as were needed lately, but no more than are
+// refilled in that time, and no more than this proxy's part. The caller holds mu.
 func (m *limiter) batch() int {
 	_, burst, _ := m.part()
 	needed := max(m.used, m.before, m.waiting+1)
@@ -314,7 +314,7 @@ func (m *limiter) wait(ctx context.Context, t *trip) bool {
 	}
 }
 
-// leave counts a connection that has ended. If another limit refused it, it returns its opening.
+// leave counts a connection that has ended. If another limit refused it, it returns its token.
 func (m *limiter) leave(refused bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -382,8 +382,8 @@ func (m *limiter) activate() {
 
 // A call is one trip to the store.
 type call struct {
-	wanted    int  // openings
-	given     int  // openings to return
+	wanted    int  // tokens
+	given     int  // tokens to return
 	asks      int  // 1 for a connection that asks to be admitted
 	absolute  bool // report the number of open connections, not its change
 	exclusive bool // others wait for this call
@@ -451,13 +451,13 @@ func (m *limiter) ask(c *call) error {
 }
 
 // hold returns how long not to ask again after the store has refused, or has granted less than was
-// wanted. A limit that borrows waits for several openings to be regained: otherwise a flood would
+// wanted. A limit that borrows waits for several tokens to be refilled: otherwise a flood would
 // cause a call for each.
 func (m *limiter) hold(c *call, wait time.Duration) time.Duration {
 	if c.exclusive && c.wanted > 0 {
 		wait = max(wait, min(flushEvery, m.every*time.Duration(m.l.Burst)/2))
 	}
-	return min(wait, time.Second) // another proxy may return openings
+	return min(wait, time.Second) // another proxy may return tokens
 }
 
 // An answer is the result of limit.lua.
@@ -482,7 +482,7 @@ func (a *answer) read(values []rueidis.RedisMessage) error {
 
 // A bucket is a token bucket whose size is an argument, because it changes with the number of
 // proxies.
-type bucket struct{ full time.Time } // when all openings will have been regained
+type bucket struct{ full time.Time } // when all tokens will have been refilled
 
 func (b *bucket) take(now time.Time, burst int, every time.Duration) bool {
 	full := later(b.full, now).Add(every)
@@ -493,7 +493,7 @@ func (b *bucket) take(now time.Time, burst int, every time.Duration) bool {
 	return true
 }
 
-// charge takes n openings, or as many as there are.
+// charge takes n tokens, or as many as there are.
 func (b *bucket) charge(now time.Time, n, burst int, every time.Duration) {
 	from := later(b.full, now)
 	free := time.Duration(burst)*every - from.Sub(now)

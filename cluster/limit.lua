@@ -1,15 +1,15 @@
 -- One call of one proxy for one limit. Time is the store's, in microseconds.
 --
--- KEYS[1]  the limit's hash: tat   when all openings will have been regained
+-- KEYS[1]  the limit's hash: tat   when all tokens will have been refilled
 --                            o:ID  "n until": open connections of a proxy, and when to forget them
 --                            b:ID  "n until": bytes a second a proxy could use, -1: no bound
--- ARGV     1 the proxy   2 burst (0: openings are not limited)   3 every   4 max open (0: no limit)
+-- ARGV     1 the proxy   2 burst (0: no bound)   3 every   4 max open (0: no limit)
 --          5 bytes a second (0: no limit)
---          6 openings wanted   7 returned   8 admitted while the store was away
+--          6 tokens wanted   7 returned   8 admitted while the store was away
 --          9 open connections of the proxy: "+n" or "-n" is the change, "=n" the number
 --         10 1: a connection asks to be admitted
 --         11 bytes a second that it could use, -1 for no bound, 0 if it moves none
--- returns  {openings granted, "" or why none: "rate", "open", µs until asking again is useful,
+-- returns  {tokens granted, "" or why none: "rate", "open", µs until asking again is useful,
 --           bytes a second that the proxy may move}
 local t = redis.call('TIME')
 local now = t[1] * 1000000 + t[2]

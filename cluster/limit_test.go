@@ -106,7 +106,7 @@ func TestHugeLimitsDoNotOverflow(t *testing.T) {
 	}
 }
 
-// The clocks of proxies do not matter: openings are regained by the store's clock.
+// The clocks of proxies do not matter: tokens are refilled by the store's clock.
 func TestTimeIsTheStores(t *testing.T) {
 	server := miniredis.RunT(t)
 	at := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -481,7 +481,7 @@ func TestDataNeverCallsTheStore(t *testing.T) {
 	}
 }
 
-// A proxy borrows as many openings as it has used lately, within bounds.
+// A proxy borrows as many tokens as it has used lately, within bounds.
 func TestBatch(t *testing.T) {
 	s, _ := dial(t, "redis://"+miniredis.RunT(t).Addr(), &Options{Peers: 4})
 	for _, c := range []struct {
@@ -495,7 +495,7 @@ func TestBatch(t *testing.T) {
 		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 3, 5, 0, false, 5},
 		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 0, 0, 6, false, 7},
 		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 4, 0, 0, true, 6},
-		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 50, 0, 0, false, 10}, // regained in 100 ms
+		{Limit{Burst: 100, Every: 10 * time.Millisecond}, 50, 0, 0, false, 10}, // refills in 100 ms
 		{Limit{Burst: 100, Every: time.Millisecond}, 50, 0, 0, false, 25},      // a quarter
 		{Limit{Burst: 10, Every: time.Minute}, 5, 0, 0, false, 1},
 		{Limit{Burst: 2, Every: time.Microsecond}, 5, 0, 0, false, 1},
@@ -508,7 +508,7 @@ func TestBatch(t *testing.T) {
 	}
 }
 
-// A dead proxy's borrowed openings are lost until they are regained: one batch.
+// A dead proxy's borrowed tokens are lost until they are refilled: one batch.
 func TestCrashLosesOneBatch(t *testing.T) {
 	server := miniredis.RunT(t)
 	at := time.Now()

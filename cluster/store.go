@@ -380,7 +380,7 @@ func (s *Store) log() *slog.Logger {
 	return slog.Default()
 }
 
-// Close returns the openings that limits have borrowed, closes the connection and waits for all
+// Close returns the tokens that limits have borrowed, closes the connection and waits for all
 // goroutines of s. Members stop beating. Limits that are still in use follow their policies. Close
 // always returns nil.
 func (s *Store) Close() error {

@@ -136,9 +136,9 @@ type UserSerial struct {
 // A Limit bounds a user's connections and bytes. Zero fields set no bound; Burst and Every go
 // together.
 type Limit struct {
-	Burst          int           `json:"burst,omitzero"`          // connections opened at once,
-	Every          time.Duration `json:"every,omitzero"`          // and the time to regain one
-	Open           int           `json:"open,omitzero"`           // connections open at once
+	Burst          int           `json:"burst,omitzero"`          // most new connections at once
+	Every          time.Duration `json:"every,omitzero"`          // time to refill one of them
+	Open           int           `json:"open,omitzero"`           // most open connections at once
 	BytesPerSecond int64         `json:"bytesPerSecond,omitzero"` // both directions together
 }
 

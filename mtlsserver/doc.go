@@ -11,7 +11,7 @@
 //		log.Fatal(err)
 //	}
 //	if err := server.Run(ctx); err != nil {
-//		log.Fatal(err) // connections had to be cut
+//		log.Fatal(err) // connections had to be reset
 //	}
 //
 // An app is one listener with its upstreams. A user is a list of certificate serials and of the

@@ -27,7 +27,7 @@ const (
 	HandshakeTimeout   Reason = "handshake-timeout"     // Handshake.Timeout
 	HandshakeTooLarge  Reason = "handshake-too-large"   // Handshake.MaxBytes
 
-	// A trusted peer sent no valid PROXY protocol header (App.AcceptProxy).
+	// A trusted balancer sent no valid PROXY protocol header (App.AcceptProxy).
 	NoProxyHeader Reason = "no-proxy-header"
 
 	NotTLS          Reason = "not-tls"           // the first bytes are not TLS
@@ -142,7 +142,7 @@ type Identity struct {
 // An Authenticator identifies clients by their certificates and decides which apps they may reach.
 // Use it with a tls.Config that has RequireAnyClientCert, MinVersion VersionTLS13 and
 // SessionTicketsDisabled. Identify refuses resumed sessions, so without SessionTicketsDisabled
-// every second connection of a client with tickets would fail.
+// about half of the connections of a client with tickets would fail.
 //
 // Identify verifies the certificate itself, against CAs alone. RequireAndVerifyClientCert works
 // too, but then crypto/tls verifies the certificate as well, and anyone can make that cost 30 ms

@@ -43,7 +43,7 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 		l.release()
 	}
 	if r.End == lbproxy.EndClosed && l.id.Load() != nil {
-		s.cut.Add(1)
+		s.wasReset.Add(1)
 	}
 	reason, level := reasonOf(l, r), slog.LevelInfo
 	refusal, refused := errors.AsType[*Refusal](r.Err)

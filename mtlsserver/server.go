@@ -72,7 +72,7 @@ type Server struct {
 	running  chan struct{}   // closed by Run
 	closing  context.Context // ends when the server is stopped
 	close    func()          // ends closing; called under mu
-	cut      atomic.Int64    // users' connections that a drain or Close has cut
+	wasReset atomic.Int64    // users' connections that a drain or Close has reset
 	serving  sync.WaitGroup  // once closing has ended, only stop adds to it
 
 	over     context.Context // ends when the server is stopped and every connection has ended
@@ -157,8 +157,8 @@ func (s *Server) Certificates() []Certificate {
 }
 
 // Run serves until ctx ends. Then it drains: it stops accepting, waits up to Config.DrainTimeout
-// for connections to end, and cuts the rest. Close ends Run at once. Run returns nil if it has cut
-// no connection, else an error. It can be called only once.
+// for connections to end, and resets the rest. Close ends Run at once. Run returns nil if it has
+// reset no connection, else an error. It can be called only once.
 func (s *Server) Run(ctx context.Context) error {
 	s.mu.Lock()
 	ran, closed := s.ran, s.closing.Err() != nil
@@ -181,15 +181,15 @@ func (s *Server) Run(ctx context.Context) error {
 	drain, cancel := context.WithTimeout(context.Background(), s.current.Load().drain)
 	defer cancel()
 	s.stop(func(p *proxy) { p.drain(drain) })
-	if n := s.cut.Load(); n > 0 {
-		return fmt.Errorf("mtlsserver: connections were still open and have been cut: %d", n)
+	if n := s.wasReset.Load(); n > 0 {
+		return fmt.Errorf("mtlsserver: connections were still open and have been reset: %d", n)
 	}
 	return nil
 }
 
-// Close stops the server and cuts every connection without waiting for any peer. It returns when
-// all connections have ended and the log is written, or a second later if the Logger blocks. The
-// error is always nil.
+// Close stops the server and resets every connection without waiting for clients or upstreams. It
+// returns when all connections have ended and the log is written, or a second later if the Logger
+// blocks. The error is always nil.
 func (s *Server) Close() error {
 	s.stop(func(p *proxy) { p.app.Close() })
 	return nil

@@ -1,8 +1,8 @@
 // Package gateway names the live proxies of a cluster in DNS.
 //
 // It names live proxies that are neither draining nor full, in random order, up to 64 of them. If
-// all are draining or full, it names those. Load has no other effect: resolvers cache answers, so
-// naming only the least loaded proxies would send all clients to the same few.
+// all are draining or full, it names them anyway. Load has no other effect: resolvers cache
+// answers, so naming only the least loaded proxies would send all clients to the same few.
 //
 // A zone has these names. Proxies whose address is a name have SRV records only.
 //

@@ -6,7 +6,7 @@
 // first, so clients that come one at a time all get the first one.
 //
 // Basic serves until it is interrupted, then waits for open connections to end; a second interrupt
-// cuts them. Without flags it demonstrates lbproxy in a short story, with its own servers and
+// resets them. Without flags it demonstrates lbproxy in a short story, with its own servers and
 // clients on loopback.
 package main
 
@@ -124,8 +124,8 @@ Limits for each client address (IPv6: /64), none by default:
 
   -rate N                 open N connections per second (0.5: one every 2
                           seconds) ...
-  -burst N                ... and N at once after a rest (default: a second's
-                          worth)
+  -burst N                ... and N at once after an idle period (default: a
+                          second's worth)
   -open N                 have N connections open at once
   -bandwidth N            move N bytes per second, both directions together
 `
@@ -150,9 +150,9 @@ func (c *config) flags() *flag.FlagSet {
 	f.BoolFunc("v", "", c.setVerbose)
 	l := &c.limits
 	f.Func("rate", "", number(&l.rate, parseRate,
-		"want openings per second, 0.001 to 1000000, or 0 for no limit"))
+		"want connections per second, 0.001 to 1000000, or 0 for no limit"))
 	f.Func("burst", "", number(&l.burst, strconv.Atoi,
-		"want a whole number of openings, or 0 for the default"))
+		"want a whole number of connections, or 0 for the default"))
 	f.Func("open", "", number(&l.open, strconv.Atoi,
 		"want a whole number of connections, or 0 for no limit"))
 	f.Func("bandwidth", "", number(&l.bandwidth, parseBytes,
@@ -176,7 +176,7 @@ func parse(args []string) (config, error) {
 		return c, errors.New("-upstream is missing: say where to send clients, " +
 			"such as -upstream 10.0.0.1:80")
 	case c.limits.burst > 0 && c.limits.rate == 0:
-		return c, fmt.Errorf("-burst %d without -rate: say how fast openings are regained, "+
+		return c, fmt.Errorf("-burst %d without -rate: say how fast it is refilled, "+
 			"such as -rate 10", c.limits.burst)
 	}
 	if c.limits.burst == 0 {
@@ -258,7 +258,7 @@ func number[N int | int64 | float64 | time.Duration](
 
 func parseBytes(s string) (int64, error) { return strconv.ParseInt(s, 10, 64) }
 
-// parseRate accepts the rates whose time between two openings a time.Duration can express.
+// parseRate accepts the rates whose time between two connections a time.Duration can express.
 func parseRate(s string) (float64, error) {
 	n, err := strconv.ParseFloat(s, 64)
 	if err == nil && n != 0 && !(n >= 0.001 && n <= 1e6) { // also true for NaN

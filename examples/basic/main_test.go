@@ -200,7 +200,7 @@ func TestEcho(t *testing.T) {
 		t.Errorf("after the first line of stdout: %q, want %q", rest, want)
 	}
 	log := p.stderr.String()
-	const stopped = "msg=stopped accepted=1 refused=0 failed=0 cut=0"
+	const stopped = "msg=stopped accepted=1 refused=0 failed=0 reset=0"
 	if !strings.Contains(log, stopped) || strings.Contains(log, up) {
 		t.Errorf("log:\n%swant what was counted, and nothing about a connection", log)
 	}
@@ -314,7 +314,7 @@ func TestBandwidth(t *testing.T) {
 func TestIdle(t *testing.T) {
 	p := startProxy(t, "-idle", "200ms", "-upstream", upstream(t, "server"))
 	if _, err := p.dial(t).Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
-		t.Errorf("Read: %v, want to be cut", err)
+		t.Errorf("Read: %v, want to be reset", err)
 	}
 }
 
@@ -353,11 +353,11 @@ func TestSecondInterruptCloses(t *testing.T) {
 	p.interrupt()
 	p.interrupt()
 	p.wait(t, 1)
-	if log := p.stderr.String(); !strings.Contains(log, "basic: 1 open connections were cut") {
-		t.Errorf("log:\n%swant how many connections were cut", log)
+	if log := p.stderr.String(); !strings.Contains(log, "basic: 1 open connections were reset") {
+		t.Errorf("log:\n%swant how many connections were reset", log)
 	}
 	if _, err := c.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
-		t.Errorf("Read: %v, want to be cut", err)
+		t.Errorf("Read: %v, want to be reset", err)
 	}
 }
 
@@ -365,8 +365,8 @@ func TestWrongFlags(t *testing.T) {
 	const (
 		wantListen   = "want an address of this machine, such as 127.0.0.1:8080 or :8080"
 		wantUpstream = "want host:port or host:port,weight=N, where N is 1 or more"
-		wantRate     = "want openings per second, 0.001 to 1000000, or 0 for no limit"
-		wantBurst    = "want a whole number of openings, or 0 for the default"
+		wantRate     = "want connections per second, 0.001 to 1000000, or 0 for no limit"
+		wantBurst    = "want a whole number of connections, or 0 for the default"
 		wantOpen     = "want a whole number of connections, or 0 for no limit"
 		wantBytes    = "want whole bytes per second, or 0 for no limit"
 		wantConns    = "want a whole number of connections, or 0 for no limit"
@@ -427,7 +427,7 @@ func TestWrongFlags(t *testing.T) {
 		{"-burst 1.5", `invalid value "1.5" for flag -burst: ` + wantBurst},
 		{
 			"-listen 127.0.0.1:0 -upstream b:1 -burst 3",
-			"-burst 3 without -rate: say how fast openings are regained, such as -rate 10",
+			"-burst 3 without -rate: say how fast it is refilled, such as -rate 10",
 		},
 		{"-open many", `invalid value "many" for flag -open: ` + wantOpen},
 		{"-bandwidth 1MB", `invalid value "1MB" for flag -bandwidth: ` + wantBytes},

@@ -45,7 +45,7 @@ func (c config) options() *lbproxy.Options {
 	return opts
 }
 
-// serve serves clients until a signal comes and every connection has ended. A second signal cuts
+// serve serves clients until a signal comes and every connection has ended. A second signal resets
 // the open connections, and then serve returns an error.
 func serve(
 	app *lbproxy.LBProxyApp,
@@ -94,11 +94,11 @@ func serve(
 	}
 	<-served
 	s := app.Stats()
-	cut := s.Ends[lbproxy.EndClosed] // by Close
+	reset := s.Ends[lbproxy.EndClosed] // by Close
 	log.Info("stopped",
-		"accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed, "cut", cut)
-	if cut > 0 {
-		return fmt.Errorf("%d open connections were cut", cut)
+		"accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed, "reset", reset)
+	if reset > 0 {
+		return fmt.Errorf("%d open connections were reset", reset)
 	}
 	return nil
 }

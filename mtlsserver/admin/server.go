@@ -93,7 +93,7 @@ func Serve(at Listen, h http.Handler) (*Server, error) {
 // Addr returns the TCP address at which s listens, or nil if there is none.
 func (s *Server) Addr() net.Addr { return s.addr }
 
-// Close closes the listeners, waits up to a second for requests, and cuts the rest. It always
+// Close closes the listeners, waits up to a second for requests, and closes the rest. It always
 // returns nil.
 func (s *Server) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)

@@ -67,7 +67,7 @@ All take:
   -cluster NAME  which of several clusters in the store (default lbproxy)
 For TLS, $LBPROXY_STORE_CA, $LBPROXY_STORE_CERT and $LBPROXY_STORE_KEY may name PEM files.
 
-It exits with 0 on success, 1 if run had to cut connections, and 2 after an error.
+It exits with 0 on success, 1 if run had to reset connections, and 2 after an error.
 `
 
 func main() {
@@ -77,22 +77,22 @@ func main() {
 	os.Exit(run(os.Args[1:], os.Getenv, signals, os.Stdout, os.Stderr))
 }
 
-// errCut is the error of a drain that had to cut connections.
-type errCut struct{ error }
+// errReset is the error of a drain that had to reset connections.
+type errReset struct{ error }
 
 // run is main with its environment as arguments. It returns the exit code.
 func run(args []string, getenv func(string) string, signals <-chan os.Signal,
 	stdout, stderr io.Writer) int {
 	c := &command{getenv: getenv, signals: signals, stdout: stdout, stderr: stderr}
 	err := c.run(args)
-	var cut errCut
+	var reset errReset
 	switch {
 	case err == nil:
 		return 0
 	case errors.Is(err, flag.ErrHelp):
 		fmt.Fprint(stdout, usage)
 		return 0
-	case errors.As(err, &cut):
+	case errors.As(err, &reset):
 		return 1 // already logged
 	}
 	fmt.Fprintln(stderr, err)

@@ -125,7 +125,7 @@ func (r *runner) serve(ctx context.Context, member *cluster.Member) error {
 		case err := <-done:
 			if err != nil {
 				r.log.Warn("stopped", "err", err)
-				return errCut{err}
+				return errReset{err}
 			}
 			r.log.Info("stopped")
 			return nil

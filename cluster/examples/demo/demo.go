@@ -111,7 +111,7 @@ func (s *story) limit() error {
 			in[p.id]++
 		}
 	}
-	// A proxy returns borrowed, unused openings within a fifth of a second.
+	// A proxy returns borrowed, unused tokens within a fifth of a second.
 	err := s.await("one limit holds across both proxies", func() string {
 		for _, p := range s.proxies {
 			if _, err := p.visit("alice"); err == nil {

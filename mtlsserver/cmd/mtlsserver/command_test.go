@@ -191,7 +191,7 @@ func TestDrainTimeout(t *testing.T) {
 	}
 	defer c.Close()
 	s.stop(t, 1)
-	if log := s.errs.all(); !has(log, "msg=draining…msg=stopped err=…have been cut: 1") {
+	if log := s.errs.all(); !has(log, "msg=draining…msg=stopped err=…have been reset: 1") {
 		t.Errorf("log: %s", log)
 	}
 }

@@ -73,7 +73,7 @@ const usage = `mtlsserver is a TCP load balancer that knows its clients by certi
   mtlsserver version
         print how this program was built
 
-It exits with 0 on success; with 1 if a drain or a second signal cut
+It exits with 0 on success; with 1 if a drain or a second signal reset
 connections, a status is not ready, or a reload was refused; with 2 if the
 command line, the configuration or an address is wrong, or no server answers.
 `
