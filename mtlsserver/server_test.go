@@ -1274,14 +1274,14 @@ func TestRunDrains(t *testing.T) {
 	}
 }
 
-func TestRunCutsConnectionsAfterTheDrainTimeout(t *testing.T) {
+func TestRunResetsConnectionsAfterTheDrainTimeout(t *testing.T) {
 	l := newLab(t, func(l *lab) { l.config.DrainTimeout = time.Millisecond })
 	c := l.in(t, "web", &l.alice)
 	l.stop()
 	must(t, ended(c))
 	err := <-l.ran
 	l.ran <- nil
-	if err == nil || !strings.Contains(err.Error(), "cut: 1") {
+	if err == nil || !strings.Contains(err.Error(), "reset: 1") {
 		t.Errorf("Run = %v, want it to tell of 1 connection", err)
 	}
 }
