@@ -364,8 +364,8 @@ func ExampleLBProxyApp_SetPeers() {
 	// proxy 1 green got ann
 }
 
-// Stats are counters for whatever collects metrics. For Prometheus nothing need be written: package
-// mtlsserver/admin has an http.Handler with these metrics and more.
+// Stats are counters for whatever collects metrics. Package mtlsserver/admin has an http.Handler that
+// serves these and more to Prometheus.
 func ExampleLBProxyApp_Stats() {
 	red := startUpstream("red")
 	defer red.Close()
