@@ -328,7 +328,7 @@ func (d *direction) isQuiet() bool {
 	case writing, ending:
 		return false
 	case copying:
-		if q.from.readable() {
+		if readable(q.from.raw) {
 			return false
 		}
 	}
@@ -345,13 +345,13 @@ func (d *direction) passEnd() {
 		if phase != writing && phase != ending {
 			break
 		}
-		reset, known := d.from.wasReset()
+		reset := wasReset(d.from.raw)
 		// A socket that both sides have ended looks reset too, but then q is not writing any more.
 		if reset && q.phase.Load() == writing {
 			r.fail(d.source(), errReset, false)
 			return
 		}
-		if known && !reset {
+		if d.from.measured && !reset {
 			break
 		}
 		time.Sleep(time.Millisecond) // give q time to return the error, if there is one

@@ -3,6 +3,7 @@
 package relay
 
 import (
+	"cmp"
 	"os"
 	"syscall"
 	"unsafe"
@@ -98,12 +99,6 @@ func (c *FileConn) SetLinger(sec int) error {
 }
 
 func (c *FileConn) control(call string, f func(fd int) error) (wrong error) {
-	raw, err := c.File.SyscallConn()
-	if err == nil {
-		err = raw.Control(func(fd uintptr) { wrong = os.NewSyscallError(call, f(int(fd))) })
-	}
-	if err != nil {
-		return err
-	}
-	return wrong
+	err := control(rawTCP(c), func(fd int) { wrong = os.NewSyscallError(call, f(fd)) })
+	return cmp.Or(err, wrong)
 }

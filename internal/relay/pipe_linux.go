@@ -28,18 +28,12 @@ func newSplicer(d *direction) *splicer {
 	to, ok2 := d.to.stream.(*socket)
 	// splice has no MSG_DONTWAIT: a blocking descriptor would hold the goroutine in the system, and
 	// Close would wait for it.
-	if !ok1 || !ok2 || blocks(from.raw) || blocks(to.raw) {
+	if !ok1 || !ok2 || ask(from.raw, BlocksFD) || ask(to.raw, BlocksFD) {
 		return nil
 	}
 	s := &splicer{d: d, from: from, to: to}
 	s.fill, s.drain = s.fillReady, s.drainReady
 	return s
-}
-
-func blocks(raw syscall.RawConn) bool {
-	blocks := true
-	control(raw, func(fd int) { blocks = BlocksFD(fd) })
-	return blocks
 }
 
 // move moves one chunk.

@@ -316,7 +316,7 @@ func (r *Relay) awaitServer() *end {
 // sides may have ended their streams, and then a socket looks reset too; so pollClient looks for
 // the server after it has asked for the reset.
 func (r *Relay) pollClient() {
-	if reset, _ := r.client.wasReset(); reset && !r.isSettled() {
+	if wasReset(r.client.raw) && !r.isSettled() {
 		r.fail(Client, errReset, false)
 	}
 }

@@ -225,27 +225,26 @@ func quickAck(raw syscall.RawConn) {
 
 // unsent is how many bytes a socket has to send that its peer's system has not acknowledged, as far
 // as that is known.
-func unsent(raw syscall.RawConn) int {
-	queued := 0
-	control(raw, func(fd int) { queued = UnsentFD(fd) })
-	return queued
-}
+func unsent(raw syscall.RawConn) int { return ask(raw, UnsentFD) }
 
-// wasReset reports whether a socket has been reset. One in which both sides have ended their
-// streams looks the same.
-func wasReset(raw syscall.RawConn) (reset, known bool) {
-	known = control(raw, func(fd int) { reset = tcpState(fd) == tcpClosed }) == nil
-	return reset, known
+// wasReset reports whether a socket has been reset, as far as that is known. One in which both
+// sides have ended their streams looks the same.
+func wasReset(raw syscall.RawConn) bool {
+	return ask(raw, func(fd int) bool { return tcpState(fd) == tcpClosed })
 }
 
 // readable reports whether there is something to read.
-func readable(raw syscall.RawConn) (is bool) {
-	control(raw, func(fd int) {
+func readable(raw syscall.RawConn) bool {
+	return ask(raw, func(fd int) bool {
 		var b [1]byte
 		n, _ := recvFD(uintptr(fd), b[:], syscall.MSG_PEEK)
-		is = n > 0
+		return n > 0
 	})
-	return is
+}
+
+// hasError reports whether a socket has an error, and leaves it for the next read.
+func hasError(raw syscall.RawConn) bool {
+	return ask(raw, func(fd int) bool { return pollFD(fd, 0)&syscall.EPOLLERR != 0 })
 }
 
 const tcpClosed = 7 // TCP_CLOSE
@@ -259,6 +258,12 @@ func tcpState(fd int) int {
 	var b [4]byte
 	binary.NativeEndian.PutUint32(b[:], uint32(v))
 	return int(b[0])
+}
+
+// ask returns what f answers about a socket, or the zero value if it is none, or closed.
+func ask[T any](raw syscall.RawConn, f func(fd int) T) (answer T) {
+	control(raw, func(fd int) { answer = f(fd) })
+	return answer
 }
 
 // control calls f with the descriptor of a socket, if it is one and open.

@@ -127,7 +127,7 @@ func makeBlocking(t *testing.T, c *net.TCPConn) {
 	proxytest.Must(t, err)
 	defer f.Close()
 	f.Fd()
-	if !blocks(rawTCP(c)) {
+	if !ask(rawTCP(c), BlocksFD) {
 		t.Fatal("it does not block: what is this test for?")
 	}
 }
@@ -380,7 +380,7 @@ func TestSpliceToAResetConnFails(t *testing.T) {
 	client, server, r := aboutToSplice(t)
 	client.SetLinger(0)
 	client.Close()
-	proxytest.Eventually(t, "it was reset", func() bool { return WasReset(r.client.conn) })
+	proxytest.Eventually(t, "it was reset", func() bool { return wasReset(rawTCP(r.client.conn)) })
 	send(t, server, 1000)
 	moved := make(chan error, 1)
 	go func() {
@@ -439,21 +439,21 @@ func TestLargeMovesOfASocketTakeTurns(t *testing.T) {
 func TestWasReset(t *testing.T) {
 	peer, c := duplex(t)
 	raw := rawTCP(c)
-	check := func(when string, want, wantKnown bool) {
+	check := func(when string, want bool) {
 		t.Helper()
-		if reset, known := wasReset(raw); reset != want || known != wantKnown {
-			t.Errorf("%s: reset %v, known %v", when, reset, known)
+		if reset := wasReset(raw); reset != want {
+			t.Errorf("%s: reset %v", when, reset)
 		}
 	}
-	check("open", false, true)
+	check("open", false)
 	peer.SetLinger(0)
 	peer.Close()
 	c.Read(make([]byte, 1))
-	check("reset", true, true)
+	check("reset", true)
 	c.Close()
-	check("closed", false, false)
+	check("closed", false)
 	raw = nil
-	check("not TCP", false, false)
+	check("not TCP", false)
 }
 
 func TestNothingIsUnsentAfterAReset(t *testing.T) {
@@ -463,7 +463,7 @@ func TestNothingIsUnsentAfterAReset(t *testing.T) {
 	proxytest.Eventually(t, "something is unsent", func() bool { return e.unsent() > 0 })
 	peer.SetLinger(0)
 	peer.Close()
-	proxytest.Eventually(t, "it was reset", func() bool { return WasReset(c) })
+	proxytest.Eventually(t, "it was reset", func() bool { return wasReset(rawTCP(c)) })
 	if n := e.unsent(); n != 0 {
 		t.Errorf("%d bytes are said to be on their way", n)
 	}
@@ -577,7 +577,7 @@ type heldError struct {
 
 func (c *heldError) Write(b []byte) (int, error) {
 	close(c.writing)
-	for !WasReset(c.Conn) {
+	for !wasReset(rawTCP(c.Conn)) {
 		runtime.Gosched()
 	}
 	n, err := c.Conn.Write(b)
@@ -630,7 +630,7 @@ func TestLateAnswerIsNotTakenForAReset(t *testing.T) {
 		once.Do(func() {
 			close(late.goOn)
 			proxytest.Eventually(t, "both sides have ended", func() bool {
-				return r.up.phase.Load() == ended && WasReset(theirs)
+				return r.up.phase.Load() == ended && wasReset(rawTCP(theirs))
 			})
 			looked.Store(true)
 		})
@@ -669,7 +669,7 @@ func TestLatePollIsNotTakenForAReset(t *testing.T) {
 	io.ReadAll(client)
 	client.Close()
 	io.ReadAll(ours)
-	proxytest.Eventually(t, "it looks reset", func() bool { return WasReset(ours) })
+	proxytest.Eventually(t, "it looks reset", func() bool { return wasReset(rawTCP(ours)) })
 	h := newRecorder(nil)
 	r := newEngine(t, Config{}).New(ours, h, 0)
 	r.server = r.client // any

@@ -77,9 +77,7 @@ func (e *end) socket() *socket {
 	return nil
 }
 
-func (e *end) unsent() int                   { return unsent(e.raw) }
-func (e *end) wasReset() (reset, known bool) { return wasReset(e.raw) }
-func (e *end) readable() bool                { return readable(e.raw) }
+func (e *end) unsent() int { return unsent(e.raw) }
 
 func (e *end) canHalfClose() bool {
 	_, ok := e.conn.(halfCloser)
@@ -150,13 +148,6 @@ func Linger(c net.Conn, stop <-chan struct{}) {
 		wait = min(2*wait, longestWait)
 	}
 	Reset(c)
-}
-
-// WasReset reports whether c is TCP that has been reset, as far as the system says. A connection in
-// which both sides have ended their streams looks the same.
-func WasReset(c net.Conn) bool {
-	reset, _ := wasReset(rawTCP(Underlying(c)))
-	return reset
 }
 
 func rawTCP(c net.Conn) syscall.RawConn {

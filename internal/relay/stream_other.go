@@ -35,7 +35,7 @@ func unsent(raw syscall.RawConn) int {
 	return 0
 }
 
-func wasReset(syscall.RawConn) (reset, known bool) { return false, false }
+func wasReset(syscall.RawConn) bool { return false }
 
 func readable(syscall.RawConn) bool { return false }
 

@@ -2,10 +2,7 @@
 
 package relay
 
-import (
-	"syscall"
-	"time"
-)
+import "time"
 
 // stuckTime is how often a write that waits for its reader asks whether its source was reset.
 const stuckTime = time.Second
@@ -30,17 +27,11 @@ func (d *direction) watch() {
 	}
 	r.refs++ // not from zero: the goroutine of d has one until it has ended
 	r.mu.Unlock()
-	if hasError(d.from.raw) && d.phase.Load() == writing { // not after both streams have ended
+	// Not wasReset, which is also true after both streams have ended.
+	if hasError(d.from.raw) && d.phase.Load() == writing {
 		r.fail(d.source(), errReset, false)
 	} else {
 		d.stuck()
 	}
 	r.release()
-}
-
-// hasError reports whether a socket has an error, and leaves it for the next read. The state of the
-// socket would not do: once both sides have ended their streams, it is as after a reset.
-func hasError(raw syscall.RawConn) (has bool) {
-	control(raw, func(fd int) { has = pollFD(fd, 0)&syscall.EPOLLERR != 0 })
-	return has
 }

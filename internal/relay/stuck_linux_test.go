@@ -103,7 +103,7 @@ func TestEndBehindAStuckWriteIsNotAReset(t *testing.T) {
 		t.Fatal(err)
 	}
 	client.Close()
-	proxytest.Eventually(t, "the client's end is there", func() bool { return WasReset(ours) })
+	proxytest.Eventually(t, "the client's end is there", func() bool { return wasReset(rawTCP(ours)) })
 	time.Sleep(3 * stuckTime)
 	if !r.up.watched.Load() || r.up.phase.Load() != writing {
 		t.Error("the upload is not stuck")
