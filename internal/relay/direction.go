@@ -83,7 +83,7 @@ func (d *direction) linger() {
 	r := d.relay
 	if d.to != nil {
 		late := time.Now().Add(LingerTime)
-		if !d.to.measured {
+		if !d.to.measured() {
 			// The system cannot report when the bytes have arrived, so allow a second from the
 			// last write. A connection that was quiet for longer is reset at once.
 			late = late.Add(-time.Duration(Clock() - r.last.Load()))
@@ -208,7 +208,8 @@ func (d *direction) try() bool {
 // buffer while they wait, and after a read that has filled a small one. It is small during the
 // dial, because the bytes read then wait in their buffer for the server.
 func (d *direction) bufferSize() int {
-	if d.to != nil && (d.from.isSocket || d.lastRead >= SmallBuffer) {
+	_, isSocket := d.from.stream.(*socket)
+	if d.to != nil && (isSocket || d.lastRead >= SmallBuffer) {
 		return LargeBuffer
 	}
 	return SmallBuffer
@@ -240,7 +241,7 @@ func (d *direction) write(n int) (int, error) {
 }
 
 func (d *direction) writePieces(p []byte, b *Buffer) (written int, err error) {
-	for !d.to.measured && len(p) > writePiece {
+	for !d.to.measured() && len(p) > writePiece {
 		n, err := d.to.stream.write(p[:writePiece], nil)
 		n, err = checkCount(n, writePiece, err)
 		written += n
@@ -351,7 +352,7 @@ func (d *direction) passEnd() {
 			r.fail(d.source(), errReset, false)
 			return
 		}
-		if d.from.measured && !reset {
+		if d.from.measured() && !reset {
 			break
 		}
 		time.Sleep(time.Millisecond) // give q time to return the error, if there is one
@@ -370,7 +371,7 @@ func (d *direction) passEnd() {
 	over, last, both := r.over, q.phase.Load() == ended, q.atEnd
 	r.mu.Unlock()
 	switch {
-	case over || last && !d.to.layered:
+	case over || last && !d.to.layered():
 		// The relay closes to next, which ends the stream as well.
 	case d.to.canHalfClose():
 		d.phase.Store(ending)

@@ -100,7 +100,7 @@ func TestFileConn(t *testing.T) {
 		return peer, c
 	}
 	peer, c := open()
-	if e := newEnd(c); !e.isSocket || !e.measured || !e.canHalfClose() {
+	if e := newEnd(c); e.socket() == nil || !e.measured() || !e.canHalfClose() {
 		t.Errorf("%+v", e)
 	}
 	for _, row := range []struct{ sec, want int }{{0, 1}, {-1, 0}, {7, 1}, {-1, 0}} {

@@ -304,7 +304,7 @@ func (r *Relay) awaitServer() *end {
 			return &r.server
 		case over:
 			return nil
-		case !r.client.measured:
+		case !r.client.measured():
 			<-r.settled
 		case !waitFor(r.settled, pollTime):
 			r.pollClient()
@@ -375,7 +375,7 @@ func (r *Relay) panicking(p any) {
 
 // close closes e. After a reset only the layers above the socket are still open.
 func (r *Relay) close(e *end) {
-	if e.layered || !r.isHungUp() {
+	if e.layered() || !r.isHungUp() {
 		defer r.notePanic()
 		e.conn.Close()
 	}

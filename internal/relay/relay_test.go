@@ -398,31 +398,6 @@ func TestAnswerReadBeforeAResetArrives(t *testing.T) {
 	}
 }
 
-// Where nobody knows what has arrived, a second from the last write must do, or half of it if the
-// rest is needed for closing.
-func TestLingerWithoutMeasure(t *testing.T) {
-	for _, row := range []struct {
-		quiet         time.Duration
-		politely      bool
-		atLeast, most time.Duration
-	}{
-		{2 * LingerTime, false, 0, LingerTime},
-		{0, true, LingerTime / 2, time.Hour},
-	} {
-		to := stuck(t)
-		to.measured = false
-		start := time.Now()
-		r := &Relay{refs: 9, client: to, politely: row.politely}
-		r.timer = time.NewTimer(time.Hour)
-		r.last.Store(Clock() - int64(row.quiet))
-		d := direction{relay: r, to: &to}
-		d.linger()
-		if took := time.Since(start); took < row.atLeast || took > row.most || r.refs != 8 {
-			t.Errorf("%+v: it took %v, %d references", row, took, r.refs)
-		}
-	}
-}
-
 // answeredThenReset returns a relay whose server has answered and then reset the connection, of
 // which the client has read nothing yet.
 func answeredThenReset(t *testing.T) (client net.Conn, h *recorder) {
@@ -928,7 +903,7 @@ func TestWritesInPiecesAreNeverEmpty(t *testing.T) {
 }
 
 func TestBufferSize(t *testing.T) {
-	plain, socket := new(end), &end{isSocket: true}
+	plain, socket := new(end), &end{stream: new(socket)}
 	for _, row := range []struct {
 		from, to *end
 		lastRead int

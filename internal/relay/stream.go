@@ -44,27 +44,29 @@ type end struct {
 	below  net.Conn // under all its layers
 	stream stream
 	raw    syscall.RawConn // of below, if that is TCP
-
-	layered  bool // conn and below differ
-	isSocket bool // stream is a *socket
-	measured bool // the system says how much is unsent, and whether it was reset
 }
 
 func newEnd(c net.Conn) end {
 	e := end{conn: c, below: Underlying(c)}
-	_, e.layered = c.(netConner)
 	if t, ok := c.(*TLS); ok {
 		e.stream = t
 	} else if s := newSocket(c); s != nil {
-		e.stream, e.isSocket = s, true
+		e.stream = s
 	} else {
 		e.stream = plain{c}
 	}
-	if e.raw = rawTCP(e.below); e.raw != nil {
-		e.measured = canMeasure
-	}
+	e.raw = rawTCP(e.below)
 	return e
 }
+
+// layered reports whether there are layers above below.
+func (e *end) layered() bool {
+	_, ok := e.conn.(netConner)
+	return ok
+}
+
+// measured reports whether the system says how much is unsent, and whether it was reset.
+func (e *end) measured() bool { return canMeasure && e.raw != nil }
 
 // socket returns what the bytes to e are written to, if that is a socket.
 func (e *end) socket() *socket {
@@ -91,7 +93,7 @@ func (e *end) closeWrite() error {
 			return err
 		}
 	}
-	if e.layered {
+	if e.layered() {
 		// crypto/tls gives its close_notify 5 s, and breaks the stream if the peer's buffers are
 		// full for so long. This takes that deadline away.
 		defer time.AfterFunc(time.Second, func() { e.below.SetWriteDeadline(time.Time{}) }).Stop()
