@@ -280,7 +280,7 @@ func (d *direction) account(n int) {
 	}
 	if wait := d.pacer.Moved(n, v.Wait, v.Chunk); wait > 0 {
 		began := Clock()
-		r.pause(wait)
+		r.wait(wait, false)
 		d.pacer.Paused(time.Duration(Clock() - began))
 	}
 	now := Clock()

@@ -121,8 +121,7 @@ type Relay struct {
 	lingerer *direction    // calls hangUp once it has ended and its bytes have arrived
 	politely bool          // the lingerer closes its destination before hangUp
 	timer    *time.Timer   // calls hangUp after LingerTime; set with lingerer
-	settled  chan struct{} // closed when there is a server, or over; nil until awaited
-	gone     chan struct{} // closed when over; nil until awaited
+	changed  chan struct{} // closed and set to nil by Connect and by over; nil unless awaited
 }
 
 type stage int
@@ -172,9 +171,7 @@ func (r *Relay) Connect(server net.Conn) bool {
 		r.server = e
 		r.down.from = &r.server
 		r.touch()
-		if r.settled != nil {
-			close(r.settled)
-		}
+		r.wake()
 	}
 	r.mu.Unlock()
 	if over {
@@ -220,13 +217,16 @@ func (r *Relay) endWith(cause error, failed Side) bool {
 		return false
 	}
 	r.over, r.cause, r.failed = true, cause, failed
-	if r.settled != nil && r.server.conn == nil {
-		close(r.settled)
-	}
-	if r.gone != nil {
-		close(r.gone)
-	}
+	r.wake()
 	return true
+}
+
+// wake ends all calls of wait. The caller holds mu.
+func (r *Relay) wake() {
+	if r.changed != nil {
+		close(r.changed)
+		r.changed = nil
+	}
 }
 
 // fail records that a side has failed. From then on the relay only delivers the bytes that this
@@ -286,30 +286,15 @@ func (r *Relay) isHungUp() bool {
 // awaitServer waits for the server and returns nil if the relay is over. Meanwhile it polls for a
 // reset by the client: nobody reads from the client then, so no read reports one.
 func (r *Relay) awaitServer() *end {
-	for {
-		r.mu.Lock()
-		over, server := r.over, r.server.conn != nil
-		if r.settled == nil {
-			r.settled = make(chan struct{})
-			if over || server {
-				close(r.settled)
-			}
-		}
-		if server {
-			r.settled = nil
-		}
-		r.mu.Unlock()
-		switch {
-		case server:
-			return &r.server
-		case over:
-			return nil
-		case !r.client.measured():
-			<-r.settled
-		case !waitFor(r.settled, pollTime):
-			r.pollClient()
-		}
+	for !r.wait(pollTime, true) {
+		r.pollClient()
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.server.conn == nil {
+		return nil
+	}
+	return &r.server
 }
 
 // pollClient fails the relay if its client was reset while there was no server. With a server, both
@@ -327,17 +312,17 @@ func (r *Relay) isSettled() bool {
 	return r.over || r.server.conn != nil
 }
 
-// pause returns after d, or when the relay is over.
-func (r *Relay) pause(d time.Duration) {
+// wait waits until the relay is over, or has a server if forServer is set, and reports whether that
+// was so within d.
+func (r *Relay) wait(d time.Duration, forServer bool) bool {
 	r.mu.Lock()
-	if r.gone == nil {
-		r.gone = make(chan struct{})
-		if r.over {
-			close(r.gone)
-		}
+	is := r.over || forServer && r.server.conn != nil
+	if !is && r.changed == nil {
+		r.changed = make(chan struct{})
 	}
+	changed := r.changed
 	r.mu.Unlock()
-	waitFor(r.gone, d)
+	return is || waitFor(changed, d)
 }
 
 // waitFor waits until c is closed or d has passed, and reports which.

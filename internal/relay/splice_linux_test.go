@@ -731,7 +731,7 @@ func TestRelayBeforeConnectHoldsASmallBuffer(t *testing.T) {
 		proxytest.Eventually(t, "it waits for its server", func() bool {
 			r.mu.Lock()
 			defer r.mu.Unlock()
-			return r.settled != nil
+			return r.changed != nil
 		})
 	})
 	if each > 8000 { // under the race detector, whose pools drop buffers, about 6,200
