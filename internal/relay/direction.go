@@ -21,10 +21,9 @@ type direction struct {
 	noSplice bool         // the system refuses to splice between from and to
 
 	pacer     Pacer
-	buf       *Buffer // try has read n bytes into it, and then err
-	n         int
-	err       error
-	lastRead  int
+	buf       *Buffer // what try has read is in its first n bytes; nil while there is nothing
+	n         int     // of the last read
+	err       error   // of the last read
 	small     bool     // the last chunk was smaller than smallChunk
 	fullReads int      // reads in a row that filled a large buffer; two start splicing
 	splicer   *splicer // nil: not splicing
@@ -189,18 +188,18 @@ func (d *direction) read() (int, error) {
 	if d.fullReads++; d.n < LargeBuffer {
 		d.fullReads = 0
 	}
-	d.lastRead = d.n
 	return d.n, d.err
 }
 
 // try reads the bytes that are available, and returns false if there are none.
 func (d *direction) try() bool {
-	d.buf = NewBuffer(d.bufferSize())
-	d.n, d.err = d.from.stream.read((*d.buf)[:d.pacer.Limit(len(*d.buf))])
-	if d.err == errWait {
-		d.freeBuffer()
+	b := NewBuffer(d.bufferSize())
+	n, err := d.from.stream.read((*b)[:d.pacer.Limit(len(*b))])
+	if err == errWait {
+		b.Free()
 		return false
 	}
+	d.buf, d.n, d.err = b, n, err
 	return true
 }
 
@@ -209,7 +208,7 @@ func (d *direction) try() bool {
 // dial, because the bytes read then wait in their buffer for the server.
 func (d *direction) bufferSize() int {
 	_, isSocket := d.from.stream.(*socket)
-	if d.to != nil && (isSocket || d.lastRead >= SmallBuffer) {
+	if d.to != nil && (isSocket || d.n >= SmallBuffer) {
 		return LargeBuffer
 	}
 	return SmallBuffer

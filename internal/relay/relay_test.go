@@ -915,7 +915,7 @@ func TestBufferSize(t *testing.T) {
 		{plain, socket, SmallBuffer - 1, SmallBuffer},
 		{plain, socket, SmallBuffer, LargeBuffer},
 	} {
-		d := direction{from: row.from, to: row.to, lastRead: row.lastRead}
+		d := direction{from: row.from, to: row.to, n: row.lastRead}
 		if got := d.bufferSize(); got != row.want {
 			t.Errorf("%+v: %d", row, got)
 		}
