@@ -11,21 +11,21 @@ import (
 // A direction copies the bytes one way. Its fields belong to its goroutine unless stated otherwise.
 type direction struct {
 	relay    *Relay
-	name     Direction
 	from, to *end         // to is nil in an upload that has not needed its server yet
 	moved    atomic.Int64 // bytes written to to
 	before   int64        // the other direction's moved at the last write to to
 	phase    atomic.Int32 // set to ended under Relay.mu; any goroutine may read it
 	watched  atomic.Bool  // a timer runs watch
-	atEnd    bool         // from has ended its stream, and to is being told; guarded by Relay.mu
-	noSplice bool         // the system refuses to splice between from and to
+	name     Direction
+	atEnd    bool // from has ended its stream, and to is being told; guarded by Relay.mu
+	noSplice bool // the system refuses to splice between from and to
+	small    bool // the last chunk was smaller than smallChunk
 
+	fullReads int32 // reads in a row that filled a large buffer; two start splicing
 	pacer     Pacer
-	buf       *Buffer // what try has read is in its first n bytes; nil while there is nothing
-	n         int     // of the last read
-	err       error   // of the last read
-	small     bool     // the last chunk was smaller than smallChunk
-	fullReads int      // reads in a row that filled a large buffer; two start splicing
+	buf       *Buffer  // what try has read is in its first n bytes; nil while there is nothing
+	n         int      // of the last read
+	err       error    // of the last read
 	splicer   *splicer // nil: not splicing
 }
 

@@ -32,13 +32,6 @@ type Engine struct {
 	sweeping sync.WaitGroup // the sweep, and the goroutines that it has started
 }
 
-// swept is the sweep's state for a relay. Only the sweep uses it, except for index.
-type swept struct {
-	index     int // in Engine.relays; guarded by Engine.mu
-	idle      Idleness
-	condemned bool // the relay was found idle
-}
-
 // Idleness is a sweep's state for a pair of connections. Only the sweep uses it.
 type Idleness struct {
 	Since     int64 // clock when the pair was connected

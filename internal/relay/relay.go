@@ -18,7 +18,7 @@ import (
 )
 
 // A Direction says which way bytes go.
-type Direction int
+type Direction int8
 
 const (
 	Upload   Direction = iota + 1 // client to server
@@ -26,7 +26,7 @@ const (
 )
 
 // A Side is one of the two connections of a relay.
-type Side int
+type Side int8
 
 const (
 	NoSide Side = iota
@@ -102,29 +102,31 @@ type Relay struct {
 	up, down direction
 	client   end
 
-	last     atomic.Int64 // clock at which bytes last moved
-	released atomic.Bool  // client outlives the relay
-	held     atomic.Int32 // directions that are in the handler or a pause; such a relay is not idle
-	swept
+	last      atomic.Int64 // clock at which bytes last moved
+	released  atomic.Bool  // client outlives the relay
+	held      atomic.Int32 // directions in the handler or a pause; such a relay is not idle
+	index     int          // in Engine.relays; guarded by Engine.mu
+	idle      Idleness
+	condemned bool // by the sweep, for being idle; only the sweep uses it
 
 	// mu guards the fields below. It is not held over I/O, the handler, or a method of a conn.
 	mu       sync.Mutex
-	refs     int
-	stage    stage
-	server   end // set once, if ever, by Connect
-	over     bool
+	refs     int32
+	server   end   // set once, if ever, by Connect
 	cause    error // set once, together with over; nil if both streams ended well
-	failed   Side
-	quiet    bool
 	panicked any
-	hungUp   bool          // both sides have been reset or are being reset
-	lingerer *direction    // calls hangUp once it has ended and its bytes have arrived
+	stage    stage
+	over     bool
+	hungUp   bool // both sides have been reset or are being reset
+	quiet    bool
+	failed   Side
 	politely bool          // the lingerer closes its destination before hangUp
+	lingerer *direction    // calls hangUp once it has ended and its bytes have arrived
 	timer    *time.Timer   // calls hangUp after LingerTime; set with lingerer
 	changed  chan struct{} // closed and set to nil by Connect and by over; nil unless awaited
 }
 
-type stage int
+type stage int8
 
 const (
 	running stage = iota

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
@@ -736,6 +737,13 @@ func TestRelayBeforeConnectHoldsASmallBuffer(t *testing.T) {
 	})
 	if each > 8000 { // under the race detector, whose pools drop buffers, about 6,200
 		t.Errorf("each holds %d bytes, want at most 8 KB", each)
+	}
+}
+
+// One byte more, and the heap gives each 576.
+func TestRelayTakes512Bytes(t *testing.T) {
+	if size := unsafe.Sizeof(Relay{}); size > 512 {
+		t.Errorf("a relay takes %d bytes", size)
 	}
 }
 
