@@ -20,33 +20,34 @@ const UrgentReads = 100
 // without waiting. TLS is spoken over one, too.
 type socket struct {
 	net.Conn
-	raw     syscall.RawConn
-	in, out transfers
-	trier   trier      // in await
-	fd      uintptr    // in await
-	n       int        // read
-	writer  *direction // is told when a write waits; nil: nobody
+	raw syscall.RawConn
+
+	// raw calls these when the descriptor is ready, until they return true. They are made once,
+	// since a closure for each call would be an allocation for each.
+	onReadable, onWritable func(fd uintptr) bool
+
+	reader *direction // in await
+	fd     uintptr    // in await
+	in     []byte     // what to read into
+	n      int        // read
+	inErr  syscall.Errno
+
+	writer *direction // is told when a write waits; nil: nobody
+	out    []byte     // what is left to write
+	outBuf *Buffer    // that out is in; nil: the caller's
+	outErr syscall.Errno
 
 	promised bool // an event or a full buffer has promised the next receive bytes
 	busy     bool // the last receive without such a promise found bytes
 }
 
-// transfers is one way of a socket: its arguments and results of calls with the descriptor. ready
-// is made once, since a closure for each would be an allocation for each.
-type transfers struct {
-	ready func(fd uintptr) bool // called when the descriptor is, until it returns true
-	b     []byte                // what to read into, or is left to write
-	buf   *Buffer               // that b is in
-	errno syscall.Errno
-}
-
-func newSocket(c net.Conn) *socket {
-	raw := rawTCP(c)
+// newSocket returns a socket for c, whose RawConn is raw. It returns nil if raw is nil.
+func newSocket(c net.Conn, raw syscall.RawConn) *socket {
 	if raw == nil {
 		return nil
 	}
 	s := &socket{Conn: c, raw: raw}
-	s.in.ready, s.out.ready = s.readReady, s.writeReady
+	s.onReadable, s.onWritable = s.readReady, s.writeReady
 	return s
 }
 
@@ -57,22 +58,22 @@ func (s *socket) writtenBy(d *direction) {
 	}
 }
 
-func (s *socket) await(t trier) error {
-	s.trier = t
-	err := s.raw.Read(s.in.ready)
-	s.trier = nil
+func (s *socket) await(d *direction) error {
+	s.reader = d
+	err := s.raw.Read(s.onReadable)
+	s.reader = nil
 	return err
 }
 
 func (s *socket) readReady(fd uintptr) bool {
-	if s.trier != nil {
+	if s.reader != nil {
 		s.fd = fd
-		return s.trier.try()
+		return s.reader.try()
 	}
 	return s.receive(fd)
 }
 
-// receive reads into in.b, or returns false if there is nothing.
+// receive reads into in, or returns false if there is nothing.
 //
 // At an urgent byte a pending signal makes the system say that there is nothing, although bytes may
 // follow for which no event comes. Only poll knows of them. It takes the place of a receive that
@@ -83,7 +84,7 @@ func (s *socket) receive(fd uintptr) bool {
 	if !promised {
 		s.busy = found
 	}
-	s.promised = !found || s.n == len(s.in.b)
+	s.promised = !found || s.n == len(s.in)
 	return found
 }
 
@@ -93,9 +94,9 @@ func (s *socket) tryReceive(fd uintptr, poll bool) (found bool) {
 			break
 		}
 		turn := s.n >= bulkChunk && takeTurn()
-		s.n, s.in.errno = recvFD(fd, s.in.b, 0)
+		s.n, s.inErr = recvFD(fd, s.in, 0)
 		giveTurn(turn)
-		switch s.in.errno {
+		switch s.inErr {
 		case syscall.EINTR:
 		case syscall.EAGAIN:
 			poll = true
@@ -112,19 +113,19 @@ func (s *socket) Read(b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
-	s.in.b = b
+	s.in = b
 	var err error
-	if s.trier == nil {
-		err = s.raw.Read(s.in.ready)
+	if s.reader == nil {
+		err = s.raw.Read(s.onReadable)
 	} else if !s.receive(s.fd) {
 		err = errWait
 	}
-	s.in.b = nil
+	s.in = nil
 	switch {
 	case err != nil:
 		return 0, plainOp(err, "read")
-	case s.in.errno != 0:
-		return 0, s.opError("read", "read", s.in.errno)
+	case s.inErr != 0:
+		return 0, s.opError("read", "read", s.inErr)
 	case s.n == 0:
 		return 0, io.EOF
 	}
@@ -136,13 +137,13 @@ func (s *socket) read(b []byte) (int, error) { return s.Read(b) }
 func (s *socket) Write(b []byte) (int, error) { return s.write(b, nil) }
 
 func (s *socket) write(b []byte, buf *Buffer) (int, error) {
-	s.out.b, s.out.buf, s.out.errno = b, buf, 0
-	err := s.raw.Write(s.out.ready)
-	n := len(b) - len(s.out.b)
-	s.out.buf.Free()
-	s.out.b, s.out.buf = nil, nil
-	if err == nil && s.out.errno != 0 {
-		err = s.opError("write", "write", s.out.errno)
+	s.out, s.outBuf, s.outErr = b, buf, 0
+	err := s.raw.Write(s.onWritable)
+	n := len(b) - len(s.out)
+	s.outBuf.Free()
+	s.out, s.outBuf = nil, nil
+	if err == nil && s.outErr != 0 {
+		err = s.opError("write", "write", s.outErr)
 	}
 	return n, plainOp(err, "write")
 }
@@ -157,17 +158,16 @@ func plainOp(err error, op string) error {
 }
 
 func (s *socket) writeReady(fd uintptr) bool {
-	o := &s.out
-	for len(o.b) > 0 {
-		turn := len(o.b) >= bulkChunk && takeTurn()
-		n, errno := sendFD(fd, o.b)
+	for len(s.out) > 0 {
+		turn := len(s.out) >= bulkChunk && takeTurn()
+		n, errno := sendFD(fd, s.out)
 		giveTurn(turn)
-		switch o.errno = errno; errno {
+		switch s.outErr = errno; errno {
 		case 0:
-			o.b = o.b[n:]
+			s.out = s.out[n:]
 		case syscall.EINTR:
 		case syscall.EAGAIN:
-			o.shrink()
+			s.shrink()
 			s.writer.stuck()
 			return false
 		default:
@@ -178,12 +178,12 @@ func (s *socket) writeReady(fd uintptr) bool {
 }
 
 // shrink leaves what is little in a small buffer, for a wait that may be long.
-func (o *transfers) shrink() {
-	if o.buf != nil && len(*o.buf) > SmallBuffer && len(o.b) <= SmallBuffer {
+func (s *socket) shrink() {
+	if s.outBuf != nil && len(*s.outBuf) > SmallBuffer && len(s.out) <= SmallBuffer {
 		small := NewBuffer(SmallBuffer)
-		o.b = (*small)[:copy(*small, o.b)]
-		o.buf.Free()
-		o.buf = small
+		s.out = (*small)[:copy(*small, s.out)]
+		s.outBuf.Free()
+		s.outBuf = small
 	}
 }
 

@@ -402,7 +402,7 @@ func TestLargeMovesOfASocketTakeTurns(t *testing.T) {
 	peer, c := duplex(t)
 	go peer.Write(make([]byte, 1<<20))
 	go io.Copy(io.Discard, peer)
-	s := newSocket(c)
+	s := newSocket(c, rawTCP(c))
 	for name, move := range map[string]func(n int){
 		"read": func(n int) {
 			s.n = n // of the last read, for which the next one is judged
@@ -468,7 +468,7 @@ func TestNothingIsUnsentAfterAReset(t *testing.T) {
 	if n := e.unsent(); n != 0 {
 		t.Errorf("%d bytes are said to be on their way", n)
 	}
-	if n, err := newSocket(c).Write([]byte("x")); n != 0 || err == nil {
+	if n, err := newSocket(c, rawTCP(c)).Write([]byte("x")); n != 0 || err == nil {
 		t.Errorf("writing: %d, %v; want an error", n, err)
 	}
 }
@@ -476,7 +476,7 @@ func TestNothingIsUnsentAfterAReset(t *testing.T) {
 // closeWrite fails as it does in package net.
 func TestCloseWriteAfterTheEnd(t *testing.T) {
 	peer, c := duplex(t)
-	s := newSocket(c)
+	s := newSocket(c, rawTCP(c))
 	peer.SetLinger(0)
 	peer.Close()
 	c.Read(make([]byte, 1)) // until it has been reset
@@ -767,15 +767,15 @@ func TestStuckReaderHoldsASmallBuffer(t *testing.T) {
 	e := stuck(t)
 	s := e.stream.(*socket)
 	proxytest.Eventually(t, "it waits", func() (waits bool) {
-		s.out.buf = NewBuffer(LargeBuffer)
-		s.out.b = (*s.out.buf)[:100]
-		copy(s.out.b, pattern.At(0, 100))
+		s.outBuf = NewBuffer(LargeBuffer)
+		s.out = (*s.outBuf)[:100]
+		copy(s.out, pattern.At(0, 100))
 		s.raw.Control(func(fd uintptr) { waits = !s.writeReady(fd) })
 		return waits
 	})
-	if len(*s.out.buf) != SmallBuffer || len(s.out.b) != 100 || pattern.Check(0, s.out.b) != nil {
+	if len(*s.outBuf) != SmallBuffer || len(s.out) != 100 || pattern.Check(0, s.out) != nil {
 		t.Errorf("it waits with a buffer of %d bytes, %d of them to be written",
-			len(*s.out.buf), len(s.out.b))
+			len(*s.outBuf), len(s.out))
 	}
 }
 
@@ -803,7 +803,7 @@ func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 // A socket returns the same errors as its conn.
 func TestSocketReturnsTheErrorsOfTheConn(t *testing.T) {
 	_, c := duplex(t)
-	s := newSocket(c)
+	s := newSocket(c, rawTCP(c))
 	c.SetDeadline(time.Unix(1, 0))
 	b := make([]byte, 1)
 	for _, do := range []func(io.ReadWriter) (int, error){

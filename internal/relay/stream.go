@@ -10,11 +10,11 @@ import (
 
 // A stream is how a relay reads and writes one connection. One goroutine reads it and one writes.
 type stream interface {
-	// await calls t.try each time there may be something to read, until it returns true. A stream
+	// await calls d.try each time there may be something to read, until it returns true. A stream
 	// that cannot wait without reading calls it once.
-	await(t trier) error
+	await(d *direction) error
 
-	// read is called by t.try. Within the await of a stream that can wait it returns errWait rather
+	// read is called by d.try. Within the await of a stream that can wait it returns errWait rather
 	// than wait.
 	read(b []byte) (int, error)
 
@@ -23,8 +23,6 @@ type stream interface {
 
 	closeWrite() error
 }
-
-type trier interface{ try() bool }
 
 // errWait means that there is nothing to read yet. It is temporary, as the error of a deadline is,
 // so that crypto/tls goes on later where it was.
@@ -47,15 +45,13 @@ type end struct {
 }
 
 func newEnd(c net.Conn) end {
-	e := end{conn: c, below: Underlying(c)}
+	e := end{conn: c, below: Underlying(c), stream: plain{c}}
+	e.raw = rawTCP(e.below)
 	if t, ok := c.(*TLS); ok {
 		e.stream = t
-	} else if s := newSocket(c); s != nil {
-		e.stream = s
-	} else {
-		e.stream = plain{c}
+	} else if !e.layered() && e.measured() {
+		e.stream = newSocket(c, e.raw)
 	}
-	e.raw = rawTCP(e.below)
 	return e
 }
 
@@ -169,8 +165,8 @@ func rawTCP(c net.Conn) syscall.RawConn {
 // plain is the stream of any conn, which can be waited for only by reading, with a buffer in hand.
 type plain struct{ net.Conn }
 
-func (plain) await(t trier) error {
-	t.try()
+func (plain) await(d *direction) error {
+	d.try()
 	return nil
 }
 

@@ -13,7 +13,7 @@ const canMeasure = false
 // socket is unused: without Linux's calls a TCP connection is read like any other.
 type socket struct{ plain }
 
-func newSocket(net.Conn) *socket { return nil }
+func newSocket(net.Conn, syscall.RawConn) *socket { return nil }
 
 func (*socket) writtenBy(*direction) {}
 

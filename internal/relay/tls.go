@@ -48,7 +48,7 @@ func NewTLS(
 	maxHandshake int,
 ) *TLS {
 	w := &wire{Conn: raw, direct: raw, left: maxHandshake, bounded: maxHandshake > 0}
-	if w.socket = newSocket(raw); w.socket != nil {
+	if w.socket = newSocket(raw, rawTCP(raw)); w.socket != nil {
 		w.direct = w.socket
 	}
 	return &TLS{
@@ -120,12 +120,12 @@ func (t *TLS) write(p []byte, b *Buffer) (int, error) {
 
 // await waits on the socket, if there is one. crypto/tls can resume a read that has failed with
 // errWait, because that is a temporary error.
-func (t *TLS) await(r trier) error {
+func (t *TLS) await(d *direction) error {
 	if t.wire.socket == nil || !t.resumable {
-		r.try()
+		d.try()
 		return nil
 	}
-	return t.wire.socket.await(r)
+	return t.wire.socket.await(d)
 }
 
 func (t *TLS) read(b []byte) (int, error) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -479,10 +480,6 @@ func TestTLSHandshakesBeforeItBatches(t *testing.T) {
 	}
 }
 
-type tryFunc func() bool
-
-func (f tryFunc) try() bool { return f() }
-
 // A read takes all full records that have come, and waits for no more.
 func TestTLSReadTakesTheRecordsThatHaveCome(t *testing.T) {
 	if !canMeasure {
@@ -497,28 +494,24 @@ func TestTLSReadTakesTheRecordsThatHaveCome(t *testing.T) {
 	go func() { shaken <- client.Handshake() }()
 	proxytest.Must(t, server.Handshake())
 	proxytest.Must(t, <-shaken)
-	sender := newEnd(peer)
-	for _, row := range []struct {
-		sent, size int
-		err        error
-	}{
-		{0, LargeBuffer, errWait},
-		{100, LargeBuffer, nil},
-		{tlsRecord, LargeBuffer, nil},
-		{2 * tlsRecord, 2 * tlsRecord, nil},
-		{2*tlsRecord + 1, LargeBuffer, nil},
+	sender, receiver := newEnd(peer), newEnd(server)
+	for _, row := range []struct{ sent, size int }{
+		{100, LargeBuffer},
+		{tlsRecord, LargeBuffer},
+		{2 * tlsRecord, 2 * tlsRecord},
+		{2*tlsRecord + 1, LargeBuffer},
 	} {
 		client.Write(make([]byte, row.sent))
 		proxytest.Eventually(t, "all has come", func() bool { return sender.unsent() == 0 })
-		var n int
-		var err error
-		server.await(tryFunc(func() bool {
-			n, err = server.read(make([]byte, row.size))
-			return true
-		}))
-		if n != row.sent || err != row.err {
-			t.Errorf("%d bytes: read %d, %v", row.sent, n, err)
+		d := direction{from: &receiver, to: &sender, n: LargeBuffer, pacer: Pacer{Chunk: row.size}}
+		if err := server.await(&d); err != nil || d.n != row.sent || d.err != nil {
+			t.Errorf("%d bytes: awaited %v, read %d, %v", row.sent, err, d.n, d.err)
 		}
+	}
+	ours.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	d := direction{from: &receiver, to: &sender}
+	if err := server.await(&d); !errors.Is(err, os.ErrDeadlineExceeded) || d.buf != nil {
+		t.Errorf("nothing: awaited %v, read %d", err, d.n)
 	}
 }
 

@@ -37,7 +37,7 @@ func (s *signaler) just(f func()) {
 func TestSignalAtAnUrgentByteHidesNothing(t *testing.T) {
 	const rounds = 10_000
 	peer, c := duplex(t)
-	s, b := newSocket(c), make([]byte, 16)
+	s, b := newSocket(c, rawTCP(c)), make([]byte, 16)
 	sp := &splicer{d: &direction{relay: &Relay{engine: newEngine(t, Config{})}}}
 	hidden := map[string]int{}
 	runtime.LockOSThread()
@@ -60,14 +60,14 @@ func TestSignalAtAnUrgentByteHidesNothing(t *testing.T) {
 				}
 			})
 			sig.just(func() {
-				s.in.b = b
+				s.in = b
 				for !s.receive(fd) {
 					hidden["socket"]++
 				}
 			})
 		})
-		if s.n != 1 || s.in.errno != 0 {
-			t.Fatal(s.n, s.in.errno)
+		if s.n != 1 || s.inErr != 0 {
+			t.Fatal(s.n, s.inErr)
 		}
 	}
 	for who, n := range hidden {
