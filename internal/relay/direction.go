@@ -242,7 +242,6 @@ func (d *direction) write(n int) (int, error) {
 func (d *direction) writePieces(p []byte, b *Buffer) (written int, err error) {
 	for !d.to.measured() && len(p) > writePiece {
 		n, err := d.to.stream.write(p[:writePiece], nil)
-		n, err = checkCount(n, writePiece, err)
 		written += n
 		if err != nil {
 			b.Free()
@@ -252,19 +251,7 @@ func (d *direction) writePieces(p []byte, b *Buffer) (written int, err error) {
 		d.relay.touch()
 	}
 	n, err := d.to.stream.write(p, b)
-	n, err = checkCount(n, len(p), err)
 	return written + n, err
-}
-
-// checkCount returns an error if a write of size bytes has returned an n that io.Writer forbids.
-func checkCount(n, size int, err error) (int, error) {
-	switch {
-	case n < 0 || n > size:
-		return 0, ErrBadCount
-	case n < size && err == nil:
-		err = io.ErrShortWrite
-	}
-	return n, err
 }
 
 // account counts n bytes that were moved, and obeys the handler's Verdict.

@@ -185,7 +185,14 @@ func (p plain) read(b []byte) (int, error) {
 
 func (p plain) write(b []byte, buf *Buffer) (int, error) {
 	defer buf.Free()
-	return p.Write(b)
+	n, err := p.Write(b)
+	switch {
+	case n < 0 || n > len(b):
+		return 0, ErrBadCount
+	case n < len(b) && err == nil:
+		err = io.ErrShortWrite
+	}
+	return n, err
 }
 
 func (p plain) closeWrite() error { return p.Conn.(halfCloser).CloseWrite() }
