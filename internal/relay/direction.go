@@ -51,7 +51,12 @@ func (d *direction) run() {
 	returned := false
 	defer func() {
 		if !returned {
-			d.relay.panicking(recover())
+			p := recover()
+			if p == nil {
+				p = "lbproxy: a hook called runtime.Goexit"
+			}
+			d.relay.notePanic(p)
+			d.relay.Abort(ErrPanicked)
 		}
 		d.end()
 	}()

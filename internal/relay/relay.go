@@ -342,44 +342,37 @@ func waitFor(c <-chan struct{}, d time.Duration) (closed bool) {
 // touch records that bytes have moved now.
 func (r *Relay) touch() { r.last.Store(Clock()) }
 
-// panicking records a panic of a hook or a conn and ends the relay. A nil p means runtime.Goexit.
-func (r *Relay) panicking(p any) {
-	switch err := p.(type) {
-	case nil:
-		p = "lbproxy: a hook called runtime.Goexit"
-	case error:
-		p = fmt.Errorf("%w\n\n%s", err, debug.Stack())
-	default:
-		p = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
-	}
-	r.mu.Lock()
-	if r.panicked == nil {
-		r.panicked = p
-	}
-	r.mu.Unlock()
-	r.Abort(ErrPanicked)
-}
-
 // close closes e. After a reset only the layers above the socket are still open.
 func (r *Relay) close(e *end) {
 	if e.layered() || !r.isHungUp() {
-		defer r.notePanic()
+		defer r.recoverPanic()
 		e.conn.Close()
 	}
 }
 
 func (r *Relay) reset(e *end) {
-	defer r.notePanic()
+	defer r.recoverPanic()
 	e.reset()
 }
 
-// notePanic records a panic of the caller's conn, which must not end the process. It is deferred.
-func (r *Relay) notePanic() {
-	p := recover()
+// recoverPanic records a panic of the caller's conn, which must not end the process. It is deferred.
+func (r *Relay) recoverPanic() {
+	if p := recover(); p != nil {
+		r.notePanic(p)
+	}
+}
+
+// notePanic records the value of a panic, with its stack.
+func (r *Relay) notePanic(p any) {
+	if err, ok := p.(error); ok {
+		p = fmt.Errorf("%w\n\n%s", err, debug.Stack())
+	} else {
+		p = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if p != nil && r.panicked == nil {
-		r.panicked = fmt.Sprintf("%v\n\n%s", p, debug.Stack())
+	if r.panicked == nil {
+		r.panicked = p
 	}
 }
 
