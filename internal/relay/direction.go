@@ -111,10 +111,9 @@ func (d *direction) linger() {
 }
 
 func (d *direction) copy() {
-	r := d.relay
 	if t, ok := d.from.stream.(*TLS); ok {
 		if err := t.Handshake(); err != nil { // not in await, whose reads must not wait
-			r.fail(d.source(), err, false)
+			d.sourceFailed(err)
 			return
 		}
 	}
@@ -124,7 +123,7 @@ func (d *direction) copy() {
 			readErr = d.judge(readErr)
 		}
 		if writeErr != nil { // before account, whose handler may block
-			r.fail(d.destination(), writeErr, false)
+			d.other().sourceFailed(writeErr)
 			d.phase.Store(copying)
 		}
 		if n > 0 {
@@ -150,12 +149,8 @@ func (d *direction) source() Side {
 	return Server
 }
 
-func (d *direction) destination() Side {
-	if d.name == Upload {
-		return Server
-	}
-	return Client
-}
+// sourceFailed records that the side that d reads from has failed. What it has sent is delivered.
+func (d *direction) sourceFailed(err error) { d.relay.fail(d.source(), err, d, false, false) }
 
 func (d *direction) other() *direction {
 	if d.name == Upload {
@@ -300,7 +295,7 @@ func (d *direction) judge(err error) error {
 			return io.EOF
 		}
 	}
-	d.relay.fail(d.source(), err, quiet && d.name == Upload)
+	d.relay.fail(d.source(), err, d, quiet && d.name == Upload, false)
 	return err
 }
 
@@ -340,7 +335,7 @@ func (d *direction) passEnd() {
 		reset := wasReset(d.from.raw)
 		// A socket that both sides have ended looks reset too, but then q is not writing any more.
 		if reset && q.phase.Load() == writing {
-			r.fail(d.source(), errReset, false)
+			d.sourceFailed(errReset)
 			return
 		}
 		if d.from.measured() && !reset {
@@ -350,7 +345,7 @@ func (d *direction) passEnd() {
 	}
 	if d.to == nil {
 		if !d.from.canHalfClose() && !r.isSettled() {
-			r.fail(d.source(), errGone, false) // it cannot half-close, so its end means it has left
+			d.sourceFailed(errGone) // it cannot half-close, so its end means it has left
 			return
 		}
 		if d.to = r.awaitServer(); d.to == nil {
@@ -367,13 +362,13 @@ func (d *direction) passEnd() {
 	case d.to.canHalfClose():
 		d.phase.Store(ending)
 		if err := d.to.closeWrite(); err != nil {
-			r.fail(d.destination(), err, false)
+			d.other().sourceFailed(err)
 		}
 	case !both:
 		// The stream from from is complete, so close to. The stream to from is cut.
 		err := fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told "+
 			"that the other side has ended its stream, and go on", d.to.conn)
-		r.failLingering(d.destination(), err, false, d, true)
+		r.fail(d.other().source(), err, d, false, true)
 		r.reset(d.from)
 	}
 }

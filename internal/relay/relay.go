@@ -231,19 +231,10 @@ func (r *Relay) wake() {
 	}
 }
 
-// fail records that a side has failed. From then on the relay only delivers the bytes that this
-// side has sent. The other direction has nowhere to write to and discards the bytes that it reads,
+// fail records that a side has failed. From then on the relay only delivers the bytes that its
+// lingerer d has. The other direction has nowhere to write to and discards the bytes that it reads,
 // because a peer that is blocked in sending might not read.
-func (r *Relay) fail(side Side, err error, quiet bool) {
-	d := &r.up
-	if side == Server {
-		d = &r.down
-	}
-	r.failLingering(side, err, quiet, d, false)
-}
-
-// failLingering is fail for a given lingerer, the direction that has bytes to deliver.
-func (r *Relay) failLingering(side Side, err error, quiet bool, d *direction, politely bool) {
+func (r *Relay) fail(side Side, err error, d *direction, quiet, politely bool) {
 	r.mu.Lock()
 	if !r.endWith(err, side) {
 		r.mu.Unlock()
@@ -304,7 +295,7 @@ func (r *Relay) awaitServer() *end {
 // the server after it has asked for the reset.
 func (r *Relay) pollClient() {
 	if wasReset(r.client.raw) && !r.isSettled() {
-		r.fail(Client, errReset, false)
+		r.up.sourceFailed(errReset)
 	}
 }
 

@@ -29,7 +29,7 @@ func (d *direction) watch() {
 	r.mu.Unlock()
 	// Not wasReset, which is also true after both streams have ended.
 	if hasError(d.from.raw) && d.phase.Load() == writing {
-		r.fail(d.source(), errReset, false)
+		d.sourceFailed(errReset)
 	} else {
 		d.stuck()
 	}
