@@ -12,13 +12,7 @@ import (
 // What follows is for internal/loop, which owns bare descriptors. None of it blocks.
 
 // RecvFD reads from a socket into b.
-func RecvFD(fd int, b []byte) (int, syscall.Errno) { return recvFD(uintptr(fd), b, 0) }
-
-// SendFD writes to a socket as much of b as it takes.
-func SendFD(fd int, b []byte) (int, syscall.Errno) { return sendFD(uintptr(fd), b) }
-
-// ShutdownFD ends a socket's stream.
-func ShutdownFD(fd int) syscall.Errno { return shutdownFD(uintptr(fd)) }
+func RecvFD(fd int, b []byte) (int, syscall.Errno) { return recvFD(fd, b, 0) }
 
 // UnsentFD is how many bytes a socket has to send that its peer's system has not acknowledged.
 func UnsentFD(fd int) int {

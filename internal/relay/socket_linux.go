@@ -94,7 +94,7 @@ func (s *socket) tryReceive(fd uintptr, poll bool) (found bool) {
 			break
 		}
 		turn := s.n >= bulkChunk && takeTurn()
-		s.n, s.inErr = recvFD(fd, s.in, 0)
+		s.n, s.inErr = RecvFD(int(fd), s.in)
 		giveTurn(turn)
 		switch s.inErr {
 		case syscall.EINTR:
@@ -160,7 +160,7 @@ func plainOp(err error, op string) error {
 func (s *socket) writeReady(fd uintptr) bool {
 	for len(s.out) > 0 {
 		turn := len(s.out) >= bulkChunk && takeTurn()
-		n, errno := sendFD(fd, s.out)
+		n, errno := SendFD(int(fd), s.out)
 		giveTurn(turn)
 		switch s.outErr = errno; errno {
 		case 0:
@@ -189,7 +189,7 @@ func (s *socket) shrink() {
 
 func (s *socket) closeWrite() error {
 	var errno syscall.Errno
-	err := s.raw.Control(func(fd uintptr) { errno = shutdownFD(fd) })
+	err := s.raw.Control(func(fd uintptr) { errno = ShutdownFD(int(fd)) })
 	if err != nil || errno == 0 {
 		return err
 	}
@@ -237,7 +237,7 @@ func wasReset(raw syscall.RawConn) bool {
 func readable(raw syscall.RawConn) bool {
 	return ask(raw, func(fd int) bool {
 		var b [1]byte
-		n, _ := recvFD(uintptr(fd), b[:], syscall.MSG_PEEK)
+		n, _ := recvFD(fd, b[:], syscall.MSG_PEEK)
 		return n > 0
 	})
 }
