@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -47,7 +48,10 @@ func NewTLS(
 	config *tls.Config,
 	maxHandshake int,
 ) *TLS {
-	w := &wire{Conn: raw, direct: raw, left: maxHandshake, bounded: maxHandshake > 0}
+	w := &wire{Conn: raw, direct: raw, left: maxHandshake}
+	if maxHandshake <= 0 {
+		w.left = math.MaxInt
+	}
 	if w.socket = newSocket(raw, rawTCP(raw)); w.socket != nil {
 		w.direct = w.socket
 	}
@@ -152,7 +156,6 @@ type wire struct {
 	direct io.ReadWriter // socket, or Conn
 
 	open      atomic.Bool // the handshake is done
-	bounded   bool        // left applies until open
 	left      int         // bytes that the handshake may still read
 	readFirst bool        // the first call was a read, as a server's is
 	wrote     bool        // there was a write
@@ -171,12 +174,10 @@ func (w *wire) Read(b []byte) (int, error) {
 	shaking := !w.open.Load()
 	if shaking {
 		w.readFirst = w.readFirst || !w.wrote
-		if w.bounded {
-			if w.left == 0 {
-				return 0, ErrHandshakeSize
-			}
-			b = b[:min(len(b), w.left)]
+		if w.left == 0 {
+			return 0, ErrHandshakeSize
 		}
+		b = b[:min(len(b), w.left)]
 	}
 	n, err := w.direct.Read(b)
 	if shaking {
