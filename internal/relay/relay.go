@@ -343,7 +343,7 @@ func (r *Relay) close(e *end) {
 
 func (r *Relay) reset(e *end) {
 	defer r.recoverPanic()
-	e.reset()
+	reset(e.below)
 }
 
 // recoverPanic records a panic of the caller's conn, which must not end the process. It is deferred.

@@ -3,7 +3,6 @@
 package relay
 
 import (
-	"cmp"
 	"encoding/binary"
 	"io"
 	"net"
@@ -211,10 +210,7 @@ func InheritKeepAlive(lc *net.ListenConfig) {
 }
 
 // keepAlive sets what net does by default.
-func keepAlive(raw syscall.RawConn) (wrong error) {
-	err := control(raw, func(fd int) { wrong = KeepAliveFD(fd) })
-	return cmp.Or(err, wrong)
-}
+func keepAlive(raw syscall.RawConn) error { return ask(raw, KeepAliveFD) }
 
 // quickAck has what has come acknowledged now. It is not a setting that stays.
 func quickAck(raw syscall.RawConn) {

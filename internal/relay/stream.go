@@ -97,10 +97,8 @@ func (e *end) closeWrite() error {
 	return e.stream.closeWrite()
 }
 
-// reset closes the conn below at once, by a reset where it is TCP. The layers above are left alone:
-// one of them might want to say goodbye first, and wait for its peer.
-func (e *end) reset() { reset(e.below) }
-
+// reset closes c at once, by a reset where it is TCP. c is below all layers. The layers are left
+// alone: one of them might want to say goodbye first, and wait for its peer.
 func reset(c net.Conn) {
 	defer c.Close() // also if SetLinger panics
 	if l, ok := c.(interface{ SetLinger(sec int) error }); ok {
