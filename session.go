@@ -28,16 +28,16 @@ type session struct {
 	ctx     context.Context // ends with the session where a hook is there to see it
 	element *list.Element   // of app.sessions; belongs to app.mu
 
-	client   net.Conn  // what is relayed: conn.Client as admit left it
-	finding  *finding  // while it is on a loop and not connected
-	upstream *upstream // what it is counted on
-	unlost   func()    // ends what CloseOnDown waits for; nil: nothing
-	attempts int
+	client   net.Conn       // what is relayed: conn.Client as admit left it
+	finding  *finding       // while it is on a loop and not connected
+	upstream *upstream      // what it is counted on
+	unlost   func()         // ends what CloseOnDown waits for; nil: nothing
 	dialTime time.Duration  // of the attempt that succeeded
 	done     chan struct{}  // closed by Done where a goroutine waits to finish the session
 	outcome  *relay.Outcome // of what was relayed; nil before the end
 	result   *Result        // set by settle
 
+	attempts int32
 	accepted bool // by Serve: it has a slot, and its end is logged
 	opened   bool // the RateLimit is owed an EventClose
 	keep     bool // client outlives the relay, for OnRefused
@@ -551,7 +551,7 @@ func (s *session) settle() {
 	c.session = nil
 	c.mu.Unlock()
 	s.result = &Result{
-		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: s.attempts, DialTime: s.dialTime,
+		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: int(s.attempts), DialTime: s.dialTime,
 		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
 		End: end, Err: err,
 	}
