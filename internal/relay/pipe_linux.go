@@ -146,12 +146,11 @@ func (p *pipe) close() {
 // A pipePool keeps empty pipes for reuse. It closes those that were not needed for a second, so
 // that an engine at rest holds none.
 type pipePool struct {
-	mu     sync.Mutex
-	free   []*pipe
-	all    int         // pipes in free and in use
-	spare  int         // the smallest length of free since trim last ran
-	timer  *time.Timer // runs trim; nil if there is nothing to trim
-	closed bool
+	mu    sync.Mutex
+	free  []*pipe
+	all   int         // pipes in free and in use
+	spare int         // the smallest length of free since trim last ran
+	timer *time.Timer // runs trim; nil if there is nothing to trim
 }
 
 const (
@@ -196,11 +195,6 @@ func (pp *pipePool) drop(p *pipe) {
 func (pp *pipePool) put(p *pipe) {
 	pp.mu.Lock()
 	defer pp.mu.Unlock()
-	if pp.closed {
-		p.close()
-		pp.all--
-		return
-	}
 	pp.free = append(pp.free, p)
 	if pp.timer == nil {
 		pp.timer = time.AfterFunc(time.Second, pp.trim)
@@ -215,17 +209,17 @@ func (pp *pipePool) trim() {
 	}
 	pp.all -= pp.spare
 	pp.free = pp.free[:copy(pp.free, pp.free[pp.spare:])]
-	if pp.spare = len(pp.free); pp.spare == 0 || pp.closed {
+	if pp.spare = len(pp.free); pp.spare == 0 {
 		pp.timer = nil
 		return
 	}
 	pp.timer.Reset(time.Second)
 }
 
+// close closes the pipes. All of them are free.
 func (pp *pipePool) close() {
 	pp.mu.Lock()
 	defer pp.mu.Unlock()
-	pp.closed = true
 	for _, p := range pp.free {
 		p.close()
 	}
