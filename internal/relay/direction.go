@@ -193,13 +193,13 @@ func (d *direction) read() (int, error) {
 
 // try reads the bytes that are available, and returns false if there are none.
 func (d *direction) try() bool {
-	b := NewBuffer(d.bufferSize())
-	n, err := d.from.stream.read((*b)[:d.pacer.Limit(len(*b))])
+	d.buf = NewBuffer(d.bufferSize())
+	n, err := d.from.stream.read((*d.buf)[:d.pacer.Limit(len(*d.buf))])
 	if err == errWait {
-		b.Free()
+		d.freeBuffer()
 		return false
 	}
-	d.buf, d.n, d.err = b, n, err
+	d.n, d.err = n, err
 	return true
 }
 
@@ -266,7 +266,7 @@ func (d *direction) account(n int) {
 	}
 	if wait := d.pacer.Moved(n, v.Wait, v.Chunk); wait > 0 {
 		began := Clock()
-		r.wait(wait, false)
+		r.pause(wait)
 		d.pacer.Paused(time.Duration(Clock() - began))
 	}
 	now := Clock()

@@ -123,7 +123,7 @@ type Relay struct {
 	politely bool          // the lingerer closes its destination before hangUp
 	lingerer *direction    // calls hangUp once it has ended and its bytes have arrived
 	timer    *time.Timer   // calls hangUp after LingerTime; set with lingerer
-	changed  chan struct{} // closed and set to nil by Connect and by over; nil unless awaited
+	changed  chan struct{} // see change; nil unless awaited
 }
 
 type stage int8
@@ -223,7 +223,7 @@ func (r *Relay) endWith(cause error, failed Side) bool {
 	return true
 }
 
-// wake ends all calls of wait. The caller holds mu.
+// wake tells those who wait of a change. The caller holds mu.
 func (r *Relay) wake() {
 	if r.changed != nil {
 		close(r.changed)
@@ -279,7 +279,7 @@ func (r *Relay) isHungUp() bool {
 // awaitServer waits for the server and returns nil if the relay is over. Meanwhile it polls for a
 // reset by the client: nobody reads from the client then, so no read reports one.
 func (r *Relay) awaitServer() *end {
-	for !r.wait(pollTime, true) {
+	for c := r.change(true); c != nil && !waitFor(c, pollTime); c = r.change(true) {
 		r.pollClient()
 	}
 	r.mu.Lock()
@@ -305,17 +305,26 @@ func (r *Relay) isSettled() bool {
 	return r.over || r.server.conn != nil
 }
 
-// wait waits until the relay is over, or has a server if forServer is set, and reports whether that
-// was so within d.
-func (r *Relay) wait(d time.Duration, forServer bool) bool {
+// pause returns after d, or when the relay is over.
+func (r *Relay) pause(d time.Duration) {
+	if c := r.change(false); c != nil {
+		waitFor(c, d)
+	}
+}
+
+// change returns a channel that is closed when the relay is over or gets its server. It returns nil
+// if the relay is over, or if it has a server and forServer is set. The caller waits on the channel:
+// in a function of its own that would take a frame more, for which a stack of 2 KiB would grow.
+func (r *Relay) change(forServer bool) <-chan struct{} {
 	r.mu.Lock()
-	is := r.over || forServer && r.server.conn != nil
-	if !is && r.changed == nil {
+	defer r.mu.Unlock()
+	if r.over || forServer && r.server.conn != nil {
+		return nil
+	}
+	if r.changed == nil {
 		r.changed = make(chan struct{})
 	}
-	changed := r.changed
-	r.mu.Unlock()
-	return is || waitFor(changed, d)
+	return r.changed
 }
 
 // waitFor waits until c is closed or d has passed, and reports which.

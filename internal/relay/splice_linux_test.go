@@ -738,6 +738,54 @@ func TestRelayBeforeConnectHoldsASmallBuffer(t *testing.T) {
 	}
 }
 
+// A goroutine begins with a stack of 2 KiB. Those of a relay need no larger one, even if the first
+// bytes have to wait for the server.
+func TestIdleRelaysHaveSmallStacks(t *testing.T) {
+	inUse := func() int64 {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.StackInuse)
+	}
+	// New stacks are as large as the last garbage collection found the mean to need.
+	stop := make(chan struct{})
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	defer close(stop)
+	for range 1000 {
+		waiting.Go(func() { <-stop })
+	}
+	runtime.GC()
+
+	const n = 200
+	e := newEngine(t, Config{})
+	before := inUse()
+	for range n {
+		client, ours := duplex(t)
+		server, theirs := duplex(t)
+		r := e.Start(ours, newRecorder(nil), 0)
+		t.Cleanup(func() { r.Abort(nil) })
+		client.Write([]byte("x"))
+		proxytest.Eventually(t, "it waits for its server", func() bool {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return r.changed != nil
+		})
+		r.Connect(theirs)
+		for range 2 {
+			io.ReadFull(server, make([]byte, 1))
+			server.Write([]byte("x"))
+			client, server = server, client
+		}
+	}
+	most := int64(5 << 10)
+	if proxytest.Race { // whose frames are larger
+		most *= 4
+	}
+	if each := (inUse() - before) / n; each > most {
+		t.Errorf("each has %d bytes of stack, want at most %d", each, most)
+	}
+}
+
 // One byte more, and the heap gives each 576.
 func TestRelayTakes512Bytes(t *testing.T) {
 	if size := unsafe.Sizeof(Relay{}); size > 512 {
