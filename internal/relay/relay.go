@@ -71,7 +71,7 @@ var (
 	errReset    = errors.New("lbproxy: connection reset by peer")
 	errGone     = errors.New("lbproxy: client closed before an upstream was reached")
 	errNoServer = errors.New("lbproxy: no upstream was reached")
-	ErrBadCount = errors.New("lbproxy: conn returned an impossible count")
+	errBadCount = errors.New("lbproxy: conn returned an impossible count")
 )
 
 // LingerTime bounds how long a relay goes on to deliver bytes from a side that has failed.

@@ -847,10 +847,10 @@ func TestBadConnsAreErrors(t *testing.T) {
 		}}, failed: Server, want: io.ErrShortWrite},
 		{name: "negative write to the server", server: oddConn{write: func(b []byte) (int, error) {
 			return -1, nil
-		}}, failed: Server, want: ErrBadCount},
+		}}, failed: Server, want: errBadCount},
 		{name: "write of too much", server: oddConn{write: func(b []byte) (int, error) {
 			return len(b) + 1, nil
-		}}, failed: Server, want: ErrBadCount},
+		}}, failed: Server, want: errBadCount},
 		{name: "short write to the client", client: oddConn{write: func(b []byte) (int, error) {
 			return 0, nil
 		}}, failed: Client, want: io.ErrShortWrite},
@@ -859,10 +859,10 @@ func TestBadConnsAreErrors(t *testing.T) {
 		}}, failed: Client, want: boom},
 		{name: "negative read", client: oddConn{read: func(b []byte) (int, error) {
 			return -1, nil
-		}}, failed: Client, want: ErrBadCount},
+		}}, failed: Client, want: errBadCount},
 		{name: "read of too much", server: oddConn{read: func(b []byte) (int, error) {
 			return len(b) + 1, nil
-		}}, failed: Server, want: ErrBadCount},
+		}}, failed: Server, want: errBadCount},
 		{name: "reads of nothing", server: oddConn{read: func(b []byte) (int, error) {
 			return 0, nil
 		}}, failed: Server, want: io.ErrNoProgress},

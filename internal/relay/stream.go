@@ -172,7 +172,7 @@ func (p plain) read(b []byte) (int, error) {
 	for range 100 {
 		n, err := p.Read(b)
 		if n < 0 || n > len(b) {
-			return 0, ErrBadCount
+			return 0, errBadCount
 		}
 		if n > 0 || err != nil {
 			return n, err
@@ -186,7 +186,7 @@ func (p plain) write(b []byte, buf *Buffer) (int, error) {
 	n, err := p.Write(b)
 	switch {
 	case n < 0 || n > len(b):
-		return 0, ErrBadCount
+		return 0, errBadCount
 	case n < len(b) && err == nil:
 		err = io.ErrShortWrite
 	}
