@@ -118,10 +118,11 @@ func (g *gate) handshake(
 	v := g.wait(raw, addrOf(clientAddr(c)))
 	returned := false // remains false if the caller's Users panic or call runtime.Goexit
 	defer func() {
+		finished := err == nil && returned
 		late := errors.Is(err, os.ErrDeadlineExceeded)
-		if cut := g.leave(v, late); cut != nil && (err == nil || late) {
+		if cut := g.leave(v, finished); cut != nil && (err == nil || late) {
 			err = cut
-		} else if err == nil && returned {
+		} else if finished {
 			err = raw.SetDeadline(time.Time{})
 		}
 	}()

@@ -143,9 +143,11 @@ type Limit struct {
 }
 
 // Handshake bounds the resources of clients that have not authenticated yet. A client holds a place
-// from its first byte to the end of its handshake. When all places are taken, a newcomer replaces
-// the oldest handshake of the address (IPv6: network) that holds most places. A client that has
-// sent nothing costs a socket; 16,384 of them may wait.
+// from its first byte to the end of its handshake. When all places are taken, a newcomer replaces a
+// handshake of an address (IPv6: network) that has not finished one lately, or that holds most
+// places; an address that has finished one before takes precedence. Among equals, a handshake keeps
+// its place for half a second. A client that has sent nothing costs a socket; 16,384 of them may
+// wait.
 type Handshake struct {
 	Timeout       time.Duration `json:"timeout,omitzero"`       // from accept on; 0: 10s
 	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0: 256

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -54,8 +55,8 @@ func (c *comer) speak() *comer {
 }
 
 // leave ends a visit and returns the gate's verdict.
-func (c *comer) leave(missed bool) error {
-	err := c.g.leave(c.visit, missed)
+func (c *comer) leave(finished bool) error {
+	err := c.g.leave(c.visit, finished)
 	synctest.Wait()
 	c.cancel()
 	return err
@@ -91,19 +92,23 @@ func want(t *testing.T, states string, clients ...*comer) {
 	}
 }
 
-// empty fails unless g has forgotten everything a while after its visits have ended.
+// empty fails unless g has forgotten all but the known networks a while after its visits ended.
 func (g *gate) empty(t *testing.T) {
 	t.Helper()
 	g.forget(time.Now().Add(g.Timeout + 1))
-	if len(g.networks)+len(g.misses)+g.waiting.Len()+g.inside.Len() != 0 {
-		t.Errorf("networks %v, misses %v, %d waiting, %d inside: want none", g.networks, g.misses,
-			g.waiting.Len(), g.inside.Len())
+	for g.known.Len() > 0 { // only newer ones push these out
+		g.rate(g.known.Front().Value.(*network), unknown)
+	}
+	if len(g.networks)+g.failed.Len()+g.waiting.Len()+g.inside.Len() != 0 {
+		t.Errorf("networks %v, %d failed, %d waiting, %d inside: want none", g.networks,
+			g.failed.Len(), g.waiting.Len(), g.inside.Len())
 	}
 }
 
+// leave ends the visits of clients, whose handshakes have finished.
 func leave(clients ...*comer) {
 	for _, c := range clients {
-		c.leave(false)
+		c.leave(true)
 	}
 }
 
@@ -114,22 +119,176 @@ func TestFullGateCutsTheOldestOfTheHeaviestAddress(t *testing.T) {
 		b1, b2 := g.come("192.0.2.2"), g.come("192.0.2.2")
 		c := g.come("192.0.2.3")
 		want(t, "in in in in", a, b1, b2, c)
+		time.Sleep(turn)
 		d := g.come("192.0.2.4")
 		want(t, "in cut in in in", a, b1, b2, c, d)
-		e := g.come("192.0.2.5") // the cut one still weighs
+		e := g.come("192.0.2.5") // the network of the cut one has failed
 		want(t, "in cut cut in in in", a, b1, b2, c, d, e)
-		f := g.come("192.0.2.2") // its misses make the newcomer itself the heaviest
-		want(t, "in in in in cut", a, c, d, e, f)
-		time.Sleep(g.Timeout + 1)
-		h := g.come("192.0.2.2") // after a while they count no more
-		want(t, "cut in in in in", a, c, d, e, h)
-		i := g.come("192.0.2.2")
-		want(t, "in in in cut in", c, d, e, h, i)
 		if err := b1.leave(true); err == nil {
 			t.Error("the cut handshake has a good end")
 		}
-		leave(a, b2, c, d, e, f, h, i)
+		leave(a, b2)
+		f := g.come("192.0.2.2")
+		want(t, "in in in in", c, d, e, f)
+		h := g.come("192.0.2.6")
+		want(t, "in in in cut in", c, d, e, f, h)
+		time.Sleep(g.Timeout + 1)
+		i := g.come("192.0.2.2") // the failure is forgotten
+		want(t, "cut in in in in", c, d, e, h, i)
+		leave(c, d, e, f, h, i)
 		g.empty(t)
+	})
+}
+
+// Newcomers do not push each other out before a turn is over, and who is turned away meanwhile has
+// not failed. A known network takes precedence at once.
+func TestHandshakeKeepsItsPlaceForATurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(Handshake{Timeout: time.Minute, MaxConcurrent: 2, MaxPerAddress: 2})
+		a, b := g.come("192.0.2.1"), g.come("192.0.2.2")
+		time.Sleep(turn - 1)
+		c := g.come("192.0.2.3")
+		want(t, "in in cut", a, b, c)
+		time.Sleep(1)
+		d := g.come("192.0.2.3")
+		want(t, "cut in in", a, b, d)
+		e := g.come("192.0.2.1") // has failed
+		want(t, "in in cut", b, d, e)
+		leave(a, b, c, d, e)
+		f, h := g.come("192.0.2.4"), g.come("192.0.2.5")
+		i := g.come("192.0.2.3") // is known
+		want(t, "in cut in", f, h, i)
+		j := g.come("192.0.2.5")
+		want(t, "in in cut", f, i, j)
+		time.Sleep(turn)
+		k := g.come("192.0.2.2")
+		want(t, "cut in in", f, i, k)
+		l := g.come("192.0.2.3") // two places weigh more, known or not
+		want(t, "cut in in", i, k, l)
+		m := g.come("192.0.2.3") // and to lose one is no failure of a known network
+		want(t, "in in cut", k, l, m)
+		leave(f, h, i, j, k, l, m)
+		g.empty(t)
+	})
+}
+
+// A crowd is strangers who come to a gate, 2,000 a second. They send a byte, and then nothing.
+type crowd struct {
+	*gate
+	ctx      context.Context
+	networks int // theirs; each has one handshake at a time
+	visits   map[int]*visit
+	next     int
+	random   *rand.Rand
+}
+
+func newCrowd(t *testing.T, networks int) *crowd {
+	g := newGate(Handshake{Timeout: 10 * time.Second, MaxConcurrent: 256, MaxPerAddress: 16})
+	return &crowd{g, t.Context(), networks, map[int]*visit{}, 0, rand.New(rand.NewPCG(1, 2))}
+}
+
+func (c *crowd) upTo(d time.Duration) time.Duration {
+	return time.Duration(c.random.Int64N(int64(d)))
+}
+
+func (c *crowd) come(from [4]byte) (*visit, error) {
+	v := c.wait(&comer{}, netip.AddrFrom4(from))
+	return v, c.enter(c.ctx, v, time.Now().Add(c.Timeout))
+}
+
+// pass lets time pass, in which strangers come.
+func (c *crowd) pass(d time.Duration) {
+	for end := time.Now().Add(d); time.Now().Before(end); c.next++ {
+		time.Sleep(c.upTo(time.Millisecond))
+		if c.next%1000 == 0 {
+			c.clear()
+		}
+		if i := c.next % c.networks; c.visits[i] == nil {
+			c.visits[i], _ = c.come([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
+		}
+	}
+}
+
+// clear ends the strangers' visits that were cut or are out of time.
+func (c *crowd) clear() {
+	for i, v := range c.visits {
+		if v.cut || time.Since(v.placed) >= c.Timeout {
+			c.leave(v, false)
+			delete(c.visits, i)
+		}
+	}
+}
+
+// visit is a client's visit. Its handshake takes a round trip of 200 ms.
+func (c *crowd) visit(from [4]byte) error {
+	v, err := c.come(from)
+	if err != nil {
+		c.leave(v, false)
+		c.pass(c.upTo(200 * time.Millisecond))
+		return err
+	}
+	c.pass(200 * time.Millisecond)
+	return c.leave(v, true)
+}
+
+func (c *crowd) empty(t *testing.T) {
+	time.Sleep(c.Timeout)
+	c.clear()
+	c.gate.empty(t)
+}
+
+// A client is turned away, or has failed and is turned away. It comes again each time, gets in, and
+// from then on does so at each visit.
+func TestClientThatWasTurnedAwayGetsIn(t *testing.T) {
+	const once = 1 << 24
+	for name, test := range map[string]struct {
+		networks int
+		failed   bool // the client, before
+		within   time.Duration
+	}{
+		"strangers come again":                        {2000, false, 2 * time.Second},
+		"strangers come once":                         {once, false, 5 * time.Second},
+		"strangers come again, the client has failed": {2000, true, 15 * time.Second},
+		"strangers come once, the client has failed":  {once, true, 30 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newCrowd(t, test.networks)
+				c.pass(200 * time.Millisecond)
+				client := [4]byte{192, 0, 2, 1}
+				if test.failed {
+					n := c.network(netip.PrefixFrom(netip.AddrFrom4(client), 32))
+					c.rate(n, failed)
+					c.release(n)
+				}
+				start := time.Now()
+				if c.visit(client) == nil {
+					t.Fatal("the gate let the client in at once")
+				}
+				for c.visit(client) != nil {
+					if time.Since(start) > test.within {
+						t.Fatalf("the client was locked out for %v", time.Since(start))
+					}
+				}
+				t.Logf("the client got in after %v", time.Since(start))
+				for range 100 {
+					must(t, c.visit(client))
+				}
+				c.empty(t)
+			})
+		})
+	}
+}
+
+// Clients whom the gate does not know get in when the strangers have shown how slow they are.
+func TestNewClientsGetInBesideStrangers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCrowd(t, 2000)
+		c.pass(5 * time.Second)
+		for i := range 200 {
+			must(t, c.visit([4]byte{192, 0, 2, byte(i)}))
+		}
+		c.empty(t)
 	})
 }
 
@@ -141,30 +300,40 @@ func TestFullGateCutsInTheHeaviestNetworkOfTheHeaviestSite(t *testing.T) {
 		b1 := g.come("2001:db8:b:1::1")
 		b2, b3 := g.come("2001:db8:b:2::1"), g.come("2001:db8:b:2::2")
 		c := g.come("192.0.2.1")
+		time.Sleep(turn)
 		d := g.come("192.0.2.2")
 		want(t, "in in in cut in in in", a1, a2, b1, b2, b3, c, d)
-		// The /64s of b2 and b3, and of a1 and a2, weigh two each: the /48 decides.
+		// The /64s of b3, and of a1 and a2, have two places or have failed: the /48 decides.
 		e := g.come("192.0.2.3")
 		want(t, "in in in cut in in in", a1, a2, b1, b3, c, d, e)
-		time.Sleep(g.Timeout + 1)
 		f := g.come("192.0.2.4")
-		want(t, "cut in in in in in in", a1, a2, b1, c, d, e, f)
-		leave(a1, a2, b1, b2, b3, c, d, e, f)
+		want(t, "in in cut in in in in", a1, a2, b1, c, d, e, f)
+		h := g.come("192.0.2.5")
+		want(t, "cut in in in in in in", a1, a2, c, d, e, f, h)
+		leave(a1, a2, b1, b2, b3, c, d, e, f, h)
 		g.empty(t)
 	})
 }
 
-func TestHandshakeThatRanOutOfTimeWeighs(t *testing.T) {
-	for missed, states := range map[bool]string{true: "in cut in", false: "cut in in"} {
+func TestHandshakeThatDidNotFinishWeighs(t *testing.T) {
+	for _, test := range []struct {
+		finished []bool // the first client's earlier handshakes
+		states   string
+	}{
+		{[]bool{true}, "in in cut"},
+		{[]bool{false}, "cut in in"},
+		{[]bool{false, true}, "in in cut"},
+		{[]bool{true, false}, "in in cut"}, // a known network does not fail
+	} {
 		synctest.Test(t, func(t *testing.T) {
 			g := newGate(Handshake{Timeout: time.Minute, MaxConcurrent: 2, MaxPerAddress: 2})
-			leave(g.silent("192.0.2.1")) // it never had a place
-			g.silent("192.0.2.1").leave(missed)
-			a := g.come("192.0.2.1")
-			g.come("192.0.2.2").leave(missed)
-			b := g.come("192.0.2.2")
+			g.silent("192.0.2.2").leave(false) // it never had a place
+			for _, finished := range test.finished {
+				g.come("192.0.2.1").leave(finished)
+			}
+			a, b := g.come("192.0.2.1"), g.come("192.0.2.2")
 			c := g.come("192.0.2.3")
-			want(t, states, a, b, c)
+			want(t, test.states, a, b, c)
 			leave(a, b, c)
 			g.empty(t)
 		})
@@ -210,6 +379,7 @@ func TestCutHandshakeLeavesNoPlace(t *testing.T) {
 		a := g.come("192.0.2.1")
 		b1, b2, b3 := g.come("192.0.2.2"), g.come("192.0.2.2"), g.come("192.0.2.2")
 		want(t, "in in in waiting", a, b1, b2, b3)
+		time.Sleep(turn)
 		c := g.come("192.0.2.3")
 		want(t, "in cut in waiting in", a, b1, b2, b3, c)
 		leave(b1)
@@ -241,17 +411,22 @@ func TestOldestSilentClientMakesWay(t *testing.T) {
 	})
 }
 
-func TestMissesAreBounded(t *testing.T) {
+func TestRememberedNetworksAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(Handshake{Timeout: time.Minute, MaxConcurrent: 1, MaxPerAddress: 1})
-		for range maxMisses + 1 {
-			g.come("192.0.2.1").leave(true)
+		for _, finished := range []bool{true, false} {
+			for i := range maxRemembered + 1 {
+				ip := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
+				if finished {
+					ip = netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)})
+				}
+				g.come(ip.String()).leave(finished)
+			}
 		}
-		c := g.come("192.0.2.2")
-		if n := len(g.misses); n != maxMisses {
-			t.Errorf("the gate remembers %d misses, want %d", n, maxMisses)
+		if k, f := g.known.Len(), g.failed.Len(); k != maxRemembered || f != maxRemembered {
+			t.Errorf("the gate remembers %d known and %d failed networks, want %d each", k, f,
+				maxRemembered)
 		}
-		leave(c)
 		g.empty(t)
 	})
 }
@@ -270,7 +445,8 @@ func TestHandshakeThatWasCutIsRefused(t *testing.T) {
 	config := &tls.Config{Certificates: []tls.Certificate{pair}}
 	config.VerifyConnection = func(tls.ConnectionState) error {
 		v := g.wait(someConn(t), netip.MustParseAddr("192.0.2.1"))
-		defer g.leave(v, false)
+		defer g.leave(v, true)
+		g.rate(v.near, known)
 		return g.enter(t.Context(), v, time.Now().Add(patience))
 	}
 	client, server := net.Pipe()

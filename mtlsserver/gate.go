@@ -20,43 +20,48 @@ import (
 //	         the oldest is cut               refused            one of the heaviest is cut
 //
 // A silent client costs a socket and a goroutine. A client that has sent something queues while its
-// address holds all the places it may have. A full gate never refuses a newcomer: the oldest
-// handshake of the network that holds most places makes way for it.
+// address holds all the places it may have. When all places are taken, a newcomer replaces the
+// heaviest handshake, unless that is its own: see loser.
 type gate struct {
 	Handshake // every field is set
 
 	mu       sync.Mutex
-	networks map[netip.Prefix]*network // with visits or misses
+	networks map[netip.Prefix]*network // with visits, or remembered
 	waiting  list.List                 // of *visit without a place, oldest first
 	inside   list.List                 // of *visit with a place, oldest first
-	misses   []miss                    // oldest first
+	known    list.List                 // of *network, by their last rating, oldest first
+	failed   list.List                 // of *network, by their last rating, oldest first
 }
 
 const (
-	maxWaiting = 16384
-	maxMisses  = 16384
+	maxWaiting    = 16384
+	maxRemembered = 16384 // networks in known, and in failed
+
+	// A turn is how long a handshake keeps its place against others of equal weight and standing.
+	// It suffices for two round trips of 200 ms.
+	turn = 500 * time.Millisecond
+)
+
+// A standing is what a gate remembers of a network, best first.
+type standing int
+
+const (
+	known   standing = iota - 1 // a client has finished its handshake
+	unknown                     // the zero value
+	failed                      // a client has not, within the last Timeout
 )
 
 // A network is an IPv4 address, or an IPv6 /64 or /48. An IPv6 visit belongs to a /64 (near), which
 // MaxPerAddress is for, and to a /48 (wide), all of which a single attacker may own. For IPv4 both
 // are the address.
 type network struct {
-	prefix netip.Prefix
-	refs   int      // from visits and misses
-	inside int      // visits with a place
-	missed int      // recent handshakes that lost their place or ran out of time
-	queue  []*visit // near networks only: visits that have sent a byte, oldest first
-}
-
-// weight returns the number of places that n holds or has recently lost. Lost places count because
-// each address of a network may open one slow handshake, and another when that is cut. Otherwise
-// such a network would weigh little and push newcomers out.
-func (n *network) weight() int { return n.inside + n.missed }
-
-// A miss is a handshake that had a place and failed to finish.
-type miss struct {
-	near, wide *network
-	at         time.Time
+	prefix   netip.Prefix
+	refs     int           // from visits, known and failed
+	inside   int           // visits with a place
+	standing standing      // as rated last
+	rated    time.Time     // when
+	element  *list.Element // of known or failed; nil if n is unknown
+	queue    []*visit      // near networks only: visits that have sent a byte, oldest first
 }
 
 // A visit is a connection at the gate. gate.mu guards its fields.
@@ -64,7 +69,7 @@ type visit struct {
 	raw        net.Conn
 	near, wide *network
 	element    *list.Element // of waiting or inside; nil when cut or gone
-	placed     bool          // it is or was inside
+	placed     time.Time     // when it got a place; zero if it never had one
 	ready      chan struct{} // closed when it gets a place, or is cut while it waits for one
 	cut        bool          // it made way for another visit
 }
@@ -133,12 +138,17 @@ func (g *gate) verdict(v *visit) error {
 	return nil
 }
 
-// leave ends v and returns its verdict. A visit that has timed out (missed) counts against its
-// networks for g.Timeout.
-func (g *gate) leave(v *visit, missed bool) error {
+// leave ends v and returns its verdict. If v still has a place, whether its handshake has finished
+// decides the standing of its networks.
+func (g *gate) leave(v *visit, finished bool) error {
 	g.mu.Lock()
-	if missed && v.placed && !v.cut {
-		g.miss(v)
+	if !v.placed.IsZero() && !v.cut {
+		if finished {
+			g.rate(v.near, known)
+			g.rate(v.wide, known)
+		} else {
+			g.fail(v)
+		}
 	}
 	g.remove(v)
 	var losers []*visit
@@ -158,12 +168,14 @@ func (g *gate) promote(n *network) (losers []*visit) {
 	for len(n.queue) > 0 && n.inside < g.MaxPerAddress {
 		v := n.queue[0]
 		g.remove(v)
-		v.placed = true
+		v.placed = time.Now()
 		v.element = g.inside.PushBack(v)
 		v.count(1)
 		if g.inside.Len() > g.MaxConcurrent {
-			loser := g.heaviest()
-			g.miss(loser)
+			loser := g.loser(v.placed)
+			if loser.hadTurn(v.placed) {
+				g.fail(loser)
+			}
 			g.drop(loser)
 			losers = append(losers, loser)
 		}
@@ -172,22 +184,49 @@ func (g *gate) promote(n *network) (losers []*visit) {
 	return losers
 }
 
-// heaviest returns the oldest visit with a place in the heaviest /64 of the heaviest /48.
-func (g *gate) heaviest() (v *visit) {
+// loser returns the visit that makes way when too many are inside. It is one of the heaviest: the
+// oldest of these if it has had its turn, else the newest. If it were always the oldest, many
+// newcomers at once would push each other out before any handshake could finish.
+func (g *gate) loser(now time.Time) *visit {
+	var oldest, newest *visit
 	for e := g.inside.Front(); e != nil; e = e.Next() {
-		other := e.Value.(*visit)
-		if v == nil || other.heavier(v) {
-			v = other
+		v, order := e.Value.(*visit), 1
+		if oldest != nil {
+			order = g.compare(v, oldest)
+		}
+		if order > 0 {
+			oldest = v
+		}
+		if order >= 0 {
+			newest = v
 		}
 	}
-	return v
+	if oldest.hadTurn(now) {
+		return oldest
+	}
+	return newest
 }
 
-func (v *visit) heavier(than *visit) bool {
+func (v *visit) hadTurn(now time.Time) bool { return now.Sub(v.placed) >= turn }
+
+// compare compares the weights of two visits: of their wide networks first, then of the near ones.
+// Between equal weights, the network with the worse standing is the heavier one.
+func (g *gate) compare(v, w *visit) int {
 	return cmp.Or(
-		cmp.Compare(v.wide.weight(), than.wide.weight()),
-		cmp.Compare(v.near.weight(), than.near.weight()),
-	) > 0
+		cmp.Compare(g.weight(v.wide), g.weight(w.wide)),
+		cmp.Compare(v.wide.standing, w.wide.standing),
+		cmp.Compare(g.weight(v.near), g.weight(w.near)),
+		cmp.Compare(v.near.standing, w.near.standing),
+	)
+}
+
+// weight returns the number of places that n holds. A failed network weighs more than any other,
+// because each address of an attacker may open one slow handshake, and another when that is cut.
+func (g *gate) weight(n *network) int {
+	if n.standing == failed {
+		return n.inside + g.MaxConcurrent
+	}
+	return n.inside
 }
 
 // drop cuts v. The caller wakes it after it has released the lock.
@@ -201,7 +240,7 @@ func (g *gate) remove(v *visit) {
 	switch {
 	case v.element == nil:
 		return
-	case v.placed:
+	case !v.placed.IsZero():
 		g.inside.Remove(v.element)
 		v.count(-1)
 	default:
@@ -227,7 +266,7 @@ func (v *visit) wake() {
 		return
 	}
 	v.raw.SetDeadline(time.Unix(1, 0))
-	if !v.placed { // otherwise promote has closed it
+	if v.placed.IsZero() { // otherwise promote has closed it
 		close(v.ready)
 	}
 }
@@ -255,29 +294,54 @@ func (g *gate) release(n *network) {
 	}
 }
 
-// miss counts v against its networks until forget drops it.
-func (g *gate) miss(v *visit) {
-	g.misses = append(g.misses, miss{v.near, v.wide, time.Now()})
+// fail notes that v's client has not finished its handshake. Callers do not count a visit that was
+// cut before its turn was over. Otherwise an unlucky client that tries again at once would fail
+// more often than any attacker, and could not get in for as long as an attack lasts.
+func (g *gate) fail(v *visit) {
 	for _, n := range []*network{v.near, v.wide} {
-		n.refs++
-	}
-	v.near.missed++
-	if v.wide != v.near {
-		v.wide.missed++
+		if n.standing != known {
+			g.rate(n, failed)
+		}
 	}
 }
 
-// forget drops misses older than g.Timeout, and the oldest ones if there are more than maxMisses.
-func (g *gate) forget(now time.Time) {
-	for len(g.misses) > 0 && (len(g.misses) > maxMisses || now.Sub(g.misses[0].at) > g.Timeout) {
-		m := g.misses[0]
-		g.misses = g.misses[1:]
-		m.near.missed--
-		if m.wide != m.near {
-			m.wide.missed--
+// rate sets the standing of n.
+func (g *gate) rate(n *network, s standing) {
+	n.refs++ // until rate returns
+	if l := g.remembered(n.standing); l != nil {
+		l.Remove(n.element)
+		g.release(n)
+	}
+	n.standing, n.rated, n.element = s, time.Now(), nil
+	if l := g.remembered(s); l != nil {
+		n.refs++
+		n.element = l.PushBack(n)
+		if l.Len() > maxRemembered {
+			g.rate(l.Front().Value.(*network), unknown)
 		}
-		g.release(m.near)
-		g.release(m.wide)
+	}
+	g.release(n)
+}
+
+// remembered returns the networks with a standing; nil for unknown.
+func (g *gate) remembered(s standing) *list.List {
+	switch s {
+	case known:
+		return &g.known
+	case failed:
+		return &g.failed
+	}
+	return nil
+}
+
+// forget forgets failures older than g.Timeout.
+func (g *gate) forget(now time.Time) {
+	for e := g.failed.Front(); e != nil; e = g.failed.Front() {
+		n := e.Value.(*network)
+		if now.Sub(n.rated) <= g.Timeout {
+			return
+		}
+		g.rate(n, unknown)
 	}
 }
 

@@ -20,7 +20,7 @@ import (
 type Reason string
 
 const (
-	// The handshake made way for another one (Handshake.MaxConcurrent).
+	// The handshake made way for others (Handshake.MaxConcurrent).
 	TooManyHandshakes Reason = "too-many-handshakes"
 
 	TooManyFromAddress Reason = "too-many-from-address" // Handshake.MaxPerAddress
