@@ -42,6 +42,7 @@ func TestLimitBoundsChunks(t *testing.T) {
 // TestLimitHoldsOneDirection holds the upload for a wait. Meanwhile the download moves. The end of
 // the upload is passed on after the wait.
 func TestLimitHoldsOneDirection(t *testing.T) {
+	t.Parallel()
 	const wait = time.Second
 	var h *recorder
 	h = &recorder{verdict: func(int) relay.Verdict {

@@ -216,6 +216,7 @@ func TestHalfClose(t *testing.T) {
 }
 
 func TestSlowReaderGetsAll(t *testing.T) {
+	t.Parallel()
 	client, server, h := join(t, newGroup(t, relay.Config{}))
 	client.CloseWrite()
 	const size = 64 << 20 // more than all queues hold
@@ -239,6 +240,7 @@ func TestSlowReaderGetsAll(t *testing.T) {
 }
 
 func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
+	t.Parallel()
 	g := newGroup(t, relay.Config{})
 	for _, side := range []relay.Side{relay.Client, relay.Server} {
 		client, server, h := join(t, g)
@@ -277,6 +279,7 @@ func pingBoth(client, server net.Conn) error {
 }
 
 func TestStuckReaderIsWaitedForASecond(t *testing.T) {
+	t.Parallel()
 	client, server, h := join(t, newGroup(t, relay.Config{}))
 	server.CloseWrite() // so that it does not leave, although it is bulk
 	if _, err := io.ReadAll(client); err != nil {
@@ -389,6 +392,7 @@ func TestAbort(t *testing.T) {
 }
 
 func TestIdleTimeout(t *testing.T) {
+	t.Parallel()
 	const idle = 2 * time.Second // a busy machine may not run this for a second
 	g := newGroup(t, relay.Config{Idle: idle})
 	client, server, h := join(t, g)
@@ -407,6 +411,7 @@ func TestIdleTimeout(t *testing.T) {
 }
 
 func TestSlowReaderIsNotIdle(t *testing.T) {
+	t.Parallel()
 	const idle = 3 * time.Second // a busy machine may not run this for a second
 	client, server, h := join(t, newGroup(t, relay.Config{Idle: idle}))
 	client.SetReadBuffer(64 << 10)
@@ -432,6 +437,7 @@ func TestSlowReaderIsNotIdle(t *testing.T) {
 }
 
 func TestNextTargetIsDialledWhenOneFails(t *testing.T) {
+	t.Parallel()
 	g := newGroup(t, relay.Config{})
 	l := proxytest.Listen(t)
 	refusing := netip.MustParseAddrPort(proxytest.RefusingAddr(t))
@@ -468,6 +474,7 @@ func TestManyRefusingTargets(t *testing.T) {
 }
 
 func TestClientGoneDuringDial(t *testing.T) {
+	t.Parallel()
 	h := &recorder{targets: []netip.AddrPort{netip.MustParseAddrPort(proxytest.BlackHole(t))}}
 	client := start(t, newGroup(t, relay.Config{}), h)
 	client.Write([]byte("unread"))
@@ -479,6 +486,7 @@ func TestClientGoneDuringDial(t *testing.T) {
 }
 
 func TestCanceledDialMovesOn(t *testing.T) {
+	t.Parallel()
 	l := proxytest.Listen(t)
 	first := netip.MustParseAddrPort(proxytest.BlackHole(t))
 	h := &recorder{}

@@ -19,10 +19,11 @@ func BlackHole(t testing.TB) string {
 	sa, err := syscall.Getsockname(fd)
 	Must(t, err)
 	addr := fmt.Sprint("127.0.0.1:", sa.(*syscall.SockaddrInet4).Port)
-	for range 5 {
-		if c, err := net.DialTimeout("tcp", addr, 100*time.Millisecond); err == nil {
-			t.Cleanup(func() { c.Close() })
+	for {
+		c, err := net.DialTimeout("tcp", addr, 100*time.Millisecond)
+		if err != nil {
+			return addr
 		}
+		t.Cleanup(func() { c.Close() })
 	}
-	return addr
 }

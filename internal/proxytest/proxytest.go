@@ -28,10 +28,12 @@ import (
 const Patience = 20 * time.Second
 
 // Main runs the tests, and exits with status 1 if they pass and leave a goroutine or a descriptor
-// behind. A package uses it in one line:
+// behind. Tests that call t.Parallel run 16 at a time unless -parallel is given, because they are
+// those that wait. A package uses Main in one line:
 //
 //	func TestMain(m *testing.M) { proxytest.Main(m) }
 func Main(m interface{ Run() int }) {
+	flag.Set("test.parallel", "16") // Run parses the command line, which overrides this
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		l.Close() // makes the runtime's poller open its descriptors, which stay open
 	}

@@ -136,6 +136,7 @@ func TestSlowReaderInMemoryIsNotIdle(t *testing.T) {
 }
 
 func TestSlowReaderOfASocketIsNotIdle(t *testing.T) {
+	t.Parallel()
 	const size = 1 << 20
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
@@ -169,6 +170,7 @@ func TestSlowReaderOfASocketIsNotIdle(t *testing.T) {
 }
 
 func TestIdleTimeEndsStalledRelays(t *testing.T) {
+	t.Parallel()
 	e := newEngine(t, Config{Idle: 300 * time.Millisecond})
 	var hs []*recorder
 	for range 100 {

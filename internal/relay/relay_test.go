@@ -319,6 +319,7 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 // The bytes of a quiet connection arrived long ago, so its reset is passed on at once, even where
 // the system cannot report which bytes have arrived.
 func TestResetOfAQuietConnectionIsPassedOnAtOnce(t *testing.T) {
+	t.Parallel()
 	const conns = 8
 	type pair struct {
 		client, server *net.TCPConn
@@ -437,6 +438,7 @@ func TestResetWaitsOneSecondForUnreadData(t *testing.T) {
 
 // The server has reset the connection, and the client does not read what came before that.
 func TestUnreadSocketDataDelaysTheResetBriefly(t *testing.T) {
+	t.Parallel()
 	client, server, h := join(t, nil)
 	for b := make([]byte, 64<<10); ; {
 		server.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))

@@ -10,6 +10,7 @@ import (
 // Where nobody knows what has arrived, a second from the last write must do, or half of it if the
 // rest is needed for closing.
 func TestLingerWithoutMeasure(t *testing.T) {
+	t.Parallel()
 	for _, row := range []struct {
 		quiet         time.Duration
 		politely      bool

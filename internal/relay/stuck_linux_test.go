@@ -27,6 +27,7 @@ func fill(c net.Conn) {
 // A side is reset while its bytes are stuck on their way to a reader that does not read. Nobody
 // reads from it then, and nobody writes to it.
 func TestResetBehindAStuckWriteIsNoticed(t *testing.T) {
+	t.Parallel()
 	for _, row := range []struct {
 		name  string
 		side  Side
@@ -86,6 +87,7 @@ func TestResetBehindAStuckWriteIsNoticed(t *testing.T) {
 // A side that has ended its stream, to which the other has ended too, looks like one that was
 // reset. Its bytes, stuck on their way, arrive all the same.
 func TestEndBehindAStuckWriteIsNotAReset(t *testing.T) {
+	t.Parallel()
 	client, ours := duplex(t)
 	server, theirs := duplex(t)
 	ours.SetReadBuffer(256 << 10) // has room for all that the upload has yet to read

@@ -280,6 +280,7 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 
 // crypto/tls alone would try to say goodbye for 5 s.
 func TestAbortDoesNotWaitForStuckTLSPeer(t *testing.T) {
+	t.Parallel()
 	j := joinTLS(t, Required)
 	j.c.SetReadBuffer(4 << 10)
 	for b := make([]byte, 64<<10); ; { // until all buffers are full
