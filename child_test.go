@@ -35,6 +35,7 @@ func childMain(upstream string) {
 }
 
 func TestServeRecoversWhenDescriptorsAreFree(t *testing.T) {
+	t.Parallel()
 	if runtime.GOOS == "windows" {
 		t.Skip("there is no limit of descriptors to set")
 	}
@@ -140,6 +141,7 @@ func blockingMain() {
 }
 
 func TestBlockingSocketDoesNotStopTheProcess(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, os.Args[0])

@@ -418,10 +418,7 @@ func (f limitFunc) Report(_ context.Context, e Event) Decision { return f(e) }
 
 func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 	const before = 100_000
-	rounds := 1_000
-	if testing.Short() {
-		rounds = 200
-	}
+	rounds := 200
 	if portable {
 		rounds = 3 // a second each
 	}

@@ -29,11 +29,7 @@ func tlsConfigs(testing.TB) (server, client *tls.Config) { return proxytest.TLSC
 // Failed dials.
 
 func TestRefusingUpstreamCostsNoClient(t *testing.T) {
-	const workers = 10
-	conns := 10_000
-	if testing.Short() {
-		conns = 1_000
-	}
+	const workers, conns = 10, 1_000
 	dead := proxytest.RefusingAddr(t)
 	var dials atomic.Int32
 	var d net.Dialer
@@ -491,6 +487,7 @@ func TestServeConnLeavesNothingInTheContext(t *testing.T) {
 // TLS to the upstream.
 
 func TestUpstreamTLSIsVerifiedWithinTheDialTimeout(t *testing.T) {
+	t.Parallel()
 	serverTLS, clientTLS := tlsConfigs(t)
 	// accepts and stays silent
 	silent := upstreamDoing(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })

@@ -458,6 +458,7 @@ func TestAdmitThatLeavesNoClientRejects(t *testing.T) {
 }
 
 func TestVetSeesACopyOfAConn(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("go vet compiles this module")
 	}

@@ -200,6 +200,7 @@ func TestBandwidthHoldsAStreamToItsRate(t *testing.T) {
 }
 
 func TestBandwidthOverRealSockets(t *testing.T) {
+	t.Parallel()
 	const rate, runs = 4 << 20, time.Second
 	a, results := newApp(t, Options{}, upstreamDoing(t, func(c *net.TCPConn) {
 		for b := make([]byte, 256<<10); ; {

@@ -93,6 +93,7 @@ func TestAdmittedConnectionMovesToALoop(t *testing.T) {
 // TestBandwidthHoldsLoopSessions has two downloads share a rate. Each takes as long as the rate
 // says, at least.
 func TestBandwidthHoldsLoopSessions(t *testing.T) {
+	t.Parallel()
 	const size, rate = 1 << 20, 2 << 20
 	shared := &Bandwidth{BytesPerSecond: rate}
 	up := upstreamDoing(t, func(c *net.TCPConn) {

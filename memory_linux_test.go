@@ -168,6 +168,7 @@ func (p memoryProxy) resident(t *testing.T) int {
 }
 
 func TestSlowReadersDoNotGrowTheProcess(t *testing.T) {
+	t.Parallel()
 	most := 2 * 64 << 10 * memoryFactor() // bytes for each
 	const runtime = 2 << 20               // bytes, however many there are
 	readers, seconds := 200, 2
@@ -204,6 +205,7 @@ func TestSlowReadersDoNotGrowTheProcess(t *testing.T) {
 }
 
 func TestProcessShortOfMemoryKeepsServing(t *testing.T) {
+	t.Parallel()
 	const fast, bulk = 4, 16 << 20
 	limit := 24 << 20 * memoryFactor() // less than 300 connections could use
 	slow := 300

@@ -516,11 +516,7 @@ func TestEnumsHaveStrings(t *testing.T) {
 
 // A Conn that a program keeps after its end must not keep the connection's memory.
 func TestAKeptConnIsSmall(t *testing.T) {
-	const most = 512
-	conns := 20_000
-	if testing.Short() || proxytest.Race {
-		conns = 4_000
-	}
+	const most, conns = 512, 4_000
 	serverTLS, clientTLS := tlsConfigs(t)
 	handshake := HandshakeTLS(serverTLS, nil)
 	for _, tc := range []struct {
