@@ -78,6 +78,7 @@ func (l *lab) awaitStats(t testing.TB, what string, ok func(admin.Stats) bool) a
 
 // By the clients' own counts, over reloads that replace the app and remove an upstream.
 func TestAdminsNumbersAreTrue(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, withAdmin(t))
 	kept := l.in(t, "web", &l.alice)
 	const rounds, each = 4, 10

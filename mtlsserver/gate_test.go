@@ -12,6 +12,7 @@ import (
 )
 
 func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, func(l *lab) { l.config.Handshake.Timeout = 2 * time.Second })
 	const hostile, addresses = 500, 10
 	var silent []net.Conn

@@ -13,7 +13,6 @@ import (
 	"encoding/asn1"
 	"encoding/pem"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -21,8 +20,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
-	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,38 +27,11 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
-// TestMain fails if a goroutine or a descriptor is left over.
-func TestMain(m *testing.M) {
-	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
-		l.Close() // the runtime's poller has descriptors for good
-	}
-	before, files := runtime.NumGoroutine(), openFiles()
-	code := m.Run()
-	if f := flag.Lookup("test.fuzz"); f != nil && f.Value.String() != "" {
-		os.Exit(code) // package testing leaves some itself
-	}
-	for late, again := time.After(5*time.Second), time.Tick(10*time.Millisecond); code == 0 &&
-		(runtime.NumGoroutine() > before || openFiles() > files); {
-		runtime.GC() // which closes the pipes that io.Copy keeps in a pool
-		select {
-		case <-again:
-		case <-late:
-			fmt.Fprintf(os.Stderr, "left behind: %d descriptors, and perhaps goroutines\n",
-				openFiles()-files)
-			pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
-
-// openFiles returns the number of open descriptors, or 0 on systems without /proc.
-func openFiles() int {
-	entries, _ := os.ReadDir("/proc/self/fd")
-	return len(entries)
-}
+func TestMain(m *testing.M) { proxytest.Main(m) }
 
 // patience bounds how long a test waits for an expected event.
 const patience = 20 * time.Second

@@ -405,10 +405,7 @@ func TestStolenCertificateDoesNotTouchTheVictimsBucket(t *testing.T) {
 	l := newLab(t, withSpend)
 	stolen := l.alice
 	stolen.PrivateKey = newKey(t)
-	tries := 1000
-	if testing.Short() {
-		tries = 100
-	}
+	const tries = 200
 	errs := make(chan error, tries)
 	var wg sync.WaitGroup
 	for range 8 {
@@ -448,7 +445,7 @@ func TestStolenCertificateDoesNotTouchTheVictimsBucket(t *testing.T) {
 func TestRevokedWhileConnectingDoesNotSurvive(t *testing.T) {
 	l := newLab(t, nil)
 	without := l.with(func(c *Config) { c.Users = nil })
-	total := 1000
+	total := 400
 	if testing.Short() {
 		total = 100
 	}

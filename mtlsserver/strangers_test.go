@@ -79,7 +79,7 @@ func memoryInUse() int64 {
 // come back a second after they were cut. Clients who were there before them get through, even with
 // a round trip of 200 ms. TestNewClientsGetInBesideStrangers is about new ones.
 func TestStrangersOfAllKindsDoNotKeepClientsOut(t *testing.T) {
-	silent, drips, slow, duration := 1000, 500, 2000, 8*time.Second
+	silent, drips, slow, duration := 1000, 500, 2000, 4*time.Second
 	if testing.Short() {
 		silent, drips, slow, duration = 200, 100, 400, 2*time.Second
 	}
@@ -291,6 +291,7 @@ func TestRefusalOfAChainIsCheap(t *testing.T) {
 // A server certificate and the CA of an upstream have expired since they were loaded. They stay in
 // force, and users can still be removed.
 func TestExpiredFilesDoNotBlockARemoval(t *testing.T) {
+	t.Parallel()
 	keys := []string{"tls.cert", "apps[1].upstreams[0].tls.ca"}
 	l := newLab(t, func(l *lab) {
 		expires := time.Now().Add(2 * time.Second)
