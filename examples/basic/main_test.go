@@ -628,6 +628,7 @@ func TestServesOnWhenNobodyReadsItsOutput(t *testing.T) {
 
 // A standard error that nobody reads delays neither clients nor signals.
 func TestEndsAlthoughNobodyReadsItsLog(t *testing.T) {
+	t.Parallel()
 	if runtime.GOOS == "windows" {
 		t.Skip("there are no signals on Windows")
 	}

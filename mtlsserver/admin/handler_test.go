@@ -475,6 +475,7 @@ func (e *endless) Read(p []byte) (int, error) {
 
 // The handler does not read a gigabyte, with or without a Content-Length.
 func TestHugeBodyIsNotRead(t *testing.T) {
+	t.Parallel()
 	h, _ := changeable()
 	for length, most := range map[int64]int{1 << 30: 0, -1: 128 << 10} {
 		body := &endless{}

@@ -104,6 +104,7 @@ func TestStaleSocketIsReplacedAndAForeignOneStays(t *testing.T) {
 
 // A server that is too busy to accept does not count as crashed.
 func TestBusySocketIsNotReplaced(t *testing.T) {
+	t.Parallel()
 	if runtime.GOOS != "linux" {
 		t.Skip("what a full queue answers is known of Linux alone")
 	}
@@ -192,6 +193,7 @@ func has(text, parts string) bool {
 // Silent and dripping clients are cut. Many of them take all places of their listener, but of no
 // other, and Close does not wait for them.
 func TestSlowClientsAreCutAndBounded(t *testing.T) {
+	t.Parallel()
 	h, _ := changeable()
 	socket := filepath.Join(folder(t), "admin.sock")
 	s := start(t, admin.Listen{Addr: "127.0.0.1:0", Socket: socket}, h)
@@ -235,6 +237,7 @@ func TestSlowClientsAreCutAndBounded(t *testing.T) {
 }
 
 func TestCloseDoesNotWaitForARequest(t *testing.T) {
+	t.Parallel()
 	asked, end := make(chan bool), make(chan bool)
 	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		close(asked)

@@ -469,6 +469,7 @@ func TestIssueThatFails(t *testing.T) {
 // A reader of the configuration always finds a complete one, and concurrent changes all take
 // effect.
 func TestIssueIsAtomic(t *testing.T) {
+	t.Parallel()
 	dir := folder(t)
 	config := filepath.Join(dir, "config.json")
 	var issuing, reading sync.WaitGroup

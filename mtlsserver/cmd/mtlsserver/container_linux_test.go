@@ -30,6 +30,7 @@ func dockerfile(t *testing.T, kind string) (all []string) {
 // The test runs the image's command as a container does: as process 1, with no files except the
 // image's and the configuration. It also runs the Dockerfile's build command.
 func TestContainer(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("it builds the program")
 	}

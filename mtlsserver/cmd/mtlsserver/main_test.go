@@ -21,13 +21,22 @@ type process struct {
 	code    chan int
 }
 
-// start returns when the server is ready.
+// start returns when the server is ready. The server ends with the test, if not before.
 func start(t *testing.T, args ...string) *process {
 	t.Helper()
 	p := &process{signals: make(chan os.Signal, 8), addrs: map[string]string{},
 		out: make(lines, 1000), errs: make(lines, 10000), code: make(chan int, 1)}
 	ready := make(lines, 1000)
-	go func() { p.code <- run(args, p.signals, ready, p.errs) }()
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		p.code <- run(args, p.signals, ready, p.errs)
+	}()
+	t.Cleanup(func() {
+		p.signals <- os.Interrupt
+		p.signals <- os.Interrupt // does not wait for connections
+		<-over
+	})
 	deadline := time.After(20 * time.Second)
 	for len(p.addrs) < strings.Count(configOf(args), `"id"`) {
 		select {

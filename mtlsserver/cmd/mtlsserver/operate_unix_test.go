@@ -92,6 +92,7 @@ func (f *follower) serve(t *testing.T, text string) (cmd *exec.Cmd, addr string,
 // TestOperate runs the commands of docs/operate.md in their order. It names those that it cannot
 // run, because they need systemd as process 1, or Docker.
 func TestOperate(t *testing.T) {
+	t.Parallel()
 	needs(t, "curl", "openssl")
 	folder, err := os.MkdirTemp("", "lb") // a socket's path must be short
 	if err != nil {
@@ -225,6 +226,7 @@ func TestOperate(t *testing.T) {
 // The test runs the README's commands for the server, in another folder, on other ports, and with
 // another upstream than Python's.
 func TestREADME(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("it builds the program")
 	}

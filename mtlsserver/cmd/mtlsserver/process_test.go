@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
 
 // TestMain runs the command when a test starts the program as a process.
@@ -18,7 +20,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv("MTLSSERVER_MAIN") != "" {
 		main()
 	}
-	os.Exit(m.Run())
+	proxytest.Main(m)
 }
 
 // A parent may read the output until the server is ready and then go away. Neither a reload nor a

@@ -72,11 +72,7 @@ func TestSIGTERMIsHeardAfterManySIGHUPs(t *testing.T) {
 	if _, err := stdout.Read(make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
-	signals := 10_000
-	if testing.Short() {
-		signals = 2_000
-	}
-	for range signals {
+	for range 2_000 {
 		cmd.Process.Signal(syscall.SIGHUP)
 		// the system does not keep two of a kind
 		for sent := time.Now(); time.Since(sent) < 100*time.Microsecond; {
@@ -134,6 +130,7 @@ func (p *fullLog) refused(t *testing.T) {
 
 // A standard error that nobody reads, such as a stalled log collector, stops only the log.
 func TestLogThatNobodyReads(t *testing.T) {
+	t.Parallel()
 	for _, second := range []bool{false, true} {
 		dir, config := setUp(t)
 		must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
