@@ -445,11 +445,7 @@ func TestStolenCertificateDoesNotTouchTheVictimsBucket(t *testing.T) {
 func TestRevokedWhileConnectingDoesNotSurvive(t *testing.T) {
 	l := newLab(t, nil)
 	without := l.with(func(c *Config) { c.Users = nil })
-	total := 400
-	if testing.Short() {
-		total = 100
-	}
-	for rounds := range total {
+	for rounds := range 200 {
 		raw, err := net.Dial("tcp", l.addr("web"))
 		must(t, err)
 		over := make(chan error, 1)
