@@ -704,6 +704,13 @@ func heapOf(t *testing.T, wait func(r *Relay, client, server, theirs *net.TCPCon
 	for i := range hs {
 		hs[i] = newRecorder(nil)
 	}
+	var spare sync.WaitGroup // goroutines whose records the relays' goroutines use anew
+	begin := make(chan struct{})
+	for range 4 * n {
+		spare.Go(func() { <-begin })
+	}
+	close(begin)
+	spare.Wait()
 	before := int64(0)
 	for i, c := range conns {
 		if i == 1 { // the first allocates more
