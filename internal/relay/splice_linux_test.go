@@ -704,7 +704,7 @@ func heapOf(t *testing.T, wait func(r *Relay, client, server, theirs *net.TCPCon
 	for i := range hs {
 		hs[i] = newRecorder(nil)
 	}
-	var spare sync.WaitGroup // goroutines whose records the relays' goroutines use anew
+	var spare sync.WaitGroup // leave records for the relays' goroutines
 	begin := make(chan struct{})
 	for range 4 * n {
 		spare.Go(func() { <-begin })
