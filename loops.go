@@ -74,7 +74,7 @@ func (a *LBProxyApp) listenForLoops(l net.Listener, admit AdmitFunc) net.Listene
 	if g == nil || admit != nil {
 		return l
 	}
-	bare, err := g.NewListener(tcp, a.slots != nil, a.takeOnLoop)
+	bare, err := g.NewListener(tcp, a.takeOnLoop)
 	if err != nil {
 		a.logNoLoops(err)
 		return l

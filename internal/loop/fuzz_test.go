@@ -18,8 +18,8 @@ import (
 )
 
 // FuzzSession makes a client and a server write, end and break their streams as a schedule says,
-// over sockets. When a session leaves its loop, a relay goes on with it, so the test covers the
-// hand-over. It is the counterpart of relay's FuzzRelay, which runs in memory. Behind sockets less
+// over sockets. Sessions go back and forth between loops. When one leaves, a relay goes on with it.
+// It is the counterpart of relay's FuzzRelay, which runs in memory. Behind sockets less
 // can be checked: each end has received a prefix of the other's bytes; a stream that looks whole is
 // whole; and if nothing was broken, every byte has arrived.
 func FuzzSession(f *testing.F) {
@@ -46,6 +46,9 @@ func fuzzOnce(t *testing.T, g *Group, schedule []byte) {
 	h := &recorder{targets: []netip.AddrPort{addrOf(l)}}
 	if len(schedule) > 0 && schedule[0]%3 == 0 {
 		h.verdict = briefVerdict(schedule)
+	}
+	if len(schedule) > 1 && schedule[1]%2 == 0 {
+		h.onMoved = func() { sendAway(g, h.session) }
 	}
 	client := start(t, g, h)
 	server, err := l.AcceptTCP()

@@ -16,18 +16,20 @@ import (
 )
 
 // A Listener accepts bare descriptors from a TCP listener, which spares each connection most of the
-// system calls of package net. Loops accept until one meets an error or a connection that it cannot
-// take. Accept returns that one, and its next call lets the loop accept again.
+// system calls of package net. A loop accepts until it meets an error or a connection that it cannot
+// take. Accept returns that one, and its next call lets the loop accept again. One loop is enough:
+// to accept is the smaller part of a connection's cost, and all loops that wait for a socket are
+// woken for each connection.
 //
 // The TCP listener owns the socket, and the Listener uses it only while the TCP listener is open.
 // An epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an
 // entry for it when it is closed.
 type Listener struct {
 	acceptor  // that of Accept
-	loops     []*loop
+	loop      *loop
 	epfd      int
 	take      func(Accepted) bool // takes a connection on a loop, or leaves it to Accept
-	back      chan Accepted       // from loops, which have stopped accepting
+	back      chan Accepted       // from the loop, which has stopped accepting
 	closed    chan struct{}
 	closeOnce sync.Once
 	watching  sync.WaitGroup
@@ -70,18 +72,12 @@ const (
 	goneTime = 500 * time.Millisecond
 
 	accepts = 4 // for each event, before others have their turn
-
-	// maxAcceptLoops is how many loops accept at most. All of them are woken for each connection;
-	// those that do not accept are given sessions, which costs a wake-up, too.
-	maxAcceptLoops = 4
 )
 
 // NewListener returns a Listener for l. Its connections inherit TCP_NODELAY and keep-alive, which
-// net sets on each connection. take is called on loops, on one at a time if it may return false: it
-// must not block. The caller closes the Listener, and l.
-func (g *Group) NewListener(
-	l *net.TCPListener, oneLoop bool, take func(Accepted) bool,
-) (*Listener, error) {
+// net sets on each connection. take is called on a loop: it must not block. The caller closes the
+// Listener, and l.
+func (g *Group) NewListener(l *net.TCPListener, take func(Accepted) bool) (*Listener, error) {
 	raw, err := l.SyscallConn()
 	if err != nil {
 		return nil, err
@@ -92,13 +88,10 @@ func (g *Group) NewListener(
 	}
 	a := &Listener{
 		acceptor: acceptor{raw: raw, group: g}, epfd: epfd, take: take, closed: make(chan struct{}),
-		loops: g.loops[:min((len(g.loops)+1)/2, maxAcceptLoops)],
+		loop: g.loops[0],
+		// The loop stops accepting when it has sent, until Accept has found none: so it never waits.
+		back: make(chan Accepted, 2),
 	}
-	if oneLoop {
-		a.loops = a.loops[:1]
-	}
-	// A loop that sends here stops accepting until Accept has found none: so it never waits.
-	a.back = make(chan Accepted, 2*len(a.loops))
 	if addr, ok := l.Addr().(*net.TCPAddr); ok && !addr.IP.IsUnspecified() {
 		a.local = addr
 	}
@@ -132,10 +125,8 @@ func (a *Listener) watch() {
 	for a.raw.Control(func(uintptr) {}) == nil && !a.isClosed(t.C) {
 	}
 	a.closeOnce.Do(func() { close(a.closed) })
-	for _, l := range a.loops {
-		if ack := make(chan struct{}); l.post(message{op: opUnlisten, listener: a, ack: ack}) {
-			<-ack
-		}
+	if ack := make(chan struct{}); a.loop.post(message{op: opUnlisten, listener: a, ack: ack}) {
+		<-ack
 	}
 	syscall.Close(a.epfd)
 	close(a.back)
@@ -162,7 +153,7 @@ func (a *Listener) Close() {
 	a.watching.Wait()
 }
 
-// Accept has loops accept, and returns what one of them could not take. One goroutine may call it.
+// Accept has the loop accept, and returns what it could not take. One goroutine may call it.
 func (a *Listener) Accept() (Accepted, error) {
 	select {
 	case c, ok := <-a.back:
@@ -173,9 +164,7 @@ func (a *Listener) Accept() (Accepted, error) {
 	}
 	c, ok := a.try()
 	if !ok {
-		for _, l := range a.loops {
-			l.post(message{op: opListen, listener: a})
-		}
+		a.loop.post(message{op: opListen, listener: a})
 		select {
 		case c, ok = <-a.back:
 		case <-a.closed:
@@ -187,16 +176,14 @@ func (a *Listener) Accept() (Accepted, error) {
 	return c, c.err
 }
 
-// Start starts a session of c on the loop that has accepted it, unless another has fewer sessions.
+// Start starts a session of c.
 func (c *Accepted) Start(s *Session) {
-	l := c.group.leastLoaded()
-	// It has to have fewer by far, as it would have to be woken.
-	if c.near == nil || l.load.Load()*5/4+4 < c.near.load.Load() {
+	if l := c.near; l != nil && l == c.group.place(l.now) {
+		l.own(s)
+		l.fresh = append(l.fresh, s)
+	} else {
 		c.group.Start(s)
-		return
 	}
-	c.near.count(s)
-	c.near.fresh = append(c.near.fresh, s)
 }
 
 // try accepts a connection, or returns false if there is none.

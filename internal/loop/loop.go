@@ -15,7 +15,7 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// A Group is the loops of an app. Sessions are spread over them when they start.
+// A Group is the loops of an app, which share the sessions.
 type Group struct {
 	loops   []*loop
 	running sync.WaitGroup
@@ -25,12 +25,13 @@ type Group struct {
 // runtime polls like any socket: so no thread is locked, and no call blocks one.
 type loop struct {
 	config  relay.Config
-	running *sync.WaitGroup
+	group   *Group
 	epfd    int
 	file    *os.File // of epfd
 	raw     syscall.RawConn
 	load    atomic.Int64 // sessions, those in the inbox included
 	started atomic.Int64 // sessions ever
+	busy    busyness
 
 	mu     sync.Mutex // guards what follows; held over no system call
 	inbox  []message
@@ -76,6 +77,7 @@ const (
 	opListen
 	opUnlisten
 	opStart
+	opTakeOver
 	opResume
 	opCancelDial
 	opAbort
@@ -93,7 +95,7 @@ var (
 func NewGroup(config relay.Config, n int) (*Group, error) {
 	g := &Group{}
 	for range n {
-		l, err := newLoop(config, &g.running)
+		l, err := newLoop(config, g)
 		if err != nil {
 			g.Close()
 			return nil, err
@@ -105,8 +107,8 @@ func NewGroup(config relay.Config, n int) (*Group, error) {
 	return g, nil
 }
 
-func newLoop(config relay.Config, running *sync.WaitGroup) (*loop, error) {
-	l := &loop{config: config, running: running, listeners: map[int32]*listening{}}
+func newLoop(config relay.Config, g *Group) (*loop, error) {
+	l := &loop{config: config, group: g, listeners: map[int32]*listening{}}
 	var err error
 	l.epfd, l.file, l.raw, err = newEpoll()
 	if err == nil {
@@ -153,23 +155,12 @@ func (g *Group) Started() (n int64) {
 	return n
 }
 
-// Start gives s to the loop with the fewest sessions.
-func (g *Group) Start(s *Session) { g.leastLoaded().post(message{op: opStart, s: s}) }
+// Start starts s on a loop.
+func (g *Group) Start(s *Session) { g.place(relay.Clock()).post(message{op: opStart, s: s}) }
 
-func (g *Group) leastLoaded() *loop {
-	l := g.loops[0]
-	for _, other := range g.loops[1:] {
-		if other.load.Load() < l.load.Load() {
-			l = other
-		}
-	}
-	return l
-}
-
-// count counts s as one of l's.
-func (l *loop) count(s *Session) {
+// own makes s one of l's.
+func (l *loop) own(s *Session) {
 	l.load.Add(1)
-	l.started.Add(1)
 	s.loop.Store(l)
 }
 
@@ -180,8 +171,8 @@ func (l *loop) post(m message) bool {
 	if l.closed {
 		return false
 	}
-	if m.op == opStart { // under the lock: from now on others can send messages for s, behind this one
-		l.count(m.s)
+	if m.op == opStart || m.op == opTakeOver {
+		l.own(m.s) // under the lock: others' messages for s come after this one
 	}
 	if l.inbox = append(l.inbox, m); len(l.inbox) == 1 {
 		l.file.SetReadDeadline(past) // costs less than a descriptor to write to
@@ -190,10 +181,16 @@ func (l *loop) post(m message) bool {
 }
 
 func (l *loop) run() {
-	defer l.running.Done()
+	defer l.group.running.Done()
 	defer l.file.Close()
 	defer l.alarm.Stop()
-	ready := l.poll
+	ready := func(epfd uintptr) bool {
+		if !l.poll(epfd) {
+			l.busy.asleep()
+			return false
+		}
+		return true
+	}
 	for !l.stopping {
 		if l.isBusy() {
 			l.poll(uintptr(l.epfd))
@@ -201,8 +198,12 @@ func (l *loop) run() {
 			l.wait(ready)
 		}
 		l.now = relay.Clock()
+		behind := l.busy.awake(l.now)
 		for i := range l.n {
 			l.dispatch(&l.events[i])
+		}
+		if behind {
+			l.shed()
 		}
 		l.startFresh() // before messages for them
 		l.receive()
@@ -238,8 +239,7 @@ func (l *loop) poll(epfd uintptr) bool {
 	return l.n > 0
 }
 
-// dispatch hands an event to its session. A descriptor that was closed, or has left, in this batch
-// has no generation any more.
+// dispatch hands an event to its session.
 func (l *loop) dispatch(ev *syscall.EpollEvent) {
 	if ev.Fd == listenerEvent {
 		if a := l.listeners[ev.Pad]; a != nil {
@@ -247,10 +247,21 @@ func (l *loop) dispatch(ev *syscall.EpollEvent) {
 		}
 		return
 	}
-	slot, i := int(ev.Fd>>1), int(ev.Fd&1)
-	if s := l.sessions[slot]; s != nil && s.side[i].gen == uint32(ev.Pad) {
+	if s, i := l.sessionOf(ev); s != nil {
 		l.event(s, i, ev.Events)
 	}
+}
+
+// sessionOf returns whose event it is: nil, if that session was ended, or has left, in this batch.
+func (l *loop) sessionOf(ev *syscall.EpollEvent) (s *Session, side int) {
+	if ev.Fd == listenerEvent {
+		return nil, 0
+	}
+	side = int(ev.Fd & 1)
+	if s = l.sessions[ev.Fd>>1]; s == nil || s.side[side].gen != uint32(ev.Pad) {
+		return nil, 0
+	}
+	return s, side
 }
 
 // register has epoll report events of a side of s, which names it anew.
@@ -290,6 +301,10 @@ func (l *loop) receive() {
 			close(m.ack)
 		case m.op == opStart:
 			l.start(s)
+		case m.op == opTakeOver:
+			l.takeOver(s)
+		case s.loop.Load() != l:
+			s.post(m)
 		case s.phase == over || s.phase == left:
 		case m.op == opAbort && s.phase == lingering:
 			l.end(s, s.cause)

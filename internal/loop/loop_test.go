@@ -39,6 +39,7 @@ type recorder struct {
 	header  []byte
 	next    func(failed error) (Target, error) // nil: the next of targets
 	verdict func(n int) relay.Verdict          // nil: there is no limit
+	onMoved func()                             // on the loop; nil: nothing
 
 	failures  []error
 	connected int
@@ -68,6 +69,9 @@ func (h *recorder) Connected()     { h.connected++ }
 
 func (h *recorder) Moved(d relay.Direction, n int) relay.Verdict {
 	h.sums[d] += int64(n)
+	if h.onMoved != nil {
+		h.onMoved()
+	}
 	if h.verdict != nil {
 		return h.verdict(n)
 	}
@@ -619,7 +623,7 @@ func TestDescriptorsUsedAnew(t *testing.T) {
 			}
 		}()
 	}
-	a, err := g.NewListener(front, true, func(c Accepted) bool {
+	a, err := g.NewListener(front, func(c Accepted) bool {
 		if random.IntN(8) == 0 {
 			return false
 		}
@@ -697,7 +701,7 @@ func TestDescriptorsUsedAnew(t *testing.T) {
 // TestEventOfAnEarlierGenerationIsNobodys checks what the kernel is unlikely to do: report an event
 // that was for a descriptor that was registered before.
 func TestEventOfAnEarlierGenerationIsNobodys(t *testing.T) {
-	l, err := newLoop(relay.Config{}, new(sync.WaitGroup))
+	l, err := newLoop(relay.Config{}, new(Group))
 	proxytest.Must(t, err)
 	defer l.file.Close()
 	peer, ours := socketpair(t)
@@ -742,7 +746,7 @@ func TestGroupFailsWhereEpollIsNotPolled(t *testing.T) {
 
 func TestListenerNoticesThatItsSocketWasClosed(t *testing.T) {
 	l := proxytest.Listen(t)
-	a, err := newGroup(t, relay.Config{}).NewListener(l, false, nil)
+	a, err := newGroup(t, relay.Config{}).NewListener(l, nil)
 	proxytest.Must(t, err)
 	defer a.Close()
 	accepted := make(chan error, 1)
@@ -766,7 +770,7 @@ func TestAddresses(t *testing.T) {
 			continue
 		}
 		g := newGroup(t, relay.Config{})
-		a, err := g.NewListener(l.(*net.TCPListener), true, func(Accepted) bool { return false })
+		a, err := g.NewListener(l.(*net.TCPListener), func(Accepted) bool { return false })
 		proxytest.Must(t, err)
 		to := l.Addr().(*net.TCPAddr)
 		if to.IP.IsUnspecified() {

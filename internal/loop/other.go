@@ -26,7 +26,7 @@ type Accepted struct {
 	Local, Remote net.Addr
 }
 
-func (*Group) NewListener(*net.TCPListener, bool, func(Accepted) bool) (*Listener, error) {
+func (*Group) NewListener(*net.TCPListener, func(Accepted) bool) (*Listener, error) {
 	return nil, errors.ErrUnsupported
 }
 func (*Listener) Close()                    {}

@@ -21,7 +21,7 @@ import (
 // loop's goroutine, unless a field says otherwise.
 type Session struct {
 	handler Handler
-	loop    atomic.Pointer[loop] // set by Start
+	loop    atomic.Pointer[loop] // whose session it is; nil: it was not started
 	moved   [2]atomic.Int64      // bytes from each side that were written; anybody may read them
 
 	side   [2]side
@@ -126,8 +126,8 @@ func (s *Session) outcome() relay.Outcome {
 	return o
 }
 
-// start gives s a slot, and begins to look for a server.
-func (l *loop) start(s *Session) {
+// enter gives s a slot.
+func (l *loop) enter(s *Session) {
 	if n := len(l.free); n > 0 {
 		s.slot = l.free[n-1]
 		l.free = l.free[:n-1]
@@ -136,6 +136,12 @@ func (l *loop) start(s *Session) {
 		l.sessions = append(l.sessions, nil)
 	}
 	l.sessions[s.slot] = s
+}
+
+// start begins to look for a server for s.
+func (l *loop) start(s *Session) {
+	l.started.Add(1)
+	l.enter(s)
 	if err := l.register(s, client); err != nil {
 		l.end(s, err)
 		return
@@ -353,14 +359,8 @@ func (s *Session) close() {
 // have no generation any more.
 func (l *loop) leave(s *Session) {
 	l.setTimer(s, 0)
-	for i := range s.side {
-		if fd := s.side[i].fd; fd >= 0 {
-			syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_DEL, int(fd), &syscall.EpollEvent{})
-		}
-	}
+	l.forget(s)
 	s.phase = left
-	l.vacate(s)
-	l.load.Add(-1)
 	s.handler.Leave(int(s.side[client].fd), int(s.side[server].fd))
 }
 

@@ -1,0 +1,189 @@
+//go:build linux && !lbproxy_portable
+
+package loop
+
+import (
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/danielepagano/lbproxy/internal/proxytest"
+	"github.com/danielepagano/lbproxy/internal/relay"
+)
+
+// overload makes the loop of s look as if it had been awake for long. It runs on that loop.
+func overload(s *Session) {
+	b := &s.loop.Load().busy
+	b.began, b.slept, b.cpu = -1<<60, 0, -1<<60
+}
+
+func TestLoopIsBehindWhenItIsAwakeForMostOfAPeriod(t *testing.T) {
+	const period = int64(busyPeriod)
+	const begin = 1000 * period
+	used := processTime()
+	for _, row := range []struct {
+		name   string
+		passed int64 // since the period began
+		slept  int64
+		cpu    int64 // used before the period, compared with now
+		behind bool
+	}{
+		{"busy", period, 0, -period, true},
+		{"busy for long", 5 * period, period / 2, -5 * period, true},
+		{"before the period ends", period - 1, 0, -period, false},
+		{"asleep for a fifth", period, period / 5, -period, false},
+		{"asleep for almost a fifth", period, period/5 - 1, -period, true},
+		{"other processes have the processor", period, 0, 1 << 40, false},
+	} {
+		b := &busyness{began: begin, cpu: used + row.cpu}
+		if row.slept > 0 {
+			b.sleeper = begin + 1
+			if b.awake(begin + 1 + row.slept); b.sleeper != 0 || b.slept != row.slept {
+				t.Errorf("%s: slept for %d, want %d", row.name, b.slept, row.slept)
+			}
+		}
+		now := begin + row.passed
+		if got := b.awake(now); got != row.behind || b.isBehind(now) != row.behind {
+			t.Errorf("%s: behind: %v, %v", row.name, got, b.isBehind(now))
+		}
+		if b.isBehind(now + 2*period) {
+			t.Errorf("%s: it is behind for ever", row.name)
+		}
+	}
+}
+
+func TestNewSessionsGoToTheFirstLoopThatKeepsUp(t *testing.T) {
+	g := newGroup(t, relay.Config{})
+	const now = 1000
+	behind := func(a, b int64) {
+		g.loops[0].busy.behind.Store(a)
+		g.loops[1].busy.behind.Store(b)
+	}
+	place := func(want int, when string) {
+		t.Helper()
+		if g.place(now) != g.loops[want] {
+			t.Errorf("%s: not on loop %d", when, want)
+		}
+	}
+	g.loops[0].load.Store(100)
+	place(0, "both keep up")
+	behind(now+1, 0)
+	place(1, "the first is behind")
+	behind(now+1, now+1)
+	place(1, "both are behind, and the second has fewer")
+	behind(now, now+1)
+	place(0, "the first was behind")
+	behind(0, 0)
+	g.loops[0].load.Store(0)
+}
+
+// sendAway makes the loop of s look as if it were behind, and the others as if they kept up. It runs
+// on that loop.
+func sendAway(g *Group, s *Session) {
+	overload(s)
+	for _, l := range g.loops {
+		l.busy.behind.Store(0)
+	}
+}
+
+// Sessions of a loop that is behind go on, on another loop.
+func TestHandOver(t *testing.T) {
+	g := newGroup(t, relay.Config{})
+	const sessions = 8
+	var all [sessions]*recorder
+	var clients sync.WaitGroup
+	moved := make(chan struct{}, 1)
+	for i := range all {
+		h := &recorder{}
+		h.onMoved = func() {
+			if h.session.loop.Load() == g.loops[0] {
+				overload(h.session)
+				return
+			}
+			select {
+			case moved <- struct{}{}:
+			default:
+			}
+		}
+		all[i] = h
+		client, server := joinAs(t, g, h)
+		clients.Go(func() {
+			for range 200 {
+				if err := pingBoth(client, server); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	clients.Wait()
+	proxytest.Receive(t, "a hand-over", moved)
+	if n := g.Started(); n != sessions {
+		t.Errorf("%d sessions were started, want %d", n, sessions)
+	}
+	if n := g.loops[0].load.Load() + g.loops[1].load.Load(); n != sessions {
+		t.Errorf("the loops count %d sessions, want %d", n, sessions)
+	}
+	for _, h := range all {
+		h.session.Abort(errAborted)
+		if o := h.wait(t); o.Err != errAborted {
+			t.Errorf("%+v", o)
+		}
+	}
+}
+
+// TestAbortDuringHandOver aborts sessions that go back and forth between loops.
+func TestAbortDuringHandOver(t *testing.T) {
+	g := newGroup(t, relay.Config{})
+	rounds := 100
+	if testing.Short() {
+		rounds = 20
+	}
+	var moves atomic.Int64
+	for i := range rounds {
+		h := &recorder{}
+		var last *loop
+		h.onMoved = func() {
+			sendAway(g, h.session)
+			if l := h.session.loop.Load(); l != last {
+				last = l
+				moves.Add(1)
+			}
+		}
+		client, server := joinAs(t, g, h)
+		var pings sync.WaitGroup
+		pings.Go(func() {
+			for pingBoth(client, server) == nil {
+			}
+		})
+		proxytest.Eventually(t, "bytes move", func() bool {
+			sent, _ := h.session.Counts()
+			return sent > int64(i%7)
+		})
+		h.session.Abort(errAborted)
+		if o := h.wait(t); o.Err != errAborted {
+			t.Errorf("%+v", o)
+		}
+		pings.Wait()
+	}
+	if n := moves.Load(); n < 2*int64(rounds) {
+		t.Errorf("sessions were on %d loops in all, want some moves each", n)
+	}
+}
+
+// An idle session that was handed over is still looked after.
+func TestIdleTimeoutAfterHandOver(t *testing.T) {
+	g := newGroup(t, relay.Config{Idle: 200 * time.Millisecond})
+	h := &recorder{}
+	h.onMoved = func() { sendAway(g, h.session) }
+	client, server := joinAs(t, g, h)
+	first := h.session.loop.Load()
+	proxytest.Eventually(t, "it is handed over", func() bool {
+		proxytest.Must(t, pingBoth(client, server))
+		return h.session.loop.Load() != first
+	})
+	if o := h.wait(t); o.Err != errIdle {
+		t.Errorf("%+v", o)
+	}
+}
