@@ -3,6 +3,7 @@
 package loop
 
 import (
+	"net"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -185,5 +186,44 @@ func TestIdleTimeoutAfterHandOver(t *testing.T) {
 	})
 	if o := h.wait(t); o.Err != errIdle {
 		t.Errorf("%+v", o)
+	}
+}
+
+// A session with bytes that its reader has not taken yet, or with more to read, stays.
+func TestHandOverLosesNothing(t *testing.T) {
+	g := newGroup(t, relay.Config{})
+	h := &recorder{verdict: func(int) relay.Verdict {
+		return relay.Verdict{Chunk: bufferSize / 2} // so that it does not look like bulk
+	}}
+	var moves int
+	var last *loop
+	h.onMoved = func() {
+		sendAway(g, h.session)
+		if l := h.session.loop.Load(); l != last {
+			last = l
+			moves++
+		}
+	}
+	client, server := joinAs(t, g, h)
+	const size = 16 << 20
+	var ends sync.WaitGroup
+	for i, c := range []*net.TCPConn{client, server} {
+		c.SetReadBuffer(16 << 10)
+		ends.Go(func() {
+			proxytest.Pattern(i).Send(c, size)
+			c.CloseWrite()
+		})
+		ends.Go(func() {
+			if err := proxytest.Pattern(1-i).Exactly(c, size); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	ends.Wait()
+	if o := h.wait(t); o.Err != nil || o.Sent != size || o.Received != size {
+		t.Errorf("%+v", o)
+	}
+	if moves < 3 {
+		t.Errorf("it was on %d loops in all, want some", moves)
 	}
 }
