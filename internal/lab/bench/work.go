@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,21 +22,24 @@ type work struct {
 	ops     int64 // the clients' counts that make one operation
 	client  func(*load) error
 	streams int  // additional bulk streams, which do not count
+	idle    int  // additional idle connections
 	nagle   bool // clients leave TCP_NODELAY off
 }
 
 const (
 	messageSize = 64
+	largeSize   = 4 << 10
 	bulkSize    = 256 << 10
 	patience    = 5 * time.Second // longer than any step should take: nothing hangs
 )
 
 // The first byte of a client's first message tells the upstream what to do.
 const (
-	answerOnce = iota // send the message back and close
-	echo              // send back this one and all that follow
-	source            // send without end
-	sink              // read without end
+	answerOnce  = iota // send the message back and close
+	answerLarge        // the same with a message of largeSize
+	echo               // send back this one and all that follow
+	source             // send without end
+	sink               // read without end
 )
 
 // Clients that make round trips beside bulk, and the time between the messages of each. They do not
@@ -47,7 +51,11 @@ const (
 
 // works are the choices of -work.
 var works = map[string][]work{
-	"conn": {{name: "connection, 32 at once", clients: 32, ops: 1, client: (*load).connect}},
+	"conn": {
+		{name: "connection, 32 at once", clients: 32, ops: 1, client: (*load).connect},
+		{name: "connection of 4 KiB, 128 at once", clients: 128, ops: 1,
+			client: (*load).connectLarge},
+	},
 	"nagle": {
 		{name: "connection, Nagle on, 1 client", clients: 1, ops: 1, client: (*load).connect,
 			nagle: true},
@@ -57,6 +65,8 @@ var works = map[string][]work{
 		{name: "round trip, 64 clients", clients: 64, ops: 1, client: (*load).ping},
 	},
 	"beside": {
+		{name: "round trip, 2,000 a second, 1,000 idle beside", clients: pacedClients, ops: 1,
+			client: (*load).paced, idle: 1000},
 		beside(1), beside(2), beside(8), beside(32),
 	},
 	"bulk": {
@@ -118,8 +128,11 @@ var errNothingDone = errors.New("nothing got done")
 // measure makes clients do w through p and, once they have started, counts their operations in
 // window.
 func (p *process) measure(w work, window time.Duration) sample {
+	l := &load{dial: p.dial}
+	idle := p.hold(context.Background(), w.idle, &l.fails)
+	defer closeAll(idle)
 	begin, warm := time.Now(), window/4
-	l := &load{dial: p.dial, until: begin.Add(warm + window + 20*time.Millisecond)}
+	l.until = begin.Add(warm + window + 20*time.Millisecond)
 	if w.nagle {
 		l.dial = p.dialNagle
 	}
@@ -157,9 +170,12 @@ func (p *process) measure(w work, window time.Duration) sample {
 }
 
 // connect opens connections for one message and its answer each. The upstream closes them.
-func (l *load) connect() error {
+func (l *load) connect() error      { return l.exchanges(answerOnce) }
+func (l *load) connectLarge() error { return l.exchanges(answerLarge) }
+
+func (l *load) exchanges(first byte) error {
 	for due := time.Now(); due.Before(l.until); due = time.Now() {
-		if err := l.exchange(); err != nil {
+		if err := l.exchange(first); err != nil {
 			l.add(err)
 			time.Sleep(time.Millisecond)
 			continue
@@ -169,8 +185,8 @@ func (l *load) connect() error {
 	return nil
 }
 
-func (l *load) exchange() error {
-	c, err := l.open(answerOnce)
+func (l *load) exchange(first byte) error {
+	c, err := l.open(first)
 	if err != nil {
 		return err
 	}
@@ -192,7 +208,7 @@ func (l *load) open(first byte) (net.Conn, error) {
 	if first == source || first == sink {
 		_, err = c.Write(msg)
 	} else {
-		err = roundTrip(c, msg, make([]byte, messageSize))
+		err = roundTrip(c, msg, make([]byte, len(msg)))
 	}
 	if err != nil {
 		c.Close()
@@ -202,7 +218,11 @@ func (l *load) open(first byte) (net.Conn, error) {
 }
 
 func message(first byte) []byte {
-	msg := bytes.Repeat([]byte{'x'}, messageSize)
+	size := messageSize
+	if first == answerLarge {
+		size = largeSize
+	}
+	msg := bytes.Repeat([]byte{'x'}, size)
 	msg[0] = first
 	return msg
 }
@@ -359,6 +379,11 @@ func converse(c net.Conn) {
 	switch msg[0] {
 	case answerOnce:
 		c.Write(msg)
+	case answerLarge:
+		msg = slices.Grow(msg, largeSize)[:largeSize]
+		if _, err = io.ReadFull(c, msg[messageSize:]); err == nil {
+			c.Write(msg)
+		}
 	case echo:
 		for err == nil {
 			if _, err = c.Write(msg); err == nil {
