@@ -604,6 +604,9 @@ func TestDescriptorsUsedAnew(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2)) // used by one goroutine at a time
 	serve := func(c Accepted, start func(*Session)) {
 		h := &recorder{targets: []netip.AddrPort{addrOf(up)}}
+		if random.IntN(4) == 0 {
+			h.onMoved = func() { sendAway(g, h.session) }
+		}
 		for range random.IntN(3) {
 			h.targets = append([]netip.AddrPort{refusing}, h.targets...)
 		}
