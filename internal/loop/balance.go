@@ -13,32 +13,32 @@ import (
 // How loops share the sessions.
 //
 // Each loop that is awake costs wake-ups: with two, a short connection and a round trip cost a
-// tenth more than with one. So new sessions go to the first loop that keeps up. A loop that was
-// awake for most of a period is behind: others get what is new, and half of the sessions that are
-// active on it.
+// tenth more than with one. So new sessions go to the first loop that keeps up. When a loop has
+// been awake for most of a period, it is behind: the next loop gets the new sessions, and every
+// second one of those that have something to do.
 
 const (
-	// A period is short enough that clients hardly notice a loop that is behind, and long enough
-	// that other processes, which take the processor away, seldom make a loop look busy.
+	// busyPeriod is so short that clients hardly notice a loop that is behind.
 	busyPeriod = 50 * time.Millisecond
 
-	mostBusy = 80 // percent of a period
+	mostAwake = 80 // percent of a period
+
+	// leastUsed is the CPU time of the process, in percent of a period, below which it is other
+	// processes that keep the loop from its work. Another loop would not help then. It is far
+	// below mostAwake, as not every system counts the network's work for the process.
+	leastUsed = 50
 )
 
 // busyness is how busy a loop is. All but behind belongs to the loop's goroutine.
 type busyness struct {
 	behind  atomic.Int64 // clock until which the loop is behind
 	began   int64        // clock at which the period began
-	slept   int64        // time in it that the loop has slept
-	sleeper int64        // clock at which the loop fell asleep; 0: it has not
-	cpu     int64        // CPU time of the process when the period began
+	cpu     int64        // CPU time of the process by then
+	slept   int64        // time that the loop has slept since
+	sleeper int64        // clock at which the loop fell asleep; 0: it is awake
 }
 
-func processTime() int64 {
-	var u syscall.Rusage
-	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
-	return u.Utime.Nano() + u.Stime.Nano()
-}
+func (b *busyness) begin(now int64) { b.began, b.cpu, b.slept = now, processTime(), 0 }
 
 func (b *busyness) isBehind(now int64) bool { return now < b.behind.Load() }
 
@@ -53,14 +53,14 @@ func (b *busyness) awake(now int64) bool {
 	if period < int64(busyPeriod) {
 		return false
 	}
-	cpu := processTime()
-	most := period * mostBusy / 100
-	behind := period-b.slept > most && cpu-b.cpu > most
-	if behind {
-		b.behind.Store(now + 2*int64(busyPeriod))
+	awake, used := period-b.slept, -b.cpu
+	b.begin(now)
+	used += b.cpu
+	if 100*awake <= mostAwake*period || 100*used <= leastUsed*period {
+		return false
 	}
-	b.began, b.slept, b.cpu = now, 0, cpu
-	return behind
+	b.behind.Store(now + 2*period)
+	return true
 }
 
 // asleep is called when the loop falls asleep, more than once if it wakes up for nothing.
@@ -68,6 +68,12 @@ func (b *busyness) asleep() {
 	if b.sleeper == 0 {
 		b.sleeper = relay.Clock()
 	}
+}
+
+func processTime() int64 {
+	var u syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+	return u.Utime.Nano() + u.Stime.Nano()
 }
 
 // place returns the loop for a new session: the first that keeps up, or else the one with the
@@ -95,42 +101,62 @@ func (g *Group) keepsUp(now int64) *loop {
 	return nil
 }
 
-// shed hands half of the sessions that have events in this batch to a loop that keeps up.
+// shed hands every second session that has something to do to a loop that keeps up, if there is
+// one. The first stays: if it is the only one, another loop would be as busy with it.
 func (l *loop) shed() {
 	to := l.group.keepsUp(l.now)
 	if to == nil {
 		return
 	}
-	left := (l.n + 1) / 2
-	for i := 0; i < l.n && left > 0; i++ {
-		s, _ := l.sessionOf(&l.events[i])
-		if s != nil && s.mayLeave() && !s.queued {
-			l.handOver(s, to)
-			left--
+	for i := range l.n {
+		if s, _ := l.sessionOf(&l.events[i]); s != nil {
+			l.later(s) // once, though both sides may have an event
 		}
+	}
+	stay := l.again[:0]
+	for i, s := range l.again {
+		if i%2 == 1 && s.phase == open {
+			s.queued = false
+			l.handOver(s, to)
+		} else {
+			stay = append(stay, s)
+		}
+	}
+	clear(l.again[len(stay):])
+	l.again = stay
+}
+
+// handOver gives s, which is open, to another loop.
+func (l *loop) handOver(s *Session, to *loop) {
+	l.setTimer(s, 0)
+	l.forget(s)
+	s.phase = moving
+	if !to.post(message{op: opTakeOver, s: s}) { // it has ended
+		l.own(s)
+		l.takeOver(s)
 	}
 }
 
-// handOver gives s, which is as mayLeave wants it, to another loop. No event is lost: epoll reports
-// to that loop what is there when it registers the sockets.
-func (l *loop) handOver(s *Session, to *loop) {
-	l.forget(s)
-	to.post(message{op: opTakeOver, s: s})
-}
-
-// takeOver goes on with a session that another loop has handed over.
+// takeOver goes on with a session that another loop has handed over. No event was lost: epoll
+// reports what there is when the sockets are registered.
 func (l *loop) takeOver(s *Session) {
+	s.phase = open
 	l.enter(s)
+	if s.limit != nil {
+		l.setTimer(s, s.limit.next())
+	}
 	for i := range s.side {
 		if err := l.register(s, i); err != nil {
 			l.end(s, err)
 			return
 		}
 	}
-	l.sweep.mind(l)
+	l.sweep.include(l)
+	l.later(s) // it may have more to do though no event will say so
 }
 
-// forget takes s, whose sockets are open, off the loop. Events of this batch for them are nobody's.
+// forget takes s, whose sockets stay open, off the loop. Further events of this batch for s are
+// ignored.
 func (l *loop) forget(s *Session) {
 	for i := range s.side {
 		if fd := s.side[i].fd; fd >= 0 {

@@ -61,8 +61,7 @@ func fuzzOnce(t *testing.T, g *Group, schedule []byte) {
 			outcome <- o
 		case fds := <-h.left:
 			after := &relayed{done: make(chan relay.Outcome, 1)}
-			r := e.Start(relay.NewFileConn(fds[0], nil, nil), after, h.session.Chunk())
-			r.Connect(relay.NewFileConn(fds[1], nil, nil))
+			h.goOn(e, fds, after)
 			o := <-after.done
 			sent, received := h.session.Counts()
 			o.Sent, o.Received = o.Sent+sent, o.Received+received

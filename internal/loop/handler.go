@@ -30,7 +30,8 @@ type Handler interface {
 	Moved(d relay.Direction, n int) relay.Verdict
 
 	// Leave gives the sockets away, because the session moves bulk, or because Next returned
-	// ErrLeave; then server is -1. Neither side has ended its stream. It is the last call.
+	// ErrLeave; then server is -1. A stream that has ended ends again when it is read. It is the
+	// last call.
 	Leave(client, server int)
 
 	// Done is called last, unless Leave was. Both sides are closed.

@@ -71,7 +71,7 @@ const (
 	// around for a while: every 50 ms it cost some percent of the CPU of short connections.
 	goneTime = 500 * time.Millisecond
 
-	accepts = 4 // for each event, before others have their turn
+	accepts = 16 // for each event, before others have their turn
 )
 
 // NewListener returns a Listener for l. Its connections inherit TCP_NODELAY and keep-alive, which
@@ -89,7 +89,7 @@ func (g *Group) NewListener(l *net.TCPListener, take func(Accepted) bool) (*List
 	a := &Listener{
 		acceptor: acceptor{raw: raw, group: g}, epfd: epfd, take: take, closed: make(chan struct{}),
 		loop: g.loops[0],
-		// The loop stops accepting when it has sent, until Accept has found none: so it never waits.
+		// The loop stops accepting when it sends. Accept lets it go on when back is empty.
 		back: make(chan Accepted, 2),
 	}
 	if addr, ok := l.Addr().(*net.TCPAddr); ok && !addr.IP.IsUnspecified() {
@@ -125,8 +125,13 @@ func (a *Listener) watch() {
 	for a.raw.Control(func(uintptr) {}) == nil && !a.isClosed(t.C) {
 	}
 	a.closeOnce.Do(func() { close(a.closed) })
-	if ack := make(chan struct{}); a.loop.post(message{op: opUnlisten, listener: a, ack: ack}) {
-		<-ack
+	done := make(chan struct{})
+	stop := func() {
+		a.loop.unlisten(a)
+		close(done)
+	}
+	if a.loop.post(message{op: opDo, do: stop}) {
+		<-done
 	}
 	syscall.Close(a.epfd)
 	close(a.back)
@@ -164,7 +169,7 @@ func (a *Listener) Accept() (Accepted, error) {
 	}
 	c, ok := a.try()
 	if !ok {
-		a.loop.post(message{op: opListen, listener: a})
+		a.loop.post(message{op: opDo, do: func() { a.loop.listen(a) }})
 		select {
 		case c, ok = <-a.back:
 		case <-a.closed:

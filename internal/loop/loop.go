@@ -61,21 +61,17 @@ type loop struct {
 // A message is something that another goroutine wants a loop to do.
 type message struct {
 	op  op
-	s   *Session // nil for what is about the loop
+	s   *Session // nil for opStop and opDo
 	err error
 	n   uint32
-
-	listener *Listener
-	ack      chan struct{}
+	do  func()
 }
 
 type op uint8
 
 const (
 	opStop op = iota
-	opAlarm
-	opListen
-	opUnlisten
+	opDo
 	opStart
 	opTakeOver
 	opResume
@@ -94,25 +90,32 @@ var (
 // KeepAlive holds for all sessions.
 func NewGroup(config relay.Config, n int) (*Group, error) {
 	g := &Group{}
+	var err error
 	for range n {
-		l, err := newLoop(config, g)
-		if err != nil {
-			g.Close()
-			return nil, err
+		var l *loop
+		if l, err = newLoop(config, g); err != nil {
+			break
 		}
 		g.loops = append(g.loops, l)
-		g.running.Add(1)
-		go l.run()
+	}
+	for _, l := range g.loops {
+		g.running.Go(l.run)
+	}
+	if err != nil {
+		g.Close()
+		return nil, err
 	}
 	return g, nil
 }
 
 func newLoop(config relay.Config, g *Group) (*loop, error) {
 	l := &loop{config: config, group: g, listeners: map[int32]*listening{}}
+	l.busy.begin(relay.Clock())
 	var err error
 	l.epfd, l.file, l.raw, err = newEpoll()
 	if err == nil {
-		l.alarm = time.AfterFunc(forever, func() { l.post(message{op: opAlarm}) })
+		ring := message{op: opDo, do: func() { l.armed = 0 }}
+		l.alarm = time.AfterFunc(forever, func() { l.post(ring) })
 	}
 	return l, err
 }
@@ -147,7 +150,7 @@ func (g *Group) Close() {
 	g.running.Wait()
 }
 
-// Started returns how many sessions the group was ever given.
+// Started returns how many sessions were ever started.
 func (g *Group) Started() (n int64) {
 	for _, l := range g.loops {
 		n += l.started.Load()
@@ -172,7 +175,7 @@ func (l *loop) post(m message) bool {
 		return false
 	}
 	if m.op == opStart || m.op == opTakeOver {
-		l.own(m.s) // under the lock: others' messages for s come after this one
+		l.own(m.s) // under the lock: messages for s that are sent from now on come after this one
 	}
 	if l.inbox = append(l.inbox, m); len(l.inbox) == 1 {
 		l.file.SetReadDeadline(past) // costs less than a descriptor to write to
@@ -181,7 +184,6 @@ func (l *loop) post(m message) bool {
 }
 
 func (l *loop) run() {
-	defer l.group.running.Done()
 	defer l.file.Close()
 	defer l.alarm.Stop()
 	ready := func(epfd uintptr) bool {
@@ -252,7 +254,7 @@ func (l *loop) dispatch(ev *syscall.EpollEvent) {
 	}
 }
 
-// sessionOf returns whose event it is: nil, if that session was ended, or has left, in this batch.
+// sessionOf returns whose event it is: nil, if that session is over, or elsewhere, since this batch.
 func (l *loop) sessionOf(ev *syscall.EpollEvent) (s *Session, side int) {
 	if ev.Fd == listenerEvent {
 		return nil, 0
@@ -292,19 +294,14 @@ func (l *loop) receive() {
 		switch s := m.s; {
 		case m.op == opStop:
 			l.stopping = true
-		case m.op == opAlarm:
-			l.armed = 0
-		case m.op == opListen:
-			l.listen(m.listener)
-		case m.op == opUnlisten:
-			l.unlisten(m.listener)
-			close(m.ack)
+		case m.op == opDo:
+			m.do()
 		case m.op == opStart:
 			l.start(s)
 		case m.op == opTakeOver:
 			l.takeOver(s)
-		case s.loop.Load() != l:
-			s.post(m)
+		case s.loop.Load() != l || s.phase == moving:
+			s.post(m) // behind the message that hands s over
 		case s.phase == over || s.phase == left:
 		case m.op == opAbort && s.phase == lingering:
 			l.end(s, s.cause)

@@ -112,6 +112,10 @@ func newGroup(t testing.TB, config relay.Config) *Group {
 
 const firstChunk = 4 << 10 // of sessions with a limit
 
+// smallReads are verdicts that keep a session on its loop: if no read fills the buffer, it does not
+// look like bulk.
+func smallReads(int) relay.Verdict { return relay.Verdict{Chunk: bufferSize / 2} }
+
 // start starts a session of a new client, and returns the client.
 func start(t testing.TB, g *Group, h *recorder) *net.TCPConn {
 	t.Helper()
@@ -206,7 +210,7 @@ func TestHalfClose(t *testing.T) {
 	if b, err := io.ReadAll(server); string(b) != "question" || err != nil {
 		t.Errorf("the server read %q, %v", b, err)
 	}
-	const size = 3 << 20 // with one stream at its end it does not leave the loop
+	const size = 100_000 // does not look like bulk
 	go func() {
 		pattern.Send(server, size)
 		server.CloseWrite()
@@ -221,7 +225,8 @@ func TestHalfClose(t *testing.T) {
 
 func TestSlowReaderGetsAll(t *testing.T) {
 	t.Parallel()
-	client, server, h := join(t, newGroup(t, relay.Config{}))
+	h := &recorder{verdict: smallReads}
+	client, server := joinAs(t, newGroup(t, relay.Config{}), h)
 	client.CloseWrite()
 	const size = 64 << 20 // more than all queues hold
 	sent := make(chan struct{})
@@ -284,8 +289,9 @@ func pingBoth(client, server net.Conn) error {
 
 func TestStuckReaderIsWaitedForASecond(t *testing.T) {
 	t.Parallel()
-	client, server, h := join(t, newGroup(t, relay.Config{}))
-	server.CloseWrite() // so that it does not leave, although it is bulk
+	h := &recorder{verdict: smallReads}
+	client, server := joinAs(t, newGroup(t, relay.Config{}), h)
+	server.CloseWrite()
 	if _, err := io.ReadAll(client); err != nil {
 		t.Error(err)
 	}
@@ -417,7 +423,8 @@ func TestIdleTimeout(t *testing.T) {
 func TestSlowReaderIsNotIdle(t *testing.T) {
 	t.Parallel()
 	const idle = 2 * time.Second // a busy machine may not run this for a second
-	client, server, h := join(t, newGroup(t, relay.Config{Idle: idle}))
+	h := &recorder{verdict: smallReads}
+	client, server := joinAs(t, newGroup(t, relay.Config{Idle: idle}), h)
 	client.SetReadBuffer(64 << 10)
 	client.CloseWrite()
 	const size = 8 << 20
@@ -549,36 +556,84 @@ func TestWaitAndResume(t *testing.T) {
 
 // TestBulkLeavesWhole has a relay go on with a session that has turned to bulk.
 func TestBulkLeavesWhole(t *testing.T) {
-	const size = 64 << 20
+	for _, halfClosed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("half-closed %v", halfClosed), func(t *testing.T) {
+			const size = 64 << 20
+			client, server, h := join(t, newGroup(t, relay.Config{}))
+			if halfClosed {
+				client.CloseWrite()
+				if _, err := io.ReadAll(server); err != nil {
+					t.Error(err)
+				}
+			}
+			go func() {
+				pattern.Send(server, size)
+				server.CloseWrite()
+			}()
+			got := make(chan error, 1)
+			go func() {
+				err := pattern.Exactly(client, size)
+				client.Close()
+				got <- err
+			}()
+			var fds [2]int
+			select {
+			case fds = <-h.left:
+			case o := <-h.done:
+				t.Fatalf("it did not leave: %+v", o)
+			}
+			e := relay.NewEngine(relay.Config{})
+			defer e.Close()
+			after := &relayed{done: make(chan relay.Outcome, 1)}
+			h.goOn(e, fds, after)
+			if err := <-got; err != nil {
+				t.Error(err)
+			}
+			o := proxytest.Receive(t, "the relay's end", after.done)
+			if _, before := h.session.Counts(); o.Err != nil || before+o.Received != size {
+				t.Errorf("%d before, %+v", before, o)
+			}
+		})
+	}
+}
+
+// TestEndOfTheSecondStreamOnTheWayToARelay has a half-closed session leave, whose server ends its
+// stream, too, before the relay begins.
+func TestEndOfTheSecondStreamOnTheWayToARelay(t *testing.T) {
 	client, server, h := join(t, newGroup(t, relay.Config{}))
+	client.CloseWrite()
+	if _, err := io.ReadAll(server); err != nil {
+		t.Error(err)
+	}
+	var left atomic.Bool
 	go func() {
-		pattern.Send(server, size)
+		for !left.Load() {
+			server.Write(make([]byte, bufferSize))
+		}
 		server.CloseWrite()
 	}()
-	got := make(chan error, 1)
-	go func() {
-		err := pattern.Exactly(client, size)
-		client.Close()
-		got <- err
-	}()
-	var fds [2]int
-	select {
-	case fds = <-h.left:
-	case o := <-h.done:
-		t.Fatalf("it did not leave: %+v", o)
-	}
+	go io.Copy(io.Discard, client)
+	fds := proxytest.Receive(t, "the sockets", h.left)
+	left.Store(true)
+	proxytest.Eventually(t, "the end has come", func() bool {
+		n, _, err := syscall.Recvfrom(fds[1], make([]byte, bufferSize), syscall.MSG_DONTWAIT)
+		return n == 0 && err == nil
+	})
 	e := relay.NewEngine(relay.Config{})
 	defer e.Close()
 	after := &relayed{done: make(chan relay.Outcome, 1)}
-	r := e.Start(relay.NewFileConn(fds[0], &net.TCPAddr{}, &net.TCPAddr{}), after, 0)
-	r.Connect(relay.NewFileConn(fds[1], &net.TCPAddr{}, &net.TCPAddr{}))
-	if err := <-got; err != nil {
-		t.Error(err)
+	h.goOn(e, fds, after)
+	if o := proxytest.Receive(t, "the relay's end", after.done); o.Err != nil {
+		t.Errorf("%+v", o)
 	}
-	o := proxytest.Receive(t, "the relay's end", after.done)
-	if _, before := h.session.Counts(); o.Err != nil || before+o.Received != size {
-		t.Errorf("%d before, %+v", before, o)
-	}
+}
+
+// goOn has a relay go on with h's session, which has left its loop.
+func (h *recorder) goOn(e *relay.Engine, fds [2]int, after relay.Handler) {
+	client := relay.NewFileConn(fds[0], &net.TCPAddr{}, &net.TCPAddr{})
+	server := relay.NewFileConn(fds[1], &net.TCPAddr{}, &net.TCPAddr{})
+	client.Shut, server.Shut = h.session.IsShut(relay.Client), h.session.IsShut(relay.Server)
+	e.Start(client, after, h.session.Chunk()).Connect(server)
 }
 
 type relayed struct{ done chan relay.Outcome }

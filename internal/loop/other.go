@@ -43,6 +43,7 @@ func (*Session) Dials() uint32                  { return 0 }
 func (*Session) CancelDial(uint32, error)       {}
 func (*Session) Limit(int)                      {}
 func (*Session) Chunk() int                     { return 0 }
+func (*Session) IsShut(relay.Side) bool         { return false }
 
 func Duplicate(syscall.Conn) (int, error) { return -1, errors.ErrUnsupported }
 func Reset(int)                           {}

@@ -259,11 +259,10 @@ func (l *loop) discard(s *Session, i int) {
 	}
 }
 
-// mayLeave reports whether s is as if nothing had been relayed yet, so that a relay can go on.
+// mayLeave reports whether a relay finds all that it needs to go on with s in the sockets.
 func (s *Session) mayLeave() bool {
-	const told = ended | shut | finished | broken | urgent
 	a, b := &s.side[client], &s.side[server]
 	held := s.limit != nil && s.limit.next() != 0
 	return s.phase == open && !held && a.pending == nil && b.pending == nil &&
-		(a.state|b.state)&told == 0
+		(a.state|b.state)&(broken|urgent) == 0
 }

@@ -76,6 +76,7 @@ const (
 	waiting                 // for Resume
 	connecting              // to a server
 	open                    // relaying
+	moving                  // to another loop
 	lingering               // a side has failed: what it sent is delivered, for a second at most
 	over                    // closed when the batch is done
 	left                    // the handler has its descriptors
@@ -92,6 +93,15 @@ func NewSession(fd int, h Handler) *Session {
 // Counts returns the bytes that were written to the server and to the client.
 func (s *Session) Counts() (sent, received int64) {
 	return s.moved[client].Load(), s.moved[server].Load()
+}
+
+// IsShut reports whether side was told that the other's stream has ended. It is called by Leave.
+func (s *Session) IsShut(side relay.Side) bool {
+	i := client
+	if side == relay.Server {
+		i = server
+	}
+	return s.side[i].state&shut != 0
 }
 
 // Abort ends s with cause, and resets both sides. It may be called at any time, and does not wait.
@@ -329,6 +339,9 @@ func (l *loop) end(s *Session, cause error) {
 	l.setTimer(s, 0)
 	s.phase, s.cause, s.reset = over, cause, cause != nil
 	l.vacate(s)
+	for i := range s.side {
+		l.drop(&s.side[i])
+	}
 	l.over = append(l.over, s)
 }
 
@@ -336,7 +349,6 @@ func (l *loop) end(s *Session, cause error) {
 func (l *loop) vacate(s *Session) {
 	for i := range s.side {
 		s.side[i].gen = 0
-		l.drop(&s.side[i])
 	}
 	l.sessions[s.slot] = nil
 	l.free = append(l.free, s.slot)

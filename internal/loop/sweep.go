@@ -35,11 +35,11 @@ func (w *sweep) isRunning() bool { return w.running }
 // opened has the sweep look at s.
 func (w *sweep) opened(l *loop, s *Session) {
 	s.idle.Since = l.now
-	w.mind(l)
+	w.include(l)
 }
 
-// mind has the sweep run though it had nobody to look at.
-func (w *sweep) mind(l *loop) {
+// include makes sure that a sweep is due.
+func (w *sweep) include(l *loop) {
 	w.again = true
 	if w.next == 0 && (l.config.Idle > 0 || l.config.KeepAlive) {
 		w.next = l.now + int64(l.config.SweepPeriod())

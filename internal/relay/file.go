@@ -10,11 +10,12 @@ import (
 type FileConn struct {
 	*os.File
 	Local, Remote net.Addr
+	Shut          bool // the stream to the peer has ended: CloseWrite does nothing
 }
 
 // NewFileConn returns a conn that owns fd, a connected socket that does not block.
 func NewFileConn(fd int, local, remote net.Addr) *FileConn {
-	return &FileConn{os.NewFile(uintptr(fd), "tcp"), local, remote}
+	return &FileConn{File: os.NewFile(uintptr(fd), "tcp"), Local: local, Remote: remote}
 }
 
 func (c *FileConn) LocalAddr() net.Addr  { return c.Local }

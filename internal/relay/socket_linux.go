@@ -187,6 +187,9 @@ func (s *socket) shrink() {
 }
 
 func (s *socket) closeWrite() error {
+	if c, ok := s.Conn.(*FileConn); ok && c.Shut {
+		return nil // another shutdown fails if the peer has ended its stream, too
+	}
 	var errno syscall.Errno
 	err := s.raw.Control(func(fd uintptr) { errno = ShutdownFD(int(fd)) })
 	if err != nil || errno == 0 {
