@@ -707,7 +707,7 @@ func TestDescriptorsUsedAnew(t *testing.T) {
 		random := rand.New(rand.NewPCG(uint64(i), 3))
 		clients.Go(func() {
 			for n := range 150 {
-				p := proxytest.Pattern(i<<32 | n)
+				p := proxytest.Pattern(uint64(i)<<32 | uint64(n))
 				c, err := net.Dial("tcp", front.Addr().String())
 				if err != nil {
 					continue
