@@ -51,7 +51,8 @@ func (l *loops) close() {
 	}
 }
 
-// A loopListener has a loop accept. Its own Accept returns what a loop cannot take.
+// A loopListener accepts on a loop. Its own Accept returns the connections that the loop cannot
+// take.
 type loopListener struct {
 	*net.TCPListener
 	bare *loop.Listener
@@ -284,7 +285,7 @@ func (o *onLoop) resolve(f *finding) error {
 	return nil
 }
 
-// lookup resolves the name of f's pick, and has the loop go on.
+// lookup resolves the name of f's pick, and then resumes the session.
 func (s *session) lookup(f *finding) {
 	ctx, cancel := s.dialContext()
 	defer cancel()

@@ -16,10 +16,10 @@ import (
 )
 
 // A Listener accepts bare descriptors from a TCP listener, which spares each connection most of the
-// system calls of package net. A loop accepts until it meets an error or a connection that it cannot
-// take. Accept returns that one, and its next call lets the loop accept again. One loop is enough:
-// to accept is the smaller part of a connection's cost, and all loops that wait for a socket are
-// woken for each connection.
+// system calls of package net. A loop accepts until there is an error, or a connection that it
+// cannot take. Accept returns that one, and its next call lets the loop accept again. One loop is
+// enough: accepting is the smaller part of a connection's cost, and a connection wakes all loops that
+// wait for its socket.
 //
 // The TCP listener owns the socket, and the Listener uses it only while the TCP listener is open.
 // An epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an
@@ -158,7 +158,8 @@ func (a *Listener) Close() {
 	a.watching.Wait()
 }
 
-// Accept has the loop accept, and returns what it could not take. One goroutine may call it.
+// Accept lets the loop accept, and returns the first error, or connection that the loop could not
+// take. One goroutine may call it.
 func (a *Listener) Accept() (Accepted, error) {
 	select {
 	case c, ok := <-a.back:
@@ -235,7 +236,7 @@ func (a *acceptor) acceptFD(fd uintptr) {
 	a.fd, a.from, a.zone, a.errno = relay.AcceptFD(int(fd))
 }
 
-// listen has the loop accept from a, unless it does, or a was closed meanwhile.
+// listen makes the loop accept from a, unless it does already, or a was closed meanwhile.
 func (l *loop) listen(a *Listener) {
 	select {
 	case <-a.closed:

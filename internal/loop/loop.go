@@ -254,7 +254,8 @@ func (l *loop) dispatch(ev *syscall.EpollEvent) {
 	}
 }
 
-// sessionOf returns whose event it is: nil, if that session is over, or elsewhere, since this batch.
+// sessionOf returns the session and side of an event. It returns nil if, since the batch began, the
+// session has ended or gone elsewhere.
 func (l *loop) sessionOf(ev *syscall.EpollEvent) (s *Session, side int) {
 	if ev.Fd == listenerEvent {
 		return nil, 0

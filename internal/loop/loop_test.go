@@ -554,7 +554,7 @@ func TestWaitAndResume(t *testing.T) {
 	}
 }
 
-// TestBulkLeavesWhole has a relay go on with a session that has turned to bulk.
+// TestBulkLeavesWhole passes a session that has turned to bulk to a relay.
 func TestBulkLeavesWhole(t *testing.T) {
 	for _, halfClosed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("half-closed %v", halfClosed), func(t *testing.T) {
@@ -597,8 +597,8 @@ func TestBulkLeavesWhole(t *testing.T) {
 	}
 }
 
-// TestEndOfTheSecondStreamOnTheWayToARelay has a half-closed session leave, whose server ends its
-// stream, too, before the relay begins.
+// TestEndOfTheSecondStreamOnTheWayToARelay ends the second stream of a half-closed session after it
+// has left its loop, and before the relay begins.
 func TestEndOfTheSecondStreamOnTheWayToARelay(t *testing.T) {
 	client, server, h := join(t, newGroup(t, relay.Config{}))
 	client.CloseWrite()
@@ -628,7 +628,7 @@ func TestEndOfTheSecondStreamOnTheWayToARelay(t *testing.T) {
 	}
 }
 
-// goOn has a relay go on with h's session, which has left its loop.
+// goOn starts a relay for h's session, which has left its loop.
 func (h *recorder) goOn(e *relay.Engine, fds [2]int, after relay.Handler) {
 	client := relay.NewFileConn(fds[0], &net.TCPAddr{}, &net.TCPAddr{})
 	server := relay.NewFileConn(fds[1], &net.TCPAddr{}, &net.TCPAddr{})
