@@ -387,7 +387,7 @@ func (s *session) goOn(client, server int) {
 		return
 	}
 	up := relay.NewFileConn(server, nil, nil)
-	c.Shut, up.Shut = s.loop.IsShut(relay.Client), s.loop.IsShut(relay.Server)
+	c.Shut, up.Shut = s.loop.Shut()
 	if e = s.startRelay(s.loop.Chunk()); e != nil {
 		relay.Reset(up)
 		sent, received := s.loop.Counts()

@@ -632,7 +632,7 @@ func TestEndOfTheSecondStreamOnTheWayToARelay(t *testing.T) {
 func (h *recorder) goOn(e *relay.Engine, fds [2]int, after relay.Handler) {
 	client := relay.NewFileConn(fds[0], &net.TCPAddr{}, &net.TCPAddr{})
 	server := relay.NewFileConn(fds[1], &net.TCPAddr{}, &net.TCPAddr{})
-	client.Shut, server.Shut = h.session.IsShut(relay.Client), h.session.IsShut(relay.Server)
+	client.Shut, server.Shut = h.session.Shut()
 	e.Start(client, after, h.session.Chunk()).Connect(server)
 }
 

@@ -35,15 +35,15 @@ func (*Listener) Accept() (Accepted, error) { return Accepted{}, errors.ErrUnsup
 
 type Session struct{}
 
-func NewSession(int, Handler) *Session          { return nil }
-func (*Session) Counts() (sent, received int64) { return 0, 0 }
-func (*Session) Abort(error)                    {}
-func (*Session) Resume()                        {}
-func (*Session) Dials() uint32                  { return 0 }
-func (*Session) CancelDial(uint32, error)       {}
-func (*Session) Limit(int)                      {}
-func (*Session) Chunk() int                     { return 0 }
-func (*Session) IsShut(relay.Side) bool         { return false }
+func NewSession(int, Handler) *Session           { return nil }
+func (*Session) Counts() (sent, received int64)  { return 0, 0 }
+func (*Session) Abort(error)                     {}
+func (*Session) Resume()                         {}
+func (*Session) Dials() uint32                   { return 0 }
+func (*Session) CancelDial(uint32, error)        {}
+func (*Session) Limit(int)                       {}
+func (*Session) Chunk() int                      { return 0 }
+func (*Session) Shut() (atClient, atServer bool) { return false, false }
 
 func Duplicate(syscall.Conn) (int, error) { return -1, errors.ErrUnsupported }
 func Reset(int)                           {}

@@ -95,13 +95,9 @@ func (s *Session) Counts() (sent, received int64) {
 	return s.moved[client].Load(), s.moved[server].Load()
 }
 
-// IsShut reports whether side was told that the other's stream has ended. It is called by Leave.
-func (s *Session) IsShut(side relay.Side) bool {
-	i := client
-	if side == relay.Server {
-		i = server
-	}
-	return s.side[i].state&shut != 0
+// Shut reports which sides were told that the other's stream has ended. It is called by Leave.
+func (s *Session) Shut() (atClient, atServer bool) {
+	return s.side[client].state&shut != 0, s.side[server].state&shut != 0
 }
 
 // Abort ends s with cause, and resets both sides. It may be called at any time, and does not wait.
@@ -171,7 +167,7 @@ func (l *loop) step(s *Session) {
 	}
 }
 
-// event notes what is new of a side of s, and gives s a turn.
+// event notes the events of a side of s, and gives s a turn.
 func (l *loop) event(s *Session, i int, events uint32) {
 	c := &s.side[i]
 	const end = syscall.EPOLLHUP | syscall.EPOLLERR

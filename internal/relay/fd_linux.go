@@ -78,9 +78,6 @@ func KeepAliveFD(fd int) error {
 
 // CloseWrite implements what the relay needs for half-closes.
 func (c *FileConn) CloseWrite() error {
-	if c.Shut {
-		return nil
-	}
 	return c.control("shutdown", func(fd int) error { return syscall.Shutdown(fd, syscall.SHUT_WR) })
 }
 

@@ -10,7 +10,7 @@ import (
 type FileConn struct {
 	*os.File
 	Local, Remote net.Addr
-	Shut          bool // the stream to the peer has ended: CloseWrite does nothing
+	Shut          bool // the stream to the peer has ended; a relay does not end it again
 }
 
 // NewFileConn returns a conn that owns fd, a connected socket that does not block.
