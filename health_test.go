@@ -1165,7 +1165,7 @@ func TestCloseOnDownForgetsEndedConnections(t *testing.T) {
 		}
 		<-results // which has the Conn, and so its Client
 	}
-	proxytest.Eventually(t, "what has ended is forgotten", func() bool {
+	proxytest.Eventually(t, "ended connections are forgotten", func() bool {
 		runtime.GC()
 		return !slices.ContainsFunc(clients,
 			func(c weak.Pointer[duplexConn]) bool { return c.Value() != nil })

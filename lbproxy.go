@@ -83,13 +83,13 @@ type Options struct {
 	// each listener may hold one more. 0 means no bound.
 	MaxConns int
 
-	// Loops makes Serve run plain TCP on event loops, one for each processor (GOMAXPROCS). A short
-	// connection then takes about three quarters of the CPU, an idle one a ninth of the memory. An
-	// AdmitFunc and the RateLimit's EventOpen run on a goroutine, which costs some of the gain. A
-	// connection stays on goroutines if its Client is not a *net.TCPConn when admit returns, if its
-	// RateLimit asks a manager that is not this package's own, if the upstream has TLS, or with
-	// Options.DialContext. Large transfers leave their loop for goroutines. Loops are experimental;
-	// they exist on Linux, and elsewhere the field is ignored.
+	// Loops makes Serve run plain TCP on event loops: at most one for each processor (GOMAXPROCS),
+	// as few as keep up. A short connection then takes about three quarters of the CPU, an idle one
+	// a ninth of the memory. An AdmitFunc and the RateLimit's EventOpen run on a goroutine, which
+	// costs some of the gain. A connection stays on goroutines if its Client is not a *net.TCPConn
+	// when admit returns, if its RateLimit asks a manager that is not this package's own, if the
+	// upstream has TLS, or with Options.DialContext. Large transfers leave their loop for
+	// goroutines. Loops are experimental; they exist on Linux, and elsewhere the field is ignored.
 	Loops bool
 
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was

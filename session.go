@@ -620,7 +620,7 @@ func (s *session) event(kind EventKind) Event {
 	return Event{Kind: kind, App: s.app.id, ClientID: s.conn.ClientID}
 }
 
-// hold takes what is to be relayed. It comes before anybody can get c from Conns.
+// hold takes the client from the Conn. It is called before anybody can get the Conn from Conns.
 func (s *session) hold() {
 	s.client = s.conn.Client
 	if t, ok := s.client.(interface{ ConnectionState() tls.ConnectionState }); ok {

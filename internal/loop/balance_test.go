@@ -98,7 +98,7 @@ func sendAway(g *Group, s *Session) {
 	}})
 }
 
-// Sessions of a loop that is behind go on, on another loop.
+// Sessions of a loop that is behind continue on another loop.
 func TestHandOver(t *testing.T) {
 	g := newGroup(t, relay.Config{})
 	const sessions = 8
@@ -199,7 +199,7 @@ func TestIdleTimeoutAfterHandOver(t *testing.T) {
 	}
 }
 
-// What a reader has not taken yet goes along, and so does what is still to be read.
+// A hand-over includes the bytes that a reader has not taken yet, and those still to be read.
 func TestHandOverLosesNothing(t *testing.T) {
 	g := newGroup(t, relay.Config{})
 	h := &recorder{verdict: smallReads}

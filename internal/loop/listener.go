@@ -18,8 +18,8 @@ import (
 // A Listener accepts bare descriptors from a TCP listener, which spares each connection most of the
 // system calls of package net. A loop accepts until there is an error, or a connection that it
 // cannot take. Accept returns that one, and its next call lets the loop accept again. One loop is
-// enough: accepting is the smaller part of a connection's cost, and a connection wakes all loops that
-// wait for its socket.
+// enough: accepting is the smaller part of a connection's cost, and a connection wakes all loops
+// that wait for its socket.
 //
 // The TCP listener owns the socket, and the Listener uses it only while the TCP listener is open.
 // An epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an

@@ -38,7 +38,7 @@ type loop struct {
 	spare  []message // is the inbox next; the loop's own
 	closed bool      // nobody reads the inbox any more
 
-	// What follows belongs to the loop's goroutine.
+	// The fields below belong to the loop's goroutine.
 	now       int64 // clock when the batch began
 	alarm     *time.Timer
 	armed     int64 // clock at which the alarm posts a message; 0: it does not
@@ -346,7 +346,7 @@ func (l *loop) resume() {
 	l.again = l.again[:rest]
 }
 
-// bury ends what is over.
+// bury closes the sessions that are over.
 func (l *loop) bury() {
 	for _, fd := range l.closing {
 		relay.CloseFD(int(fd))

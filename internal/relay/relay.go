@@ -313,8 +313,8 @@ func (r *Relay) pause(d time.Duration) {
 }
 
 // change returns a channel that is closed when the relay is over or gets its server. It returns nil
-// if the relay is over, or if it has a server and forServer is set. The caller waits on the channel:
-// in a function of its own that would take a frame more, for which a stack of 2 KiB would grow.
+// if the relay is over, or if it has a server and forServer is set. The caller waits, not change:
+// one more frame above the wait would make a stack of 2 KiB grow.
 func (r *Relay) change(forServer bool) <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -355,7 +355,8 @@ func (r *Relay) reset(e *end) {
 	reset(e.below)
 }
 
-// recoverPanic records a panic of the caller's conn, which must not end the process. It is deferred.
+// recoverPanic records a panic of the caller's conn, which must not end the process. Callers defer
+// it.
 func (r *Relay) recoverPanic() {
 	if p := recover(); p != nil {
 		r.notePanic(p)

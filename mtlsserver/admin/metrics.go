@@ -157,7 +157,8 @@ func (t *exposition) info(info Info) {
 	for _, app := range sorted(others) {
 		t.add(others[app], "user", "", "app", app)
 	}
-	t.family("mtlsserver_certificate_expiry_timestamp_seconds", "gauge", "When it expires; of several in a file, the first to expire.")
+	t.family("mtlsserver_certificate_expiry_timestamp_seconds", "gauge",
+		"When it expires; of several in a file, the first to expire.")
 	ends := map[string]time.Time{}
 	for _, c := range info.Certificates {
 		if at, ok := ends[c.File]; !ok || c.NotAfter.Before(at) {
