@@ -112,8 +112,8 @@ func newGroup(t testing.TB, config relay.Config) *Group {
 
 const firstChunk = 4 << 10 // of sessions with a limit
 
-// smallReads are verdicts that keep a session on its loop: if no read fills the buffer, it does not
-// look like bulk.
+// smallReads are verdicts that keep a session on its loop: it does not look like bulk if no read
+// fills more than half of the buffer.
 func smallReads(int) relay.Verdict { return relay.Verdict{Chunk: bufferSize / 2} }
 
 // start starts a session of a new client, and returns the client.

@@ -14,8 +14,8 @@ const (
 	// budget is how many reads of a side there are in a turn, before others have theirs.
 	budget = 2
 
-	// bulkReads in a row that fill the buffer make a session leave for the relay's pumps. They
-	// splice, which costs less than half, and do not keep others waiting.
+	// bulkReads in a row that fill more than half of the buffer make a session leave for the
+	// relay's pumps. They splice, which costs less than half, and do not keep others waiting.
 	bulkReads = 4
 )
 
@@ -118,7 +118,7 @@ func (l *loop) read(c *side, most int) (n int, errno syscall.Errno) {
 // is nothing left, and an event will tell of more. Neither holds for a side that has an error,
 // which only a read tells, nor for one with urgent data, at which a read stops short.
 func (l *loop) noteRead(c *side, n, most int, errno syscall.Errno) {
-	if c.full++; n < bufferSize {
+	if c.full++; n <= bufferSize/2 {
 		c.full = 0
 	}
 	switch {

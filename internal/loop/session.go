@@ -49,7 +49,7 @@ type side struct {
 	fd      int32    // -1: none
 	gen     uint32   // its events carry this; 0: it expects none
 	state   sideState
-	full    uint8 // reads in a row that filled the buffer
+	full    uint8 // reads in a row that filled more than half of the buffer
 }
 
 type sideState uint8

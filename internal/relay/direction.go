@@ -277,6 +277,7 @@ func (d *direction) account(n int) {
 	} else {
 		d.small = small
 	}
+	d.rest(n, now)
 }
 
 // judge returns io.EOF for the error of a read that CloseNotify accepts as the end of the stream: a

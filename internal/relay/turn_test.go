@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/danielepagano/lbproxy/internal/proxytest"
 )
@@ -67,6 +68,40 @@ func waitsForTurn() bool {
 		}
 	}
 	return false
+}
+
+// A stream that need not wait for turns rests.
+func TestStreamWithTheLastTurnRests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		defer lastSmall.Store(0)
+		for range cap(turns) - 1 {
+			turns <- struct{}{}
+			defer giveTurn(true)
+		}
+		now := Clock()
+		d := new(direction)
+		check := func(what string, n int, rests bool) {
+			t.Helper()
+			began := time.Now()
+			d.moved.Add(int64(n))
+			if d.rest(n, now); time.Since(began) > 0 != rests {
+				t.Errorf("%s: rests: %v", what, !rests)
+			}
+		}
+		lastSmall.Store(now - int64(smallRecent) - 1)
+		check("no small messages", sharedChunk, false)
+		lastSmall.Store(now)
+		check("part of a chunk", sharedChunk/2, false)
+		check("the rest of it", sharedChunk/2, true)
+		check("part of the next", sharedChunk/2, false)
+		d.moved.Store(sharedChunk - 1)
+		check("a small move", bulkChunk-1, false)
+		d.moved.Store(0)
+		turns <- struct{}{}
+		check("others have all turns", sharedChunk, false)
+		giveTurn(true)
+		check("one turn is free", sharedChunk, true)
+	})
 }
 
 // The rest of a large message is small, too. It is no small message unless another one follows.
