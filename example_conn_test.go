@@ -320,6 +320,7 @@ func ExampleUpstream_Dial() {
 	defer red.Close()
 	checked := make(chan string, 100)
 	_, _, stop := demoApp(&lbproxy.Options{HealthCheck: &lbproxy.HealthCheck{
+		Interval: 100 * time.Millisecond,
 		Check: func(ctx context.Context, u lbproxy.Upstream) error {
 			c, err := u.Dial(ctx)
 			if err != nil {
