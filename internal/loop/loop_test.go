@@ -556,11 +556,21 @@ func TestWaitAndResume(t *testing.T) {
 
 // TestBulkLeavesWhole passes a session that has turned to bulk to a relay.
 func TestBulkLeavesWhole(t *testing.T) {
-	for _, halfClosed := range []bool{false, true} {
-		t.Run(fmt.Sprintf("half-closed %v", halfClosed), func(t *testing.T) {
+	overHalf := func(int) relay.Verdict { return relay.Verdict{Chunk: bufferSize/2 + 1} }
+	for _, row := range []struct {
+		name       string
+		halfClosed bool
+		verdict    func(int) relay.Verdict
+	}{
+		{"full reads", false, nil},
+		{"half-closed", true, nil},
+		{"reads of more than half a buffer", false, overHalf},
+	} {
+		t.Run(row.name, func(t *testing.T) {
 			const size = 64 << 20
-			client, server, h := join(t, newGroup(t, relay.Config{}))
-			if halfClosed {
+			h := &recorder{verdict: row.verdict}
+			client, server := joinAs(t, newGroup(t, relay.Config{}), h)
+			if row.halfClosed {
 				client.CloseWrite()
 				if _, err := io.ReadAll(server); err != nil {
 					t.Error(err)
