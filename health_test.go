@@ -1127,7 +1127,10 @@ func TestShutdownWithAHungCheckEndsWithItsContext(t *testing.T) {
 // Once the result of a check is known the check has returned, so the next one may begin at once.
 func TestCheckHasReturnedOnceItsResultIsKnown(t *testing.T) {
 	a, _ := newApp(t, Options{}, "u:1")
-	hc, _ := HealthCheck{Check: func(context.Context, Upstream) error { return nil }}.complete()
+	hc, _ := HealthCheck{
+		Timeout: time.Minute, // or a check that waits for a processor may time out
+		Check:   func(context.Context, Upstream) error { return nil },
+	}.complete()
 	p := &prober{checker: newChecker(a, hc), conf: &Upstream{Addr: "u:1"}}
 	var wg sync.WaitGroup
 	for range 8 { // so that goroutines compete for processors
