@@ -4,6 +4,9 @@ package soak
 
 import (
 	"net"
+	"os"
+	"strconv"
+	"strings"
 	"syscall"
 	"unsafe"
 )
@@ -52,4 +55,20 @@ func control(c syscall.Conn, f func(fd int)) {
 	if raw, err := c.SyscallConn(); err == nil {
 		raw.Control(func(fd uintptr) { f(int(fd)) })
 	}
+}
+
+// droppedSegments returns how many segments the system has dropped so far because a socket's queue
+// had no room for them. Small ones take much more room than their bytes.
+func droppedSegments() (n uint64) {
+	b, _ := os.ReadFile("/proc/net/netstat")
+	names, values, _ := strings.Cut(string(b), "\n")
+	values, _, _ = strings.Cut(values, "\n")
+	of := strings.Fields(values)
+	for i, name := range strings.Fields(names) {
+		if i < len(of) && (name == "TCPRcvQDrop" || name == "TCPBacklogDrop") {
+			more, _ := strconv.ParseUint(of[i], 10, 64)
+			n += more
+		}
+	}
+	return n
 }

@@ -64,7 +64,8 @@ type run struct {
 	mtls                                 *mtlsFront
 
 	lag   lag
-	conns sync.Map // of *conn by id: those that are not judged
+	drops atomic.Uint64 // droppedSegments, a second ago at most
+	conns sync.Map      // of *conn by id: those that are not judged
 	next  atomic.Uint64
 
 	plainDone, mtlsDone, bytes, waited, lateOnes atomic.Uint64
@@ -207,6 +208,8 @@ func TestSoak(t *testing.T) {
 		})
 	}
 	aside.Go(func() { r.lag.watch(stop) })
+	r.drops.Store(droppedSegments())
+	every(time.Second, func(int) { r.drops.Store(droppedSegments()) })
 	every(50*time.Millisecond, func(int) { r.plain.reshuffle() })
 	every(100*time.Millisecond, r.mtls.reload)
 	every(60*time.Millisecond, r.killOne)
@@ -335,7 +338,7 @@ func (r *run) roomAgain() {
 // connect is one connection, from its client's side, to its end.
 func (r *run) connect(c *conn) {
 	r.conns.Store(c.id, c)
-	c.started = time.Now()
+	c.started, c.dropsBefore = time.Now(), r.drops.Load()
 	r.client(c)
 	c.ended = time.Now()
 	if c.up.tcp != nil {
@@ -427,6 +430,9 @@ func (r *run) client(c *conn) {
 // judge takes note of a connection that is over.
 func (r *run) judge(c *conn, o *outcome) {
 	spare := r.lag.between(c.started, time.Now())
+	if c.exact {
+		c.drops = droppedSegments() - c.dropsBefore
+	}
 	if c.late = spare > 500*time.Millisecond; c.late {
 		r.lateOnes.Add(1)
 	}
