@@ -13,7 +13,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/danielepagano/lbproxy"
 	"github.com/danielepagano/lbproxy/internal/proxytest"
@@ -116,6 +118,20 @@ func (l siteListener) Accept() (net.Conn, error) {
 	return v, nil
 }
 
+// listenSmall returns a listener whose connections have small receive queues. By itself the system
+// may let a queue grow to 32 MB, and an upload arrived whole before it was given up.
+func listenSmall(t *testing.T) net.Listener {
+	t.Helper()
+	l := proxytest.Listen(t)
+	raw, err := l.SyscallConn()
+	proxytest.Must(t, err)
+	proxytest.Must(t, raw.Control(func(fd uintptr) {
+		err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 64<<10)
+	}))
+	proxytest.Must(t, err)
+	return l
+}
+
 type visitKey struct{}
 
 const uploadSize = 30_000_000
@@ -158,12 +174,15 @@ func newSite(t *testing.T) *site {
 		}
 	})
 	mux.HandleFunc("GET /stalled", func(http.ResponseWriter, *http.Request) { <-s.stalled })
-	mux.HandleFunc("GET /resume", func(http.ResponseWriter, *http.Request) { close(s.resume) })
+	mux.HandleFunc("GET /resume", func(http.ResponseWriter, *http.Request) {
+		time.Sleep(500 * time.Millisecond) // Chromium may ask for this before it closes the other one
+		close(s.resume)
+	})
 	server := &http.Server{Handler: mux,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, visitKey{}, c)
 		}}
-	l := proxytest.Listen(t)
+	l := listenSmall(t)
 	s.addr = l.Addr().String()
 	var served sync.WaitGroup
 	served.Go(func() { server.Serve(siteListener{l, s}) })
@@ -206,7 +225,7 @@ func (s *site) browse(t *testing.T, closeNotify lbproxy.CloseNotify, does string
 	})
 	proxytest.Must(t, err)
 	serverTLS, _ := proxytest.TLSConfigs()
-	l := proxytest.Listen(t)
+	l := listenSmall(t)
 	var served sync.WaitGroup
 	served.Go(func() {
 		app.Serve(l, lbproxy.HandshakeTLS(serverTLS, func(_ context.Context, c *lbproxy.Conn) error {
