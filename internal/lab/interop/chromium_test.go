@@ -119,7 +119,7 @@ func (l siteListener) Accept() (net.Conn, error) {
 }
 
 // listenSmall returns a listener whose connections have small receive queues. By itself the system
-// may let a queue grow to 32 MB, and an upload arrived whole before it was given up.
+// may let a queue grow to 32 MB, which holds a whole upload.
 func listenSmall(t *testing.T) net.Listener {
 	t.Helper()
 	l := proxytest.Listen(t)

@@ -46,9 +46,9 @@ type conn struct {
 	holding      time.Time // when the client had all it was to have, and began to wait
 	ended        time.Time // when the client's stream ended
 	// the machine was busy elsewhere: what has to be done within a second may not have been
-	late bool
-	// segments that the system had dropped, of any connection, shortly before started, and since
-	dropsBefore, drops uint64
+	late        bool
+	dropsBefore uint64 // droppedSegments at most a second before started
+	drops       uint64 // segments that the system has dropped since, of any connection
 }
 
 func newConn(p *plan) *conn {
@@ -82,7 +82,7 @@ type end struct {
 	// These belong to the goroutine that sends.
 	offered, sent int64 // bytes given to Write, and taken
 	writeErr      error
-	faultAt       time.Time // when it was reset or cut by this end
+	faultAt       time.Time // when this end reset or cut it
 	flooded       bool      // a flood did not end
 
 	finished atomic.Bool // its stream was ended as it should be
@@ -303,12 +303,6 @@ func (c *conn) judge(o *outcome) (wrong faults) {
 	return append(wrong, c.audit.judge(o)...)
 }
 
-// outOfTime reports whether e may lack bytes because the proxy delivers for a second at most: it
-// did, and the system dropped segments. Each one is sent again after 0.2 s, then 0.4, then 0.8.
-func (e *end) outOfTime(peer *end) bool {
-	return e.conn.drops > 0 && !peer.faultAt.IsZero() && e.readEnd.Sub(peer.faultAt) >= time.Second
-}
-
 // judge lists the faults of the stream that e has received from peer.
 func (e *end) judge(name string, want verdict, peer *end) (wrong faults) {
 	note := func(format string, args ...any) {
@@ -333,7 +327,7 @@ func (e *end) judge(name string, want verdict, peer *end) (wrong faults) {
 		note("want %d bytes each way whole, and a clean end", sends(peer.scripts()))
 	case (want == broken || want == refused) && (clean || e.readErr == nil):
 		note("want an end that is not clean")
-	case want == broken && e.conn.exact && !e.conn.late && e.got != peer.sent && !e.outOfTime(peer):
+	case want == broken && e.conn.exact && !e.conn.late && e.got != peer.sent:
 		note("want all of what was sent before the fault; the end came %v after it, "+
 			"and meanwhile the system dropped %d segments of all connections",
 			e.readEnd.Sub(peer.faultAt), e.conn.drops)
