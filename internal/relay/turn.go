@@ -21,7 +21,7 @@ import (
 
 const (
 	smallChunk  = 4 << 10                // less than that is a small message
-	sharedChunk = 256 << 10              // the most spliced at once, and moved without a rest, beside them
+	sharedChunk = 256 << 10              // the most spliced at once, or moved without a rest
 	bulkChunk   = 16 << 10               // that much or more, and a large move needs a turn
 	smallRecent = 100 * time.Millisecond // for so long after one, turns are taken
 	smallGrain  = time.Millisecond       // how often the stamp is written, which all processors share
