@@ -565,6 +565,7 @@ func TestPanicInOnDoneOfALoopSession(t *testing.T) {
 
 // TestServeOnLoopsReturnsWhenItsListenerIsClosed also shows that the address is free at once.
 func TestServeOnLoopsReturnsWhenItsListenerIsClosed(t *testing.T) {
+	t.Parallel()
 	up := upstreamDoing(t, echo)
 	a, results := newApp(t, Options{Loops: true}, up)
 	l := listen(t)

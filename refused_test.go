@@ -299,6 +299,7 @@ func TestAPanicInOnRefusedIsLogged(t *testing.T) {
 
 // Conns that cannot be compared are refused like others.
 func TestOnRefusedWithAConnThatCannotBeCompared(t *testing.T) {
+	t.Parallel()
 	a, results := newAppOver(t, Options{}, Upstream{Addr: "u:1", Drain: true})
 	client, ours := duplex()
 	c := &Conn{Client: incomparableConn{Conn: ours}, OnRefused: say503}

@@ -79,9 +79,9 @@ func memoryInUse() int64 {
 // come back a second after they were cut. Clients who were there before them get through, even with
 // a round trip of 200 ms. TestNewClientsGetInBesideStrangers is about new ones.
 func TestStrangersOfAllKindsDoNotKeepClientsOut(t *testing.T) {
-	silent, drips, slow, duration := 1000, 500, 2000, 4*time.Second
+	silent, drips, slow, duration := 1000, 500, 2000, 2*time.Second
 	if testing.Short() {
-		silent, drips, slow, duration = 200, 100, 400, 2*time.Second
+		silent, drips, slow, duration = 200, 100, 400, time.Second
 	}
 	l := newLab(t, nil)
 	addr := l.addr("web")

@@ -16,6 +16,7 @@ import (
 // Each connection logs a line to a standard error that nobody reads. Neither lines nor connections
 // pile up. Once it is read again, it says how many lines are missing.
 func TestUnreadLogTakesBoundedMemory(t *testing.T) {
+	t.Parallel()
 	const conns = 6_000 // more than the queue and the pipe hold
 	r, full, filler := proxytest.FullPipe(t)
 	cmd := exec.Command(os.Args[0], "-v", "-listen", "127.0.0.1:0", "-upstream", echo(t))

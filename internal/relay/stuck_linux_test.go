@@ -106,7 +106,7 @@ func TestEndBehindAStuckWriteIsNotAReset(t *testing.T) {
 	}
 	client.Close()
 	proxytest.Eventually(t, "the client's end is there", func() bool { return wasReset(rawTCP(ours)) })
-	time.Sleep(3 * stuckTime)
+	time.Sleep(2 * stuckTime)
 	if !r.up.watched.Load() || r.up.phase.Load() != writing {
 		t.Error("the upload is not stuck")
 	}

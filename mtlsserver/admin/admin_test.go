@@ -162,6 +162,7 @@ func fallen(t testing.TB, before, now map[string]float64) {
 // Connections come and go while upstreams are removed and added and the app is replaced. In the end
 // the page, the metrics and the API agree with what the clients counted, and no counter fell.
 func TestSumsStayTrue(t *testing.T) {
+	t.Parallel()
 	const total = 2000
 	a, b := proxytest.Upstream(t, proxytest.Echo), proxytest.Upstream(t, proxytest.Echo)
 	recorder := &admin.Recorder{}

@@ -107,6 +107,7 @@ func BenchmarkRecord(b *testing.B) {
 
 // The size of a page is bounded. BenchmarkStatusPage… and the other benchmarks measure pages.
 func TestPagesOfManyAreBounded(t *testing.T) {
+	t.Parallel()
 	h := admin.Handler(listOf(crowd(t, 500, 10_000)), &admin.Options{Info: fullInfo("alice")})
 	for _, path := range []string{"/", "/conns"} {
 		if size := len(get(t, h, path)); size > 200<<10 {

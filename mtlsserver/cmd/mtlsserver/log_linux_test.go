@@ -13,11 +13,12 @@ import (
 // Connections have two lines each, or are refused, while nobody reads standard error. Neither lines
 // nor connections pile up, and once it is read again, it says how many lines are missing.
 func TestUnreadLogTakesBoundedMemory(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("it takes thousands of handshakes to fill the queue")
 	}
 	const admitted = 2_200 // 4,400 lines: more than the queue holds
-	const conns = 3 * admitted
+	const conns = 2 * admitted
 	dir, config := setUp(t)
 	must(t, "issue", "-dir", dir, "-name", "alice", "-apps", "web")
 	replace(t, config, `"users": [`, `"logAdmissions": true, "users": [`)
