@@ -74,6 +74,7 @@ func TestCloseNotifyOfChromium(t *testing.T) {
 // A site is an upstream for a browser. It stops reading an upload until the browser has given up.
 type site struct {
 	addr            string
+	app             *lbproxy.LBProxyApp // before it
 	stalled, resume chan struct{}
 	mu              sync.Mutex
 	visits          []*visit
@@ -174,8 +175,10 @@ func newSite(t *testing.T) *site {
 		}
 	})
 	mux.HandleFunc("GET /stalled", func(http.ResponseWriter, *http.Request) { <-s.stalled })
-	mux.HandleFunc("GET /resume", func(http.ResponseWriter, *http.Request) {
-		time.Sleep(500 * time.Millisecond) // Chromium may ask for this before it closes the other one
+	mux.HandleFunc("GET /resume", func(_ http.ResponseWriter, r *http.Request) {
+		for s.uploads() && r.Context().Err() == nil { // Chromium may ask before it closes
+			time.Sleep(10 * time.Millisecond)
+		}
 		close(s.resume)
 	})
 	server := &http.Server{Handler: mux,
@@ -191,6 +194,31 @@ func newSite(t *testing.T) *site {
 		served.Wait()
 	})
 	return s
+}
+
+// uploads reports whether the browser has an upload that it has not given up. The proxy cannot see
+// that, as what the browser has yet to send comes first.
+func (s *site) uploads() bool {
+	for c := range s.app.Conns() {
+		if c.Info().Sent >= sentOfUpload && isEstablished(c.Client.RemoteAddr()) {
+			return true
+		}
+	}
+	return false
+}
+
+// isEstablished reports whether a socket of this machine with the address local is open.
+func isEstablished(local net.Addr) bool {
+	const established = "01"
+	table, _ := os.ReadFile("/proc/net/tcp")
+	port := fmt.Sprintf(":%04X", local.(*net.TCPAddr).Port)
+	for line := range strings.Lines(string(table)) {
+		f := strings.Fields(line)
+		if strings.HasSuffix(f[1], port) && f[3] == established {
+			return true
+		}
+	}
+	return false
 }
 
 // A stallingReader calls stall once it has read until bytes.
@@ -224,6 +252,7 @@ func (s *site) browse(t *testing.T, closeNotify lbproxy.CloseNotify, does string
 		},
 	})
 	proxytest.Must(t, err)
+	s.app = app
 	serverTLS, _ := proxytest.TLSConfigs()
 	l := listenSmall(t)
 	var served sync.WaitGroup
