@@ -310,6 +310,21 @@ func TestStuckReaderIsWaitedForASecond(t *testing.T) {
 	proxytest.ReadReset(t, server)
 }
 
+// The loop may learn of the server's end first, and find the client reset when it passes that on.
+func TestResetBesideAnEndIsAReset(t *testing.T) {
+	g := newGroup(t, relay.Config{})
+	for range 200 {
+		client, server, h := join(t, g)
+		client.SetLinger(0)
+		server.CloseWrite()
+		client.Close()
+		if o := h.wait(t); o.Failed != relay.Client || !errors.Is(o.Err, syscall.ECONNRESET) {
+			t.Fatalf("%+v", o)
+		}
+		server.Close()
+	}
+}
+
 func TestResetOfAReaderReachesTheWriter(t *testing.T) {
 	client, server, h := join(t, newGroup(t, relay.Config{}))
 	proxytest.Must(t, pingBoth(client, server))

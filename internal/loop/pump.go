@@ -226,11 +226,15 @@ func (l *loop) passEnd(s *Session, i int) bool {
 		return true
 	}
 	to.state |= shut
-	if errno := relay.ShutdownFD(int(to.fd)); errno != 0 {
+	switch errno := relay.ShutdownFD(int(to.fd)); errno {
+	case 0:
+		return true
+	case syscall.ENOTCONN:
+		l.fail(s, 1-i, readError(syscall.ECONNRESET)) // as a read would have said
+	default:
 		l.fail(s, 1-i, writeError("shutdown", errno))
-		return false
 	}
-	return true
+	return false
 }
 
 // checkReset reports whether side i has an error, by which s fails.
