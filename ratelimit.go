@@ -15,9 +15,9 @@ import (
 // limit, be that a client's, an app's or the whole program's. It must be safe for concurrent use.
 //
 // EventOpen is reported before anything is dialed. If the manager allows it, exactly one EventClose
-// follows, whatever happens. If it refuses, nothing follows, and the connection must not cost
-// anything. EventData is reported after the bytes have moved, at most 1 MiB of them at a time, so a
-// Wait is backpressure.
+// follows, whatever happens. If it refuses, nothing follows, and it must not charge for the
+// connection. EventData is reported after the bytes have moved, at most 1 MiB of them at a time, so
+// a Wait is backpressure.
 //
 // Report is called on the connection's own goroutines and may block. Its ctx ends with the
 // connection, except for EventClose, where it does not end. If Report panics, the connection ends,
@@ -116,7 +116,7 @@ type Decision struct {
 	// Chunk is the most bytes to move at once next: in this direction (EventData) or in both
 	// (EventOpen). 0 or less: the size is chosen so that waits stay near 20 ms. A manager of
 	// several connections should set the same Chunk for all: otherwise their shares become equal
-	// only after some time, or not quite.
+	// only after some time, or never quite.
 	Chunk int
 }
 
@@ -150,7 +150,9 @@ type TokenBucket struct {
 func (b *TokenBucket) Report(_ context.Context, e Event) Decision {
 	switch {
 	case e.Kind == EventOpen:
-		return Decision{Exceeded: !b.take(time.Now())}
+		if !b.take(time.Now()) {
+			return Decision{Exceeded: true, Err: errBucketEmpty}
+		}
 	case e.Kind == EventClose && e.Refused:
 		b.giveBack()
 	}
@@ -216,7 +218,7 @@ func (l *OpenLimit) Report(_ context.Context, e Event) Decision {
 	switch e.Kind {
 	case EventOpen:
 		if l.open >= l.Max {
-			return Decision{Exceeded: true}
+			return Decision{Exceeded: true, Err: errTooManyOpen}
 		}
 		l.open++
 	case EventClose:
@@ -239,8 +241,8 @@ type Bandwidth struct {
 	BytesPerSecond int64 // 0 or less refuses all
 
 	// Burst is how many bytes pass without a wait after an idle period, which refills it by
-	// BytesPerSecond each second. 0 or less means none. Up to 64 streams may overdraw it by the
-	// bytes of 20 ms, or 512 bytes each if that is more.
+	// BytesPerSecond each second. 0 or less means none. Up to 64 streams together may exceed it by
+	// the bytes of 20 ms; each may exceed it by 512 bytes in any case.
 	Burst int64
 
 	// mu guards the fields below.
@@ -265,7 +267,10 @@ const (
 // Report implements [RateLimitManager].
 func (b *Bandwidth) Report(_ context.Context, e Event) Decision {
 	if b.BytesPerSecond <= 0 {
-		return Decision{Exceeded: e.Kind == EventOpen}
+		if e.Kind == EventOpen {
+			return Decision{Exceeded: true, Err: errNoRate}
+		}
+		return Decision{}
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -383,6 +388,7 @@ func inTime(d time.Duration, rate int64) int64 {
 // order. When one refuses, those asked before it get an EventClose with Refused set at once. It
 // resets a connection when any of them does. The longest Wait and the smallest Chunk count. A nil
 // manager is left out. A manager that holds a nil pointer is not, and panics at its first report.
+// All() allows everything.
 func All(managers ...RateLimitManager) RateLimitManager {
 	var all all
 	for _, m := range managers {
@@ -457,11 +463,19 @@ func idle(m RateLimitManager) bool {
 // [ErrRateLimited].
 var ErrTooManyClients = fmt.Errorf("%w: ClientLimits has no room for a new client", ErrRateLimited)
 
+// These say in Result.Err and in the log which limit has refused.
+var (
+	errBucketEmpty = fmt.Errorf("%w: TokenBucket: too many new connections", ErrRateLimited)
+	errTooManyOpen = fmt.Errorf("%w: OpenLimit: too many open connections", ErrRateLimited)
+	errNoRate      = fmt.Errorf("%w: Bandwidth: BytesPerSecond is not set", ErrRateLimited)
+)
+
 // ClientLimits keeps one [RateLimitManager] per client. [NewClientLimits] makes one; the zero value
 // refuses all. It is safe for concurrent use.
 //
-// A client is whatever the caller's text names: a user, or a network. An IPv6 address does not do,
-// because one client usually has a whole /64, and so 2^64 limits; an example uses the /64.
+// A client is whatever the caller's text names: a user, or a network. Do not name a client by its
+// IPv6 address: it usually has a whole /64, and would have 2^64 limits. Name it by the /64, as the
+// example does.
 type ClientLimits struct {
 	max      int
 	newLimit func(client string) RateLimitManager

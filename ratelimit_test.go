@@ -1,7 +1,6 @@
 package lbproxy
 
 import (
-	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -1098,6 +1097,20 @@ func TestClientIsRememberedFromItsFirstOpen(t *testing.T) {
 	rateCheck(t, l, 0)
 }
 
+func TestRefusalsNameTheirLimit(t *testing.T) {
+	for want, m := range map[string]RateLimitManager{
+		"TokenBucket: too many new connections": All(&OpenLimit{Max: 1}, &TokenBucket{}),
+		"OpenLimit: too many open connections":  All(&TokenBucket{Burst: 1}, &OpenLimit{}),
+		"Bandwidth: BytesPerSecond is not set":  &Bandwidth{},
+	} {
+		a, _ := newApp(t, Options{}, "u:1")
+		r := <-serveFake(t.Context(), a, &Conn{RateLimit: m}).result
+		if !errors.Is(r.Err, ErrRateLimited) || !strings.HasSuffix(r.Err.Error(), ": "+want) {
+			t.Errorf("%v, want ErrRateLimited and %q", r.Err, want)
+		}
+	}
+}
+
 func TestClientLimitsWithoutRoomRefuseAll(t *testing.T) {
 	for _, most := range []int{0, -1, math.MinInt} {
 		l := NewClientLimits(most, rateOpenLimits(9))
@@ -1115,11 +1128,11 @@ func TestFullClientLimitsSaySo(t *testing.T) {
 		client string
 		err    error
 		length int
-	}{{"ann", nil, 1}, {"bob", nil, 2}, {"eve", ErrTooManyClients, 2}, {"ann", ErrRateLimited, 2}} {
+	}{{"ann", nil, 1}, {"bob", nil, 2}, {"eve", ErrTooManyClients, 2}, {"ann", errTooManyOpen, 2}} {
 		d := l.For(step.client).Report(t.Context(), rateOpen)
 		var err error
 		if d.Exceeded {
-			err = cmp.Or(d.Err, ErrRateLimited)
+			err = d.Err
 		}
 		if err != step.err || l.Len() != step.length {
 			t.Errorf("step %d: %s: %v with %d clients, want %v with %d", i, step.client, err,
