@@ -272,10 +272,19 @@ func ExampleOptions_onUpstream() {
 	app.SetUpstreams([]lbproxy.Upstream{{Addr: red.Addr().String()}})
 	change = <-changes
 	fmt.Println(change.Addr == gone.Addr().String(), "removed:", change.Removed)
+	slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
+		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr { // other each time
+			if a.Key == slog.TimeKey || a.Key == "upstream" {
+				return slog.Attr{}
+			}
+			return a
+		},
+	})).Info("upstream", "", change)
 	// Output:
 	// red got ann
 	// demo up to cooling true
 	// true removed: true
+	// level=INFO msg=upstream app=demo from=cooling to=up removed=true
 }
 
 // With CloseOnDown no connection stays on a server that its checks have given up.

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/bits"
 	"net"
 	"os"
@@ -102,11 +103,31 @@ func (s UpstreamState) String() string { return string(s) }
 type UpstreamChange struct {
 	App, Addr string
 	From      UpstreamState // empty: it was added
-	To        UpstreamState // equal to From if only Drain or Removed changed, or changes merged
+	To        UpstreamState // equal to From if only Drain or Removed changed, or it is back in From
 	Drain     bool          // the current value, whether or not it changed
 	Removed   bool          // likewise; connections may still be open on it
 	Err       error         // why it is cooling or down; nil otherwise
 	Time      time.Time     // of the change; of the last one, if several were merged
+}
+
+// LogValue implements [slog.LogValuer], so slog.Info("upstream", "", change) in an OnUpstream logs
+// a change. The value is a group of app, upstream, from and to, and of drain, removed and err unless
+// they are zero.
+func (c UpstreamChange) LogValue() slog.Value {
+	attrs := []slog.Attr{
+		slog.String("app", c.App), slog.String("upstream", c.Addr),
+		slog.String("from", string(c.From)), slog.String("to", string(c.To)),
+	}
+	if c.Drain {
+		attrs = append(attrs, slog.Bool("drain", true))
+	}
+	if c.Removed {
+		attrs = append(attrs, slog.Bool("removed", true))
+	}
+	if c.Err != nil {
+		attrs = append(attrs, slog.String("err", c.Err.Error()))
+	}
+	return slog.GroupValue(attrs...)
 }
 
 // changes calls a hook for every change of an app's upstreams, one after the other, in the order of
