@@ -45,9 +45,10 @@ type Conn struct {
 	//
 	// Any net.Conn will do. The app looks for three methods. CloseWrite() error passes on the end
 	// of the upstream's stream while the client's own goes on. NetConn() net.Conn leads to the
-	// connection below a layer such as TLS. SetLinger(int) error, at the bottom, resets. A wrapper
-	// around a TCP connection should have the first two: without them its other end may lose the
-	// last bytes it was sent, and Result.Err says so. (A net.Pipe has none of them.)
+	// connection below a layer such as TLS. SetLinger(int) error, of the lowest, makes its Close
+	// reset. A wrapper around a TCP connection should have the first two: without them its other
+	// end may lose the last bytes it was sent, and Result.Err says so. (A net.Pipe has none of
+	// them.)
 	//
 	// crypto/tls reports a client's FIN without close_notify as the end of its stream. To have such
 	// a stream treated as aborted, use a [TLSConn], whose Read returns io.ErrUnexpectedEOF then.
@@ -252,7 +253,7 @@ type Result struct {
 	Duration       time.Duration // since Start, so with Serve the time in admit is in it
 	Sent, Received int64         // bytes client to upstream, upstream to client
 	End            EndReason
-	Err            error // the one that ended it; nil: a clean end; the cause of a context or Abort
+	Err            error // why it ended, such as the cause of its context or Abort; nil: cleanly
 }
 
 // LogValue implements [slog.LogValuer], so slog.Info("connection", "", result) in an OnDone is an
@@ -356,10 +357,10 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 
 // AcceptProxy returns an AdmitFunc that reads a PROXY protocol header, version 1 or 2, from clients
 // at trusted addresses, which are other proxies. It sets ClientAddr and ServerAddr by the header,
-// then asks next; a nil next admits everyone. A trusted client must send a header, within 3
-// seconds: at most 536 bytes, and TLVs of up to 4 KiB, which are ignored. The addresses stay unset
-// if the header is LOCAL or UNKNOWN. Anybody else keeps their address, and their bytes are never
-// taken for a header.
+// then asks next; a nil next admits everyone. A trusted client must send a header within 3 seconds,
+// of at most 536 bytes and up to 4 KiB of TLVs, which are ignored; otherwise it is not admitted.
+// The addresses stay unset if the header is LOCAL or UNKNOWN. No deadline stays set. Anybody else
+// keeps their address, and their bytes are never taken for a header.
 //
 // AcceptProxy panics if trusted is empty or has a prefix of no bits, which would trust everyone.
 func AcceptProxy(trusted []netip.Prefix, next AdmitFunc) AdmitFunc {

@@ -17,8 +17,8 @@ import (
 // checks in a row is down: it gets no connection, even if there is no other upstream, until it
 // passes Rise checks in a row. Dials to it that are in progress are given up at once for the next
 // upstream; its open connections go on, unless [Options].CloseOnDown is set. An upstream that is up
-// again gets at most every second connection until its load has reached another upstream's. When no
-// upstream is up, clients get [ErrNoUpstream].
+// again gets at most every second connection for as long as its load is the lowest. When no upstream
+// is up, clients get [ErrNoUpstream].
 //
 // An upstream counts as up until its checks fail, so that service begins at once; its first check
 // comes within an Interval. Dials still count: an upstream whose dial failed is skipped for
@@ -56,7 +56,7 @@ type HealthCheck struct {
 	// A nil Check dials with Options.DialContext, in a context without a Conn, performs a TLS
 	// handshake if u.TLS is set, and closes. (A TLS 1.3 server that rejects the proxy's certificate
 	// still completes the handshake.) A Check of your own may start with [Upstream.Dial], which
-	// does the same through a zero net.Dialer. An example checks web servers.
+	// does the same through a zero net.Dialer; the example of HealthCheck checks web servers.
 	Check func(ctx context.Context, u Upstream) error
 }
 

@@ -80,14 +80,14 @@ type Options struct {
 
 	// MaxConns is the most connections that Serve holds at once, those not yet admitted included.
 	// At the limit Serve stops accepting until one ends, and clients wait in the listen queue;
-	// each listener may hold one more. 0 means no bound.
+	// each listener may have accepted one more. 0 means no bound.
 	MaxConns int
 
 	// Loops makes Serve run plain TCP on event loops: at most one for each processor (GOMAXPROCS),
-	// as few as keep up. A short connection then takes about three quarters of the CPU, an idle one
-	// a ninth of the memory. An AdmitFunc and the RateLimit's EventOpen run on a goroutine, which
-	// costs some of the gain. A connection stays on goroutines if its Client is not a *net.TCPConn
-	// when admit returns, if its RateLimit asks a manager that is not this package's own, if the
+	// as few as keep up. A short connection then takes about 70 % of the CPU, an idle one a ninth
+	// of the memory. An AdmitFunc and the RateLimit's EventOpen run on a goroutine, which costs
+	// some of the gain. A connection stays on goroutines if its Client is not a *net.TCPConn when
+	// admit returns, if its RateLimit asks a manager that is not this package's own, if the
 	// upstream has TLS, or with Options.DialContext. Large transfers leave their loop for
 	// goroutines. Loops are experimental; they exist on Linux, and elsewhere the field is ignored.
 	Loops bool
@@ -104,13 +104,13 @@ type Options struct {
 	// is over and out of all counts; that is a little after the client sees its end. It runs on the
 	// connection's last goroutine. If it blocks, each connection that ends holds a goroutine,
 	// without bound. Shutdown and Close wait for it, so it must not call them; they do not wait for
-	// the OnDone of a ServeConn that is called when the app has been stopped. It is the place for
-	// an access log; see [Result.LogValue].
+	// the OnDone of a ServeConn that began after the app was stopped. It is the place for an access
+	// log; see [Result.LogValue].
 	OnDone func(Result)
 }
 
-// An LBProxyApp spreads the connections of one application over its upstreams. All methods are safe
-// for concurrent use.
+// An LBProxyApp spreads the connections of one application over its upstreams. [New] makes one; the
+// zero value is not usable. All methods are safe for concurrent use.
 type LBProxyApp struct {
 	id       string
 	opts     Options // with the defaults filled in
@@ -253,20 +253,22 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 // have a second to arrive, then it is reset, and the error is Result.Err with EndNotAdmitted.
 //
 // ctx carries c (see [ConnFromContext]). It is canceled when the connection ends or is aborted, or
-// the app is closed. An AdmitFunc may block, because it has a goroutine of its own. It must not
-// touch c after it has returned.
+// the app is closed. An AdmitFunc may block, because it has a goroutine of its own. Once it has
+// returned, it must neither change a field of c nor use Client.
 //
-// Clear any deadline set on Client before returning nil. To be sure that a rejected client sees a
-// message, read from Client before writing it: otherwise the client's connect may fail first.
+// Clear any deadline set on Client before returning nil: it may end the connection. To be sure that
+// a rejected client sees a message, read from Client before writing it: otherwise the client's
+// connect may fail first.
 type AdmitFunc func(ctx context.Context, c *Conn) error
 
-// Listen returns a listener on addr, a "host:port", for Serve, which takes any other listener, too.
-// This one is for plain TCP, not MPTCP. Its connections have net's default keep-alive: idle 15 s,
-// interval 15 s, 9 probes.
+// Listen returns a listener on addr, a "host:port", for Serve. Serve takes any listener, but with
+// this one a connection costs four system calls less on Linux, where it inherits its keep-alive:
+// idle 15 s, interval 15 s, 9 probes, the defaults of package net. Listen is for plain TCP, not
+// MPTCP.
 func Listen(addr string) (net.Listener, error) {
 	var lc net.ListenConfig
-	lc.SetMultipathTCP(false)   // splicing and resets are known of TCP alone
-	relay.InheritKeepAlive(&lc) // on Linux this saves four system calls a connection
+	lc.SetMultipathTCP(false) // splicing and resets are known of TCP alone
+	relay.InheritKeepAlive(&lc)
 	return lc.Listen(context.Background(), "tcp", addr)
 }
 
@@ -390,8 +392,8 @@ func (r *acceptBackoff) wait(err error) bool {
 // AdmitFunc has not returned, and serves it if it is admitted.
 //
 // If ctx ends first, Shutdown returns ctx's error and leaves the rest to go on: call Close to end
-// it. The error does not say that connections are open, as it may be a health check that has not
-// returned. After Close, Stats().Ends[EndClosed] counts the connections that Close has reset.
+// it. The error may also mean that a health check has not returned. After Close,
+// Stats().Ends[EndClosed] counts the connections that Close has reset.
 func (a *LBProxyApp) Shutdown(ctx context.Context) error {
 	a.stop()
 	if err := await(ctx, a.drained); err != nil {

@@ -19,7 +19,7 @@ import (
 //
 // It does not bound how many handshakes are in progress: Options.MaxConns does. Limits that next
 // sets begin after the handshake. To bound the handshakes of one address, wrap HandshakeTLS in an
-// AdmitFunc that counts, as an example shows.
+// AdmitFunc that counts, as the example named Limited does.
 func HandshakeTLS(config *tls.Config, next AdmitFunc) AdmitFunc {
 	if config == nil {
 		panic("lbproxy: HandshakeTLS: config is nil")
