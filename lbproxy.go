@@ -214,7 +214,7 @@ func orDefault(d, def time.Duration) time.Duration {
 // state; the rest of its configuration holds from the next connection on. One that is removed gets
 // no new connections, and those it has go on to their end; if it is added again before that, it
 // keeps them and its counters. If an upstream is not valid, or there is none, nothing changes and
-// the error says which and why. The slice is copied.
+// the error says which and why. The slice is copied. After Shutdown or Close nothing comes of it.
 func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	if len(upstreams) == 0 {
 		return fmt.Errorf("lbproxy: app %q: no upstreams: give at least one", a.id)
@@ -391,9 +391,10 @@ func (r *acceptBackoff) wait(err error) bool {
 // it ends the health checks and waits for those in progress. It also waits for a connection whose
 // AdmitFunc has not returned, and serves it if it is admitted.
 //
-// If ctx ends first, Shutdown returns ctx's error and leaves the rest to go on: call Close to end
-// it. The error may also mean that a health check has not returned. After Close,
-// Stats().Ends[EndClosed] counts the connections that Close has reset.
+// Shutdown may be called again, and at once returns nil after Close. If ctx ends first, it returns
+// ctx's error and leaves the rest to go on: call Close to end it. The error may also mean that a
+// health check has not returned. After Close, Stats().Ends[EndClosed] counts the connections that
+// Close has reset.
 func (a *LBProxyApp) Shutdown(ctx context.Context) error {
 	a.stop()
 	if err := await(ctx, a.drained); err != nil {
@@ -427,7 +428,7 @@ func await(ctx context.Context, done <-chan struct{}) error {
 // Close stops accepting, closes the listeners, resets every connection without waiting for clients
 // or upstreams, ends health checks, and returns when the app's goroutines have ended. It waits for
 // hooks that are running, and for the system to discard queued bytes: some tenths of a second if
-// there are hundreds of sockets with megabytes each. It returns nil.
+// there are hundreds of sockets with megabytes each. It returns nil, and may be called again.
 func (a *LBProxyApp) Close() error {
 	a.stop()
 	a.cancel(ErrAppClosed)
