@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
@@ -26,8 +28,12 @@ var ErrNotFound = errors.New("there is no such app or upstream")
 var ErrEnded = errors.New("ended by an administrator")
 
 func (h *handler) apiStats(w http.ResponseWriter, r *http.Request) {
+	if err := parse(r, "brief"); err != nil {
+		refuse(w, err)
+		return
+	}
 	s := h.stats()
-	if r.FormValue("brief") != "" {
+	if r.Form.Has("brief") {
 		s.Users, s.Certificates = nil, nil
 		for i := range s.Apps {
 			s.Apps[i].Upstreams = nil
@@ -37,23 +43,71 @@ func (h *handler) apiStats(w http.ResponseWriter, r *http.Request) {
 }
 
 func (h *handler) apiConns(w http.ResponseWriter, r *http.Request) {
-	answer(w, http.StatusOK, h.conns(r, 100))
+	err := parse(r, "app", "user", "upstream", "client", "offset", "limit")
+	offset, offsetErr := number(r.Form, "offset", 0, 0, math.MaxInt32)
+	limit, limitErr := number(r.Form, "limit", 1, 100, 1000)
+	if err = cmp.Or(err, offsetErr, limitErr); err != nil {
+		refuse(w, err)
+		return
+	}
+	answer(w, http.StatusOK, h.conns(r.Form, offset, limit))
 }
 
-// conns returns the connections that a request selects; most is the default limit.
-func (h *handler) conns(r *http.Request, most int) (page Conns) {
-	offset, _ := strconv.Atoi(r.FormValue("offset"))
-	if n, err := strconv.Atoi(r.FormValue("limit")); err == nil && n > 0 {
-		most = min(n, 1000)
+// parse parses the form of r. It refuses an argument that is not in want, is empty or is repeated:
+// to ignore a filter would show, or end, more connections than were meant.
+func parse(r *http.Request, want ...string) error {
+	if err := r.ParseForm(); err != nil {
+		return fmt.Errorf("%w: %w", errArgument, err)
 	}
+	for _, key := range sorted(r.Form) {
+		switch values := r.Form[key]; {
+		case !slices.Contains(want, key):
+			return fmt.Errorf("%w: unknown argument %.80q: want %s", errArgument, key, anyOf(want))
+		case len(values) > 1:
+			return fmt.Errorf("%w: %s is given %d times: give it once", errArgument, key, len(values))
+		case values[0] == "":
+			return fmt.Errorf("%w: %s is empty: give a value, or leave it out", errArgument, key)
+		}
+	}
+	return nil
+}
+
+// anyOf returns "a, b or c".
+func anyOf(words []string) string {
+	switch n := len(words); n {
+	case 0:
+		return "none"
+	case 1:
+		return words[0]
+	default:
+		return strings.Join(words[:n-1], ", ") + " or " + words[n-1]
+	}
+}
+
+// number returns the argument key, which must be a number from least to most, or otherwise if there
+// is none.
+func number(args url.Values, key string, least, otherwise, most int) (int, error) {
+	if !args.Has(key) {
+		return otherwise, nil
+	}
+	n, err := strconv.Atoi(args.Get(key))
+	if err != nil || n < least || n > most {
+		return otherwise, fmt.Errorf("%w: %s %.80q: want %d to %d",
+			errArgument, key, args.Get(key), least, most)
+	}
+	return n, nil
+}
+
+// conns returns up to limit of the connections that args select, after the first offset ones.
+func (h *handler) conns(args url.Values, offset, limit int) (page Conns) {
 	page.Conns = []Conn{}
-	skip := max(offset, 0)
-	h.each(r.Form, func(c Conn, _ *lbproxy.Conn) bool {
+	skip := offset
+	h.each(args, func(c Conn, _ *lbproxy.Conn) bool {
 		switch {
 		case skip > 0:
 			skip--
-		case len(page.Conns) == most:
-			page.Next = max(offset, 0) + most
+		case len(page.Conns) == limit:
+			page.Next = offset + limit
 			return false
 		default:
 			page.Conns = append(page.Conns, c)
@@ -92,15 +146,25 @@ func (h *handler) each(want url.Values, f func(Conn, *lbproxy.Conn) bool) {
 }
 
 // A change carries out a request and returns the answer.
-type change func(h *handler, args url.Values) (any, error)
+type change struct {
+	args []string // that it takes
+	do   func(h *handler, args url.Values) (any, error)
+}
 
-func drain(on bool) change {
+var changes = map[string]change{
+	"drain":   {[]string{"app", "upstream"}, drain(true)},
+	"undrain": {[]string{"app", "upstream"}, drain(false)},
+	"end":     {[]string{"app", "user", "upstream", "client"}, end},
+	"reload":  {nil, reload},
+}
+
+func drain(on bool) func(*handler, url.Values) (any, error) {
 	return func(h *handler, args url.Values) (any, error) {
 		if h.Drain == nil {
 			return nil, errNotOffered
 		}
 		for _, key := range []string{"app", "upstream"} {
-			if args.Get(key) == "" {
+			if !args.Has(key) {
 				return nil, fmt.Errorf("%w: %s is missing", errArgument, key)
 			}
 		}
@@ -109,7 +173,7 @@ func drain(on bool) change {
 }
 
 func end(h *handler, args url.Values) (any, error) {
-	if args.Get("user")+args.Get("upstream")+args.Get("client") == "" {
+	if !args.Has("user") && !args.Has("upstream") && !args.Has("client") {
 		return nil, fmt.Errorf("%w: give a user, upstream or client", errArgument)
 	}
 	ended := 0
@@ -148,21 +212,19 @@ var codes = map[error]int{
 }
 
 // changing returns a handler that checks permission, makes a change, and logs it.
-func (h *handler) changing(name string, do change) http.HandlerFunc {
+func (h *handler) changing(name string, c change) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		by, allowed := h.permit(r)
 		var result any
-		err := r.ParseForm()
+		err := parse(r, c.args...)
 		switch {
 		case !allowed:
 			err = errForbidden
-		case err != nil:
-			err = fmt.Errorf("%w: %w", errArgument, err)
-		default:
-			result, err = do(h, r.Form)
+		case err == nil:
+			result, err = c.do(h, r.Form)
 		}
 		attrs := []slog.Attr{slog.String("change", name), slog.String("by", by)}
-		level, code := slog.LevelInfo, http.StatusOK
+		level := slog.LevelInfo
 		if allowed { // else anybody could fill the log
 			for _, key := range []string{"app", "user", "upstream", "client"} {
 				if v := r.Form.Get(key); v != "" {
@@ -171,18 +233,26 @@ func (h *handler) changing(name string, do change) http.HandlerFunc {
 			}
 		}
 		if err != nil {
-			level, code = slog.LevelWarn, http.StatusInternalServerError
-			for known, c := range codes {
-				if errors.Is(err, known) {
-					code = c
-				}
-			}
-			result = map[string]string{"error": err.Error()}
+			level = slog.LevelWarn
 			attrs = append(attrs, slog.String("err", clean(err.Error())))
 		}
 		h.log(r, level, "admin: change", attrs...)
-		answer(w, code, result)
+		if err != nil {
+			refuse(w, err)
+			return
+		}
+		answer(w, http.StatusOK, result)
 	}
+}
+
+func refuse(w http.ResponseWriter, err error) {
+	code := http.StatusInternalServerError
+	for known, c := range codes {
+		if errors.Is(err, known) {
+			code = c
+		}
+	}
+	answer(w, code, map[string]string{"error": err.Error()})
 }
 
 // permit returns the sender of a request, and whether it may make changes.

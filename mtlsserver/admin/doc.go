@@ -13,10 +13,10 @@
 //	GET /metrics    the text format of Prometheus; docs/metrics.md lists the metrics
 //	GET /healthz    200 while the program answers
 //	GET /readyz     200, or 503 and why: an app is draining (Shutdown or Close was called), or has
-//	                no upstream that is up, or Options.Info says NotReady
+//	                no upstream that is up and not draining, or Options.Info says NotReady
 //	GET /api/stats  a [Stats] in JSON; ?brief=1 leaves out upstreams, users and certificates
-//	GET /api/conns  a [Conns] in JSON: ?app, user, upstream and client select, offset and limit
-//	                (at most 1,000; by default 100) page
+//	GET /api/conns  a [Conns] in JSON: ?app, user, upstream and client filter; offset and limit
+//	                (100; at most 1,000) choose the page
 //
 // Counters never fall: removed apps and upstreams keep their counts. The counts of up to 1,000
 // removed apps, and of 1,000 removed upstreams of each app, keep their names; the rest are summed
@@ -38,8 +38,15 @@
 //	                   {"users": {"added": ["bob"]}, …, "ended": 0}
 //
 // A request may make changes if it comes through the Unix socket of a [Server], or if it has
-// "Authorization: Bearer TOKEN" with the token of Options.Token. The answer is JSON. The answer to
-// a failed request is {"error": "…"}, with status 400 for an invalid argument, 403 without
-// permission, 404 for an unknown app or upstream, 422 for an invalid configuration, with one
-// problem a line, and 501 for a change that the program does not offer.
+// "Authorization: Bearer TOKEN" with the token of Options.Token. The answer is JSON.
+//
+// # Errors
+//
+// The answer to a failed request to /api is {"error": "…"}, with status 400 for an argument that is
+// unknown, empty, repeated or invalid, 403 without permission, 404 for an unknown app or upstream,
+// 422 for an invalid configuration, with one problem a line, and 501 for a change that the program
+// does not offer. The pages ignore arguments that they cannot use.
+//
+// These answers are plain text: 403 for another origin or another machine, 404 for an unknown
+// path, 405 for another method, 413 for a body of more than 64 KiB, and 421.
 package admin

@@ -77,10 +77,8 @@ func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
 	mux.HandleFunc("GET /readyz", h.readyz)
 	mux.HandleFunc("GET /api/stats", h.apiStats)
 	mux.HandleFunc("GET /api/conns", h.apiConns)
-	for name, do := range map[string]change{
-		"drain": drain(true), "undrain": drain(false), "end": end, "reload": reload,
-	} {
-		mux.HandleFunc("POST /api/"+name, h.changing(name, do))
+	for name, c := range changes {
+		mux.HandleFunc("POST /api/"+name, h.changing(name, c))
 	}
 	return h.guard(http.NewCrossOriginProtection().Handler(mux))
 }

@@ -140,6 +140,39 @@ func TestChangesNeedPermissionAndTheSameOrigin(t *testing.T) {
 	}
 }
 
+// An argument that was ignored would show, or end, more connections than were meant.
+func TestWrongArgumentsAreRefused(t *testing.T) {
+	h, _ := changeable(newApp(t, "web", nil, "127.0.0.1:1"))
+	for target, want := range map[string]string{
+		"GET /api/stats?breif=1": `unknown argument "breif": want brief`,
+		"GET /api/conns?usr=bob": `unknown argument "usr": ` +
+			`want app, user, upstream, client, offset or limit`,
+		"GET /api/conns?user=%zz":       `invalid URL escape "%zz"`,
+		"GET /api/conns?user=":          `user is empty: give a value, or leave it out`,
+		"GET /api/conns?offset=x":       `offset "x": want 0 to 2147483647`,
+		"GET /api/conns?offset=-1":      `offset "-1": want 0 to 2147483647`,
+		"GET /api/conns?limit=0":        `limit "0": want 1 to 1000`,
+		"GET /api/conns?limit=1001":     `limit "1001": want 1 to 1000`,
+		"POST /api/end?user=a&ap=b":     `unknown argument "ap": want app, user, upstream or client`,
+		"POST /api/end?user=a&app=":     `app is empty: give a value, or leave it out`,
+		"POST /api/end?user=a&user=b":   `user is given 2 times: give it once`,
+		"POST /api/drain?upstream=a":    `app is missing`,
+		"POST /api/drain?addr=a":        `unknown argument "addr": want app or upstream`,
+		"POST /api/undrain?app=a&on=no": `unknown argument "on": want app or upstream`,
+		"POST /api/reload?app=a":        `unknown argument "app": want none`,
+	} {
+		method, path, _ := strings.Cut(target, " ")
+		w := ask(h, method, path, withToken)
+		var answer struct{ Error string }
+		if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || w.Code != 400 ||
+			answer.Error != "bad request: "+want {
+			t.Errorf("%s: %d %s, %v, want 400 %s", target, w.Code, w.Body, err, want)
+		}
+	}
+	// People may type anything into the address of a page.
+	get(t, h, "/conns?usr=bob&app=&offset=x&limit=0")
+}
+
 func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 	addr, other := proxytest.Upstream(t, proxytest.Echo), proxytest.Upstream(t, proxytest.Echo)
 	web := newApp(t, "web", nil, addr)
@@ -167,8 +200,7 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 	for query, want := range map[string]int{
 		"": 10, "?app=web": 8, "?app=nobody": 0, "?user=user1": 5, "?user=user1&app=db": 1,
 		"?upstream=" + addr: 8, "?client=" + clients[3].LocalAddr().String(): 1,
-		"?limit=0": 10, "?offset=-1": 10,
-		"?offset=9": 1, "?offset=10": 0, "?offset=99999999999999999999": 0,
+		"?limit=1000": 10, "?offset=9": 1, "?offset=10": 0, "?offset=2147483647": 0,
 	} {
 		if got := conns(query); len(got.Conns) != want || got.Next != 0 {
 			t.Errorf("%q: %d, next %d, want %d", query, len(got.Conns), got.Next, want)
@@ -215,6 +247,9 @@ func TestConnsAreSelectedPagedAndEnded(t *testing.T) {
 		}
 	}
 	awaitLine(t, log, "change=end", "user=user1", "upstream="+addr)
+	if w := ask(h, "POST", "/api/end?user=user0&ap=db", withToken); w.Code != 400 {
+		t.Errorf("end with a misspelled argument: %d %s", w.Code, w.Body)
+	}
 	if got := conns(""); len(got.Conns) != 6 {
 		t.Errorf("%d connections are left, want 6", len(got.Conns))
 	}
