@@ -282,6 +282,16 @@ func TestReadyzSaysWhyNot(t *testing.T) {
 	up := newApp(t, "web", nil, "127.0.0.1:1")
 	down := newApp(t, "db", nil, "127.0.0.1:2")
 	proxytest.Must(t, down.SetUpstreams([]lbproxy.Upstream{{Addr: "127.0.0.1:2", Drain: true}}))
+	both := newApp(t, "both", &lbproxy.Options{
+		HealthCheck: &lbproxy.HealthCheck{Interval: time.Millisecond, Fall: 1},
+	}, proxytest.RefusingAddr(t))
+	refusing := both.Stats().Upstreams[0].Addr
+	proxytest.Must(t, both.SetUpstreams([]lbproxy.Upstream{
+		{Addr: refusing}, {Addr: proxytest.Upstream(t, proxytest.Echo), Drain: true},
+	}))
+	proxytest.Eventually(t, "an upstream is down", func() bool {
+		return both.Stats().Upstreams[0].State == lbproxy.StateDown
+	})
 	stopped, replaced := newApp(t, "mail", nil, "127.0.0.1:1"), newApp(t, "web", nil, "127.0.0.1:1")
 	proxytest.Must(t, stopped.Shutdown(t.Context()))
 	replaced.Close()
@@ -295,12 +305,15 @@ func TestReadyzSaysWhyNot(t *testing.T) {
 		want string
 	}{
 		{[]*lbproxy.LBProxyApp{up}, nil, 200, "ready\n"},
-		{[]*lbproxy.LBProxyApp{up, down}, nil, 503, "app db: no upstream is up\n"},
+		{[]*lbproxy.LBProxyApp{up, down}, nil, 503,
+			"app db: no upstream takes connections: 1 draining\n"},
+		{[]*lbproxy.LBProxyApp{both}, nil, 503,
+			"app both: no upstream takes connections: 1 down, 1 draining\n"},
 		{nil, nil, 503, "there are no apps\n"},
 		{[]*lbproxy.LBProxyApp{up}, draining, 503, "draining\n"},
 		{[]*lbproxy.LBProxyApp{up, stopped}, nil, 503, "app mail: draining\n"},
 		{[]*lbproxy.LBProxyApp{stopped, down}, nil, 503,
-			"app mail: draining\napp db: no upstream is up\n"},
+			"app mail: draining\napp db: no upstream takes connections: 1 draining\n"},
 		{[]*lbproxy.LBProxyApp{up, stopped}, draining, 503, "draining\n"},
 	} {
 		h := admin.Handler(listOf(row.apps...), &admin.Options{Info: row.info, Recorder: recorder})

@@ -28,7 +28,8 @@ func TestPageSaysFirstWhatNeedsALook(t *testing.T) {
 	proxytest.Must(t, proxytest.Ping(proxytest.Dial(t, serve(t, app)))) // the first upstream refuses
 	wantPart(t, get(t, h, "/"), `class="warn">Ready. App web: 1 of 2 upstreams up. `+certificates)
 	proxytest.Must(t, app.SetUpstreams([]lbproxy.Upstream{{Addr: "10.0.0.1:80", Drain: true}}))
-	wantPart(t, get(t, h, "/"), `class="bad">app web: no upstream is up. `+certificates)
+	wantPart(t, get(t, h, "/"),
+		`class="bad">app web: no upstream takes connections: 1 draining. `+certificates)
 }
 
 func TestUserOfTwoAppsIsOneUser(t *testing.T) {

@@ -1,8 +1,9 @@
 package admin
 
 import (
+	"fmt"
 	"math"
-	"slices"
+	"strings"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
@@ -122,16 +123,36 @@ func (s Stats) Problems() (all []string) {
 			if s.NotReady == "" { // otherwise it has said so for all apps
 				all = append(all, "app "+clean(a.ID)+": draining")
 			}
-		} else if !slices.ContainsFunc(a.Upstreams, func(u Upstream) bool {
-			return u.State == lbproxy.StateUp && !u.Drain && !u.Removed
-		}) {
-			all = append(all, "app "+clean(a.ID)+": no upstream is up")
+		} else if why, ok := a.noUpstream(); ok {
+			all = append(all, "app "+clean(a.ID)+": no upstream takes connections: "+why)
 		}
 	}
 	if current == 0 {
 		all = append(all, "there are no apps")
 	}
 	return all
+}
+
+// noUpstream reports whether no upstream of a takes connections, and why: "1 down, 1 draining". An
+// upstream that is both counts as down, because undraining it would not help.
+func (a *App) noUpstream() (why string, ok bool) {
+	count := map[string]int{}
+	for _, u := range a.Upstreams {
+		switch {
+		case u.Removed:
+		case u.State != lbproxy.StateUp:
+			count[string(u.State)]++
+		case u.Drain:
+			count["draining"]++
+		default:
+			return "", false
+		}
+	}
+	var parts []string
+	for _, state := range sorted(count) {
+		parts = append(parts, fmt.Sprintf("%d %s", count[state], state))
+	}
+	return strings.Join(parts, ", "), true
 }
 
 // Conns is the answer of /api/conns.

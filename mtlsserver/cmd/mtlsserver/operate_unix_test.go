@@ -176,7 +176,7 @@ func TestOperate(t *testing.T) {
 		t.Errorf("drain: %s", said)
 	}
 	if code, stdout, _ := try("status", "-config", config); code != 1 ||
-		!has(stdout, "not ready: app web: no upstream is up\n…up,drain") {
+		!has(stdout, "not ready: app web: no upstream takes connections: 1 draining\n…up,drain") {
 		t.Errorf("while it is drained: %d\n%s", code, stdout)
 	}
 	f.run(t, pick(t, &steps, "/api/undrain"))

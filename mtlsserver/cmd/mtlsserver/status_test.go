@@ -77,7 +77,7 @@ func TestStatus(t *testing.T) {
 			t.Errorf("exit code %d, want 1 and %q\n%s%s", code, want, stdout, stderr)
 		}
 	}
-	notReady("not ready: app web: no upstream is up\n…up,drain")
+	notReady("not ready: app web: no upstream takes connections: 1 draining\n…up,drain")
 	s.signals <- syscall.SIGTERM
 	s.await(t, `"msg":"draining"`)
 	proxytest.Eventually(t, "it is draining", func() bool {
