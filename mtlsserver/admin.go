@@ -93,7 +93,11 @@ func (s *Server) adminsFor(
 		a, err := admin.Serve(at, http.HandlerFunc(s.serveAdmin))
 		if wrong, ok := errors.AsType[*admin.ListenError](err); ok {
 			closeAdmins(admins, old)
-			r.add("admin."+wrong.Field, "%v: change it, or end the program that uses it", wrong.Err)
+			remedy := ""
+			if wrong.Field == "listen" { // the errors of sockets have their own remedies
+				remedy = ": change it, or end the program that uses it"
+			}
+			r.add("admin."+wrong.Field, "%v%s", wrong.Err, remedy)
 			return nil, r.err()
 		}
 		admins[place] = a

@@ -187,7 +187,7 @@ func (s *Server) listenSocket() (net.Listener, error) {
 	os.Remove(draft)
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: draft, Net: "unix"})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: use a folder where this user may make a socket", err)
 	}
 	l.SetUnlinkOnClose(false)
 	if err = os.Chmod(draft, 0o600); err == nil {
@@ -198,7 +198,7 @@ func (s *Server) listenSocket() (net.Listener, error) {
 	if err != nil {
 		l.Close()
 		os.Remove(draft)
-		return nil, err
+		return nil, fmt.Errorf("%w: use a folder where this user may make a socket", err)
 	}
 	return l, nil
 }

@@ -124,6 +124,15 @@ func TestBusySocketIsNotReplaced(t *testing.T) {
 	}
 }
 
+func TestSocketThatCannotBeMade(t *testing.T) {
+	socket := filepath.Join(folder(t), "admin.sock")
+	proxytest.Must(t, os.MkdirAll(filepath.Join(socket+"~", "full"), 0o700)) // its temporary name
+	_, err := admin.Serve(admin.Listen{Socket: socket}, http.NotFoundHandler())
+	if err == nil || !strings.HasSuffix(err.Error(), "where this user may make a socket") {
+		t.Errorf("it says %v", err)
+	}
+}
+
 func TestListenSaysWhatIsWrong(t *testing.T) {
 	dir := folder(t)
 	open, shared := filepath.Join(dir, "open"), filepath.Join(dir, "shared")

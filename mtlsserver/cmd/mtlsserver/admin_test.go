@@ -49,7 +49,8 @@ func TestReloadByTheSocket(t *testing.T) {
 		t.Errorf("check beside the running server: exit code %d: %s", code, stderr)
 	}
 	if code, _, stderr := try("run", "-config", config); code != 2 ||
-		!has(stderr, "config.json:16: admin.socket: …another server answers there: end it, or use") {
+		!has(stderr, "config.json:16: admin.socket: …another server answers there: "+
+			"end it, or use another name\n") {
 		t.Errorf("a second server: exit code %d: %s", code, stderr)
 	}
 	replace(t, config, `"name": "bob"`, `"name": "carol"`)
