@@ -24,14 +24,19 @@ func zoneFlags(flags *flag.FlagSet) *gateway.Zone {
 }
 
 // zone is the command of that name.
-func (c *command) zone(flags *flag.FlagSet) func(context.Context, *cluster.Store) error {
+func (c *command) zone(flags *flag.FlagSet) (
+	check func() error, do func(context.Context, *cluster.Store) error,
+) {
 	f := gateway.File{Zone: zoneFlags(flags)}
 	flags.StringVar(&f.Path, "out", "", "")
 	then := flags.String("then", "", "")
-	return func(ctx context.Context, s *cluster.Store) error {
+	check = func() error {
 		if f.Path == "" {
 			return errors.New("-out is missing: name the file to write")
 		}
+		return f.Zone.Check()
+	}
+	do = func(ctx context.Context, s *cluster.Store) error {
 		log, err := c.logger()
 		if err != nil {
 			return err
@@ -44,6 +49,7 @@ func (c *command) zone(flags *flag.FlagSet) func(context.Context, *cluster.Store
 		defer stop()
 		return f.Keep(ctx, s)
 	}
+	return check, do
 }
 
 func shell(ctx context.Context, command string) error {
@@ -58,10 +64,12 @@ func shell(ctx context.Context, command string) error {
 }
 
 // dns is the command of that name.
-func (c *command) dns(flags *flag.FlagSet) func(context.Context, *cluster.Store) error {
+func (c *command) dns(flags *flag.FlagSet) (
+	check func() error, do func(context.Context, *cluster.Store) error,
+) {
 	z := zoneFlags(flags)
 	listen := flags.String("listen", "", "")
-	return func(ctx context.Context, s *cluster.Store) error {
+	check = func() error {
 		if *listen == "" {
 			return errors.New(`-listen is missing: say where to answer, such as 192.0.2.1:53`)
 		}
@@ -73,6 +81,9 @@ func (c *command) dns(flags *flag.FlagSet) func(context.Context, *cluster.Store)
 				}
 			}
 		}
+		return z.Check()
+	}
+	do = func(ctx context.Context, s *cluster.Store) error {
 		log, err := c.logger()
 		if err != nil {
 			return err
@@ -86,4 +97,5 @@ func (c *command) dns(flags *flag.FlagSet) func(context.Context, *cluster.Store)
 		defer stop()
 		return d.Serve(ctx)
 	}
+	return check, do
 }

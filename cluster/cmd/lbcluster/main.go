@@ -122,8 +122,9 @@ func (c *command) run(args []string) error {
 	flags.StringVar(&c.format, "log", "text", "")
 	flags.BoolVar(&c.verbose, "v", false, "")
 	var do func(ctx context.Context, s *cluster.Store) error
-	want := ""    // the name of the argument, if the command takes one
-	brief := true // the command makes one request and ends
+	check := func() error { return nil } // checks the flags, before the store is dialed
+	want := ""                           // the name of the argument, if the command takes one
+	brief := true                        // the command makes one request and ends
 	switch args[0] {
 	case "put":
 		p := putter{command: c}
@@ -138,14 +139,16 @@ func (c *command) run(args []string) error {
 		do = c.get
 	case "run":
 		r := newRunner(c, flags)
-		do, brief = r.run, false
+		check, do, brief = r.check, r.run, false
 	case "ls":
 		asJSON := flags.Bool("json", false, "")
 		do = func(ctx context.Context, s *cluster.Store) error { return c.list(ctx, s, *asJSON) }
 	case "zone":
-		do, brief = c.zone(flags), false
+		check, do = c.zone(flags)
+		brief = false
 	case "dns":
-		do, brief = c.dns(flags), false
+		check, do = c.dns(flags)
+		brief = false
 	case "-h", "-help", "--help", "help":
 		return flag.ErrHelp
 	default:
@@ -162,7 +165,10 @@ func (c *command) run(args []string) error {
 	if err != nil {
 		return fmt.Errorf("lbcluster %s: %w: lbcluster -h helps", args[0], err)
 	}
-	s, err := c.dial(brief)
+	var s *cluster.Store
+	if err = check(); err == nil {
+		s, err = c.dial(brief)
+	}
 	if err != nil {
 		return fmt.Errorf("lbcluster %s: %w", args[0], err)
 	}

@@ -59,13 +59,15 @@ func TestWrongCommandLines(t *testing.T) {
 		{"run -dir . -host h:1", "without a port"},
 		{"run -dir . -outage no", "want share, open or closed"},
 		{"run -dir . -log x", "want json or text"}, {"zone", "-out is missing"},
-		{"zone -out f", "zone"}, {"dns", "-listen is missing"},
+		{"zone -out f", "no zone"}, {"dns", "-listen is missing"},
+		{"dns -zone a.test", "-listen is missing"}, {"dns -listen 127.0.0.1:0", "no zone"},
 		{"zone -out f -zone a.test", "no name servers"},
 		{"ls -store redis://u:geheim@h:1", "everybody can see"},
 		{"put /no/such/file", "no such file"},
 	} {
 		code, _, stderr := lbcluster(t, env, strings.Fields(c.args)...)
-		if code != 2 || !strings.Contains(stderr, c.want) || strings.Contains(stderr, "geheim") {
+		if code != 2 || !strings.Contains(stderr, c.want) || strings.Contains(stderr, "geheim") ||
+			strings.Count(stderr, "\n") != 1 { // the store was not dialed
 			t.Errorf("%s: %d %s", c.args, code, stderr)
 		}
 	}

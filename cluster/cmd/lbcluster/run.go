@@ -58,8 +58,9 @@ func newRunner(c *command, flags *flag.FlagSet) *runner {
 	return r
 }
 
-func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
-	if r.store = s; r.dir == "" {
+// check checks the flags and sets r.policy.
+func (r *runner) check() error {
+	if r.dir == "" {
 		return errors.New("-dir is missing: name the folder of certificates and keys")
 	}
 	switch r.outage {
@@ -75,6 +76,11 @@ func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
 		return fmt.Errorf("-host %q: want an address or a name, without a port: "+
 			"the configuration has the ports", r.host)
 	}
+	return nil
+}
+
+func (r *runner) run(ctx context.Context, s *cluster.Store) (err error) {
+	r.store = s
 	if r.log, err = r.logger(); err != nil {
 		return err
 	}
