@@ -337,7 +337,10 @@ func (s *Store) wrap(err error) error {
 	}
 	text, remedy := strings.TrimSuffix(s.clean(err), "."), ""
 	_, unknown := errors.AsType[*tls.CertificateVerificationError](err)
+	op, _ := errors.AsType[*net.OpError](err)
 	switch {
+	case op != nil && op.Op == "dial":
+		remedy = ": start it, or correct the address in its URL"
 	case strings.HasPrefix(text, "WRONGPASS"), strings.HasPrefix(text, "NOAUTH"):
 		remedy = ": check the user and the password in the store's URL"
 	case strings.HasPrefix(text, "NOPERM"):

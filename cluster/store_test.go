@@ -125,6 +125,9 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		"rediss://" + server.Addr:                           "does the store speak TLS there?",
 		"redis://" + strings.TrimPrefix(web.URL, "http://"): "no Redis or Valkey server",
 		"redis://" + hangsUp:                                "use rediss://",
+		"redis://" + proxytest.RefusingAddr(t): "refused: " +
+			"start it, or correct the address in its URL",
+		"unix:///no/such/socket": "start it, or correct",
 	} {
 		s, _ := dial(t, url, nil)
 		if err := s.Ping(t.Context()); !errors.Is(err, ErrAway) ||
