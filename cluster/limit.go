@@ -14,8 +14,9 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// A Limit bounds the connections and bytes of a client over all proxies together. A zero field sets
-// no bound, a negative one refuses everything, and so does the zero Limit.
+// A Limit bounds the connections and bytes of a client over all proxies together. A zero Burst,
+// Open or BytesPerSecond sets no bound, and a negative one refuses everything, as does a Limit in
+// which all three are zero. Every has a meaning only with Burst.
 type Limit struct {
 	Burst int           // tokens of a full bucket: a new connection takes one
 	Every time.Duration // time to refill one token; 0 or less: none is ever refilled
