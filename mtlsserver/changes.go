@@ -9,11 +9,15 @@ import (
 
 // Changes are the effects of a reload.
 type Changes struct {
-	Users        Change `json:"users"`        // names
-	Apps         Change `json:"apps"`         // ids
-	Upstreams    Change `json:"upstreams"`    // "app/addr"
-	Certificates Change `json:"certificates"` // keys in the Config, such as "tls.cert"
-	Ended        int    `json:"ended"`        // connections ended as no longer allowed
+	Users     Change `json:"users"`     // names
+	Apps      Change `json:"apps"`      // ids
+	Upstreams Change `json:"upstreams"` // "app/addr"
+
+	// Certificates are keys in the Config, such as "tls.cert". A CA of clients has the name of its
+	// file, because its index changes with the others: "tls.ca:ca-2.pem".
+	Certificates Change `json:"certificates"`
+
+	Ended int `json:"ended"` // connections ended as no longer allowed
 }
 
 // A Change lists the names of added, removed and changed things, in the configuration's order.
@@ -98,10 +102,13 @@ func upstreamsOf(c *Config) (all []appUpstream) {
 	return all
 }
 
-// certificatesOf returns the certificates of a snapshot without the names of their files: a file
-// that was only renamed is no change.
+// certificatesOf returns the certificates of a snapshot with the keys that Changes has, and without
+// the names of their files: a file that was only renamed is no change.
 func certificatesOf(n *snapshot) (all []Certificate) {
 	for _, c := range n.certificates {
+		if key, _, _ := strings.Cut(c.Key, "["); key == "tls.ca" {
+			c.Key = key + ":" + c.File
+		}
 		c.File = ""
 		all = append(all, c)
 	}

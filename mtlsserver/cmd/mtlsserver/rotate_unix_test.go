@@ -57,7 +57,7 @@ func TestRotateTheCA(t *testing.T) {
 	cmd.Stderr = errs
 	addr := startProcess(t, cmd)
 	p := &process{errs: errs}
-	shell := func(text string) string {
+	shell := func(text string, logged ...string) string {
 		t.Helper()
 		pid := fmt.Sprint(cmd.Process.Pid)
 		text = strings.NewReplacer("/etc/mtlsserver", dir, "$PID", pid).Replace(text)
@@ -68,7 +68,7 @@ func TestRotateTheCA(t *testing.T) {
 			t.Fatalf("%s: %v\n%s", text, err, said)
 		}
 		if strings.Contains(text, "kill -HUP") {
-			p.await(t, `"msg":"reloaded"`)
+			p.await(t, append(logged, `"msg":"reloaded"`)...)
 		}
 		return string(said)
 	}
@@ -97,7 +97,7 @@ func TestRotateTheCA(t *testing.T) {
 		t.Fatalf("docs/rotate-ca.md has %d blocks of commands, want 6", len(steps))
 	}
 	connect("alice", "ca.pem")
-	shell(steps[0]) // add the new CA
+	shell(steps[0], `"certificates":"+tls.ca:ca-2.pem"`) // add the new CA
 	connect("alice", "ca.pem")
 	allOpen("step 1")
 	shell(steps[1]) // make clients trust both
@@ -138,7 +138,7 @@ func TestRotateTheCA(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer last.Close()
-	shell(steps[5]) // drop the old one
+	shell(steps[5], `"certificates":"-tls.ca:ca.pem"`) // drop the old one
 	allOpen("step 5")
 	(&ended{last}).verify(t, true)
 	connect("alice-2", "ca-2.pem")
