@@ -164,7 +164,7 @@ func reload(config string, stdout, stderr io.Writer) error {
 	if len(rows) == 0 {
 		rows = [][]string{{"  nothing has changed"}}
 	}
-	fmt.Fprintf(stdout, "Reloaded, and ended %d connections.\n", changes.Ended)
+	fmt.Fprintf(stdout, "Reloaded, and ended %s.\n", count(changes.Ended, "connection"))
 	printTable(stdout, rows)
 	return nil
 }

@@ -159,7 +159,7 @@ func TestOperate(t *testing.T) {
 	}
 	defer bob.Close()
 	said := f.run(t, pick(t, &steps, "mtlsserver revoke"))
-	if !has(said, "Reloaded, and ended 1 connections.\n  users …-bob\n …certificates …~tls.cert\n") ||
+	if !has(said, "Reloaded, and ended 1 connection.\n  users …-bob\n …certificates …~tls.cert\n") ||
 		!has(said, "USER …\nalice ") || strings.Contains(said, "\nbob ") {
 		t.Errorf("revoke and renew: %s", said)
 	}

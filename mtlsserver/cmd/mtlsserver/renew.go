@@ -66,7 +66,7 @@ func (r *renewal) renew(stdout io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(stdout, "Made %s and %s, valid until %s, and named them in %s.\n"+
-		"A server that is running takes them up by mtlsserver reload, or at SIGHUP.\n"+
+		"A running server uses them after mtlsserver reload or SIGHUP.\n"+
 		"The old ones are still in %s and %s.\n",
 		filepath.Join(r.dir, stem+".pem"), filepath.Join(r.dir, stem+".key"),
 		template.NotAfter.UTC().Format(time.DateOnly), config,

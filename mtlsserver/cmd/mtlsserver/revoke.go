@@ -54,7 +54,7 @@ func revoke(dir, name, serial string, stdout io.Writer) error {
 		what = fmt.Sprintf("user %q with serial %s", name, strings.Join(removed, " "))
 	}
 	fmt.Fprintf(stdout, "Removed %s from %s.\n"+
-		"A server that is running ends their connections by mtlsserver reload, or at SIGHUP.\n",
+		"Their connections end at mtlsserver reload or SIGHUP.\n",
 		what, config)
 	return nil
 }

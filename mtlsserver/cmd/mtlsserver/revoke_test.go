@@ -39,7 +39,8 @@ func TestRevoke(t *testing.T) {
 	}
 	// Whole users, the last one included.
 	if said := must(t, "revoke", "-dir", dir, "-name", "alice"); !has(said,
-		`Removed user "alice" with serial `+serial("alice")) {
+		`Removed user "alice" with serial `+serial("alice")+
+			"…\nTheir connections end at mtlsserver reload or SIGHUP.\n") {
 		t.Errorf("revoke says %q", said)
 	}
 	s.signals <- syscall.SIGHUP

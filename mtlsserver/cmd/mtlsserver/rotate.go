@@ -111,24 +111,32 @@ func dropCA(dir, file string, stdout io.Writer) error {
 			}
 		}
 		if n := len(stranded); n > 0 {
-			return fmt.Errorf("-drop %q: %d users have certificates of no other CA: %q: "+
-				"issue them new certificates, or revoke them", file, n, stranded[:min(n, 10)])
+			return fmt.Errorf("-drop %q: %s would have no certificate left: %q: "+
+				"issue new ones, or revoke the users", file, count(n, "user"), stranded[:min(n, 10)])
 		}
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(stdout, "Removed the CA %q and %d serials from %s. Its files stay.\n"+
+	fmt.Fprintf(stdout, "Removed the CA %q and %s from %s. Its files stay.\n"+
 		"A running server ends the connections of its certificates "+
 		"after mtlsserver reload or SIGHUP.\n",
-		file, serials, config)
+		file, count(serials, "serial"), config)
 	return nil
 }
 
 // keyIDOf converts a KeyID as tools print digests, in upper case or with colons, to the form of
 // [mtlsserver.KeyID].
 func keyIDOf(text string) string { return strings.ToLower(strings.ReplaceAll(text, ":", "")) }
+
+// count returns "1 user" or "2 users".
+func count(n int, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprint(n, " ", noun)
+}
 
 // quoted returns a list of texts in JSON.
 func quoted(texts []string) string {

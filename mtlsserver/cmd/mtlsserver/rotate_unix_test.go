@@ -122,7 +122,7 @@ func TestRotateTheCA(t *testing.T) {
 	}
 	before := contents(t, dir)
 	code, _, stderr := try("rotate", "-dir", dir, "-drop", "ca.pem")
-	problem := `-drop "ca.pem": 1 users have certificates of no other CA: ["bob"]: issue`
+	problem := `-drop "ca.pem": 1 user would have no certificate left: ["bob"]: issue`
 	if code != 2 || !has(stderr, problem) || !equal(before, contents(t, dir)) {
 		t.Errorf("with bob left: exit code %d, %s", code, stderr)
 	}
@@ -138,7 +138,10 @@ func TestRotateTheCA(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer last.Close()
-	shell(steps[5], `"certificates":"-tls.ca:ca.pem"`) // drop the old one
+	said := shell(steps[5], `"certificates":"-tls.ca:ca.pem"`) // drop the old one
+	if !has(said, "Removed the CA \"ca.pem\" and 2 serials from ") {
+		t.Errorf("step 5 says %q", said)
+	}
 	allOpen("step 5")
 	(&ended{last}).verify(t, true)
 	connect("alice-2", "ca-2.pem")

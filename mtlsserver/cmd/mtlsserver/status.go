@@ -49,7 +49,7 @@ func status(config string, stdout io.Writer) error {
 		}
 	}
 	if more := len(s.Users) - mostUsers; more > 0 {
-		fmt.Fprintf(stdout, "\n%d more users have connections: see the status page.\n", more)
+		fmt.Fprintf(stdout, "\nand %s: see the status page.\n", count(more, "more user"))
 	}
 	if len(problems) > 0 {
 		return errReported
