@@ -1,6 +1,7 @@
 package mtlsserver
 
 import (
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -194,11 +195,7 @@ func portOf(listen string) int {
 
 // upstreams converts the upstreams of an app and lets lbproxy.New check them.
 func (r *report) upstreams(key string, upstreams []Upstream) (all []lbproxy.Upstream) {
-	valid := func(key, prefix string, upstreams ...lbproxy.Upstream) {
-		if _, err := lbproxy.New("-", upstreams, nil); err != nil {
-			r.add(key, "%s", strings.TrimPrefix(err.Error(), `lbproxy: app "-": `+prefix))
-		}
-	}
+	addrs := map[string]string{}
 	for i, u := range upstreams {
 		key := fmt.Sprintf("%s[%d]", key, i)
 		one := u.lbproxy()
@@ -206,15 +203,33 @@ func (r *report) upstreams(key string, upstreams []Upstream) (all []lbproxy.Upst
 			one.TLS = r.upstreamTLS(key+".tls", u.TLS)
 		}
 		r.positive(key, u) // lbproxy allows 0; here a written 0 is a mistake
+		if u.Weight > 1_000_000 {
+			r.add(key+".weight", "%d: want 1 to 1000000", u.Weight)
+		}
 		if u.ProxyProtocol > 2 {
 			r.add(key+".proxyProtocol", "%d: want 1 or 2, or leave it out for none",
 				u.ProxyProtocol)
 		}
-		valid(key, "upstream 0: ", one)
+		r.unique(addrs, key+".addr", u.Addr)
+		if wrong := invalid(lbproxy.Upstream{Addr: u.Addr}); wrong != "" {
+			wrong = strings.TrimPrefix(wrong, fmt.Sprintf("upstream 0: Addr %q: ", u.Addr))
+			r.add(key+".addr", "%q: %s", u.Addr, wrong)
+		}
 		all = append(all, one)
 	}
-	valid(key, "", all...) // finds two upstreams with the same Addr, and an empty list
+	if wrong := invalid(all...); wrong != "" { // an empty list, or what the checks above lack
+		r.add(key, "%s", wrong)
+	}
 	return all
+}
+
+// invalid returns the problem that lbproxy.New finds with upstreams.
+func invalid(upstreams ...lbproxy.Upstream) string {
+	_, err := lbproxy.New("-", upstreams, nil)
+	if err == nil {
+		return ""
+	}
+	return strings.TrimPrefix(err.Error(), `lbproxy: app "-": `)
 }
 
 func (r *report) upstreamTLS(key string, t *UpstreamTLS) *tls.Config {
@@ -340,6 +355,12 @@ func (r *report) limit(key string, l Limit) {
 	}
 }
 
+// leftOut says what leaving out a key means, if that is no default.
+var leftOut = map[string]string{
+	"maxConns": "no bound", "burst": "no bound", "every": "no bound", "open": "no bound",
+	"bytesPerSecond": "no bound", "proxyProtocol": "none",
+}
+
 // positive adds a problem for each negative number or duration in a struct, and for each zero that
 // the text spells out: a written 0 would mean the default, which surprises.
 func (r *report) positive(key string, of any) {
@@ -347,7 +368,8 @@ func (r *report) positive(key string, of any) {
 		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
 		key := strings.TrimPrefix(key+"."+name, ".")
 		if v.CanInt() && (v.Int() < 0 || v.Int() == 0 && r.config.doc.Has(key)) {
-			r.add(key, "%v: want more than 0, or leave it out for the default", v)
+			r.add(key, "%v: want more than 0, or leave it out for %s", v,
+				cmp.Or(leftOut[name], "the default"))
 		}
 	}
 }

@@ -218,7 +218,11 @@ func (d *decoder) members(path string, text []byte, offset int, v reflect.Value)
 		from := offset + int(dec.InputOffset()) - len(member)
 		switch {
 		case d.doc.Has(at):
-			d.add(at, "again in line %d: keep one of the two", d.doc.line(from))
+			where := "in this line"
+			if line := d.doc.line(from); line != d.doc.Line(at) {
+				where = fmt.Sprintf("here and in line %d", line)
+			}
+			d.add(at, "given twice, %s: keep one of the two", where)
 		case !into.IsValid():
 			d.doc.spans[at] = span{from: from}
 			d.add(at, "unknown key: want one of %s", strings.Join(known, ", "))

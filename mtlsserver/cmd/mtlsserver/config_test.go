@@ -257,13 +257,13 @@ func TestBadConfigurations(t *testing.T) {
 				"config.json:5: apps[0].upstreams[0].weight: 0: " +
 					"want more than 0, or leave it out for the default"}},
 		{name: "duplicate key", edit: `"drainTimeout": "30s">"tls": {}`,
-			want: []string{"config.json:2: tls: again in line 16: keep one of the two"}},
+			want: []string{"config.json:2: tls: given twice, here and in line 16: keep one of the two"}},
 		{name: "duplicate key further down", edit: `"maxConns": 100>"addr": ["127.0.0.1:8009"]`,
 			want: []string{
-				"config.json:5: apps[0].upstreams[0].addr: again in line 5: keep one"}},
+				"config.json:5: apps[0].upstreams[0].addr: given twice, in this line: keep one"}},
 		{name: "duplicate key in a map",
 			edit: `"appLimits": {>"appLimits": {"web": {"open": 5}, `, want: []string{
-				`config.json:12: users[0].appLimits["web"]: again in line 12: keep one`}},
+				`config.json:12: users[0].appLimits["web"]: given twice, in this line: keep one`}},
 		{name: "number in quotes", edit: `"weight": 2>"weight": "2"`, want: []string{
 			`config.json:5: apps[0].upstreams[0].weight: want a whole number, got "2"`}},
 		{name: "null for a number", edit: `"weight": 2>"weight": null`, want: []string{
@@ -333,26 +333,28 @@ func TestBadConfigurations(t *testing.T) {
 			want: []string{`config.json:7: apps[1].upstreams: no upstreams: give at least one`}},
 		{name: "upstream without port", edit: `127.0.0.1:5432>127.0.0.1`,
 			want: []string{
-				`config.json:7: apps[1].upstreams[0]: Addr "127.0.0.1": missing port in address: ` +
+				`config.json:7: apps[1].upstreams[0].addr: "127.0.0.1": missing port in address: ` +
 					`want host:port`}},
 		{name: "upstream without host", edit: `127.0.0.1:5432>:5432`,
-			want: []string{`config.json:7: apps[1].upstreams[0]: Addr ":5432": missing host`}},
+			want: []string{`config.json:7: apps[1].upstreams[0].addr: ":5432": missing host`}},
 		{name: "upstream with a space", edit: `127.0.0.1:5432> 127.0.0.1:5432`,
 			want: []string{
-				`config.json:7: apps[1].upstreams[0]: Addr " 127.0.0.1:5432": ` +
+				`config.json:7: apps[1].upstreams[0].addr: " 127.0.0.1:5432": ` +
 					`a space in the host`}},
 		{name: "upstreams that are the same", edit: `127.0.0.1:8002>127.0.0.1:8001`,
 			want: []string{
-				`config.json:5: apps[0].upstreams: upstream 1: Addr "127.0.0.1:8001": ` +
-					`upstream 0 has it already: give it once`}},
+				`config.json:6: apps[0].upstreams[1].addr: "127.0.0.1:8001" is already used by ` +
+					`apps[0].upstreams[0].addr: change one of the two`}},
+		{name: "upstream without address", edit: `"addr": "127.0.0.1:5432"`,
+			want: []string{"config.json:7: apps[1].upstreams[0].addr: missing: give one"}},
 		{name: "two bad upstreams", edit: `2, "maxConns": 100>-2},
 			{"addr": "127.0.0.1:8009", "maxConns": -1`, want: []string{
 			`config.json:5: apps[0].upstreams[0].weight: -2: want more than 0`,
-			`config.json:6: apps[0].upstreams[1].maxConns: -1: want more than 0`}},
+			`config.json:6: apps[0].upstreams[1].maxConns: -1: want more than 0, ` +
+				`or leave it out for no bound`}},
 		{name: "too large a weight", edit: `"weight": 2>"weight": 2000000`,
 			want: []string{
-				`config.json:5: apps[0].upstreams[0]: Addr "127.0.0.1:8001": ` +
-					`Weight 2000000: want 0`}},
+				`config.json:5: apps[0].upstreams[0].weight: 2000000: want 1 to 1000000`}},
 		{name: "upstream's CA missing", edit: `{"ca": "ca.pem">{"ca": "no.pem"`, want: []string{
 			`config.json:6: apps[0].upstreams[1].tls.ca: "…no.pem": no such file`}},
 		{name: "upstream's CA empty", edit: `{"ca": "ca.pem">{"ca": ""`, want: []string{
@@ -433,7 +435,8 @@ func TestBadConfigurations(t *testing.T) {
 			edit: `20, "every": "50ms", "open": 100, "bytesPerSecond": ` +
 				`10485760>-20, "every": "-50ms", "open": -1, "bytesPerSecond": -1`, want: []string{
 				`config.json:11: users[0].limit.burst: -20: want more than 0`,
-				`limit.every: -50ms: want`, `limit.open: -1: want`,
+				`limit.every: -50ms: want`,
+				`limit.open: -1: want more than 0, or leave it out for no bound`,
 				`limit.bytesPerSecond: -1: want`}},
 		{name: "burst alone", edit: `, "every": "50ms"`,
 			want: []string{
