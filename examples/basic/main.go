@@ -65,7 +65,7 @@ func run(args []string, signals <-chan os.Signal, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage)
 		return 0
 	case err != nil:
-		fmt.Fprintf(stderr, "basic: %v\n\n%s", err, usage)
+		fmt.Fprintf(stderr, "basic: %v: run with -h for help\n", err)
 		return 2
 	}
 	return exitCode(serve(app, conf, log, signals, stdout), queue)

@@ -453,7 +453,7 @@ func TestWrongFlags(t *testing.T) {
 			stdout.Len() > 0 {
 			t.Errorf("basic %s: exit code %d, want 2; stdout %q, want none", tt.args, code, &stdout)
 		}
-		if got, want := stderr.String(), "basic: "+tt.want+"\n\n"+usage; got != want {
+		if got, want := stderr.String(), "basic: "+tt.want+": run with -h for help\n"; got != want {
 			t.Errorf("basic %s\n got %s\nwant %s", tt.args, got, want)
 		}
 	}
