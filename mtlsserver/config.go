@@ -144,10 +144,10 @@ type Limit struct {
 
 // Handshake bounds the resources of clients that have not authenticated yet. A client holds a place
 // from its first byte to the end of its handshake. When all places are taken, a newcomer replaces a
-// handshake of an address (IPv6: network) that has not finished one lately, or that holds most
-// places; an address that has finished one before takes precedence. Among equals, a handshake keeps
-// its place for half a second. A client that has sent nothing costs a socket; 16,384 of them may
-// wait.
+// handshake: first one of an address (IPv6: network) whose handshakes have only failed lately, then
+// one of the address that holds most places. Among equals, an address that has finished one before
+// is spared, and a handshake keeps its place for half a second. A client that has sent nothing
+// costs a socket; 16,384 of them may wait.
 type Handshake struct {
 	Timeout       time.Duration `json:"timeout,omitzero"`       // from accept on; 0: 10s
 	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0: 256
@@ -170,11 +170,21 @@ type Admin struct {
 }
 
 // MarshalJSON implements json.Marshaler. Durations are texts, as Load reads them.
-func (c Config) MarshalJSON() ([]byte, error)      { return strictjson.Encode(c) }
-func (a App) MarshalJSON() ([]byte, error)         { return strictjson.Encode(a) }
-func (u User) MarshalJSON() ([]byte, error)        { return strictjson.Encode(u) }
-func (l Limit) MarshalJSON() ([]byte, error)       { return strictjson.Encode(l) }
-func (h Handshake) MarshalJSON() ([]byte, error)   { return strictjson.Encode(h) }
+func (c Config) MarshalJSON() ([]byte, error) { return strictjson.Encode(c) }
+
+// MarshalJSON implements json.Marshaler, as for Config.
+func (a App) MarshalJSON() ([]byte, error) { return strictjson.Encode(a) }
+
+// MarshalJSON implements json.Marshaler, as for Config.
+func (u User) MarshalJSON() ([]byte, error) { return strictjson.Encode(u) }
+
+// MarshalJSON implements json.Marshaler, as for Config.
+func (l Limit) MarshalJSON() ([]byte, error) { return strictjson.Encode(l) }
+
+// MarshalJSON implements json.Marshaler, as for Config.
+func (h Handshake) MarshalJSON() ([]byte, error) { return strictjson.Encode(h) }
+
+// MarshalJSON implements json.Marshaler, as for Config.
 func (h HealthCheck) MarshalJSON() ([]byte, error) { return strictjson.Encode(h) }
 
 // Load reads a Config from a JSON file and checks it together with the files that it names.

@@ -86,6 +86,7 @@ type Refusal struct {
 	User  string
 }
 
+// Error returns the reason and the details.
 func (r *Refusal) Error() string {
 	if r.Err != nil {
 		return fmt.Sprintf("mtlsserver: refused: %s: %v", r.Reason, r.Err)
@@ -93,6 +94,7 @@ func (r *Refusal) Error() string {
 	return "mtlsserver: refused: " + string(r.Reason)
 }
 
+// Unwrap returns r.Err.
 func (r *Refusal) Unwrap() error { return r.Err }
 
 // A Claim is a certificate as Users look it up: by its serial and its issuer.

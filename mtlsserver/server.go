@@ -17,7 +17,7 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
-// ErrServerClosed is the error of a Server that has been stopped.
+// ErrServerClosed is the error of Run and Reload after Close, or once Run has begun to drain.
 var ErrServerClosed = errors.New("mtlsserver: server closed")
 
 // Options change how a server works. A nil *Options and the zero Options mean the defaults.
@@ -142,7 +142,9 @@ func (s *Server) Addrs() map[string]net.Addr {
 	return addrs
 }
 
-// Apps returns the lbproxy app that serves each App, by its id. A reload may replace it.
+// Apps returns the lbproxy app that serves each App, by its id. A reload may replace it. The map is
+// the caller's, but the apps are the server's: the caller may read them and abort their
+// connections, and must not change or close them.
 func (s *Server) Apps() map[string]*lbproxy.LBProxyApp {
 	apps := map[string]*lbproxy.LBProxyApp{}
 	for id, p := range s.current.Load().proxies {
@@ -157,8 +159,9 @@ func (s *Server) Certificates() []Certificate {
 }
 
 // Run serves until ctx ends. Then it drains: it stops accepting, waits up to Config.DrainTimeout
-// for connections to end, and resets the rest. Close ends Run at once. Run returns nil if it has
-// reset no connection, else an error. It can be called only once.
+// for connections to end, and resets the rest. Close ends Run at once. Run returns nil if neither
+// the drain nor Close has reset a user's connection, else an error with their number. Run can be
+// called only once.
 func (s *Server) Run(ctx context.Context) error {
 	s.mu.Lock()
 	ran, closed := s.ran, s.closing.Err() != nil

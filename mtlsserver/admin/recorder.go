@@ -12,8 +12,8 @@ import (
 )
 
 // A Recorder keeps the counts of apps, including removed ones, and the durations of dials and
-// connections. Several handlers may share one. The zero Recorder is ready for use. A Recorder must
-// not be copied after first use.
+// connections. Several handlers may share one. The zero Recorder is ready for use. All methods are
+// safe for concurrent use. A Recorder must not be copied after first use.
 type Recorder struct {
 	times sync.Map // of *times, by app id
 

@@ -45,7 +45,8 @@ type Server struct {
 }
 
 // Serve listens and serves h, which [Handler] made, until Close. If it cannot listen, it serves
-// nothing, and the error is a [*ListenError].
+// nothing, and the error is a [*ListenError]. The zero Listen is no error: the Server listens
+// nowhere.
 func Serve(at Listen, h http.Handler) (*Server, error) {
 	if errs := at.Check(); len(errs) > 0 {
 		return nil, errs[0]
@@ -112,7 +113,10 @@ type ListenError struct {
 	Err   error
 }
 
+// Error returns the field and the problem.
 func (e *ListenError) Error() string { return "admin: " + e.Field + ": " + e.Err.Error() }
+
+// Unwrap returns e.Err.
 func (e *ListenError) Unwrap() error { return e.Err }
 
 // Check returns the problems of at that it can find without listening.
