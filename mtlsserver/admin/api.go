@@ -59,6 +59,10 @@ func parse(r *http.Request, want ...string) error {
 	if err := r.ParseForm(); err != nil {
 		return fmt.Errorf("%w: %w", errArgument, err)
 	}
+	const form = "application/x-www-form-urlencoded"
+	if kind := r.Header.Get("Content-Type"); r.ContentLength != 0 && !strings.HasPrefix(kind, form) {
+		return fmt.Errorf("%w: a body of Content-Type %.80q: want %s", errArgument, kind, form)
+	}
 	for _, key := range sorted(r.Form) {
 		switch values := r.Form[key]; {
 		case !slices.Contains(want, key):

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"regexp"
 	"slices"
@@ -168,6 +169,14 @@ func TestWrongArgumentsAreRefused(t *testing.T) {
 			answer.Error != "bad request: "+want {
 			t.Errorf("%s: %d %s, %v, want 400 %s", target, w.Code, w.Body, err, want)
 		}
+	}
+	r := httptest.NewRequest("POST", "http://localhost/api/end?user=a", strings.NewReader("{}"))
+	r.Header.Set("Content-Type", "application/json")
+	withToken(r)
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, r)
+	if w.Code != 400 || !strings.Contains(w.Body.String(), "application/json") {
+		t.Errorf("a body that is not a form: %d %s", w.Code, w.Body)
 	}
 	// People may type anything into the address of a page.
 	get(t, h, "/conns?usr=bob&app=&offset=x&limit=0")
