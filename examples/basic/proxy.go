@@ -98,7 +98,7 @@ func serve(
 	log.Info("stopped",
 		"accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed, "reset", reset)
 	if reset > 0 {
-		return fmt.Errorf("%d open connections were reset", reset)
+		return fmt.Errorf("connections that the end of the drain reset: %d", reset)
 	}
 	return nil
 }
