@@ -87,7 +87,7 @@ func (l *loop) look(s *Session) (asked bool) {
 	if taken || s.isHeld(client) || s.isHeld(server) {
 		i.last = l.now
 	}
-	left := idle - (l.now - i.last)
+	left := idle - max(l.now-i.last, 0) // another loop's clock may have been later
 	if left <= 0 {
 		l.end(s, l.config.IdleErr)
 		return asked

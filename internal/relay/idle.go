@@ -197,7 +197,8 @@ func (e *Engine) look(r *Relay, now int64) (left time.Duration, again bool) {
 		r.last.CompareAndSwap(last, now)
 		last = now
 	}
-	if left = idle - time.Duration(now-last); left <= 0 {
+	// last may be later than now, which must not overflow the longest timeout.
+	if left = idle - time.Duration(max(now-last, 0)); left <= 0 {
 		r.condemned = true
 		e.sweeping.Go(func() { r.Abort(e.config.IdleErr) }) // may block in a conn's Close
 	}

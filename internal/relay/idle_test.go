@@ -2,6 +2,7 @@ package relay
 
 import (
 	"io"
+	"math"
 	"net"
 	"syscall"
 	"testing"
@@ -349,6 +350,17 @@ func TestSweepSeesEachRelayWhileOthersComeAndGo(t *testing.T) {
 			t.Errorf("%d relays are left", len(e.relays))
 		}
 	})
+}
+
+// TestLongestIdleTimeEndsNoBusyRelay looks at a relay whose bytes have moved since the sweep has
+// asked for the time.
+func TestLongestIdleTimeEndsNoBusyRelay(t *testing.T) {
+	e := NewEngine(Config{Idle: math.MaxInt64})
+	r := &Relay{}
+	r.last.Store(int64(time.Hour) + 1)
+	if left, _ := e.look(r, int64(time.Hour)); left <= 0 || r.condemned {
+		t.Errorf("%v is left, condemned: %v", left, r.condemned)
+	}
 }
 
 func TestSweepPeriod(t *testing.T) {
