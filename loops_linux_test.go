@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"strings"
@@ -204,6 +205,14 @@ func TestLoopDialFails(t *testing.T) {
 	}
 	wantCounts(t, a, 2, 0, 1)
 	wantOnLoops(t, a, 2)
+}
+
+func TestLongestTimeoutsAreForEver(t *testing.T) {
+	up := upstreamDoing(t, echo)
+	_, addr, results := newLoopApp(t, Options{
+		DialTimeout: math.MaxInt64, IdleTimeout: math.MaxInt64,
+	}, Upstream{Addr: up})
+	visit(t, addr, results)
 }
 
 func TestLoopWithoutUpstream(t *testing.T) {

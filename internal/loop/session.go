@@ -232,7 +232,7 @@ func (l *loop) choose(s *Session) {
 			return
 		}
 		s.phase = connecting
-		l.setTimer(s, l.now+int64(max(t.Timeout, 1)))
+		l.setTimer(s, l.now+int64(min(max(t.Timeout, 1), forever)))
 	}
 }
 
