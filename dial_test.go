@@ -248,6 +248,7 @@ func TestLocalDialErrorsDoNotCountAsFailures(t *testing.T) {
 		syscall.EADDRNOTAVAIL: 2, context.Canceled: 2,
 		// the next dial would fail, too
 		syscall.EMFILE: 1, syscall.ENFILE: 1, syscall.ENOBUFS: 1, syscall.ENOMEM: 1,
+		syscall.ENOSPC: 1,
 	} {
 		a, _ := newApp(t, Options{
 			DialContext: func(context.Context, string, string) (net.Conn, error) {

@@ -241,7 +241,7 @@ func TestRiseAndFallAreExact(t *testing.T) {
 
 func TestLocalErrorsInChecksChangeNothing(t *testing.T) {
 	for _, ours := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM,
-		syscall.EADDRNOTAVAIL, context.Canceled} {
+		syscall.ENOSPC, syscall.EADDRNOTAVAIL, context.Canceled} {
 		synctest.Test(t, func(t *testing.T) {
 			var broken atomic.Bool
 			broken.Store(true)

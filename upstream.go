@@ -376,7 +376,9 @@ func ourFault(err error) bool {
 // such host" when it cannot open its files. So after a failed lookup, whatever it says, what counts
 // is whether a descriptor can be had now.
 func exhausted(err error) bool {
-	for _, errno := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM} {
+	for _, errno := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM,
+		syscall.ENOSPC, // from epoll: see max_user_watches, epoll(7)
+	} {
 		if errors.Is(err, errno) {
 			return true
 		}
