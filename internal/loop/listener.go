@@ -28,6 +28,7 @@ type Listener struct {
 	acceptor  // that of Accept
 	loop      *loop
 	epfd      int
+	drained   bool                // Accept's: the queue was empty after prepare
 	take      func(Accepted) bool // takes a connection on a loop, or leaves it to Accept
 	back      chan Accepted       // from the loop, which has stopped accepting
 	closed    chan struct{}
@@ -105,15 +106,21 @@ func (g *Group) NewListener(l *net.TCPListener, take func(Accepted) bool) (*List
 	return a, nil
 }
 
-// prepare sets what accepted sockets inherit, and has a's descriptor watch the listener's.
-func (a *Listener) prepare(fd int) error {
+// setOptions sets the options of a connection, or what a listener's connections inherit.
+func setOptions(fd int) error {
+	noLinger(fd)
 	if err := relay.KeepAliveFD(fd); err != nil {
 		return err
 	}
-	if err := syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1); err != nil {
-		return os.NewSyscallError("setsockopt", err)
+	return os.NewSyscallError("setsockopt",
+		syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1))
+}
+
+// prepare sets what accepted sockets inherit, and has a's descriptor watch the listener's.
+func (a *Listener) prepare(fd int) error {
+	if err := setOptions(fd); err != nil {
+		return err
 	}
-	noLinger(fd)
 	ev := syscall.EpollEvent{Events: syscall.EPOLLIN}
 	return os.NewSyscallError("epoll_ctl", syscall.EpollCtl(a.epfd, syscall.EPOLL_CTL_ADD, fd, &ev))
 }
@@ -169,7 +176,12 @@ func (a *Listener) Accept() (Accepted, error) {
 	default:
 	}
 	c, ok := a.try()
+	if ok && c.err == nil && !a.drained {
+		// It may have been in the queue before prepare. If it is gone, a read will say so.
+		_ = setOptions(c.FD)
+	}
 	if !ok {
+		a.drained = true
 		a.loop.post(message{op: opDo, do: func() { a.loop.listen(a) }})
 		select {
 		case c, ok = <-a.back:

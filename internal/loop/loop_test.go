@@ -843,6 +843,42 @@ func TestListenerNoticesThatItsSocketWasClosed(t *testing.T) {
 	}
 }
 
+// TestConnectionsHaveTheirOptions has one connect before there is a Listener, too: it inherits
+// nothing from its socket.
+func TestConnectionsHaveTheirOptions(t *testing.T) {
+	l := proxytest.Listen(t)
+	raw, err := l.SyscallConn()
+	proxytest.Must(t, err)
+	raw.Control(func(fd uintptr) {
+		err = syscall.SetsockoptLinger(int(fd), syscall.SOL_SOCKET, syscall.SO_LINGER,
+			&syscall.Linger{Onoff: 1, Linger: 4})
+	})
+	proxytest.Must(t, err)
+	proxytest.Dial(t, l.Addr().String())
+	a, err := newGroup(t, relay.Config{}).NewListener(l, func(Accepted) bool { return false })
+	proxytest.Must(t, err)
+	defer a.Close()
+	for _, when := range []string{"before", "after"} {
+		if when == "after" {
+			proxytest.Dial(t, l.Addr().String())
+		}
+		c, err := a.Accept()
+		proxytest.Must(t, err)
+		defer Reset(c.FD)
+		for _, option := range []struct{ level, name, want int }{
+			{syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1},
+			{syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
+			{syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 15},
+			{syscall.SOL_SOCKET, syscall.SO_LINGER, 0},
+		} {
+			got, err := syscall.GetsockoptInt(c.FD, option.level, option.name)
+			if got != option.want || err != nil {
+				t.Errorf("%s: %+v, but it is %d, %v", when, option, got, err)
+			}
+		}
+	}
+}
+
 func TestAddresses(t *testing.T) {
 	for _, network := range []string{"tcp4 127.0.0.1:0", "tcp6 [::1]:0", "tcp :0"} {
 		var proto, addr string
