@@ -386,6 +386,7 @@ func (s *session) goOn(client, server int) {
 		e = s.join(0, s.loop.Chunk(), false)
 		return
 	}
+	s.reached = true
 	up := relay.NewFileConn(server, nil, nil)
 	c.Shut, up.Shut = s.loop.Shut()
 	if e = s.startRelay(s.loop.Chunk()); e != nil {

@@ -12,6 +12,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -698,6 +699,44 @@ func TestAbortOnTheWayFromALoop(t *testing.T) {
 	}
 	if u := a.balancer.heap[0]; u.dialing != 0 || u.open != 0 {
 		t.Errorf("%d dials and %d connections are left", u.dialing, u.open)
+	}
+}
+
+// TestAbortOnTheWayToARelay aborts sessions that leave their loop with an upstream: whenever that
+// is, the Result names it.
+func TestAbortOnTheWayToARelay(t *testing.T) {
+	a, results := newAppOver(t, Options{}, Upstream{Addr: "127.0.0.1:1"})
+	pair := func() [2]int {
+		fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK, 0)
+		proxytest.Must(t, err)
+		return fds
+	}
+	for i := range 3000 {
+		client, server := pair(), pair()
+		s := a.begin(context.Background(), &Conn{Client: &heldConn{}})
+		s.client = s.raw
+		if !a.enter(s) {
+			t.Fatal("the app is stopped")
+		}
+		s.loop = loop.NewSession(client[1], (*onLoop)(s))
+		if _, err := (*onLoop)(s).Next(nil); err != nil {
+			t.Fatal(err)
+		}
+		(*onLoop)(s).Connected()
+		var abort sync.WaitGroup
+		abort.Go(func() {
+			for range i % 600 { // some of these waits end in the middle of goOn
+				runtime.KeepAlive(time.Now())
+			}
+			s.conn.Abort(nil)
+		})
+		s.goOn(client[1], server[1])
+		if r := result(t, results); r.End != EndCanceled || r.Upstream == "" {
+			t.Fatalf("%+v", r)
+		}
+		abort.Wait()
+		syscall.Close(client[0])
+		syscall.Close(server[0])
 	}
 }
 

@@ -41,6 +41,7 @@ type session struct {
 	accepted bool // by Serve: it has a slot, and its end is logged
 	opened   bool // the RateLimit is owed an EventClose
 	keep     bool // client outlives the relay, for OnRefused
+	reached  bool // an upstream, while it was on a loop
 
 	isOver bool // guarded by conn.mu, like all that follows
 	relay  *relay.Relay
@@ -459,6 +460,7 @@ func (s *session) Done(o relay.Outcome) {
 		sent, received := s.loop.Counts()
 		o.Sent += sent
 		o.Received += received
+		o.Connected = o.Connected || s.reached
 	}
 	s.outcome = &o
 	if s.done != nil {
