@@ -244,6 +244,9 @@ func (l *loop) checkReset(s *Session, i int) bool {
 		return false
 	}
 	if err := takeError(c.fd); err != nil {
+		if err == syscall.EPIPE {
+			err = syscall.ECONNRESET // by a peer that had ended its stream
+		}
 		l.fail(s, i, readError(err))
 		return true
 	}
