@@ -374,6 +374,26 @@ func (d *direction) passEnd() {
 	}
 }
 
+// checkReset fails the relay if from was reset after the end of its stream, while the other stream
+// goes on. Nobody reads from it any more, and maybe nobody writes to it. Only the sweep asks.
+func (d *direction) checkReset() {
+	if d.phase.Load() != ended {
+		return
+	}
+	r := d.relay
+	r.mu.Lock()
+	if d.other().phase.Load() == ended {
+		r.mu.Unlock()
+		return
+	}
+	r.refs++ // not from zero: the goroutine of the other direction has one
+	r.mu.Unlock()
+	if hasError(d.from.raw) {
+		d.sourceFailed(errReset)
+	}
+	r.releaseElsewhere()
+}
+
 // discard reads from until it ends or is closed. No limit holds for bytes that nobody gets.
 func (d *direction) discard() {
 	d.pacer.Chunk = 0

@@ -18,7 +18,8 @@ type Config struct {
 	KeepAlive bool
 }
 
-// An Engine holds the resources that relays share: pipes, and a timer for idle relays.
+// An Engine holds the resources that relays share: pipes, and the timer of the sweep, which looks
+// for relays that are idle or were reset.
 type Engine struct {
 	config Config
 	pipes  pipePool
@@ -27,7 +28,6 @@ type Engine struct {
 	relays   []*Relay // the connected ones, each at its index
 	timer    *time.Timer
 	armed    bool // the timer or a sweep runs
-	added    bool // a relay was added since the last sweep began
 	closed   bool
 	sweeping sync.WaitGroup // the sweep, and the goroutines that it has started
 }
@@ -104,7 +104,6 @@ func (e *Engine) add(r *Relay) {
 	defer e.mu.Unlock()
 	r.index = len(e.relays)
 	e.relays = append(e.relays, r)
-	e.added = true
 	if !e.armed && !e.closed && (e.config.Idle > 0 || e.config.KeepAlive) {
 		e.arm(e.config.SweepPeriod())
 	}
@@ -151,46 +150,44 @@ func (c *Config) SweepPeriod() time.Duration {
 // sweep for when another relay may have been.
 func (e *Engine) sweep() {
 	defer e.sweeping.Done()
-	began, next, more := Clock(), e.config.SweepPeriod(), false
+	began, next := Clock(), e.config.SweepPeriod()
 	var batch [sweepBatch]*Relay
 	// Go backwards: the last relay takes the place of a removed one, and has been seen by then.
 	for at := int(^uint(0) >> 1); at > 0; {
 		e.mu.Lock()
-		if at > len(e.relays) {
-			e.added = false // this sweep sees every relay added before now
-		}
 		high := min(at, len(e.relays))
 		at = max(high-sweepBatch, 0)
 		n := copy(batch[:], e.relays[at:high])
 		e.mu.Unlock()
 		now := Clock()
 		for _, r := range batch[:n] {
-			left, again := e.look(r, now)
-			next, more = min(next, left), more || again
+			next = min(next, e.look(r, now))
 		}
 	}
 	took := time.Duration(Clock() - began)
 	next = max(next, min(sweepRest*took, e.config.SweepPeriod()), 100*time.Microsecond)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.armed = (more || e.added) && !e.closed; e.armed {
+	if e.armed = len(e.relays) > 0 && !e.closed; e.armed {
 		e.arm(next)
 	}
 }
 
-// look checks r and aborts it if it has been idle for too long. It returns the time until that may
-// be so, and whether r needs another look at all.
-func (e *Engine) look(r *Relay, now int64) (left time.Duration, again bool) {
+// look checks r, and aborts it if it has been idle for too long. It returns the time until that may
+// be so.
+func (e *Engine) look(r *Relay, now int64) (left time.Duration) {
 	idle := e.config.Idle
+	r.up.checkReset()
+	r.down.checkReset()
 	if r.idle.KeepAliveDue(&e.config, now) {
 		keepAlive(r.server.raw)
 	}
 	if idle <= 0 || r.condemned {
-		return e.config.SweepPeriod(), idle > 0 || r.idle.LacksKeepAlive(&e.config)
+		return e.config.SweepPeriod()
 	}
 	last := r.last.Load()
 	if r.held.Load() > 0 {
-		return idle, true
+		return idle
 	}
 	unsent := func() int { return r.client.unsent() + r.server.unsent() }
 	if _, taken := r.idle.Ask(&e.config, last, now, unsent); taken {
@@ -202,5 +199,5 @@ func (e *Engine) look(r *Relay, now int64) (left time.Duration, again bool) {
 		r.condemned = true
 		e.sweeping.Go(func() { r.Abort(e.config.IdleErr) }) // may block in a conn's Close
 	}
-	return max(left, 0), true
+	return max(left, 0)
 }

@@ -224,7 +224,7 @@ func TestSweepAsksOnlyAboutRelaysThatMoved(t *testing.T) {
 	r.last.Store(now)
 	look := func(after time.Duration) time.Duration {
 		now += int64(after)
-		left, _ := e.look(r, now)
+		left := e.look(r, now)
 		return left.Round(time.Second)
 	}
 	for i, row := range []struct {
@@ -358,7 +358,7 @@ func TestLongestIdleTimeEndsNoBusyRelay(t *testing.T) {
 	e := NewEngine(Config{Idle: math.MaxInt64})
 	r := &Relay{}
 	r.last.Store(int64(time.Hour) + 1)
-	if left, _ := e.look(r, int64(time.Hour)); left <= 0 || r.condemned {
+	if left := e.look(r, int64(time.Hour)); left <= 0 || r.condemned {
 		t.Errorf("%v is left, condemned: %v", left, r.condemned)
 	}
 }

@@ -482,6 +482,37 @@ func TestResetAfterHalfClose(t *testing.T) {
 	}
 }
 
+// A client that has half-closed is reset while the server is silent: the sweep finds that.
+func TestResetOfASilentHalfClosedSideIsNoticed(t *testing.T) {
+	if !canMeasure {
+		t.Skip("nobody can be asked")
+	}
+	e := newEngine(t, Config{Idle: time.Hour})
+	client, server, h, r := joinOver(t, e, nil)
+	client.CloseWrite()
+	if _, err := io.ReadAll(server); err != nil {
+		t.Error(err)
+	}
+	proxytest.Eventually(t, "the upload has ended", func() bool { return r.up.phase.Load() == ended })
+	e.look(r, Clock()) // which finds nothing yet
+	server.Write([]byte("x"))
+	if _, err := io.ReadFull(client, make([]byte, 1)); err != nil {
+		t.Error(err)
+	}
+	client.SetLinger(0)
+	client.Close()
+	proxytest.Eventually(t, "the reset is noticed", func() bool {
+		e.look(r, Clock())
+		return len(h.done) > 0
+	})
+	if o := h.wait(t); o.Failed != Client || o.Err != errReset {
+		t.Errorf("%+v", o)
+	}
+	if _, err := server.Write([]byte("late")); err == nil {
+		t.Error("the server could still write")
+	}
+}
+
 func TestAbort(t *testing.T) {
 	why := errors.New("revoked")
 	for name, half := range map[string]func(client, server *proxytest.PipeConn){

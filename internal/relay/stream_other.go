@@ -39,6 +39,8 @@ func wasReset(syscall.RawConn) bool { return false }
 
 func readable(syscall.RawConn) bool { return false }
 
+func hasError(syscall.RawConn) bool { return false }
+
 func keepAlive(syscall.RawConn) error { return nil }
 
 func quickAck(syscall.RawConn) {}
