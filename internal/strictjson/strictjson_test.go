@@ -88,7 +88,8 @@ func TestProblems(t *testing.T) {
 		{`{"Name": "x"}`,
 			"1 Name: unknown key: want one of name, files, count, big, on, wait, sub, " +
 				"items, limits"},
-		{"{\"name\": \"x\",\n\"name\": \"y\"}", "1 name: given twice, here and in line 2: keep one of the two"},
+		{"{\"name\": \"x\",\n\"name\": \"y\"}",
+			"1 name: given twice, here and in line 2: keep one of the two"},
 		{`{"name": "x", "name": "y"}`, "1 name: given twice, in this line: keep one of the two"},
 		{`{"a\n\u001b": 1}`,
 			`1 ["a\n\x1b"]: unknown key: want one of name, files, count, big, on, wait, sub, ` +
