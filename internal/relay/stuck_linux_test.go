@@ -110,6 +110,7 @@ func TestEndBehindAStuckWriteIsNotAReset(t *testing.T) {
 	if !r.up.watched.Load() || r.up.phase.Load() != writing {
 		t.Error("the upload is not stuck")
 	}
+	server.SetReadBuffer(256 << 10) // the rest need not be slow
 	if err := pattern.Exactly(server, size); err != nil {
 		t.Error(err)
 	}
