@@ -89,7 +89,8 @@ type Options struct {
 	// some of the gain. A connection stays on goroutines if its Client is not a *net.TCPConn when
 	// admit returns, if its RateLimit asks a manager that is not this package's own, if the
 	// upstream has TLS, or with Options.DialContext. Large transfers leave their loop for
-	// goroutines. Loops are experimental; they exist on Linux, and elsewhere the field is ignored.
+	// goroutines. Loops are experimental: docs/engine.md lists what differs. They exist on Linux;
+	// elsewhere the field is ignored.
 	Loops bool
 
 	// Logger gets a line from Serve for each connection, at level Warn if the upstream's side was
