@@ -82,7 +82,7 @@ func TestStatus(t *testing.T) {
 	s.await(t, `"msg":"draining"`)
 	proxytest.Eventually(t, "it is draining", func() bool {
 		_, stdout, _ := try("status", "-config", config)
-		return strings.Contains(stdout, "draining")
+		return strings.HasPrefix(stdout, "not ready: draining\n")
 	})
 	notReady("not ready: draining\n")
 	code, stdout, stderr := try("reload", "-config", config)
