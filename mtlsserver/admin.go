@@ -93,11 +93,7 @@ func (s *Server) adminsFor(
 		a, err := admin.Serve(at, http.HandlerFunc(s.serveAdmin))
 		if wrong, ok := errors.AsType[*admin.ListenError](err); ok {
 			closeAdmins(admins, old)
-			remedy := ""
-			if wrong.Field == "listen" { // the errors of sockets have their own remedies
-				remedy = ": change it, or end the program that uses it"
-			}
-			r.add("admin."+wrong.Field, "%v%s", wrong.Err, remedy)
+			r.add("admin."+wrong.Field, "%v", wrong.Err)
 			return nil, r.err()
 		}
 		admins[place] = a

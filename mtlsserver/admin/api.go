@@ -27,6 +27,9 @@ var ErrNotFound = errors.New("there is no such app or upstream")
 // ErrEnded is the cause with which a connection is aborted when an administrator ends it.
 var ErrEnded = errors.New("ended by an administrator")
 
+// filters are the arguments that select connections.
+var filters = []string{"app", "user", "upstream", "client"}
+
 func (h *handler) apiStats(w http.ResponseWriter, r *http.Request) {
 	if err := parse(r, "brief"); err != nil {
 		refuse(w, err)
@@ -43,7 +46,7 @@ func (h *handler) apiStats(w http.ResponseWriter, r *http.Request) {
 }
 
 func (h *handler) apiConns(w http.ResponseWriter, r *http.Request) {
-	err := parse(r, "app", "user", "upstream", "client", "offset", "limit")
+	err := parse(r, append(slices.Clone(filters), "offset", "limit")...)
 	offset, offsetErr := number(r.Form, "offset", 0, 0, math.MaxInt32)
 	limit, limitErr := number(r.Form, "limit", 1, 100, 1000)
 	if err = cmp.Or(err, offsetErr, limitErr); err != nil {
@@ -158,7 +161,7 @@ type change struct {
 var changes = map[string]change{
 	"drain":   {[]string{"app", "upstream"}, drain(true)},
 	"undrain": {[]string{"app", "upstream"}, drain(false)},
-	"end":     {[]string{"app", "user", "upstream", "client"}, end},
+	"end":     {filters, end},
 	"reload":  {nil, reload},
 }
 
@@ -230,7 +233,7 @@ func (h *handler) changing(name string, c change) http.HandlerFunc {
 		attrs := []slog.Attr{slog.String("change", name), slog.String("by", by)}
 		level := slog.LevelInfo
 		if allowed { // else anybody could fill the log
-			for _, key := range []string{"app", "user", "upstream", "client"} {
+			for _, key := range filters {
 				if v := r.Form.Get(key); v != "" {
 					attrs = append(attrs, slog.String(key, clean(fmt.Sprintf("%.300s", v))))
 				}

@@ -53,11 +53,10 @@ type Options struct {
 // paths. Mount it at any path with http.StripPrefix. Everybody who can reach the handler may read,
 // so its server must restrict access.
 //
-// The handler calls apps for each request; apps returns the current apps in the order to show. It
-// may call apps and the functions in opts for several requests at once, so they must be safe for
-// concurrent use. An app that is no longer returned is forgotten a minute later, once its
-// connections have ended; its counts are kept. Returning a forgotten app again would count it
-// twice.
+// The handler calls apps for each request; apps returns the current apps in the order to show.
+// Requests run concurrently, so apps and the functions in opts must be safe for concurrent use. An
+// app that is no longer returned is forgotten a minute later, once its connections have ended; its
+// counts are kept. Returning a forgotten app again would count it twice.
 func Handler(apps func() []*lbproxy.LBProxyApp, opts *Options) http.Handler {
 	h := &handler{apps: apps, lines: logqueue.NewLines()}
 	if opts != nil {

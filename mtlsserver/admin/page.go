@@ -69,7 +69,7 @@ func cut[T any](v *view, rows []T) []T {
 func (h *handler) connsPage(w http.ResponseWriter, r *http.Request) {
 	offset, _ := strconv.Atoi(r.FormValue("offset"))
 	v := view{Conns: h.conns(r.Form, max(offset, 0), rowsPerPage), Query: url.Values{}}
-	for _, key := range []string{"app", "user", "upstream", "client"} {
+	for _, key := range filters {
 		if value := r.Form.Get(key); value != "" {
 			v.Query.Set(key, value)
 		}

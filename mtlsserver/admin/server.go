@@ -45,8 +45,7 @@ type Server struct {
 }
 
 // Serve listens and serves h, which [Handler] made, until Close. If it cannot listen, it serves
-// nothing, and the error is a [*ListenError]. The zero Listen is no error: the Server listens
-// nowhere.
+// nothing, and the error is a [*ListenError]. With the zero Listen it listens nowhere.
 func Serve(at Listen, h http.Handler) (*Server, error) {
 	if errs := at.Check(); len(errs) > 0 {
 		return nil, errs[0]
@@ -70,6 +69,7 @@ func Serve(at Listen, h http.Handler) (*Server, error) {
 	if at.Addr != "" {
 		l, err := net.Listen("tcp", at.Addr)
 		if err != nil {
+			err = fmt.Errorf("%w: change it, or end the program that uses it", err)
 			return nil, &ListenError{"listen", err}
 		}
 		s.addr = l.Addr()
@@ -177,8 +177,7 @@ func checkSocket(path string) error {
 	return nil
 }
 
-// listenSocket binds the socket under a temporary name, sets its mode, and renames it. So nobody
-// can connect before the mode is set, and a socket left behind by a crash is replaced.
+// listenSocket makes the socket, unless another server answers there.
 func (s *Server) listenSocket() (net.Listener, error) {
 	c, err := net.DialTimeout("unix", s.path, time.Second)
 	if err == nil {
@@ -187,11 +186,21 @@ func (s *Server) listenSocket() (net.Listener, error) {
 	if err == nil || os.IsTimeout(err) || errors.Is(err, syscall.EAGAIN) { // its queue is full
 		return nil, fmt.Errorf("%q: another server answers there: end it, or use another name", s.path)
 	}
+	l, err := s.makeSocket()
+	if err != nil {
+		return nil, fmt.Errorf("%w: use a folder where this user may make a socket", err)
+	}
+	return l, nil
+}
+
+// makeSocket binds the socket under a temporary name, sets its mode, and renames it. So nobody can
+// connect before the mode is set, and a socket left behind by a crash is replaced.
+func (s *Server) makeSocket() (net.Listener, error) {
 	draft := s.path + "~"
 	os.Remove(draft)
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: draft, Net: "unix"})
 	if err != nil {
-		return nil, fmt.Errorf("%w: use a folder where this user may make a socket", err)
+		return nil, err
 	}
 	l.SetUnlinkOnClose(false)
 	if err = os.Chmod(draft, 0o600); err == nil {
@@ -202,7 +211,7 @@ func (s *Server) listenSocket() (net.Listener, error) {
 	if err != nil {
 		l.Close()
 		os.Remove(draft)
-		return nil, fmt.Errorf("%w: use a folder where this user may make a socket", err)
+		return nil, err
 	}
 	return l, nil
 }
