@@ -353,7 +353,7 @@ func TestSecondInterruptCloses(t *testing.T) {
 	p.interrupt()
 	p.interrupt()
 	p.wait(t, 1)
-	const want = "basic: connections that the end of the drain reset: 1"
+	const want = "basic: connections were still open and have been reset: 1"
 	if log := p.stderr.String(); !strings.Contains(log, want) {
 		t.Errorf("log:\n%swant how many connections were reset", log)
 	}

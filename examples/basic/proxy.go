@@ -98,7 +98,7 @@ func serve(
 	log.Info("stopped",
 		"accepted", s.Accepted, "refused", s.Refused, "failed", s.Failed, "reset", reset)
 	if reset > 0 {
-		return fmt.Errorf("connections that the end of the drain reset: %d", reset)
+		return fmt.Errorf("connections were still open and have been reset: %d", reset)
 	}
 	return nil
 }
