@@ -101,6 +101,11 @@ func TestNoIdleTimeMeansNoLimit(t *testing.T) {
 			client, server, h, _ := joinPipes(engine, nil)
 			go func() { io.Copy(server, server); server.Close() }()
 			time.Sleep(1000 * time.Hour)
+			engine.mu.Lock()
+			if !engine.armed {
+				t.Error("no sweep looks for resets any more")
+			}
+			engine.mu.Unlock()
 			proxytest.Must(t, proxytest.Ping(client))
 			client.Close()
 			if o := h.wait(t); o.Err != nil {
@@ -352,8 +357,7 @@ func TestSweepSeesEachRelayWhileOthersComeAndGo(t *testing.T) {
 	})
 }
 
-// TestLongestIdleTimeEndsNoBusyRelay looks at a relay whose bytes have moved since the sweep has
-// asked for the time.
+// The relay's bytes have moved since the sweep read the clock.
 func TestLongestIdleTimeEndsNoBusyRelay(t *testing.T) {
 	e := NewEngine(Config{Idle: math.MaxInt64})
 	r := &Relay{}
