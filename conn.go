@@ -45,10 +45,10 @@ type Conn struct {
 	//
 	// Any net.Conn will do. The app looks for three methods. CloseWrite() error passes on the end
 	// of the upstream's stream while the client's own goes on. NetConn() net.Conn leads to the
-	// connection below a layer such as TLS. SetLinger(int) error, of the lowest, makes its Close
-	// reset. A wrapper around a TCP connection should have the first two: without them its other
-	// end may lose the last bytes it was sent, and Result.Err says so. (A net.Pipe has none of
-	// them.)
+	// connection below a layer such as TLS. SetLinger(int) error, on the lowest connection, makes
+	// Close send a reset. A wrapper around a TCP connection should have the first two: without them
+	// its other end may lose the last bytes it was sent, and Result.Err says so. (A net.Pipe has
+	// none of them.)
 	//
 	// crypto/tls reports a client's FIN without close_notify as the end of its stream. To have such
 	// a stream treated as aborted, use a [TLSConn], whose Read returns io.ErrUnexpectedEOF then.

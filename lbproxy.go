@@ -215,7 +215,7 @@ func orDefault(d, def time.Duration) time.Duration {
 // state; the rest of its configuration holds from the next connection on. One that is removed gets
 // no new connections, and those it has go on to their end; if it is added again before that, it
 // keeps them and its counters. If an upstream is not valid, or there is none, nothing changes and
-// the error says which and why. The slice is copied. After Shutdown or Close nothing comes of it.
+// the error says which and why. The slice is copied. After Close no connection uses them.
 func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	if len(upstreams) == 0 {
 		return fmt.Errorf("lbproxy: app %q: no upstreams: give at least one", a.id)
@@ -392,7 +392,7 @@ func (r *acceptBackoff) wait(err error) bool {
 // it ends the health checks and waits for those in progress. It also waits for a connection whose
 // AdmitFunc has not returned, and serves it if it is admitted.
 //
-// Shutdown may be called again, and at once returns nil after Close. If ctx ends first, it returns
+// Shutdown may be called again; after Close it returns nil at once. If ctx ends first, it returns
 // ctx's error and leaves the rest to go on: call Close to end it. The error may also mean that a
 // health check has not returned. After Close, Stats().Ends[EndClosed] counts the connections that
 // Close has reset.

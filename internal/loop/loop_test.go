@@ -843,8 +843,7 @@ func TestListenerNoticesThatItsSocketWasClosed(t *testing.T) {
 	}
 }
 
-// TestConnectionsHaveTheirOptions has one connect before there is a Listener, too: it inherits
-// nothing from its socket.
+// The first connection comes before there is a Listener, so it inherits no options from its socket.
 func TestConnectionsHaveTheirOptions(t *testing.T) {
 	l := proxytest.Listen(t)
 	raw, err := l.SyscallConn()

@@ -74,7 +74,7 @@ func TestCloseNotifyOfChromium(t *testing.T) {
 // A site is an upstream for a browser. It stops reading an upload until the browser has given up.
 type site struct {
 	addr            string
-	app             *lbproxy.LBProxyApp // before it
+	app             *lbproxy.LBProxyApp // that the browser connects to
 	stalled, resume chan struct{}
 	mu              sync.Mutex
 	visits          []*visit
