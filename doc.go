@@ -71,7 +71,7 @@
 // ServeConn closes the client's connection and Serve its listener, always. [LBProxyApp.Shutdown]
 // waits for connections to end by themselves; [LBProxyApp.Close] resets them. When Close has
 // returned, no goroutine or descriptor is left, except hooks that block where their documentation
-// says so. A timer that does nothing may be left for a second.
+// says so. An internal timer may remain for up to a second, without effect.
 //
 // Functions return errors and do not log them, except Serve: it has no caller for each connection,
 // so it logs them to [Options].Logger. That log is for problems. For an access log use

@@ -84,10 +84,10 @@ type Options struct {
 	MaxConns int
 
 	// Loops makes Serve run plain TCP on event loops: at most one for each processor (GOMAXPROCS),
-	// as few as keep up. A short connection then takes about 70 % of the CPU, an idle one a ninth
-	// of the memory. An AdmitFunc and the RateLimit's EventOpen run on a goroutine, which costs
-	// some of the gain. A connection stays on goroutines if its Client is not a *net.TCPConn when
-	// admit returns, if its RateLimit asks a manager that is not this package's own, if the
+	// as few as keep up. A short connection then takes about three quarters of the CPU, an idle one
+	// a ninth of the memory. An AdmitFunc and the RateLimit's EventOpen run on a goroutine, which
+	// costs some of the gain. A connection stays on goroutines if its Client is not a *net.TCPConn
+	// when admit returns, if its RateLimit asks a manager that is not this package's own, if the
 	// upstream has TLS, or with Options.DialContext. Large transfers leave their loop for
 	// goroutines. Loops are experimental: docs/engine.md lists what differs. They exist on Linux;
 	// elsewhere the field is ignored.
@@ -215,7 +215,8 @@ func orDefault(d, def time.Duration) time.Duration {
 // state; the rest of its configuration holds from the next connection on. One that is removed gets
 // no new connections, and those it has go on to their end; if it is added again before that, it
 // keeps them and its counters. If an upstream is not valid, or there is none, nothing changes and
-// the error says which and why. The slice is copied. After Close no connection uses them.
+// the error says which and why. The slice is copied. After Close, SetUpstreams has no effect on
+// connections.
 func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 	if len(upstreams) == 0 {
 		return fmt.Errorf("lbproxy: app %q: no upstreams: give at least one", a.id)
@@ -255,17 +256,16 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 //
 // ctx carries c (see [ConnFromContext]). It is canceled when the connection ends or is aborted, or
 // the app is closed. An AdmitFunc may block, because it has a goroutine of its own. Once it has
-// returned, it must neither change a field of c nor use Client.
+// returned, no goroutine of it may change a field of c, or read, write or close Client.
 //
 // Clear any deadline set on Client before returning nil: it may end the connection. To be sure that
 // a rejected client sees a message, read from Client before writing it: otherwise the client's
 // connect may fail first.
 type AdmitFunc func(ctx context.Context, c *Conn) error
 
-// Listen returns a listener on addr, a "host:port", for Serve. Serve takes any listener, but with
-// this one a connection costs four system calls less on Linux, where it inherits its keep-alive:
-// idle 15 s, interval 15 s, 9 probes, the defaults of package net. Listen is for plain TCP, not
-// MPTCP.
+// Listen returns a listener on addr, a "host:port", for Serve, which takes any other, too. On Linux
+// its connections inherit keep-alive from it, which saves four system calls each: idle 15 s,
+// interval 15 s, 9 probes, the defaults of package net. Listen is for plain TCP, not MPTCP.
 func Listen(addr string) (net.Listener, error) {
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // splicing and resets are known of TCP alone

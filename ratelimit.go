@@ -242,7 +242,7 @@ type Bandwidth struct {
 
 	// Burst is how many bytes pass without a wait after an idle period, which refills it by
 	// BytesPerSecond each second. 0 or less means none. Up to 64 streams together may exceed it by
-	// the bytes of 20 ms; each may exceed it by 512 bytes in any case.
+	// BytesPerSecond times 20 ms, or by 512 bytes each if that is more.
 	Burst int64
 
 	// mu guards the fields below.
@@ -474,8 +474,8 @@ var (
 // refuses all. It is safe for concurrent use.
 //
 // A client is whatever the caller's text names: a user, or a network. Do not name a client by its
-// IPv6 address: it usually has a whole /64, and would have 2^64 limits. Name it by the /64, as the
-// example does.
+// IPv6 address: a client usually has a whole /64, and would have 2^64 limits. Name it by the /64,
+// as the example does.
 type ClientLimits struct {
 	max      int
 	newLimit func(client string) RateLimitManager

@@ -103,7 +103,7 @@ func (s UpstreamState) String() string { return string(s) }
 type UpstreamChange struct {
 	App, Addr string
 	From      UpstreamState // empty: it was added
-	To        UpstreamState // equal to From if only Drain or Removed changed, or it is back in From
+	To        UpstreamState // equal to From if only Drain or Removed changed, or changes cancel out
 	Drain     bool          // the current value, whether or not it changed
 	Removed   bool          // likewise; connections may still be open on it
 	Err       error         // why it is cooling or down; nil otherwise

@@ -13,8 +13,8 @@ type Changes struct {
 	Apps      Change `json:"apps"`      // ids
 	Upstreams Change `json:"upstreams"` // "app/addr"
 
-	// Certificates are keys in the Config, such as "tls.cert". A CA of clients has the name of its
-	// file, because its index changes with the others: "tls.ca:ca-2.pem".
+	// Certificates are keys in the Config, such as "tls.cert". A client CA is named by its file, as
+	// in "tls.ca:ca-2.pem", because its index may change when others come or go.
 	Certificates Change `json:"certificates"`
 
 	Ended int `json:"ended"` // connections ended as no longer allowed
@@ -103,7 +103,8 @@ func upstreamsOf(c *Config) (all []appUpstream) {
 }
 
 // certificatesOf returns the certificates of a snapshot with the keys that Changes has, and without
-// the names of their files: a file that was only renamed is no change.
+// the names of their files: a file that was only renamed is no change, except for a client CA,
+// whose key has the name.
 func certificatesOf(n *snapshot) (all []Certificate) {
 	for _, c := range n.certificates {
 		if key, _, _ := strings.Cut(c.Key, "["); key == "tls.ca" {

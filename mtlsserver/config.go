@@ -143,11 +143,11 @@ type Limit struct {
 }
 
 // Handshake bounds the resources of clients that have not authenticated yet. A client holds a place
-// from its first byte to the end of its handshake. When all places are taken, a newcomer replaces a
-// handshake: first one of an address (IPv6: network) whose handshakes have only failed lately, then
-// one of the address that holds most places. Among equals, an address that has finished one before
-// is spared, and a handshake keeps its place for half a second. A client that has sent nothing
-// costs a socket; 16,384 of them may wait.
+// from its first byte to the end of its handshake. When all places are taken, one handshake makes
+// way, perhaps the newcomer's: one of an address (IPv6: network) that has failed lately and is not
+// known to have finished one, else one of the address that holds most places. Among equals, an
+// address that has finished one is spared, and a handshake keeps its place for half a second. A
+// client that has sent nothing costs a socket; 16,384 of them may wait.
 type Handshake struct {
 	Timeout       time.Duration `json:"timeout,omitzero"`       // from accept on; 0: 10s
 	MaxConcurrent int           `json:"maxConcurrent,omitzero"` // places; 0: 256

@@ -17,7 +17,8 @@ import (
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
-// ErrServerClosed is the error of Run and Reload after Close, or once Run has begun to drain.
+// ErrServerClosed is returned by calls of Run and Reload that are made after Close, or after Run
+// has begun to drain.
 var ErrServerClosed = errors.New("mtlsserver: server closed")
 
 // Options change how a server works. A nil *Options and the zero Options mean the defaults.
@@ -160,7 +161,7 @@ func (s *Server) Certificates() []Certificate {
 
 // Run serves until ctx ends. Then it drains: it stops accepting, waits up to Config.DrainTimeout
 // for connections to end, and resets the rest. Close ends Run at once. Run returns nil if neither
-// the drain nor Close has reset a user's connection, else an error with their number. Run can be
+// the drain nor Close has reset a user's connection; otherwise the error says how many. Run can be
 // called only once.
 func (s *Server) Run(ctx context.Context) error {
 	s.mu.Lock()

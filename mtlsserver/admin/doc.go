@@ -16,7 +16,7 @@
 //	                no upstream that is up and not draining, or Options.Info says NotReady
 //	GET /api/stats  a [Stats] in JSON; ?brief=1 leaves out upstreams, users and certificates
 //	GET /api/conns  a [Conns] in JSON: ?app, user, upstream and client filter; offset and limit
-//	                (100; at most 1,000) choose the page
+//	                (default 100, at most 1,000) select a page
 //
 // Counters never fall: removed apps and upstreams keep their counts. The counts of up to 1,000
 // removed apps, and of 1,000 removed upstreams of each app, keep their names; the rest are summed
@@ -43,10 +43,12 @@
 // # Errors
 //
 // The answer to a failed request to /api is {"error": "…"}, with status 400 for an argument that is
-// unknown, empty, repeated or invalid, 403 without permission, 404 for an unknown app or upstream,
-// 422 for an invalid configuration, with one problem a line, and 501 for a change that the program
-// does not offer. The pages ignore arguments that they cannot use.
+// missing, unknown, empty, repeated or invalid, or a body that is not a form; 403 without
+// permission; 404 for an unknown app or upstream; 422 for an error of Options.Reload, such as the
+// problems of a configuration, one a line; 500 for another error of Options.Drain; and 501 for a
+// change that the program does not offer. The pages ignore arguments that they cannot use.
 //
-// These answers are plain text: 403 for another origin or another machine, 404 for an unknown
-// path, 405 for another method, 413 for a body of more than 64 KiB, and 421.
+// Other answers are plain text, under /api, too: 403 for another origin or, by a [Server], another
+// machine, 404 for an unknown path, 405 for another method, 413 for a Content-Length of more than
+// 64 KiB, and 421 for a Host that is not allowed.
 package admin
