@@ -28,12 +28,17 @@ func TestLeaksAreNamed(t *testing.T) {
 	}
 	close(stop)
 	<-ended
-	before := Descriptors()
-	f, err := os.Open(os.DevNull)
-	Must(t, err)
-	defer f.Close()
-	if now := Descriptors(); before > 0 && now != before+1 {
-		t.Errorf("%d descriptors after opening one more than %d", now, before)
+	if before := Descriptors(); before > 0 {
+		// A garbage collection may close descriptors meanwhile, as those of the pipes that io.Copy
+		// keeps. So this opens more than were open.
+		for range before + 1 {
+			f, err := os.Open(os.DevNull)
+			Must(t, err)
+			defer f.Close()
+		}
+		if now := Descriptors(); now <= before {
+			t.Errorf("%d descriptors after opening %d more than %d", now, before+1, before)
+		}
 	}
 }
 
