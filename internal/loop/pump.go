@@ -135,21 +135,26 @@ func (l *loop) noteRead(c *side, n, most int, errno syscall.Errno) {
 }
 
 // write writes b, which came from side i, and keeps what the other side does not take. It returns
-// false if that has failed.
+// false if that has failed. The last bytes of a stream wait for passEnd, so that they and the FIN
+// leave in one segment.
 func (l *loop) write(s *Session, i int, b []byte) bool {
-	to := &s.side[1-i]
-	n, errno := relay.SendFD(int(to.fd), b)
+	to, flags := &s.side[1-i], 0
+	if s.phase == open && s.side[i].state&ended != 0 {
+		flags = syscall.MSG_MORE
+	}
+	n, errno := relay.SendFD(int(to.fd), b, flags)
 	if errno != 0 && errno != syscall.EAGAIN {
 		l.writeFailed(s, i, writeError("write", errno))
-		return false
-	}
-	if n > 0 && !l.account(s, i, n) {
 		return false
 	}
 	if n < len(b) {
 		to.pending = newPending(b[n:]) // to be tried at once: a signal, too, makes a send short
 	}
-	return true
+	ok := n == 0 || l.account(s, i, n)
+	if flags != 0 && (!ok || s.isHeld(client) || s.isHeld(server)) {
+		relay.NoDelayFD(int(to.fd)) // sends them: for now, no FIN follows
+	}
+	return ok
 }
 
 // flush writes what came from side i and is kept for the other. It returns true if all is written.
@@ -164,7 +169,7 @@ func (l *loop) flush(s *Session, i int) bool {
 			}
 			return false
 		}
-		n, errno := relay.SendFD(int(to.fd), p.left)
+		n, errno := relay.SendFD(int(to.fd), p.left, 0)
 		switch errno {
 		case 0:
 			p.left = p.left[n:]

@@ -285,7 +285,7 @@ func (l *loop) connected(s *Session, events uint32) {
 		return
 	}
 	if h := s.handler.Header(); len(h) > 0 {
-		n, errno := relay.SendFD(int(c.fd), h)
+		n, errno := relay.SendFD(int(c.fd), h, 0)
 		if errno == 0 && n < len(h) {
 			errno = syscall.EAGAIN // the queue of a new socket has room for far more
 		}

@@ -21,9 +21,9 @@ func recvFD(fd int, b []byte, flags int) (int, syscall.Errno) {
 	return transfer(syscall.SYS_RECVFROM, fd, b, flags|syscall.MSG_DONTWAIT)
 }
 
-// SendFD writes to a socket as much of b as it takes.
-func SendFD(fd int, b []byte) (int, syscall.Errno) {
-	return transfer(syscall.SYS_SENDTO, fd, b, syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL)
+// SendFD writes to a socket as much of b as it takes. Flags are those of send(2).
+func SendFD(fd int, b []byte, flags int) (int, syscall.Errno) {
+	return transfer(syscall.SYS_SENDTO, fd, b, flags|syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL)
 }
 
 // ShutdownFD half-closes a socket. On loopback the call includes the work of the peer's system.

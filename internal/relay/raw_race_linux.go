@@ -20,9 +20,9 @@ func recvFD(fd int, b []byte, flags int) (int, syscall.Errno) {
 	return told(n, err)
 }
 
-func SendFD(fd int, b []byte) (int, syscall.Errno) {
+func SendFD(fd int, b []byte, flags int) (int, syscall.Errno) {
 	syscall.Write(-1, nil) // releases
-	return told(syscall.SendmsgN(fd, b, nil, nil, syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL))
+	return told(syscall.SendmsgN(fd, b, nil, nil, flags|syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL))
 }
 
 func ShutdownFD(fd int) syscall.Errno {

@@ -159,7 +159,7 @@ func plainOp(err error, op string) error {
 func (s *socket) writeReady(fd uintptr) bool {
 	for len(s.out) > 0 {
 		turn := len(s.out) >= bulkChunk && takeTurn()
-		n, errno := SendFD(int(fd), s.out)
+		n, errno := SendFD(int(fd), s.out, 0)
 		giveTurn(turn)
 		switch s.outErr = errno; errno {
 		case 0:
