@@ -21,7 +21,7 @@ const (
 	// busyPeriod is so short that clients hardly notice a loop that is behind.
 	busyPeriod = 50 * time.Millisecond
 
-	mostAwake = 80 // percent of a period
+	mostAwake = 90 // percent of a period
 
 	// leastUsed is a CPU time of the process, in percent of a period. A loop that is awake while
 	// the process uses less is held up by other processes, and another loop would not help. The

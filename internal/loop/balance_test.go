@@ -32,10 +32,10 @@ func TestLoopIsBehindWhenItIsAwakeForMostOfAPeriod(t *testing.T) {
 		behind bool
 	}{
 		{"busy", period, 0, -period, true},
-		{"busy for long", 5 * period, period / 2, -5 * period, true},
+		{"busy for long", 5 * period, period / 4, -5 * period, true},
 		{"before the period ends", period - 1, 0, -period, false},
-		{"asleep for a fifth", period, period / 5, -period, false},
-		{"asleep for almost a fifth", period, period/5 - 1, -period, true},
+		{"asleep for a tenth", period, period / 10, -period, false},
+		{"asleep for almost a tenth", period, period/10 - 1, -period, true},
 		{"other processes have the processor", period, 0, 1 << 40, false},
 	} {
 		b := &busyness{began: begin, cpu: used + row.cpu}
@@ -78,6 +78,57 @@ func TestNewSessionsGoToTheFirstLoopThatKeepsUp(t *testing.T) {
 	place(0, "the first was behind")
 	behind(0, 0)
 	g.loops[0].load.Store(0)
+}
+
+// The loop that gets the new sessions accepts them, too.
+func TestAcceptingFollowsNewSessions(t *testing.T) {
+	g := newGroup(t, relay.Config{})
+	front := proxytest.Listen(t)
+	accepted := make(chan Accepted, 1)
+	a, err := g.NewListener(front, func(c Accepted) bool {
+		accepted <- c
+		return true
+	})
+	proxytest.Must(t, err)
+	ended := make(chan error, 1)
+	go func() {
+		_, err := a.Accept()
+		ended <- err
+	}()
+	proxytest.Eventually(t, "a loop accepts", func() bool { return len(listeners(g)) == 1 })
+	for i, behind := range []int64{0, 1 << 62, 0} {
+		g.loops[0].busy.behind.Store(behind)
+		proxytest.Dial(t, front.Addr().String())
+		want := g.loops[i%2]
+		c := proxytest.Receive(t, "it is accepted", accepted)
+		if Reset(c.FD); c.near != want {
+			t.Errorf("%d: accepted by loop %d, want %d", i,
+				slices.Index(g.loops, c.near), slices.Index(g.loops, want))
+		}
+		if got := listeners(g); !slices.Equal(got, []*loop{want}) {
+			t.Errorf("%d: %d loops accept", i, len(got))
+		}
+	}
+	g.loops[0].busy.behind.Store(1 << 62)
+	a.Close()
+	if err := proxytest.Receive(t, "Accept's end", ended); err != net.ErrClosed {
+		t.Error(err)
+	}
+	if got := listeners(g); len(got) > 0 {
+		t.Errorf("%d loops accept from a closed listener", len(got))
+	}
+}
+
+// listeners returns the loops that accept.
+func listeners(g *Group) (accept []*loop) {
+	for _, l := range g.loops {
+		n := make(chan int)
+		l.post(message{op: opDo, do: func() { n <- len(l.listeners) }})
+		if <-n > 0 {
+			accept = append(accept, l)
+		}
+	}
+	return accept
 }
 
 // sendAway hands s to another loop, unless it is over by then, or elsewhere.

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -17,16 +18,16 @@ import (
 
 // A Listener accepts bare descriptors from a TCP listener, which spares each connection most of the
 // system calls of package net. A loop accepts until there is an error, or a connection that it
-// cannot take. Accept returns that one, and its next call lets the loop accept again. One loop is
-// enough: accepting is the smaller part of a connection's cost, and a connection wakes all loops
-// that wait for its socket.
+// cannot take. Accept returns that one, and its next call lets the loop accept again. One loop at a
+// time is enough: accepting is the smaller part of a connection's cost, and a connection wakes all
+// loops that wait for its socket. It is the loop that gets the new sessions.
 //
 // The TCP listener owns the socket, and the Listener uses it only while the TCP listener is open.
 // An epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an
 // entry for it when it is closed.
 type Listener struct {
-	acceptor  // that of Accept
-	loop      *loop
+	acceptor                       // that of Accept
+	loop      atomic.Pointer[loop] // accepts; while it does, it alone may choose another
 	epfd      int
 	drained   bool                // Accept's: the queue was empty after prepare
 	take      func(Accepted) bool // takes a connection on a loop, or leaves it to Accept
@@ -89,7 +90,6 @@ func (g *Group) NewListener(l *net.TCPListener, take func(Accepted) bool) (*List
 	}
 	a := &Listener{
 		acceptor: acceptor{raw: raw, group: g}, epfd: epfd, take: take, closed: make(chan struct{}),
-		loop: g.loops[0],
 		// The loop stops accepting when it sends. Accept lets it go on when back is empty.
 		back: make(chan Accepted, 2),
 	}
@@ -102,6 +102,7 @@ func (g *Group) NewListener(l *net.TCPListener, take func(Accepted) bool) (*List
 		return nil, err
 	}
 	a.acceptor.accept = a.acceptFD
+	a.loop.Store(g.loops[0])
 	a.watching.Go(a.watch)
 	return a, nil
 }
@@ -133,11 +134,10 @@ func (a *Listener) watch() {
 	}
 	a.closeOnce.Do(func() { close(a.closed) })
 	done := make(chan struct{})
-	stop := func() {
-		a.loop.unlisten(a)
+	if a.onLoop(func(l *loop) {
+		l.unlisten(a)
 		close(done)
-	}
-	if a.loop.post(message{op: opDo, do: stop}) {
+	}) {
 		<-done
 	}
 	syscall.Close(a.epfd)
@@ -147,6 +147,16 @@ func (a *Listener) watch() {
 			Reset(c.FD)
 		}
 	}
+}
+
+// onLoop has the loop that accepts call f. It returns false if that loop has ended.
+func (a *Listener) onLoop(f func(*loop)) bool {
+	l := a.loop.Load()
+	return l.post(message{op: opDo, do: func() {
+		if a.loop.Load() == l || !a.onLoop(f) { // behind the message by which another accepts
+			f(l)
+		}
+	}})
 }
 
 // isClosed waits until a is closed, or something comes from timer.
@@ -182,7 +192,7 @@ func (a *Listener) Accept() (Accepted, error) {
 	}
 	if !ok {
 		a.drained = true
-		a.loop.post(message{op: opDo, do: func() { a.loop.listen(a) }})
+		a.onLoop(func(l *loop) { l.listen(a) })
 		select {
 		case c, ok = <-a.back:
 		case <-a.closed:
@@ -284,7 +294,14 @@ func (l *loop) unlisten(a *Listener) {
 const listenerEvent = -1 // in place of a slot and a side
 
 // acceptSome accepts, and leaves it to Accept when it meets an error or a connection is not taken.
+// If another loop gets the new sessions now, that loop accepts.
 func (l *loop) acceptSome(a *listening) {
+	if to := l.group.keepsUp(l.now); to != nil && to != l {
+		l.unlisten(a.Listener)
+		a.loop.Store(to)
+		a.onLoop(func(l *loop) { l.listen(a.Listener) })
+		return
+	}
 	for range accepts {
 		c, ok := a.acceptor.try()
 		if !ok {

@@ -710,6 +710,9 @@ func TestDescriptorsUsedAnew(t *testing.T) {
 		if random.IntN(8) == 0 {
 			return false
 		}
+		if random.IntN(32) == 0 { // then another loop is to accept, or the first again
+			g.loops[0].busy.behind.Store(int64(random.IntN(2)) << 62)
+		}
 		serve(c, c.Start)
 		return true
 	})
