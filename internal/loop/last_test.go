@@ -5,7 +5,6 @@ package loop
 import (
 	"io"
 	"net"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -35,16 +34,14 @@ func TestLastBytesLeaveWithoutTheFIN(t *testing.T) {
 		"held": {Wait: time.Hour}, "refused": {Err: errAborted},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var last atomic.Bool
-			h := &recorder{verdict: func(int) (v relay.Verdict) {
-				if last.Load() {
+			h := &recorder{verdict: func(n int) (v relay.Verdict) {
+				if n == len(lastBytes) {
 					v = verdict
 				}
 				return v
 			}}
 			client, server := joinAs(t, newGroup(t, relay.Config{}), h)
 			proxytest.Must(t, pingBoth(client, server))
-			last.Store(true)
 			if n := endAfterLastBytes(t, h.session, server); n != 0 {
 				t.Errorf("%d bytes wait", n)
 			}
