@@ -26,6 +26,22 @@ func TestLastBytesLeaveWithTheFIN(t *testing.T) {
 	}
 }
 
+// When both streams have ended, closing says so, at the end of the turn. The last bytes do not wait
+// for that: the other sessions' turns come first.
+func TestLastBytesDoNotWaitForTheClose(t *testing.T) {
+	client, server, h := join(t, newGroup(t, relay.Config{}))
+	proxytest.Must(t, client.CloseWrite())
+	if _, err := io.ReadAll(server); err != nil {
+		t.Error(err)
+	}
+	if n, _ := endAfterLastBytes(t, h.session, server); n != 0 {
+		t.Errorf("%d bytes wait", n)
+	}
+	if b, err := io.ReadAll(client); string(b) != lastBytes || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+}
+
 // If a limit delays the FIN, or ends the session, the last bytes do not wait for it.
 func TestLastBytesLeaveWithoutTheFIN(t *testing.T) {
 	for name, verdict := range map[string]relay.Verdict{
@@ -67,7 +83,7 @@ func endAfterLastBytes(t *testing.T, s *Session, upstream *net.TCPConn) (unsent,
 		before := infoOf(to).segmentsOut
 		upstream.Write([]byte(lastBytes))
 		upstream.CloseWrite()
-		for infoOf(int(s.side[server].fd)).state != closeWait {
+		for !hasFIN(int(s.side[server].fd)) {
 			time.Sleep(time.Millisecond)
 		}
 		s.post(message{op: opDo, do: func() { // in the next turn, after the events
@@ -83,7 +99,12 @@ func endAfterLastBytes(t *testing.T, s *Session, upstream *net.TCPConn) (unsent,
 	return unsent, segments
 }
 
-const closeWait = 8 // TCP_CLOSE_WAIT
+// hasFIN reports whether the FIN of a socket's peer has come.
+func hasFIN(fd int) bool {
+	const closed, closeWait = 7, 8 // closed: after a shutdown of fd
+	state := infoOf(fd).state
+	return state == closed || state == closeWait
+}
 
 // info is what the tests need of tcp_info, linux/tcp.h.
 type info struct {

@@ -135,11 +135,11 @@ func (l *loop) noteRead(c *side, n, most int, errno syscall.Errno) {
 }
 
 // write writes b, which came from side i, and keeps what the other side does not take. It returns
-// false if that has failed. The last bytes of a stream wait for passEnd, so that they and the FIN
-// leave in one segment.
+// false if that has failed. The last bytes of a stream wait for passEnd if that half-closes the
+// other side, so that they and the FIN leave in one segment.
 func (l *loop) write(s *Session, i int, b []byte) bool {
 	to, flags := &s.side[1-i], 0
-	if s.phase == open && s.side[i].state&ended != 0 {
+	if s.phase == open && s.side[i].state&ended != 0 && to.state&ended == 0 {
 		flags = syscall.MSG_MORE
 	}
 	n, errno := relay.SendFD(int(to.fd), b, flags)
@@ -151,7 +151,7 @@ func (l *loop) write(s *Session, i int, b []byte) bool {
 		to.pending = newPending(b[n:]) // to be tried at once: a signal, too, makes a send short
 	}
 	ok := n == 0 || l.account(s, i, n)
-	if flags != 0 && (!ok || s.isHeld(client) || s.isHeld(server)) {
+	if flags != 0 && (!ok || s.isHeld(i)) {
 		relay.NoDelayFD(int(to.fd)) // sends them: for now, no FIN follows
 	}
 	return ok
