@@ -238,7 +238,8 @@ func TestAbortDuringHandOver(t *testing.T) {
 func TestIdleTimeoutAfterHandOver(t *testing.T) {
 	g := newGroup(t, relay.Config{Idle: 200 * time.Millisecond})
 	h := &recorder{}
-	h.onMoved = func() { sendAway(g, h.session) }
+	var once sync.Once
+	h.onMoved = func() { once.Do(func() { sendAway(g, h.session) }) }
 	client, server := joinAs(t, g, h)
 	first := h.session.loop.Load()
 	proxytest.Eventually(t, "it is handed over", func() bool {
