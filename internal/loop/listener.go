@@ -18,16 +18,16 @@ import (
 
 // A Listener accepts bare descriptors from a TCP listener, which spares each connection most of the
 // system calls of package net. A loop accepts until there is an error, or a connection that it
-// cannot take. Accept returns that one, and its next call lets the loop accept again. One loop at a
-// time is enough: accepting is the smaller part of a connection's cost, and a connection wakes all
-// loops that wait for its socket. It is the loop that gets the new sessions.
+// cannot take. Accept returns that one, and its next call lets the loop accept again. Only one loop
+// accepts at a time: accepting is the smaller part of a connection's cost, and a connection wakes
+// all loops that wait for its socket. The Listener moves to the loop that gets new sessions.
 //
 // The TCP listener owns the socket, and the Listener uses it only while the TCP listener is open.
 // An epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an
 // entry for it when it is closed.
 type Listener struct {
 	acceptor                       // that of Accept
-	loop      atomic.Pointer[loop] // accepts; while it does, it alone may choose another
+	loop      atomic.Pointer[loop] // that accepts; it alone hands the Listener to another
 	epfd      int
 	drained   bool                // Accept's: the queue was empty after prepare
 	take      func(Accepted) bool // takes a connection on a loop, or leaves it to Accept
@@ -153,7 +153,8 @@ func (a *Listener) watch() {
 func (a *Listener) onLoop(f func(*loop)) bool {
 	l := a.loop.Load()
 	return l.post(message{op: opDo, do: func() {
-		if a.loop.Load() == l || !a.onLoop(f) { // behind the message by which another accepts
+		// If a has moved, its new loop gets this message after the one that makes it listen.
+		if a.loop.Load() == l || !a.onLoop(f) {
 			f(l)
 		}
 	}})
@@ -281,7 +282,7 @@ func (l *loop) listen(a *Listener) {
 	l.listeners[int32(l.lastGen)] = on
 }
 
-// unlisten ends that.
+// unlisten makes the loop stop accepting from a.
 func (l *loop) unlisten(a *Listener) {
 	for id, other := range l.listeners {
 		if other.Listener == a {
@@ -294,7 +295,7 @@ func (l *loop) unlisten(a *Listener) {
 const listenerEvent = -1 // in place of a slot and a side
 
 // acceptSome accepts, and leaves it to Accept when it meets an error or a connection is not taken.
-// If another loop gets the new sessions now, that loop accepts.
+// If another loop gets new sessions now, it hands a to that loop instead.
 func (l *loop) acceptSome(a *listening) {
 	if to := l.group.keepsUp(l.now); to != nil && to != l {
 		l.unlisten(a.Listener)

@@ -142,7 +142,7 @@ func newEpoll() (int, *os.File, syscall.RawConn, error) {
 	return epfd, file, raw, nil
 }
 
-// Close ends the loops and waits for them. No session may be open.
+// Close ends the loops and waits for them. No session may be open, and no Listener.
 func (g *Group) Close() {
 	for _, l := range g.loops {
 		l.post(message{})

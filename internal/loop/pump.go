@@ -152,7 +152,7 @@ func (l *loop) write(s *Session, i int, b []byte) bool {
 	}
 	ok := n == 0 || l.account(s, i, n)
 	if flags != 0 && (!ok || s.isHeld(i)) {
-		relay.NoDelayFD(int(to.fd)) // sends them: for now, no FIN follows
+		relay.NoDelayFD(int(to.fd)) // sends b, because its FIN has to wait
 	}
 	return ok
 }
