@@ -3,6 +3,7 @@
 package loop
 
 import (
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -12,27 +13,31 @@ import (
 
 // How loops share the sessions.
 //
-// Each loop that is awake costs wake-ups: a short connection took 6 % more CPU with two loops than
-// with one, and 10 % more on a busy machine. So new sessions go to the first loop that keeps up. A
-// loop that was awake for most of a period is behind. Then the next loop gets the new sessions, and
-// half of the sessions that have something to do.
+// Each loop that is awake costs wake-ups. So new sessions go to the first loop that keeps up. A
+// loop that was awake for most of a period is busy. It hands half of the sessions that have
+// something to do to a loop that is not. A loop that hardly slept is also behind: then new sessions
+// go elsewhere.
 
 const (
-	// busyPeriod is so short that clients hardly notice a loop that is behind.
+	// busyPeriod is so short that clients hardly notice a loop that is behind. Sessions that are
+	// younger stay: they may soon be over, and to hand them over would cost more than it gains.
 	busyPeriod = 50 * time.Millisecond
 
-	mostAwake = 90 // percent of a period
+	// Percents of a period for which a loop is awake at most if it is not busy, or not behind.
+	busyAwake   = 80
+	behindAwake = 98
 
 	// leastUsed is a CPU time of the process, in percent of a period. A loop that is awake while
 	// the process uses less is held up by other processes, and another loop would not help. The
-	// bound is far below mostAwake because some systems do not count the network's work as the
+	// bound is far below busyAwake because some systems do not count the network's work as the
 	// process's.
 	leastUsed = 50
 )
 
-// busyness is how busy a loop is. All but behind belongs to the loop's goroutine.
+// busyness is how busy a loop is. All but busy and behind belongs to the loop's goroutine.
 type busyness struct {
-	behind  atomic.Int64 // clock until which the loop is behind
+	busy    atomic.Int64 // clock until which the loop is busy
+	behind  atomic.Int64 // clock until which it is behind
 	began   int64        // clock at which the period began
 	cpu     int64        // CPU time of the process by then
 	slept   int64        // time that the loop has slept since
@@ -41,10 +46,11 @@ type busyness struct {
 
 func (b *busyness) begin(now int64) { b.began, b.cpu, b.slept = now, processTime(), 0 }
 
+func (b *busyness) isBusy(now int64) bool   { return now < b.busy.Load() }
 func (b *busyness) isBehind(now int64) bool { return now < b.behind.Load() }
 
 // awake is called when the loop is awake. It returns true if a period has ended in which the loop
-// was behind.
+// was busy.
 func (b *busyness) awake(now int64) bool {
 	if b.sleeper != 0 {
 		b.slept += now - b.sleeper
@@ -57,10 +63,13 @@ func (b *busyness) awake(now int64) bool {
 	awake, before := period-b.slept, b.cpu
 	b.begin(now)
 	used := b.cpu - before
-	if 100*awake <= mostAwake*period || 100*used <= leastUsed*period {
+	if 100*awake <= busyAwake*period || 100*used <= leastUsed*period {
 		return false
 	}
-	b.behind.Store(now + 2*period)
+	b.busy.Store(now + 2*period)
+	if 100*awake > behindAwake*period {
+		b.behind.Store(now + 2*period)
+	}
 	return true
 }
 
@@ -102,13 +111,16 @@ func (g *Group) keepsUp(now int64) *loop {
 	return nil
 }
 
-// shed hands every second session that has something to do to a loop that keeps up, if there is
+// shed hands every second session that has something to do to a loop that is not busy, if there is
 // one. The first stays: if it is the only one, another loop would be as busy with it.
 func (l *loop) shed() {
-	to := l.group.keepsUp(l.now)
-	if to == nil {
+	i := slices.IndexFunc(l.group.loops, func(other *loop) bool {
+		return !other.busy.isBusy(l.now)
+	})
+	if i < 0 {
 		return
 	}
+	to := l.group.loops[i]
 	for i := range l.n {
 		if s, _ := l.sessionOf(&l.events[i]); s != nil {
 			l.later(s) // once, though both sides may have an event
@@ -116,7 +128,7 @@ func (l *loop) shed() {
 	}
 	stay := l.again[:0]
 	for i, s := range l.again {
-		if i%2 == 1 && s.phase == open {
+		if i%2 == 1 && s.phase == open && l.now-s.idle.Since >= int64(busyPeriod) {
 			s.queued = false
 			l.handOver(s, to)
 		} else {

@@ -14,13 +14,15 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// overload makes the loop of s look as if it had been awake for long. It runs on that loop.
-func overload(s *Session) {
+// overload makes the loop of s look as if it had been awake for long, and s as if it were of that
+// age. It runs on that loop.
+func overload(s *Session, age time.Duration) {
 	b := &s.loop.Load().busy
 	b.began, b.slept, b.cpu = -1<<60, 0, -1<<60
+	s.idle.Since = relay.Clock() - int64(age)
 }
 
-func TestLoopIsBehindWhenItIsAwakeForMostOfAPeriod(t *testing.T) {
+func TestLoopIsBusyWhenItIsAwakeForMostOfAPeriod(t *testing.T) {
 	const period = int64(busyPeriod)
 	const begin = 1000 * period
 	used := processTime()
@@ -29,14 +31,17 @@ func TestLoopIsBehindWhenItIsAwakeForMostOfAPeriod(t *testing.T) {
 		passed int64 // since the period began
 		slept  int64
 		cpu    int64 // used before the period, compared with now
+		busy   bool
 		behind bool
 	}{
-		{"busy", period, 0, -period, true},
-		{"busy for long", 5 * period, period / 4, -5 * period, true},
-		{"before the period ends", period - 1, 0, -period, false},
-		{"asleep for a tenth", period, period / 10, -period, false},
-		{"asleep for almost a tenth", period, period/10 - 1, -period, true},
-		{"other processes have the processor", period, 0, 1 << 40, false},
+		{"awake", period, 0, -period, true, true},
+		{"awake for long", 5 * period, period / 20, -5 * period, true, true},
+		{"before the period ends", period - 1, 0, -period, false, false},
+		{"asleep for a fiftieth", period, period / 50, -period, true, false},
+		{"asleep for almost a fiftieth", period, period/50 - 1, -period, true, true},
+		{"asleep for a fifth", period, period / 5, -period, false, false},
+		{"asleep for almost a fifth", period, period/5 - 1, -period, true, false},
+		{"other processes have the processor", period, 0, 1 << 40, false, false},
 	} {
 		b := &busyness{began: begin, cpu: used + row.cpu}
 		if row.slept > 0 {
@@ -46,11 +51,14 @@ func TestLoopIsBehindWhenItIsAwakeForMostOfAPeriod(t *testing.T) {
 			}
 		}
 		now := begin + row.passed
-		if got := b.awake(now); got != row.behind || b.isBehind(now) != row.behind {
-			t.Errorf("%s: behind: %v, %v", row.name, got, b.isBehind(now))
+		if got := b.awake(now); got != row.busy || b.isBusy(now) != row.busy {
+			t.Errorf("%s: busy: %v, %v", row.name, got, b.isBusy(now))
 		}
-		if b.isBehind(now + 2*row.passed) {
-			t.Errorf("%s: it is behind for ever", row.name)
+		if b.isBehind(now) != row.behind {
+			t.Errorf("%s: behind: %v", row.name, b.isBehind(now))
+		}
+		if later := now + 2*row.passed; b.isBusy(later) || b.isBehind(later) {
+			t.Errorf("%s: for ever", row.name)
 		}
 	}
 }
@@ -149,7 +157,7 @@ func sendAway(g *Group, s *Session) {
 	}})
 }
 
-// Sessions of a loop that is behind continue on another loop.
+// Sessions of a busy loop continue on another loop.
 func TestHandOver(t *testing.T) {
 	g := newGroup(t, relay.Config{})
 	const sessions = 8
@@ -160,7 +168,7 @@ func TestHandOver(t *testing.T) {
 		h := &recorder{}
 		h.onMoved = func() {
 			if h.session.loop.Load() == g.loops[0] {
-				overload(h.session)
+				overload(h.session, busyPeriod)
 				return
 			}
 			select {
@@ -192,6 +200,33 @@ func TestHandOver(t *testing.T) {
 		if o := h.wait(t); o.Err != errAborted {
 			t.Errorf("%+v", o)
 		}
+	}
+}
+
+// Young sessions may soon be over, and stay on a busy loop.
+func TestYoungSessionsStay(t *testing.T) {
+	g := newGroup(t, relay.Config{})
+	const sessions = 4
+	var ends [sessions][2]net.Conn
+	for i := range ends {
+		h := &recorder{}
+		h.onMoved = func() { overload(h.session, -time.Hour) }
+		ends[i][0], ends[i][1] = joinAs(t, g, h)
+	}
+	var clients sync.WaitGroup
+	for _, e := range ends {
+		clients.Go(func() {
+			for range 100 {
+				if err := pingBoth(e[0], e[1]); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	clients.Wait()
+	if n := g.loops[0].load.Load(); n != sessions {
+		t.Errorf("%d of %d sessions are on the first loop", n, sessions)
 	}
 }
 

@@ -194,17 +194,17 @@ func (l *loop) run() {
 		return true
 	}
 	for !l.stopping {
-		if l.isBusy() {
+		if l.hasWork() {
 			l.poll(uintptr(l.epfd))
 		} else {
 			l.wait(ready)
 		}
 		l.now = relay.Clock()
-		behind := l.busy.awake(l.now)
+		busy := l.busy.awake(l.now)
 		for i := range l.n {
 			l.dispatch(&l.events[i])
 		}
-		if behind {
+		if busy {
 			l.shed()
 		}
 		l.startFresh() // before messages for them
@@ -216,8 +216,8 @@ func (l *loop) run() {
 	}
 }
 
-// isBusy reports whether there is work that no event announces.
-func (l *loop) isBusy() bool { return len(l.again) > 0 || l.sweep.isRunning() }
+// hasWork reports whether there is work that no event announces.
+func (l *loop) hasWork() bool { return len(l.again) > 0 || l.sweep.isRunning() }
 
 // wait waits for events, or for messages: the alarm posts one when the next timer is due.
 func (l *loop) wait(ready func(uintptr) bool) {
