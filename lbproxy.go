@@ -84,7 +84,7 @@ type Options struct {
 	MaxConns int
 
 	// Loops makes Serve run plain TCP on event loops: at most one for each processor (GOMAXPROCS),
-	// as few as keep up. A short connection then takes about three quarters of the CPU, an idle one
+	// as few as keep up. A short connection then takes about two thirds of the CPU, an idle one
 	// a ninth of the memory. An AdmitFunc and the RateLimit's EventOpen run on a goroutine, which
 	// costs some of the gain. A connection stays on goroutines if its Client is not a *net.TCPConn
 	// when admit returns, if its RateLimit asks a manager that is not this package's own, if the
