@@ -23,7 +23,7 @@ const (
 	// younger stay: they may soon be over, and to hand them over would cost more than it gains.
 	busyPeriod = 50 * time.Millisecond
 
-	// Percents of a period for which a loop is awake at most if it is not busy, or not behind.
+	// A loop is busy, or behind, if it was awake for more than so many percent of a period.
 	busyAwake   = 80
 	behindAwake = 98
 
