@@ -328,7 +328,8 @@ func awaitStates(t *testing.T, a *LBProxyApp, want string) {
 
 func TestChecksFollowAServerDownAndUp(t *testing.T) {
 	serverTLS, clientTLS := tlsConfigs(t)
-	start := func(addr string) (_ string, stop func()) {
+	addr := proxytest.FreeAddr(t) // which no other test gets while the server is down
+	start := func() (stop func()) {
 		l, err := net.Listen("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
@@ -343,9 +344,9 @@ func TestChecksFollowAServerDownAndUp(t *testing.T) {
 				wg.Go(func() { echo(c.(*net.TCPConn)); c.Close() })
 			}
 		})
-		return l.Addr().String(), func() { l.Close(); wg.Wait() }
+		return func() { l.Close(); wg.Wait() }
 	}
-	addr, stop := start("127.0.0.1:0")
+	stop := start()
 	secure := upstreamDoing(t, func(c *net.TCPConn) {
 		tc := tls.Server(c, serverTLS)
 		io.Copy(tc, tc)
@@ -360,8 +361,7 @@ func TestChecksFollowAServerDownAndUp(t *testing.T) {
 	awaitStates(t, a, "up up down down")
 	stop()
 	awaitStates(t, a, "down up down down")
-	_, stop = start(addr)
-	defer stop()
+	defer start()()
 	awaitStates(t, a, "up up down down")
 	c := dial(t, serve(t, a, nil))
 	ping(t, c)

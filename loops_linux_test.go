@@ -578,13 +578,15 @@ func TestServeOnLoopsReturnsWhenItsListenerIsClosed(t *testing.T) {
 	t.Parallel()
 	up := upstreamDoing(t, echo)
 	a, results := newApp(t, Options{Loops: true}, up)
-	l := listen(t)
+	addr := proxytest.FreeAddr(t) // which no other test gets meanwhile
+	l, err := net.Listen("tcp", addr)
+	proxytest.Must(t, err)
 	ended := make(chan error, 1)
 	go func() { ended <- a.Serve(l, nil) }()
-	c := dial(t, l.Addr().String())
+	c := dial(t, addr)
 	ping(t, c)
 	l.Close()
-	again, err := net.Listen("tcp", l.Addr().String())
+	again, err := net.Listen("tcp", addr)
 	proxytest.Must(t, err)
 	again.Close()
 	if err := proxytest.Receive(t, "Serve's end", ended); !errors.Is(err, net.ErrClosed) {

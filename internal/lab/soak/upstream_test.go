@@ -33,12 +33,11 @@ type server struct {
 // newServer starts a server, after change, if not nil, has changed it.
 func newServer(t testing.TB, r *run, change func(*server)) *server {
 	t.Helper()
-	s := &server{run: r, addr: "127.0.0.1:0", conns: map[*net.TCPConn]struct{}{}}
+	s := &server{run: r, addr: proxytest.FreeAddr(t), conns: map[*net.TCPConn]struct{}{}}
 	if change != nil {
 		change(s)
 	}
 	proxytest.Must(t, s.start())
-	s.addr = s.l.Addr().String() // from now on
 	return s
 }
 
