@@ -43,7 +43,7 @@ func TestLimitBoundsChunks(t *testing.T) {
 // the upload is passed on after the wait.
 func TestLimitHoldsOneDirection(t *testing.T) {
 	t.Parallel()
-	const wait = time.Second
+	const wait, idle = 2 * time.Second, 1200 * time.Millisecond
 	var h *recorder
 	h = &recorder{verdict: func(int) relay.Verdict {
 		if h.sums[relay.Download] == 0 {
@@ -51,7 +51,7 @@ func TestLimitHoldsOneDirection(t *testing.T) {
 		}
 		return relay.Verdict{}
 	}}
-	client, server := joinAs(t, newGroup(t, relay.Config{Idle: wait / 3}), h)
+	client, server := joinAs(t, newGroup(t, relay.Config{Idle: idle}), h)
 	began := time.Now()
 	client.Write([]byte("a"))
 	io.ReadFull(server, make([]byte, 1))
