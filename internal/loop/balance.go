@@ -103,10 +103,13 @@ func (g *Group) place(now int64) *loop {
 
 // keepsUp returns the first loop that keeps up; nil if there is none.
 func (g *Group) keepsUp(now int64) *loop {
-	for _, l := range g.loops {
-		if !l.busy.isBehind(now) {
-			return l
-		}
+	return g.first(func(l *loop) bool { return !l.busy.isBehind(now) })
+}
+
+// first returns the first loop for which ok is true; nil if there is none.
+func (g *Group) first(ok func(*loop) bool) *loop {
+	if i := slices.IndexFunc(g.loops, ok); i >= 0 {
+		return g.loops[i]
 	}
 	return nil
 }
@@ -114,13 +117,10 @@ func (g *Group) keepsUp(now int64) *loop {
 // shed hands every second session that has something to do to a loop that is not busy, if there is
 // one. The first stays: if it is the only one, another loop would be as busy with it.
 func (l *loop) shed() {
-	i := slices.IndexFunc(l.group.loops, func(other *loop) bool {
-		return !other.busy.isBusy(l.now)
-	})
-	if i < 0 {
+	to := l.group.first(func(other *loop) bool { return !other.busy.isBusy(l.now) })
+	if to == nil {
 		return
 	}
-	to := l.group.loops[i]
 	for i := range l.n {
 		if s, _ := l.sessionOf(&l.events[i]); s != nil {
 			l.later(s) // once, though both sides may have an event
