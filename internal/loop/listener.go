@@ -27,7 +27,7 @@ import (
 // entry for it when it is closed.
 type Listener struct {
 	acceptor                       // that of Accept
-	loop      atomic.Pointer[loop] // that accepts; it alone hands the Listener to another
+	loop      atomic.Pointer[loop] // the one that accepts; it alone hands the Listener on
 	epfd      int
 	drained   bool                // Accept's: the queue was empty after prepare
 	take      func(Accepted) bool // takes a connection on a loop, or leaves it to Accept
