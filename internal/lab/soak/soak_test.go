@@ -308,9 +308,8 @@ func (r *run) killOne(round int) {
 	s := r.mortal[round%len(r.mortal)]
 	s.kill()
 	time.Sleep(20 * time.Millisecond)
-	// somebody else may have its port
-	if !eventually(5*time.Second, func() bool { return s.start() == nil }) {
-		r.fail("upstream %s cannot listen again", s.addr)
+	if err := s.start(); err != nil {
+		r.fail("upstream %s cannot listen again: %v", s.addr, err)
 	}
 }
 
