@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"math/big"
 	"os"
@@ -49,11 +50,13 @@ func FuzzPEM(f *testing.F) {
 		if n := bytes.Count(text, []byte("-----BEGIN")); n != 1 {
 			t.Fatalf("taken with %d blocks", n)
 		}
-		letters := strings.Fields(string(text))
-		encoded := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
-		again := strings.Fields(string(encoded))
-		if strings.Join(letters, "") != strings.Join(again, "") {
-			t.Fatalf("taken: %q", text)
+		joined := strings.Join(strings.Fields(string(text)), "")
+		body, begun := strings.CutPrefix(joined, "-----BEGINCERTIFICATE-----")
+		body, ended := strings.CutSuffix(body, "-----ENDCERTIFICATE-----")
+		// The last letter has bits that readers ignore: two texts may be the same bytes.
+		der, err := base64.StdEncoding.DecodeString(body)
+		if !begun || !ended || err != nil || !bytes.Equal(der, cert.Raw) {
+			t.Fatalf("taken: %q: %v", text, err)
 		}
 		if first, err := certificate(text, false); err != nil || !first.Equal(cert) {
 			t.Fatalf("the first is %v, %v", first, err)
