@@ -67,7 +67,7 @@ func TestValidateFindsASingleProblem(t *testing.T) {
 		{func(c *Config) { c.Apps[0].TLS = &AppTLS{ServerName: "db.example"} },
 			`apps[0].tls.serverName: "db.example": the certificate in tls.cert is not for`},
 		{func(c *Config) { c.TLS.CA, c.Users = []string{c.TLS.Cert}, nil },
-			`tls.ca: "` + l.config.TLS.Cert + `": not an authority's`},
+			`tls.ca: "` + l.config.TLS.Cert + `": not a CA's certificate`},
 		{func(c *Config) { c.AdminAnywhere = true }, "adminAnywhere: there is no admin"},
 		{func(c *Config) {
 			c.Apps[0].Listen, c.Admin = "127.0.0.1:9443", &Admin{Listen: "127.0.0.1:9443"}

@@ -53,7 +53,7 @@ func (r *report) ca(key, path string) *x509.Certificate {
 	}
 	cert := r.certificate(key, path, text, true)
 	if cert != nil && (!cert.IsCA || cert.KeyUsage&x509.KeyUsageCertSign == 0) {
-		r.add(key, "%q: not an authority's: want CA:TRUE and key usage keyCertSign", path)
+		r.add(key, "%q: not a CA's certificate: want CA:TRUE and key usage keyCertSign", path)
 	}
 	return cert
 }
@@ -162,7 +162,7 @@ func checkModes(path string, info fs.FileInfo, secret bool) error {
 	mode := info.Mode().Perm()
 	switch {
 	case secret && mode&0o077 != 0 && (mode&0o037 != 0 || !ownedByRoot(info)):
-		return fmt.Errorf("%q: mode %#o gives others access to the key: chmod 600 it", path, mode)
+		return fmt.Errorf("%q: mode %#o gives others access: chmod 600 it", path, mode)
 	case mode&0o002 != 0:
 		return fmt.Errorf("%q: mode %#o lets others write it: chmod o-w it", path, mode)
 	}

@@ -82,7 +82,7 @@ func TestReadFile(t *testing.T) {
 		{0o600, true, 0o755, ""},
 		{0o400, true, 0o700, ""},
 		{0o700, true, 0o755, ""},
-		{0o604, true, 0o755, "mode 0604 gives others access to the key: chmod 600 it"},
+		{0o604, true, 0o755, "mode 0604 gives others access: chmod 600 it"},
 		{0o620, true, 0o755, "mode 0620"},
 		{0o660, true, 0o755, "mode 0660"},
 		{0o644, false, 0o755, ""},

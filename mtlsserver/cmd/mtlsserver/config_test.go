@@ -496,7 +496,7 @@ func TestBadConfigurations(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, want: []string{
-			`config.json:2: tls.key: "…server.key": mode 0644 gives others access to the key: ` +
+			`config.json:2: tls.key: "…server.key": mode 0644 gives others access: ` +
 				`chmod 600 it`}},
 		{name: "key of another certificate", spoil: swap("server.key", other.key), want: []string{
 			`config.json:2: tls.key: "…server.key": tls: ` +
@@ -545,15 +545,15 @@ func TestBadConfigurations(t *testing.T) {
 			want:  []string{`tls.ca: "…ca.pem": want exactly one`, "config.json:6: "}},
 		{name: "server certificate for a CA", spoil: swap("ca.pem", other.cert),
 			want: []string{
-				`tls.ca: "…ca.pem": not an authority's: want CA:TRUE and key usage keyCertSign`,
+				`tls.ca: "…ca.pem": not a CA's certificate: want CA:TRUE and key usage keyCertSign`,
 				"config.json:6: "}},
 		{name: "CA that may not sign",
 			spoil: badCA(&x509.Certificate{IsCA: true,
 				KeyUsage: x509.KeyUsageDigitalSignature}),
-			want: []string{`tls.ca: "…ca.pem": not an authority's`, "config.json:6: "}},
+			want: []string{`tls.ca: "…ca.pem": not a CA's certificate`, "config.json:6: "}},
 		{name: "signer that is no CA",
 			spoil: badCA(&x509.Certificate{KeyUsage: x509.KeyUsageCertSign}),
-			want:  []string{`tls.ca: "…ca.pem": not an authority's`, "config.json:6: "}},
+			want:  []string{`tls.ca: "…ca.pem": not a CA's certificate`, "config.json:6: "}},
 		{name: "expired CA",
 			spoil: badCA(expired(&x509.Certificate{IsCA: true,
 				KeyUsage: x509.KeyUsageCertSign})),
@@ -635,7 +635,7 @@ func TestBadConfigurations(t *testing.T) {
 					}
 				}
 			}, want: []string{
-				`config.json:16: admin.token: "…token": mode 06…gives others access to the key: ` +
+				`config.json:16: admin.token: "…token": mode 06…gives others access: ` +
 					`chmod 600 it`}},
 		{name: "admin's port in use", edit: `"drainTimeout">"admin": {"listen": "` +
 			taken.Addr().String() + `"}, "drainTimeout"`, want: []string{

@@ -269,7 +269,7 @@ func (i *issuer) issue(stdout, stderr io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(stdout, "%s, and entered user %q with serial %s in %s.\n"+
-		"A running server uses it after mtlsserver reload, or a SIGHUP.\n",
+		"A running server uses it after mtlsserver reload or SIGHUP.\n",
 		made, i.name, user.Serials[0].Serial, config)
 	return nil
 }
