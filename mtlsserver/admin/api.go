@@ -22,7 +22,7 @@ import (
 )
 
 // ErrNotFound is the error of Options.Drain for an app or upstream that does not exist.
-var ErrNotFound = errors.New("there is no such app or upstream")
+var ErrNotFound = errors.New("there is no such app or upstream: /api/stats lists them")
 
 // ErrEnded is the cause with which a connection is aborted when an administrator ends it.
 var ErrEnded = errors.New("ended by an administrator")

@@ -48,7 +48,8 @@
 // problems of a configuration, one a line; 500 for another error of Options.Drain; and 501 for a
 // change that the program does not offer. The pages ignore arguments that they cannot use.
 //
-// Other answers are plain text, under /api, too: 403 for another origin or, by a [Server], another
-// machine, 404 for an unknown path, 405 for another method, 413 for a Content-Length of more than
-// 64 KiB, and 421 for a Host that is not allowed.
+// Other failures are plain text, under /api, too: 403 for a change that a page of another origin
+// asks for and, from a [Server], for a request of another machine; 404 for an unknown path; 405 for
+// another method; 413 for a Content-Length of more than 64 KiB; and 421 for a Host that is not
+// allowed.
 package admin

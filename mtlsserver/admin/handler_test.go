@@ -178,6 +178,11 @@ func TestWrongArgumentsAreRefused(t *testing.T) {
 	if w.Code != 400 || !strings.Contains(w.Body.String(), "application/json") {
 		t.Errorf("a body that is not a form: %d %s", w.Code, w.Body)
 	}
+	w = ask(h, "POST", "/api/drain?app=db&upstream=a:1", withToken)
+	const unknown = "there is no such app or upstream: /api/stats lists them"
+	if w.Code != 404 || !strings.Contains(w.Body.String(), unknown) {
+		t.Errorf("an unknown app: %d %s, want 404 %s", w.Code, w.Body, unknown)
+	}
 	// People may type anything into the address of a page.
 	get(t, h, "/conns?usr=bob&app=&offset=x&limit=0")
 }
