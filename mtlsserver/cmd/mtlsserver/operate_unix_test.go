@@ -237,7 +237,7 @@ func TestREADME(t *testing.T) {
 	}
 	t.Cleanup(func() { os.RemoveAll(folder) })
 	steps := blocks(t, "../README.md")
-	const python = "python3 -m http.server -b 127.0.0.1 8001 & # something to reach; kill %1 ends it\n"
+	const python = "python3 -m http.server -b 127.0.0.1 8001 &\n"
 	upstream := echo(t, "HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nok")
 	ports := "sed -e s/:9443/:0/ -e s/127.0.0.1:8001/" + upstream +
 		"/ /tmp/lb/config.json >/tmp/lb/new\ncat /tmp/lb/new >/tmp/lb/config.json\n"
