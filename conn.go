@@ -358,9 +358,9 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 // AcceptProxy returns an AdmitFunc that reads a PROXY protocol header, version 1 or 2, from clients
 // at trusted addresses, which are other proxies. It sets ClientAddr and ServerAddr by the header,
 // then asks next; a nil next admits everyone. A trusted client must send a header within 3 seconds,
-// or it is rejected. A header may have 536 bytes, and up to 4 KiB of TLVs, which are ignored. The
-// addresses stay unset if the header is LOCAL or UNKNOWN. The read deadline is cleared before next
-// is asked. Anybody else keeps their address, and their bytes are never taken for a header.
+// or it is rejected. The TLVs of a header of version 2, up to 4 KiB, are ignored. The addresses
+// stay unset if the header is LOCAL or UNKNOWN. The read deadline is cleared before next is asked.
+// Anybody else keeps their address, and their bytes are never taken for a header.
 //
 // AcceptProxy panics if trusted is empty or has a prefix of no bits, which would trust everyone.
 func AcceptProxy(trusted []netip.Prefix, next AdmitFunc) AdmitFunc {

@@ -29,10 +29,10 @@
 //
 // When a dial fails, the next best upstream is tried, each at most once for a connection. A failed
 // upstream is skipped for [Options].FailTimeout, unless every upstream has failed. When FailTimeout
-// has passed, one connection probes it; others keep skipping it until the probe succeeds. Then it
-// is in slow start: it gets at most every second connection for as long as its load is the lowest.
-// An error that is the proxy's own, such as running out of descriptors, does not count against an
-// upstream.
+// has passed, one connection probes it; others keep skipping it until the probe succeeds. Then the
+// upstream is in slow start: it gets at most every second connection for as long as its load is the
+// lowest. An error that is the proxy's own, such as running out of descriptors, does not count
+// against an upstream.
 //
 // [Options].HealthCheck also checks upstreams when nobody connects. An upstream that is down gets
 // no connection until its checks pass again, and dials to it that are in progress go on to the

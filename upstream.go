@@ -98,8 +98,7 @@ const (
 func (s UpstreamState) String() string { return string(s) }
 
 // An UpstreamChange is a change of one upstream: of its state, of [Upstream].Drain, or of the set
-// it is in. A removed upstream counts as up, since nothing that was known against it applies any
-// more.
+// it is in. A removed upstream counts as up, because its past failures no longer apply.
 type UpstreamChange struct {
 	App, Addr string
 	From      UpstreamState // empty: it was added
