@@ -90,7 +90,7 @@ func (c *command) dns(flags *flag.FlagSet) (
 		}
 		d, err := gateway.Listen(*listen, z, s, log)
 		if err != nil {
-			return err
+			return fmt.Errorf("-listen: %w: want a free address of this machine, such as 192.0.2.1:53", err)
 		}
 		fmt.Fprintf(c.stdout, "zone %s is served at %s\n", z.Name, d.Addr())
 		ctx, stop := c.untilSignal(ctx)

@@ -71,6 +71,10 @@ func TestWrongCommandLines(t *testing.T) {
 			t.Errorf("%s: %d %s", c.args, code, stderr)
 		}
 	}
+	if code, _, stderr := lbcluster(t, env, "dns", "-zone", "a.test", "-listen", "nowhere"); code != 2 ||
+		!strings.Contains(stderr, "nowhere: missing port") || !strings.Contains(stderr, "192.0.2.1:53") {
+		t.Error(code, stderr)
+	}
 	if code, _, stderr := lbcluster(t, nil, "ls"); code != 2 ||
 		!strings.Contains(stderr, "set LBPROXY_STORE") {
 		t.Error(code, stderr)
