@@ -57,7 +57,7 @@ func demo(out io.Writer, log *slog.Logger) error {
 	s := story{out: out, results: results, clients: map[string]net.Conn{}}
 	defer s.abandon()
 
-	s.say("Three servers, red, green and blue, behind one lbproxy app. All is real TCP.")
+	s.say("Three servers, red, green and blue, behind one lbproxy app, over real TCP.")
 
 	s.say("\nThree clients come one at a time, each when the one before has left.")
 	s.say("Among servers with equally few connections, the first one is chosen:")

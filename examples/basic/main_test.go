@@ -29,7 +29,7 @@ func Example() {
 	fmt.Println("exit code", run(nil, nil, os.Stdout, os.Stderr))
 
 	// Output:
-	// Three servers, red, green and blue, behind one lbproxy app. All is real TCP.
+	// Three servers, red, green and blue, behind one lbproxy app, over real TCP.
 	//
 	// Three clients come one at a time, each when the one before has left.
 	// Among servers with equally few connections, the first one is chosen:

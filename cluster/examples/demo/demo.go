@@ -93,9 +93,9 @@ func (s *story) begin() error {
 	if err := s.openGateway(); err != nil {
 		return err
 	}
-	s.say("There are a store in memory, three servers, red, green and blue, two proxies,")
-	s.say("east and west, and a gateway that names the proxies in DNS. The configuration,")
-	s.say("which is in the store, has red and green.")
+	s.say("A store in memory, three servers (red, green and blue), two proxies (east and")
+	s.say("west), and a gateway that names the proxies in DNS. The configuration, which is")
+	s.say("in the store, has red and green.")
 	return s.await("the gateway names both proxies", func() string {
 		return differ(s.named(), "east west")
 	})
