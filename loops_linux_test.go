@@ -146,7 +146,7 @@ func TestLoopsAreNotForOtherConnections(t *testing.T) {
 	}
 }
 
-func TestLoopsThatAreRefusedAreDoneWithout(t *testing.T) {
+func TestGoroutinesServeWhereLoopsAreRefused(t *testing.T) {
 	newLoops = func(relay.Config, int) (*loop.Group, error) { return nil, errors.New("no such thing") }
 	defer func() { newLoops = loop.NewGroup }()
 	var log proxytest.Buffer

@@ -108,7 +108,7 @@ func (f *fleet) check() {
 
 // Proxies come, go, die, pause and repeat beats; two beats later the sums equal the open
 // connections.
-func TestSumsAreWhatIsOpen(t *testing.T) {
+func TestSumsEqualTheOpenConnections(t *testing.T) {
 	t.Parallel()
 	const seed = 1
 	story := func(t *testing.T, url string, rounds int, later func(time.Duration)) {
@@ -358,7 +358,7 @@ func TestPlaceStaysWithoutTheStore(t *testing.T) {
 	}
 }
 
-func TestLiveShowsWhatIsOpen(t *testing.T) {
+func TestLiveShowsOpenConnections(t *testing.T) {
 	storetest.Each(t, func(t *testing.T, url string) {
 		app, addr := newApp(t, 2)
 		s, _ := dial(t, url, calm)

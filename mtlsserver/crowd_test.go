@@ -315,7 +315,7 @@ func TestFullGateCutsInTheHeaviestNetworkOfTheHeaviestSite(t *testing.T) {
 	})
 }
 
-func TestHandshakeThatDidNotFinishWeighs(t *testing.T) {
+func TestUnfinishedHandshakeMakesItsNetworkHeavier(t *testing.T) {
 	for _, test := range []struct {
 		finished []bool // the first client's earlier handshakes
 		states   string

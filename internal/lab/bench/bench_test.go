@@ -163,7 +163,7 @@ func TestErrorsCount(t *testing.T) {
 	}
 }
 
-func TestWhatIsNotInstalledIsNamedWithTheRemedy(t *testing.T) {
+func TestMissingProgramIsNamedWithTheRemedy(t *testing.T) {
 	_, err := find("no-such-proxy", "Make one.")
 	if err == nil || !strings.Contains(err.Error(), "no-such-proxy is not installed") ||
 		!strings.HasSuffix(err.Error(), "Make one.") {

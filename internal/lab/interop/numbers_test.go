@@ -64,7 +64,7 @@ func (y *tally) stranger(addr string, config *tls.Config) error {
 
 // Page, metrics and API agree with the clients' own counts, and no counter ever falls, over a
 // reload, an app that is replaced and an upstream that is removed while clients come and go.
-func TestNumbersAreThoseOfTheClients(t *testing.T) {
+func TestNumbersEqualTheClientsCounts(t *testing.T) {
 	for _, program := range []string{"basic", "mtlsserver"} {
 		t.Run(program, func(t *testing.T) {
 			total := int64(10_000)
