@@ -318,7 +318,7 @@ func (l *loop) acceptSome(a *listening) {
 }
 
 // Duplicate returns a duplicate of a connection's descriptor, which the caller owns. It fails if
-// calls on that may wait.
+// calls on the descriptor may wait.
 func Duplicate(c syscall.Conn) (fd int, err error) {
 	raw, err := c.SyscallConn()
 	if err != nil {

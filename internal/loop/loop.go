@@ -267,7 +267,7 @@ func (l *loop) sessionOf(ev *syscall.EpollEvent) (s *Session, side int) {
 	return s, side
 }
 
-// register has epoll report events of a side of s, which names it anew.
+// register makes epoll report events of a side of s, which gets a new generation.
 func (l *loop) register(s *Session, i int) error {
 	c := &s.side[i]
 	if l.lastGen++; l.lastGen == 0 {

@@ -46,7 +46,7 @@ func agree(b []byte, signature string) bool {
 	return string(b[:n]) == signature[:n]
 }
 
-// cut returns the error for a header of which err has left only b.
+// cut returns the error for a header that broke off after b, because reading failed with err.
 func cut(b []byte, err error) error {
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF

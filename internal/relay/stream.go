@@ -82,7 +82,7 @@ func (e *end) canHalfClose() bool {
 	return ok
 }
 
-// closeWrite ends the stream to e, for as long as a slow reader takes.
+// closeWrite ends the stream to e. It waits for as long as a slow reader takes.
 func (e *end) closeWrite() error {
 	if h, ok := e.conn.(interface{ Handshake() error }); ok { // before that no stream of TLS can end
 		if err := h.Handshake(); err != nil {

@@ -11,7 +11,7 @@ const stuckTime = time.Second
 // nobody writes to it, so only a question tells of a reset.
 func (d *direction) stuck() {
 	if d != nil && d.watched.CompareAndSwap(false, true) {
-		// Not stopped: that would cost each write of a stream that its reader slows down.
+		// Nobody stops the timer: that would cost each write of a stream that its reader slows.
 		time.AfterFunc(stuckTime, d.watch)
 	}
 }
