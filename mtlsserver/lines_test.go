@@ -140,6 +140,6 @@ func TestHandshakeThatDoesNotReturnIsRefused(t *testing.T) {
 		t.Errorf("line %v, want %s, and nobody's name", e, HandshakeFailed)
 	}
 	if l.web.dialled.Load() > 0 || !l.untouched(t) {
-		t.Error("an upstream was dialled, or a limit charged")
+		t.Error("an upstream was dialed, or a limit charged")
 	}
 }

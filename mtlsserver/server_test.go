@@ -233,7 +233,7 @@ func (l *lab) checkRow(t *testing.T, r row, e entry, dialled int64) {
 		t.Errorf("line %v, want reason %s, and nobody's name", e, r.reason)
 	}
 	if n := l.web.dialled.Load() + l.db.dialled.Load(); n != dialled {
-		t.Errorf("an upstream was dialled %d times", n-dialled)
+		t.Errorf("an upstream was dialed %d times", n-dialled)
 	}
 }
 
@@ -496,7 +496,7 @@ func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 			t.Errorf("during lookup %d: line %v, want %s", during, e, Revoked)
 		}
 		if n := l.web.dialled.Load(); n > 0 {
-			t.Errorf("during lookup %d: an upstream was dialled", during)
+			t.Errorf("during lookup %d: an upstream was dialed", during)
 		}
 	}
 }
@@ -547,7 +547,7 @@ func TestReloadThatReplacesTheAppDuringAHandshake(t *testing.T) {
 		t.Error("the app was not replaced")
 	}
 	if n := l.web.dialled.Load(); n > 0 {
-		t.Error("the old upstream was dialled")
+		t.Error("the old upstream was dialed")
 	}
 }
 

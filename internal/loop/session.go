@@ -390,7 +390,7 @@ func writeError(call string, err error) error {
 }
 
 // isSelf reports whether a socket is connected to itself: the port that it was given at random is
-// the one it has dialled, where nobody listens.
+// the one it has dialed, where nobody listens.
 func isSelf(fd int, port uint16) bool {
 	from, err := syscall.Getsockname(fd)
 	if err != nil || addrPort(from).Port() != port {

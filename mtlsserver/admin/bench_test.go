@@ -20,7 +20,7 @@ func addrs(n int) (all []string) {
 	return all
 }
 
-// crowd returns an app with connections that are being dialled until the test ends.
+// crowd returns an app with connections that are being dialed until the test ends.
 func crowd(t testing.TB, upstreams, conns int) *lbproxy.LBProxyApp {
 	ended := make(chan bool, conns)
 	app := newApp(t, "web", &lbproxy.Options{

@@ -191,7 +191,7 @@ func (f *plainFront) admit(_ context.Context, conn *lbproxy.Conn) error {
 	return nil
 }
 
-// dial injects the faults of the connection that an upstream is dialled for.
+// dial injects the faults of the connection that an upstream is dialed for.
 func (f *plainFront) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	c, _ := lbproxy.ConnFromContext(ctx).Value.(*conn)
 	if c == nil || int(c.dials.Add(1)) > c.dialFaults {

@@ -312,7 +312,7 @@ func (g *generator) fill() {
 		g.reach = perhaps
 	case killed:
 		g.app = "kill"
-		// one after the other may be killed while it is dialled
+		// one after the other may be killed while it is dialed
 		g.holding(k, j, lbproxy.EndUpstreamError, lbproxy.EndDialFailed)
 		g.upstreamEnd, g.reach = either, perhaps
 	case revoked:
