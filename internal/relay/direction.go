@@ -355,7 +355,7 @@ func (d *direction) passEnd() {
 	}
 	r.mu.Lock()
 	d.atEnd = true
-	over, last, both := r.over, q.phase.Load() == ended, q.atEnd
+	over, last, both := r.cause != nil, q.phase.Load() == ended, q.atEnd
 	r.mu.Unlock()
 	switch {
 	case over || last && !d.to.layered():

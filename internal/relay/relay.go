@@ -113,10 +113,9 @@ type Relay struct {
 	mu       sync.Mutex
 	refs     int32
 	server   end   // set once, if ever, by Connect
-	cause    error // set once, together with over; nil if both streams ended well
+	cause    error // set once; nil: the relay is not over, or both streams have ended well
 	panicked any
 	stage    stage
-	over     bool
 	hungUp   bool // both sides have been reset or are being reset
 	quiet    bool
 	failed   Side
@@ -168,7 +167,7 @@ func (r *Relay) Connect(server net.Conn) bool {
 	e := newEnd(server)
 	e.socket().writtenBy(&r.up)
 	r.mu.Lock()
-	over := r.over
+	over := r.cause != nil
 	if !over {
 		r.server = e
 		r.down.from = &r.server
@@ -215,10 +214,10 @@ func (r *Relay) Counts() (sent, received int64) { return r.up.moved.Load(), r.do
 // endWith records the cause of the relay's end, and reports whether it is the first one. The caller
 // holds mu, and calls Over after it has released mu.
 func (r *Relay) endWith(cause error, failed Side) bool {
-	if r.over {
+	if r.cause != nil {
 		return false
 	}
-	r.over, r.cause, r.failed = true, cause, failed
+	r.cause, r.failed = cause, failed
 	r.wake()
 	return true
 }
@@ -302,7 +301,7 @@ func (r *Relay) pollClient() {
 func (r *Relay) isSettled() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.over || r.server.conn != nil
+	return r.cause != nil || r.server.conn != nil
 }
 
 // pause returns after d, or when the relay is over.
@@ -318,7 +317,7 @@ func (r *Relay) pause(d time.Duration) {
 func (r *Relay) change(forServer bool) <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.over || forServer && r.server.conn != nil {
+	if r.cause != nil || forServer && r.server.conn != nil {
 		return nil
 	}
 	if r.changed == nil {

@@ -670,7 +670,7 @@ func TestLatePollIsNotTakenForAReset(t *testing.T) {
 	h := newRecorder(nil)
 	r := newEngine(t, Config{}).New(ours, h, 0)
 	r.server = r.client // any
-	if r.pollClient(); r.over {
+	if r.pollClient(); r.cause != nil {
 		t.Errorf("it is over: %v", r.cause)
 	}
 }
