@@ -70,13 +70,9 @@ func (d *direction) end() {
 	r.mu.Lock()
 	d.phase.Store(ended)
 	linger := r.lingerer == d
-	releasing := d.name == Upload && r.released.Load()
 	r.mu.Unlock()
 	if linger {
 		d.linger()
-	}
-	if releasing && r.timer.Stop() {
-		r.drop() // the reference of the stopped timer
 	}
 	r.release()
 }

@@ -16,7 +16,9 @@ func (r *Relay) Release(cause error) bool {
 		r.released.Store(true)
 		r.hungUp = true // so that hangUp does not reset client
 		// The upload runs, since it waits for a server. Its read ends by the deadline below, or by
-		// this reset if the conn has no deadlines.
+		// this reset if the conn has no deadlines. As the lingerer it then stops the timer; it waits
+		// for nobody, since it has no server.
+		r.lingerer = &r.up
 		r.refs++
 		r.timer = time.AfterFunc(LingerTime, func() { r.reset(&r.client); r.release() })
 	}
