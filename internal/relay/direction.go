@@ -370,24 +370,20 @@ func (d *direction) passEnd() {
 	}
 }
 
-// checkReset fails the relay if from was reset after the end of its stream, while the other stream
-// goes on. Nobody reads from it any more, and maybe nobody writes to it. Only the sweep asks.
+// checkReset fails the relay if from was reset and neither a read nor a write may ever tell. Any
+// goroutine may call it at any time.
 func (d *direction) checkReset() {
-	if d.phase.Load() != ended {
-		return
-	}
-	r := d.relay
-	r.mu.Lock()
-	if d.other().phase.Load() == ended {
-		r.mu.Unlock()
-		return
-	}
-	r.refs++ // not from zero: the goroutine of the other direction has one
-	r.mu.Unlock()
-	if hasError(d.from.raw) {
+	// Not wasReset, which is also true after both streams have ended.
+	if d.isDeaf() && hasError(d.from.raw) && d.isDeaf() {
 		d.sourceFailed(errReset)
 	}
-	r.releaseElsewhere()
+}
+
+// isDeaf reports whether d does not read from from, and maybe nobody writes to it, although the
+// relay goes on.
+func (d *direction) isDeaf() bool {
+	phase := d.phase.Load()
+	return phase == writing || phase == ended && d.other().phase.Load() != ended
 }
 
 // discard reads from until it ends or is closed. No limit holds for bytes that nobody gets.

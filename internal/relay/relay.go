@@ -232,24 +232,24 @@ func (r *Relay) wake() {
 
 // fail records that a side has failed. From then on the relay only delivers the bytes that its
 // lingerer d has. The other direction has nowhere to write to and discards the bytes that it reads,
-// because a peer that is blocked in sending might not read.
+// because a peer that is blocked in sending might not read. Any goroutine may call fail at any
+// time.
 func (r *Relay) fail(side Side, err error, d *direction, quiet, politely bool) {
 	r.mu.Lock()
-	if !r.endWith(err, side) {
+	if r.stage != running || !r.endWith(err, side) {
 		r.mu.Unlock()
 		return
 	}
 	r.quiet, r.lingerer, r.politely = quiet, d, politely
-	r.refs++ // for the timer
+	r.refs += 2 // for the timer, and until Over has returned, which comes before Done
 	r.timer = time.AfterFunc(LingerTime, func() { r.hangUp(); r.release() })
 	ended := d.phase.Load() == ended
-	if ended {
-		r.refs++
-	}
 	r.mu.Unlock()
 	r.handler.Over(err)
 	if ended { // its goroutine is gone, so another one lingers
 		go func() { d.linger(); r.release() }()
+	} else {
+		r.releaseElsewhere()
 	}
 }
 
