@@ -25,11 +25,10 @@ type Engine struct {
 	pipes  pipePool
 
 	mu       sync.Mutex
-	relays   []*Relay // the connected ones, each at its index
-	timer    *time.Timer
-	armed    bool // the timer or a sweep runs
+	relays   []*Relay    // the connected ones, each at its index
+	timer    *time.Timer // runs the sweep; nil if there is nothing to sweep for
 	closed   bool
-	sweeping sync.WaitGroup // the sweep, and the goroutines that it has started
+	sweeping sync.WaitGroup // counts timer if there is one, and the goroutines that sweeps start
 }
 
 // Idleness is a sweep's state for a pair of connections. Only the sweep uses it.
@@ -89,7 +88,7 @@ func (e *Engine) Close() {
 	e.mu.Lock()
 	e.closed = true
 	if e.timer != nil && e.timer.Stop() {
-		e.armed = false
+		e.timer = nil
 		e.sweeping.Done()
 	}
 	e.mu.Unlock()
@@ -104,8 +103,9 @@ func (e *Engine) add(r *Relay) {
 	defer e.mu.Unlock()
 	r.index = len(e.relays)
 	e.relays = append(e.relays, r)
-	if !e.armed && !e.closed && (e.config.Idle > 0 || e.config.KeepAlive) {
-		e.arm(e.config.SweepPeriod())
+	if e.timer == nil && !e.closed && (e.config.Idle > 0 || e.config.KeepAlive) {
+		e.sweeping.Add(1)
+		e.timer = time.AfterFunc(e.config.SweepPeriod(), e.sweep)
 	}
 }
 
@@ -120,17 +120,6 @@ func (e *Engine) remove(r *Relay) {
 	e.relays = e.relays[:last]
 	if cap(e.relays) > 1024 && last < cap(e.relays)/4 {
 		e.relays = append(make([]*Relay, 0, cap(e.relays)/2), e.relays...)
-	}
-}
-
-// arm runs the sweep after d. The caller holds mu.
-func (e *Engine) arm(d time.Duration) {
-	e.armed = true
-	e.sweeping.Add(1)
-	if e.timer == nil {
-		e.timer = time.AfterFunc(d, e.sweep)
-	} else {
-		e.timer.Reset(d)
 	}
 }
 
@@ -149,7 +138,6 @@ func (c *Config) SweepPeriod() time.Duration {
 // sweep looks at every relay, aborts those that have been idle for too long, and schedules the next
 // sweep for when another relay may have been.
 func (e *Engine) sweep() {
-	defer e.sweeping.Done()
 	began, next := Clock(), e.config.SweepPeriod()
 	var batch [sweepBatch]*Relay
 	// Go backwards: the last relay takes the place of a removed one, and has been seen by then.
@@ -168,9 +156,12 @@ func (e *Engine) sweep() {
 	next = max(next, min(sweepRest*took, e.config.SweepPeriod()), 100*time.Microsecond)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.armed = len(e.relays) > 0 && !e.closed; e.armed {
-		e.arm(next)
+	if len(e.relays) > 0 && !e.closed {
+		e.timer.Reset(next)
+		return
 	}
+	e.timer = nil
+	e.sweeping.Done()
 }
 
 // look checks r, and aborts it if it has been idle for too long. It returns the time until that may

@@ -102,7 +102,7 @@ func TestNoIdleTimeMeansNoLimit(t *testing.T) {
 			go func() { io.Copy(server, server); server.Close() }()
 			time.Sleep(1000 * time.Hour)
 			engine.mu.Lock()
-			if !engine.armed {
+			if engine.timer == nil {
 				t.Error("no sweep looks for resets any more")
 			}
 			engine.mu.Unlock()
@@ -419,7 +419,7 @@ func TestEngineAtRestHasNoTimer(t *testing.T) {
 		h.wait(t)
 		time.Sleep(time.Hour)
 		e.mu.Lock()
-		if e.armed {
+		if e.timer != nil {
 			t.Error("the timer runs")
 		}
 		e.mu.Unlock()
@@ -429,7 +429,7 @@ func TestEngineAtRestHasNoTimer(t *testing.T) {
 		r.Abort(nil)
 		h.wait(t)
 		e.Close() // with the timer running
-		if e.armed {
+		if e.timer != nil {
 			t.Error("the timer runs")
 		}
 		e = newEngine(t, Config{}) // which has nothing to sweep for

@@ -92,10 +92,10 @@ const pollTime = 200 * time.Millisecond
 //	             │     lingering: its direction delivers, ≤ 1 s ──► hangUp ───┤
 //	             └──Connect(nil), Abort: hangUp ──────────────────────────────┘
 //
-// Each goroutine that works on a relay holds a reference: the two directions, Abort, the linger
-// timer, and the caller until it calls Connect. The goroutine that drops the last reference takes a
-// new one and closes both sides, which Abort may interrupt. When that reference and any of Abort
-// are dropped, the relay calls Done.
+// Each goroutine that works on a relay holds a reference: the two directions, Abort, fail, the
+// linger timer, and the caller until it calls Connect. The goroutine that drops the last reference
+// takes a new one and closes both sides, which Abort may interrupt. When that reference and any of
+// Abort are dropped, the relay calls Done.
 type Relay struct {
 	engine   *Engine
 	handler  Handler
