@@ -158,7 +158,7 @@ func (s *session) admit(f AdmitFunc) (ok bool) {
 		}
 		if !ok {
 			s.endBy(s.conn.decide(e))
-			relay.Linger(s.raw, s.ctx.Done())
+			relay.Linger(s.ctx, s.raw)
 			s.finish()
 		}
 	}()

@@ -91,11 +91,7 @@ func (d *direction) linger() {
 				late = late.Add(-LingerTime / 2) // leave time for closing
 			}
 		}
-		wait := time.Millisecond
-		for d.to.unsent() > 0 && !r.isHungUp() && time.Now().Before(late) {
-			time.Sleep(wait)
-			wait = min(2*wait, longestWait)
-		}
+		awaitArrival(d.to.raw, late, r.isHungUp)
 		if r.politely && !r.isHungUp() {
 			d.to.conn.Close()
 		}

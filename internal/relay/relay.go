@@ -77,9 +77,6 @@ var (
 // LingerTime bounds how long a relay goes on to deliver bytes from a side that has failed.
 const LingerTime = time.Second
 
-// longestWait is the longest time between two questions whether written bytes have arrived.
-const longestWait = 16 * time.Millisecond
-
 // pollTime is how often an upload that waits for its server asks whether the client was reset.
 const pollTime = 200 * time.Millisecond
 

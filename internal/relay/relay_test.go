@@ -2,6 +2,7 @@ package relay
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -1320,27 +1321,27 @@ func TestLinger(t *testing.T) {
 	peer, ours := duplex(t)
 	peer.Write(make([]byte, 64<<10))
 	ours.Write(bytes.Repeat([]byte("no "), 1000))
-	Linger(ours, nil)
+	Linger(t.Context(), ours)
 	if b := proxytest.ReadReset(t, peer); len(b) != 3000 {
 		t.Errorf("%d bytes arrived, want 3000", len(b))
 	}
 	synctest.Test(t, func(t *testing.T) { // nothing is known to be under way
 		peer, ours := proxytest.Pipe()
 		start := time.Now()
-		if Linger(ours, nil); time.Since(start) != 0 {
+		if Linger(t.Context(), ours); time.Since(start) != 0 {
 			t.Errorf("took %v", time.Since(start))
 		}
 		peer.Close()
 	})
-	stop := make(chan struct{})
-	close(stop)
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
 	peer, ours = duplex(t)
 	ours.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	for err := error(nil); err == nil; {
 		_, err = ours.Write(make([]byte, 1<<20))
 	}
 	start := time.Now()
-	Linger(ours, stop)
+	Linger(stopped, ours)
 	if took := time.Since(start); took > LingerTime/2 {
 		t.Errorf("stopped, and it took %v", took)
 	}
@@ -1357,7 +1358,7 @@ func TestLingerWaitsForASlowReader(t *testing.T) {
 	if canMeasure && unsent(rawTCP(ours)) == 0 {
 		t.Fatal("all of it has arrived: what is this test for?")
 	}
-	go Linger(ours, nil)
+	go Linger(t.Context(), ours)
 	b := make([]byte, size)
 	if n, err := io.ReadFull(peer, b); err != nil || pattern.Check(0, b) != nil {
 		t.Errorf("%d of %d bytes arrived: %v, %v", n, size, err, pattern.Check(0, b[:n]))

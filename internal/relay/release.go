@@ -1,8 +1,10 @@
 package relay
 
 import (
+	"context"
 	"io"
 	"net"
+	"syscall"
 	"time"
 )
 
@@ -44,4 +46,22 @@ func LastWord(c net.Conn) {
 		h.CloseWrite()
 	}
 	_, _ = io.Copy(io.Discard, c)
+}
+
+// Linger waits until what was written to c has arrived at the peer's system, at most a second and
+// not longer than ctx, and resets c.
+func Linger(ctx context.Context, c net.Conn) {
+	stop := func() bool { return ctx.Err() != nil }
+	awaitArrival(rawTCP(Underlying(c)), time.Now().Add(LingerTime), stop)
+	Reset(c)
+}
+
+// awaitArrival waits until the peer's system has acknowledged what was written to a socket. It ends
+// early when it is late, or when stop returns true.
+func awaitArrival(raw syscall.RawConn, late time.Time, stop func() bool) {
+	wait := time.Millisecond
+	for unsent(raw) > 0 && !stop() && time.Now().Before(late) {
+		time.Sleep(wait)
+		wait = min(2*wait, 16*time.Millisecond)
+	}
 }

@@ -134,18 +134,6 @@ func Reset(c net.Conn) {
 	}
 }
 
-// Linger waits until what was written to c has arrived at the peer's system, at most a second and
-// not after stop is closed, and resets c.
-func Linger(c net.Conn, stop <-chan struct{}) {
-	raw := rawTCP(Underlying(c))
-	late := time.Now().Add(LingerTime)
-	wait := time.Millisecond
-	for unsent(raw) > 0 && time.Now().Before(late) && !waitFor(stop, wait) {
-		wait = min(2*wait, longestWait)
-	}
-	Reset(c)
-}
-
 func rawTCP(c net.Conn) syscall.RawConn {
 	switch c := c.(type) {
 	case *net.TCPConn:
