@@ -361,7 +361,9 @@ func (o *onLoop) Connected() {
 }
 
 // Moved implements loop.Handler.
-func (o *onLoop) Moved(d relay.Direction, n int) relay.Verdict { return (*session)(o).Moved(d, n) }
+func (o *onLoop) Moved(from relay.Side, n int) relay.Verdict {
+	return (*session)(o).Moved(from, n)
+}
 
 // Leave implements loop.Handler.
 func (o *onLoop) Leave(client, server int) { go (*session)(o).goOn(client, server) }

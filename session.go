@@ -431,11 +431,11 @@ func (s *session) dialContext() (context.Context, context.CancelFunc) {
 	return ctx, cancel
 }
 
-// Moved implements relay.Handler: it counts n bytes and asks the RateLimitManager.
-func (s *session) Moved(d relay.Direction, n int) relay.Verdict {
+// Moved implements relay.Handler: it counts n bytes from a side and asks the RateLimitManager.
+func (s *session) Moved(from relay.Side, n int) relay.Verdict {
 	e := Event{Kind: EventData, Direction: Upload, Bytes: int64(n)}
 	total := &s.upstream.sent
-	if d == relay.Download {
+	if from == relay.Server {
 		e.Direction, total = Download, &s.upstream.received
 	}
 	total.Add(uint64(n))

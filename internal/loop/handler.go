@@ -25,9 +25,9 @@ type Handler interface {
 	// Connected is called when the dial has worked and the header was sent.
 	Connected()
 
-	// Moved is called when n bytes were written. The waits and chunks of a Verdict are for sessions
-	// with a Limit.
-	Moved(d relay.Direction, n int) relay.Verdict
+	// Moved is called when n bytes from a side were written to the other. The waits and chunks of a
+	// Verdict are for sessions with a Limit.
+	Moved(from relay.Side, n int) relay.Verdict
 
 	// Leave gives the sockets away, because the session moves bulk, or because Next returned
 	// ErrLeave; then server is -1. A stream that has ended ends again when it is read. It is the

@@ -46,7 +46,7 @@ func TestLimitHoldsOneDirection(t *testing.T) {
 	const wait, idle = 2 * time.Second, 1200 * time.Millisecond
 	var h *recorder
 	h = &recorder{verdict: func(int) relay.Verdict {
-		if h.sums[relay.Download] == 0 {
+		if h.sums[relay.Server] == 0 {
 			return relay.Verdict{Wait: wait}
 		}
 		return relay.Verdict{}

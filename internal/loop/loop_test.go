@@ -67,8 +67,8 @@ func (h *recorder) Next(failed error) (Target, error) {
 func (h *recorder) Header() []byte { return h.header }
 func (h *recorder) Connected()     { h.connected++ }
 
-func (h *recorder) Moved(d relay.Direction, n int) relay.Verdict {
-	h.sums[d] += int64(n)
+func (h *recorder) Moved(from relay.Side, n int) relay.Verdict {
+	h.sums[from] += int64(n)
 	if h.onMoved != nil {
 		h.onMoved()
 	}
@@ -92,7 +92,7 @@ func (h *recorder) Done(o relay.Outcome) {
 func (h *recorder) wait(t testing.TB) relay.Outcome {
 	t.Helper()
 	o := proxytest.Receive(t, "done", h.done)
-	if h.sums[relay.Upload] != o.Sent || h.sums[relay.Download] != o.Received {
+	if h.sums[relay.Client] != o.Sent || h.sums[relay.Server] != o.Received {
 		t.Errorf("Moved was told of %v bytes: %+v", h.sums[1:], o)
 	}
 	if n := h.calls.Load(); n != 1 {
@@ -663,9 +663,9 @@ func (h *recorder) goOn(e *relay.Engine, fds [2]int, after relay.Handler) {
 
 type relayed struct{ done chan relay.Outcome }
 
-func (*relayed) Moved(relay.Direction, int) relay.Verdict { return relay.Verdict{} }
-func (*relayed) Over(error)                               {}
-func (r *relayed) Done(o relay.Outcome)                   { r.done <- o }
+func (*relayed) Moved(relay.Side, int) relay.Verdict { return relay.Verdict{} }
+func (*relayed) Over(error)                          {}
+func (r *relayed) Done(o relay.Outcome)              { r.done <- o }
 
 // TestDescriptorsUsedAnew has many sessions come and go as fast as they can, in every way, so that
 // numbers of descriptors and slots are used anew all the time. Each stream is its own, so a byte in

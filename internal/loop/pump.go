@@ -192,11 +192,7 @@ func (l *loop) account(s *Session, i, n int) bool {
 	s.moved[i].Add(int64(n))
 	l.touch(s)
 	relay.NoteChunk(n, l.now)
-	d := relay.Upload
-	if i == server {
-		d = relay.Download
-	}
-	v := s.handler.Moved(d, n)
+	v := s.handler.Moved(sides[i], n)
 	if v.Err != nil {
 		if s.phase == open {
 			s.cause = v.Err

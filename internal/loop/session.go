@@ -69,6 +69,8 @@ const (
 	server = 1
 )
 
+var sides = [...]relay.Side{client: relay.Client, server: relay.Server}
+
 type phase uint8
 
 const (
@@ -123,11 +125,8 @@ func (s *Session) post(m message) {
 func (s *Session) outcome() relay.Outcome {
 	o := relay.Outcome{Connected: s.linked, Err: s.cause}
 	o.Sent, o.Received = s.Counts()
-	switch s.failed {
-	case client:
-		o.Failed = relay.Client
-	case server:
-		o.Failed = relay.Server
+	if s.failed >= 0 {
+		o.Failed = sides[s.failed]
 	}
 	return o
 }

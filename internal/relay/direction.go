@@ -16,10 +16,10 @@ type direction struct {
 	before   int64        // the other direction's moved at the last write to to
 	phase    atomic.Int32 // set to ended under Relay.mu; any goroutine may read it
 	watched  atomic.Bool  // a timer runs watch
-	name     Direction
-	atEnd    bool // from has ended its stream, and to is being told; guarded by Relay.mu
-	noSplice bool // the system refuses to splice between from and to
-	small    bool // the last chunk was smaller than smallChunk
+	source   Side         // that from is
+	atEnd    bool         // from has ended its stream, and to is being told; guarded by Relay.mu
+	noSplice bool         // the system refuses to splice between from and to
+	small    bool         // the last chunk was smaller than smallChunk
 
 	fullReads int32 // reads in a row that filled a large buffer; two start splicing
 	pacer     Pacer
@@ -134,18 +134,11 @@ func (d *direction) copy() {
 	}
 }
 
-func (d *direction) source() Side {
-	if d.name == Upload {
-		return Client
-	}
-	return Server
-}
-
 // sourceFailed records that the side that d reads from has failed. What it has sent is delivered.
-func (d *direction) sourceFailed(err error) { d.relay.fail(d.source(), err, d, false, false) }
+func (d *direction) sourceFailed(err error) { d.relay.fail(d.source, err, d, false, false) }
 
 func (d *direction) other() *direction {
-	if d.name == Upload {
+	if d.source == Client {
 		return &d.relay.down
 	}
 	return &d.relay.up
@@ -251,7 +244,7 @@ func (d *direction) account(n int) {
 	r := d.relay
 	d.moved.Add(int64(n))
 	r.held.Add(1)
-	v := r.handler.Moved(d.name, n)
+	v := r.handler.Moved(d.source, n)
 	if v.Err != nil {
 		r.Abort(v.Err)
 		return
@@ -288,7 +281,7 @@ func (d *direction) judge(err error) error {
 			return io.EOF
 		}
 	}
-	d.relay.fail(d.source(), err, d, quiet && d.name == Upload, false)
+	d.relay.fail(d.source, err, d, quiet && d.source == Client, false)
 	return err
 }
 
@@ -361,7 +354,7 @@ func (d *direction) passEnd() {
 		// The stream from from is complete, so close to. The stream to from is cut.
 		err := fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told "+
 			"that the other side has ended its stream, and go on", d.to.conn)
-		r.fail(d.other().source(), err, d, false, true)
+		r.fail(q.source, err, d, false, true)
 		r.reset(d.from)
 	}
 }

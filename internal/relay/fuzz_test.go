@@ -336,7 +336,7 @@ func newFuzzLimit(kind, how int) *fuzzLimit {
 	return &fuzzLimit{}
 }
 
-func (l *fuzzLimit) moved(Direction, int) Verdict {
+func (l *fuzzLimit) moved(Side, int) Verdict {
 	if l.cutAt > 0 && l.calls.Add(1) >= l.cutAt {
 		l.exceeded.Store(true)
 		return Verdict{Err: errFuzzLimit}

@@ -18,7 +18,7 @@ var errIdle = errors.New("idle")
 
 // A recorder is a Handler that records its calls.
 type recorder struct {
-	moved  func(Direction, int) Verdict // nil: go on
+	moved  func(Side, int) Verdict // nil: go on
 	over   chan error
 	done   chan Outcome
 	isDone atomic.Bool
@@ -27,20 +27,20 @@ type recorder struct {
 	sums   [3]atomic.Int64
 }
 
-func newRecorder(moved func(Direction, int) Verdict) *recorder {
+func newRecorder(moved func(Side, int) Verdict) *recorder {
 	return &recorder{moved: moved, over: make(chan error, 1), done: make(chan Outcome, 1)}
 }
 
-func (h *recorder) Moved(d Direction, n int) Verdict {
+func (h *recorder) Moved(from Side, n int) Verdict {
 	if h.isDone.Load() {
 		h.late.Store(true)
 	}
 	if n <= 0 {
 		h.empty.Store(true)
 	}
-	h.sums[d].Add(int64(n))
+	h.sums[from].Add(int64(n))
 	if h.moved != nil {
-		return h.moved(d, n)
+		return h.moved(from, n)
 	}
 	return Verdict{}
 }
@@ -82,7 +82,7 @@ func (h *recorder) check(t testing.TB, o Outcome) {
 	if o.Panic != nil && o.Err != ErrPanicked {
 		t.Errorf("a panic that nobody knows of: %v", o.Panic)
 	}
-	if up, down := h.sums[Upload].Load(), h.sums[Download].Load(); up != o.Sent ||
+	if up, down := h.sums[Client].Load(), h.sums[Server].Load(); up != o.Sent ||
 		down != o.Received {
 		t.Errorf("Moved was told of %d and %d bytes: %+v", up, down, o)
 	}
@@ -100,7 +100,7 @@ func newEngine(t testing.TB, config Config) *Engine {
 
 // join relays between two sockets.
 func join(
-	t testing.TB, moved func(Direction, int) Verdict,
+	t testing.TB, moved func(Side, int) Verdict,
 ) (client, server *net.TCPConn, h *recorder) {
 	t.Helper()
 	client, server, h, _ = joinOver(t, newEngine(t, Config{}), moved)
@@ -108,7 +108,7 @@ func join(
 }
 
 func joinOver(
-	t testing.TB, e *Engine, moved func(Direction, int) Verdict,
+	t testing.TB, e *Engine, moved func(Side, int) Verdict,
 ) (client, server *net.TCPConn, h *recorder, r *Relay) {
 	t.Helper()
 	client, ours := duplex(t)
@@ -130,7 +130,7 @@ func duplex(t testing.TB) (peer, ours *net.TCPConn) {
 
 // joinPipes relays between two connections in memory, at once.
 func joinPipes(
-	e *Engine, moved func(Direction, int) Verdict,
+	e *Engine, moved func(Side, int) Verdict,
 ) (client, server *proxytest.PipeConn, h *recorder, r *Relay) {
 	client, ours := proxytest.Pipe()
 	server, theirs := proxytest.Pipe()

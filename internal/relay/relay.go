@@ -17,14 +17,6 @@ import (
 	"time"
 )
 
-// A Direction says which way bytes go.
-type Direction int8
-
-const (
-	Upload   Direction = iota + 1 // client to server
-	Download                      // server to client
-)
-
 // A Side is one of the two connections of a relay.
 type Side int8
 
@@ -36,9 +28,9 @@ const (
 
 // A Handler is told about the events of a relay. No lock is held over its methods.
 type Handler interface {
-	// Moved is called when n bytes have been written to the other side. It may block, which holds
-	// this direction and keeps the relay from being idle. A panic in it aborts the relay.
-	Moved(d Direction, n int) Verdict
+	// Moved is called when n bytes from a side have been written to the other. It may block, which
+	// holds this direction and keeps the relay from being idle. A panic in it aborts the relay.
+	Moved(from Side, n int) Verdict
 
 	// Over is called once, before Done, as soon as the relay has a reason to end: with the first
 	// cause, or with nil when both streams have ended well. It must not block.
@@ -143,8 +135,8 @@ func (e *Engine) Start(client net.Conn, h Handler, chunk int) *Relay {
 // client, so the caller must hold no lock.
 func (e *Engine) New(client net.Conn, h Handler, chunk int) *Relay {
 	r := &Relay{engine: e, handler: h, client: newEnd(client), refs: 2} // the upload and Connect
-	r.up = direction{relay: r, name: Upload, from: &r.client, pacer: Pacer{Chunk: chunk}}
-	r.down = direction{relay: r, name: Download, to: &r.client, pacer: Pacer{Chunk: chunk}}
+	r.up = direction{relay: r, source: Client, from: &r.client, pacer: Pacer{Chunk: chunk}}
+	r.down = direction{relay: r, source: Server, to: &r.client, pacer: Pacer{Chunk: chunk}}
 	r.client.socket().writtenBy(&r.down)
 	return r
 }

@@ -709,9 +709,9 @@ func TestVerdictHoldsOneDirection(t *testing.T) {
 	for _, blocks := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			client, server, h, _ := joinPipes(newEngine(t, Config{Idle: time.Minute}),
-				func(d Direction, n int) Verdict {
+				func(from Side, n int) Verdict {
 					switch {
-					case d == Download:
+					case from == Server:
 						return Verdict{}
 					case blocks:
 						time.Sleep(time.Hour)
@@ -744,7 +744,7 @@ func TestVerdictHoldsOneDirection(t *testing.T) {
 func TestVerdictAborts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tooMuch := errors.New("too much")
-		client, server, h, _ := joinPipes(newEngine(t, Config{}), func(Direction, int) Verdict {
+		client, server, h, _ := joinPipes(newEngine(t, Config{}), func(Side, int) Verdict {
 			return Verdict{Err: tooMuch}
 		})
 		go io.Copy(io.Discard, server)
@@ -762,7 +762,7 @@ func TestChunkBoundsEachMove(t *testing.T) {
 		client, ours := proxytest.Pipe()
 		server, theirs := proxytest.Pipe()
 		first := true
-		h := newRecorder(func(d Direction, n int) Verdict {
+		h := newRecorder(func(from Side, n int) Verdict {
 			if first {
 				most[0] = n
 			} else {
@@ -788,11 +788,11 @@ func TestChunkBoundsEachMove(t *testing.T) {
 
 func TestPanicInMovedAborts(t *testing.T) {
 	boom := errors.New("boom")
-	for _, d := range []Direction{Upload, Download} {
+	for _, side := range []Side{Client, Server} {
 		synctest.Test(t, func(t *testing.T) {
 			engine := newEngine(t, Config{})
-			client, server, h, _ := joinPipes(engine, func(got Direction, n int) Verdict {
-				if got == d {
+			client, server, h, _ := joinPipes(engine, func(from Side, n int) Verdict {
+				if from == side {
 					panic(boom)
 				}
 				return Verdict{}
@@ -815,7 +815,7 @@ func TestVerdictDoesNotDelayAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, ours := proxytest.Pipe()
 		server, theirs := proxytest.Pipe()
-		h := newRecorder(func(Direction, int) Verdict { return Verdict{Wait: time.Minute} })
+		h := newRecorder(func(Side, int) Verdict { return Verdict{Wait: time.Minute} })
 		r := newEngine(t, Config{}).Start(&goneConn{ours, make(chan struct{})}, h, 0)
 		r.Connect(theirs)
 		start := time.Now()

@@ -48,13 +48,13 @@ func TestUrgentBytes(t *testing.T) {
 				3 * mib, 3 * mib,
 				3 * mib, 3 * mib, 5}, true},
 	} {
-		for _, d := range []Direction{Upload, Download} {
+		for _, side := range []Side{Client, Server} {
 			// the reader begins when all is sent, or when the sender is stuck
 			for _, slow := range []bool{false, true} {
 				t.Run(row.name, func(t *testing.T) {
 					client, server, h := join(t, nil)
 					from, to := client, server
-					if d == Download {
+					if side == Server {
 						from, to = server, client
 					}
 					var sent int64
@@ -137,7 +137,7 @@ func makeBlocking(t *testing.T, c *net.TCPConn) {
 func TestBlockingSocketBlocksNobody(t *testing.T) {
 	const size = 4 << 20
 	for _, which := range []string{"client", "server", "both"} {
-		for _, d := range []Direction{Upload, Download} {
+		for _, side := range []Side{Client, Server} {
 			t.Run(which, func(t *testing.T) {
 				t.Parallel()
 				before := openPipes()
@@ -153,7 +153,7 @@ func TestBlockingSocketBlocksNobody(t *testing.T) {
 				r := newEngine(t, Config{Idle: 2 * time.Second}).Start(ours, h, 0)
 				r.Connect(theirs)
 				from, to := client, server
-				if d == Download {
+				if side == Server {
 					from, to = server, client
 				}
 				go pattern.Send(from, size)
@@ -302,7 +302,7 @@ func TestVerdictsLeaveBulkSpliced(t *testing.T) {
 	before := openPipes()
 	var most atomic.Int64
 	e := newEngine(t, Config{})
-	client, server, h, r := joinOver(t, e, func(_ Direction, n int) Verdict {
+	client, server, h, r := joinOver(t, e, func(_ Side, n int) Verdict {
 		if int64(n) > most.Load() {
 			most.Store(int64(n))
 		}
