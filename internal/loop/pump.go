@@ -103,7 +103,7 @@ func (l *loop) pump(s *Session, i int) bool {
 // Then read tries again.
 func (l *loop) read(c *side, most int) (n int, errno syscall.Errno) {
 	for range relay.UrgentReads {
-		n, errno = relay.RecvFD(int(c.fd), l.buf[:most])
+		n, errno = relay.RecvFD(int(c.fd), l.buf[:most], 0)
 		if errno != syscall.EAGAIN || c.state&urgent == 0 || !relay.AtMarkFD(int(c.fd)) {
 			break
 		}

@@ -9,10 +9,8 @@ import (
 	"unsafe"
 )
 
-// What follows is for internal/loop, which owns bare descriptors. None of it blocks.
-
-// RecvFD reads from a socket into b.
-func RecvFD(fd int, b []byte) (int, syscall.Errno) { return recvFD(fd, b, 0) }
+// These functions take bare descriptors, as internal/loop has them. None of them blocks, so most do
+// not tell the scheduler: see RecvFD.
 
 // UnsentFD is how many bytes a socket has to send that its peer's system has not acknowledged.
 func UnsentFD(fd int) int {
@@ -59,6 +57,19 @@ func pollFD(fd int, events int16) int16 {
 			return events
 		}
 	}
+}
+
+// CloseFD closes a descriptor.
+func CloseFD(fd int) { syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }
+
+// EpollFD takes events without waiting.
+func EpollFD(epfd int, events []syscall.EpollEvent) int {
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epfd),
+		uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
+	if errno != 0 {
+		return 0
+	}
+	return int(n)
 }
 
 // KeepAliveFD sets the keep-alive that net sets by default.

@@ -7,12 +7,12 @@ import (
 	"syscall"
 )
 
-// These variants of recvFD and SendFD tell the race detector that received bytes were sent before,
+// These variants of RecvFD and SendFD tell the race detector that received bytes were sent before,
 // as syscall.Read and syscall.Write do. Otherwise a test with both ends in one process would report
 // false races. Read and Write of the bytes themselves would block on a blocking socket. A Read of
 // no bytes and a Write to an invalid descriptor do not block, and still inform the detector. (386
 // is here because it has other system calls for sockets.)
-func recvFD(fd int, b []byte, flags int) (int, syscall.Errno) {
+func RecvFD(fd int, b []byte, flags int) (int, syscall.Errno) {
 	n, _, err := syscall.Recvfrom(fd, b, flags|syscall.MSG_DONTWAIT)
 	if err == nil {
 		syscall.Read(fd, nil) // acquires
@@ -61,10 +61,3 @@ func AcceptFD(l int) (fd int, from netip.AddrPort, zone uint32, errno syscall.Er
 }
 
 func NoDelayFD(fd int) { syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1) }
-
-func CloseFD(fd int) { syscall.Close(fd) }
-
-func EpollFD(epfd int, events []syscall.EpollEvent) int {
-	n, _ := syscall.EpollWait(epfd, events, 0)
-	return max(n, 0)
-}

@@ -93,7 +93,7 @@ func (s *socket) tryReceive(fd uintptr, poll bool) (found bool) {
 			break
 		}
 		turn := s.n >= bulkChunk && takeTurn()
-		s.n, s.inErr = RecvFD(int(fd), s.in)
+		s.n, s.inErr = RecvFD(int(fd), s.in, 0)
 		giveTurn(turn)
 		switch s.inErr {
 		case syscall.EINTR:
@@ -236,7 +236,7 @@ func wasReset(raw syscall.RawConn) bool {
 func readable(raw syscall.RawConn) bool {
 	return ask(raw, func(fd int) bool {
 		var b [1]byte
-		n, _ := recvFD(fd, b[:], syscall.MSG_PEEK)
+		n, _ := RecvFD(fd, b[:], syscall.MSG_PEEK)
 		return n > 0
 	})
 }
