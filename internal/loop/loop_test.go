@@ -658,7 +658,9 @@ func (h *recorder) goOn(e *relay.Engine, fds [2]int, after relay.Handler) {
 	client := relay.NewFileConn(fds[0], &net.TCPAddr{}, &net.TCPAddr{})
 	server := relay.NewFileConn(fds[1], &net.TCPAddr{}, &net.TCPAddr{})
 	client.Shut, server.Shut = h.session.Shut()
-	e.Start(client, after, h.session.Chunk()).Connect(server)
+	r := e.New(client, after, h.session.Chunk())
+	r.Start()
+	r.Connect(server)
 }
 
 type relayed struct{ done chan relay.Outcome }

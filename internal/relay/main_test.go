@@ -98,6 +98,13 @@ func newEngine(t testing.TB, config Config) *Engine {
 	return e
 }
 
+// Start returns a relay that has started.
+func (e *Engine) Start(client net.Conn, h Handler, chunk int) *Relay {
+	r := e.New(client, h, chunk)
+	r.Start()
+	return r
+}
+
 // join relays between two sockets.
 func join(
 	t testing.TB, moved func(Side, int) Verdict,

@@ -122,17 +122,9 @@ const (
 	done
 )
 
-// Start starts a relay that reads from client at once, before there is a server. chunk bounds the
-// bytes that move before the first Verdict; 0 means no bound. The relay owns client from now on.
-// The caller must call Connect or Release exactly once.
-func (e *Engine) Start(client net.Conn, h Handler, chunk int) *Relay {
-	r := e.New(client, h, chunk)
-	r.Start()
-	return r
-}
-
-// New returns a relay that has not started, and that the caller may drop. It calls methods of
-// client, so the caller must hold no lock.
+// New returns a relay that has not started, and that the caller may drop. chunk bounds the bytes
+// that move before the first Verdict; 0 means no bound. New calls methods of client, so the caller
+// must hold no lock.
 func (e *Engine) New(client net.Conn, h Handler, chunk int) *Relay {
 	r := &Relay{engine: e, handler: h, client: newEnd(client), refs: 2} // the upload and Connect
 	r.up = direction{relay: r, source: Client, from: &r.client, pacer: Pacer{Chunk: chunk}}
@@ -141,7 +133,8 @@ func (e *Engine) New(client net.Conn, h Handler, chunk int) *Relay {
 	return r
 }
 
-// Start makes a relay that New has returned read from its client.
+// Start makes the relay read from its client at once, before there is a server. The relay owns the
+// client from now on. The caller must call Connect or Release exactly once.
 func (r *Relay) Start() { go r.up.run() }
 
 // Connect gives the relay its server, which the relay owns from now on. If the relay was over
