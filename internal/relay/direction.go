@@ -82,17 +82,18 @@ func (d *direction) end() {
 func (d *direction) linger() {
 	r := d.relay
 	if d.to != nil {
+		complete := r.failed != d.source // but to has no half-close: see passEnd
 		late := time.Now().Add(LingerTime)
 		if !d.to.measured() {
 			// The system cannot report when the bytes have arrived, so allow a second from the
 			// last write. A connection that was quiet for longer is reset at once.
 			late = late.Add(-time.Duration(Clock() - r.last.Load()))
-			if r.politely {
+			if complete {
 				late = late.Add(-LingerTime / 2) // leave time for closing
 			}
 		}
 		awaitArrival(d.to.raw, late, r.isHungUp)
-		if r.politely && !r.isHungUp() {
+		if complete && !r.isHungUp() {
 			d.to.conn.Close()
 		}
 	}
@@ -135,7 +136,7 @@ func (d *direction) copy() {
 }
 
 // sourceFailed records that the side that d reads from has failed. What it has sent is delivered.
-func (d *direction) sourceFailed(err error) { d.relay.fail(d.source, err, d, false, false) }
+func (d *direction) sourceFailed(err error) { d.relay.fail(d.source, err, d, false) }
 
 func (d *direction) other() *direction {
 	if d.source == Client {
@@ -281,7 +282,7 @@ func (d *direction) judge(err error) error {
 			return io.EOF
 		}
 	}
-	d.relay.fail(d.source, err, d, quiet && d.source == Client, false)
+	d.relay.fail(d.source, err, d, quiet && d.source == Client)
 	return err
 }
 
@@ -354,7 +355,7 @@ func (d *direction) passEnd() {
 		// The stream from from is complete, so close to. The stream to from is cut.
 		err := fmt.Errorf("lbproxy: a %T has no CloseWrite, so its peer cannot be told "+
 			"that the other side has ended its stream, and go on", d.to.conn)
-		r.fail(q.source, err, d, false, true)
+		r.fail(q.source, err, d, false)
 		r.reset(d.from)
 	}
 }

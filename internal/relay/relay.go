@@ -108,7 +108,6 @@ type Relay struct {
 	hungUp   bool // both sides have been reset or are being reset
 	quiet    bool
 	failed   Side
-	politely bool          // the lingerer closes its destination before hangUp
 	lingerer *direction    // calls hangUp once it has ended and its bytes have arrived
 	timer    *time.Timer   // calls hangUp after LingerTime; set with lingerer
 	changed  chan struct{} // see change; nil unless awaited
@@ -216,13 +215,13 @@ func (r *Relay) wake() {
 // lingerer d has. The other direction has nowhere to write to and discards the bytes that it reads,
 // because a peer that is blocked in sending might not read. Any goroutine may call fail at any
 // time.
-func (r *Relay) fail(side Side, err error, d *direction, quiet, politely bool) {
+func (r *Relay) fail(side Side, err error, d *direction, quiet bool) {
 	r.mu.Lock()
 	if r.stage != running || !r.endWith(err, side) {
 		r.mu.Unlock()
 		return
 	}
-	r.quiet, r.lingerer, r.politely = quiet, d, politely
+	r.quiet, r.lingerer = quiet, d
 	r.refs += 2 // for the timer, and until Over has returned, which comes before Done
 	r.timer = time.AfterFunc(LingerTime, func() { r.hangUp(); r.release() })
 	ended := d.phase.Load() == ended

@@ -13,7 +13,7 @@ func TestLingerWithoutMeasure(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		quiet         time.Duration
-		politely      bool
+		complete      bool
 		atLeast, most time.Duration
 	}{
 		{2 * LingerTime, false, 0, LingerTime},
@@ -21,10 +21,13 @@ func TestLingerWithoutMeasure(t *testing.T) {
 	} {
 		to := stuck(t)
 		start := time.Now()
-		r := &Relay{refs: 9, client: to, politely: row.politely}
+		r := &Relay{refs: 9, client: to}
 		r.timer = time.NewTimer(time.Hour)
 		r.last.Store(Clock() - int64(row.quiet))
-		d := direction{relay: r, to: &to}
+		d := direction{relay: r, to: &to, source: Server}
+		if r.failed = Server; row.complete {
+			r.failed = Client // which has no half-close
+		}
 		d.linger()
 		if took := time.Since(start); took < row.atLeast || took > row.most || r.refs != 8 {
 			t.Errorf("%+v: it took %v, %d references", row, took, r.refs)
