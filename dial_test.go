@@ -570,7 +570,7 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 			// unbuffered: a write waits for its reader
 			client, ours := duplex()
 			// which detects a cut
-			proxy, c := tls.Server(ours, serverTLS), relay.NewTLS(tls.Client, client, clientTLS, 0)
+			proxy, c := tls.Server(ours, serverTLS), relay.TLSClient(client, clientTLS)
 			go proxy.Handshake()
 			if err := c.Handshake(); err != nil {
 				t.Fatal(err)

@@ -101,7 +101,7 @@ type tlsOver struct {
 // done; 0 means any number. config must not be nil or changed afterwards, as for tls.Server.
 func TLSServer(raw net.Conn, config *tls.Config, maxHandshake int) *TLSConn {
 	c := new(TLSConn)
-	c.conn.Store(relay.NewTLS(tls.Server, raw, config, maxHandshake))
+	c.conn.Store(relay.TLSServer(raw, config, maxHandshake))
 	return c
 }
 

@@ -437,7 +437,7 @@ func (u *Upstream) dial(ctx context.Context,
 	if u.TLS == nil {
 		return raw, nil
 	}
-	t := relay.NewTLS(tls.Client, raw, u.TLS, 0)
+	t := relay.TLSClient(raw, u.TLS)
 	if err := t.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}

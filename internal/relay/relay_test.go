@@ -34,9 +34,9 @@ func TestHalfClose(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	overTLS := func(peer, ours net.Conn, peerIsServer bool) (halfClosing, net.Conn) {
 		if peerIsServer {
-			return tls.Server(peer, serverTLS), NewTLS(tls.Client, ours, clientTLS, 0)
+			return tls.Server(peer, serverTLS), TLSClient(ours, clientTLS)
 		}
-		return tls.Client(peer, clientTLS), NewTLS(tls.Server, ours, serverTLS, 0)
+		return tls.Client(peer, clientTLS), TLSServer(ours, serverTLS, 0)
 	}
 	for _, layer := range []string{"plain", "TLS client", "TLS server", "TLS both", "wrapped"} {
 		for _, order := range []string{"client first", "server first", "both"} {

@@ -837,7 +837,7 @@ func TestTLSServerAcknowledgesTheHandshakeAtOnce(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	serverTLS.SessionTicketsDisabled = true
 	peer, c := duplex(t)
-	server := NewTLS(tls.Server, c, serverTLS, 0)
+	server := TLSServer(c, serverTLS, 0)
 	done := make(chan error, 1)
 	go func() { done <- tls.Client(peer, clientTLS).Handshake() }()
 	proxytest.Must(t, server.Handshake())

@@ -51,7 +51,7 @@ func TestResetBehindAStuckWriteIsNoticed(t *testing.T) {
 			from, to := net.Conn(client), net.Conn(server)
 			if row.tls {
 				serverTLS, clientTLS := proxytest.TLSConfigs()
-				r = e.Start(NewTLS(tls.Server, ours, serverTLS, 0), h, 0)
+				r = e.Start(TLSServer(ours, serverTLS, 0), h, 0)
 				c := tls.Client(client, clientTLS)
 				proxytest.Must(t, c.Handshake())
 				from = c

@@ -33,6 +33,7 @@ type TLS struct {
 	CloseNotify CloseNotify
 
 	wire       *wire
+	isServer   bool
 	resumable  bool // a Read may stop and go on later, as it cannot meet a renegotiation
 	atBoundary bool // the stream has ended between two records, without close_notify; the reader's
 }
@@ -40,18 +41,22 @@ type TLS struct {
 // ErrHandshakeSize is the error of a handshake that needs more bytes than allowed.
 var ErrHandshakeSize = errors.New("lbproxy: more bytes than a TLS handshake may take")
 
-// NewTLS returns a TLS over raw. side is tls.Server or tls.Client. The handshake reads at most
-// maxHandshake bytes; 0 means no bound.
-func NewTLS(
-	side func(net.Conn, *tls.Config) *tls.Conn,
-	raw net.Conn,
-	config *tls.Config,
-	maxHandshake int,
-) *TLS {
-	w := &wire{Conn: raw, direct: raw, left: maxHandshake}
-	if maxHandshake <= 0 {
-		w.left = math.MaxInt
+// TLSServer returns the server's side of a TLS over raw. The handshake reads at most maxHandshake
+// bytes; 0 means no bound.
+func TLSServer(raw net.Conn, config *tls.Config, maxHandshake int) *TLS {
+	t := newTLS(tls.Server, raw, config)
+	t.isServer = true
+	if maxHandshake > 0 {
+		t.wire.left = maxHandshake
 	}
+	return t
+}
+
+// TLSClient returns the client's side of a TLS over raw.
+func TLSClient(raw net.Conn, config *tls.Config) *TLS { return newTLS(tls.Client, raw, config) }
+
+func newTLS(side func(net.Conn, *tls.Config) *tls.Conn, raw net.Conn, config *tls.Config) *TLS {
+	w := &wire{Conn: raw, direct: raw, left: math.MaxInt}
 	if w.socket = newSocket(raw, rawTCP(raw)); w.socket != nil {
 		w.direct = w.socket
 	}
@@ -67,7 +72,7 @@ func (t *TLS) Handshake() error { return t.HandshakeContext(context.Background()
 // HandshakeContext performs the handshake, unless it has been done.
 func (t *TLS) HandshakeContext(ctx context.Context) error {
 	err := t.Conn.HandshakeContext(ctx)
-	if err == nil && !t.wire.open.Swap(true) && t.wire.readFirst {
+	if err == nil && !t.wire.open.Swap(true) && t.isServer {
 		// A server sends nothing more now, so its system would delay the acknowledgement by 40 ms.
 		// A client with Nagle's algorithm would hold back its first request for that long.
 		quickAck(rawTCP(Underlying(t.wire.Conn)))
@@ -155,11 +160,9 @@ type wire struct {
 	socket *socket       // the same, if it is TCP; may be nil
 	direct io.ReadWriter // socket, or Conn
 
-	open      atomic.Bool // the handshake is done
-	left      int         // bytes that the handshake may still read
-	readFirst bool        // the first call was a read, as a server's is
-	wrote     bool        // there was a write
-	end       error       // the error of a read: io.EOF, or a reset's; the reader's
+	open atomic.Bool // the handshake is done
+	left int         // bytes that the handshake may still read
+	end  error       // the error of a read: io.EOF, or a reset's; the reader's
 
 	mu      sync.Mutex
 	writers int     // calls of TLS.write in progress, whose records are gathered
@@ -173,7 +176,6 @@ func (w *wire) NetConn() net.Conn { return w.Conn }
 func (w *wire) Read(b []byte) (int, error) {
 	shaking := !w.open.Load()
 	if shaking {
-		w.readFirst = w.readFirst || !w.wrote
 		if w.left == 0 {
 			return 0, ErrHandshakeSize
 		}
@@ -194,9 +196,6 @@ func (w *wire) Read(b []byte) (int, error) {
 
 // Write writes a whole record, or several small ones. crypto/tls calls it.
 func (w *wire) Write(b []byte) (int, error) {
-	if !w.open.Load() {
-		w.wrote = true
-	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.writers == 0 && w.err == nil {

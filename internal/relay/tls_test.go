@@ -32,7 +32,7 @@ func joinTLS(t testing.TB, mode CloseNotify) *tlsRig {
 	server, theirs := duplex(t)
 	j := &tlsRig{recorder: newRecorder(nil), client: tls.Client(c, clientTLS), c: c,
 		server: server, t: t}
-	up := NewTLS(tls.Server, ours, serverTLS, 0)
+	up := TLSServer(ours, serverTLS, 0)
 	up.CloseNotify = mode
 	shaken := make(chan error, 1)
 	go func() { shaken <- j.client.Handshake() }()
@@ -67,7 +67,7 @@ func TestTLSStreamWithoutCloseNotifyIsCut(t *testing.T) {
 	server, theirs := duplex(t)
 	h := newRecorder(nil)
 	r := newEngine(t, Config{}).Start(ours, h, 0)
-	r.Connect(NewTLS(tls.Client, theirs, clientTLS, 0))
+	r.Connect(TLSClient(theirs, clientTLS))
 	client.Write([]byte("what?"))
 	over := tls.Server(server, serverTLS)
 	io.ReadFull(over, make([]byte, 5))
@@ -247,8 +247,8 @@ func TestCloseNotifyWaitsForSlowReader(t *testing.T) {
 			// which has no buffer: what is written waits for the reader
 			raw, ours := proxytest.Pipe()
 			server, theirs := proxytest.Pipe()
-			up := NewTLS(tls.Server, ours, serverTLS, 0)
-			client := NewTLS(tls.Client, raw, clientTLS, 0) // which tells a cut
+			up := TLSServer(ours, serverTLS, 0)
+			client := TLSClient(raw, clientTLS) // which tells a cut
 			h := newRecorder(nil)
 			r := newEngine(t, Config{}).Start(up, h, 0)
 			r.Connect(theirs)
@@ -303,7 +303,7 @@ func TestServerEndWaitsForTheHandshake(t *testing.T) {
 	serverTLS, clientTLS := proxytest.TLSConfigs()
 	for name, layer := range map[string]func(net.Conn) net.Conn{
 		"tls.Conn": func(c net.Conn) net.Conn { return tls.Server(c, serverTLS) },
-		"TLS":      func(c net.Conn) net.Conn { return NewTLS(tls.Server, c, serverTLS, 0) },
+		"TLS":      func(c net.Conn) net.Conn { return TLSServer(c, serverTLS, 0) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			raw, ours := duplex(t)
@@ -358,7 +358,7 @@ func tlsPair(t *testing.T, maxHandshake int) (client *tls.Conn, server *TLS, wir
 	ours, theirs := net.Pipe()
 	t.Cleanup(func() { ours.Close(); theirs.Close() })
 	wire = &countedConn{Conn: ours}
-	return tls.Client(theirs, clientTLS), NewTLS(tls.Server, wire, serverTLS, maxHandshake), wire
+	return tls.Client(theirs, clientTLS), TLSServer(wire, serverTLS, maxHandshake), wire
 }
 
 func TestTLSBatchesRecordsOfALargeWrite(t *testing.T) {
@@ -490,7 +490,7 @@ func TestTLSReadTakesTheRecordsThatHaveCome(t *testing.T) {
 	serverTLS.SessionTicketsDisabled = true
 	clientTLS.DynamicRecordSizingDisabled = true
 	peer, ours := duplex(t)
-	client, server := tls.Client(peer, clientTLS), NewTLS(tls.Server, ours, serverTLS, 0)
+	client, server := tls.Client(peer, clientTLS), TLSServer(ours, serverTLS, 0)
 	shaken := make(chan error, 1)
 	go func() { shaken <- client.Handshake() }()
 	proxytest.Must(t, server.Handshake())
@@ -524,7 +524,7 @@ func TestTLSReadOverAnyConnTakesOneRecord(t *testing.T) {
 	defer theirs.Close()
 	go tls.Server(theirs, serverTLS).Write(make([]byte, tlsRecord))
 	ours.SetDeadline(time.Now().Add(10 * time.Second))
-	n, err := NewTLS(tls.Client, ours, clientTLS, 0).read(make([]byte, LargeBuffer))
+	n, err := TLSClient(ours, clientTLS).read(make([]byte, LargeBuffer))
 	if n != tlsRecord || err != nil {
 		t.Errorf("%d bytes, %v; want a record of %d", n, err, tlsRecord)
 	}
@@ -540,7 +540,7 @@ func TestTLSReadsGoOnOnlyWithoutRenegotiation(t *testing.T) {
 		{&tls.Config{}, true},
 		{&tls.Config{Renegotiation: tls.RenegotiateOnceAsClient}, false},
 	} {
-		if got := NewTLS(tls.Client, c, row.config, 0).resumable; got != row.want {
+		if got := TLSClient(c, row.config).resumable; got != row.want {
 			t.Errorf("%+v: %v, want %v", row.config, got, row.want)
 		}
 	}
