@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"math"
 	"sync"
 	"time"
 )
@@ -141,7 +142,7 @@ func (e *Engine) sweep() {
 	began, next := Clock(), e.config.SweepPeriod()
 	var batch [sweepBatch]*Relay
 	// Go backwards: the last relay takes the place of a removed one, and has been seen by then.
-	for at := int(^uint(0) >> 1); at > 0; {
+	for at := math.MaxInt; at > 0; {
 		e.mu.Lock()
 		high := min(at, len(e.relays))
 		at = max(high-sweepBatch, 0)
