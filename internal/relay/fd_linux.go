@@ -12,7 +12,7 @@ import (
 // These functions take bare descriptors, as internal/loop has them. None of them blocks, so most do
 // not tell the scheduler: see RecvFD.
 
-// UnsentFD is how many bytes a socket has to send that its peer's system has not acknowledged.
+// UnsentFD returns how many written bytes a socket's peer has not acknowledged.
 func UnsentFD(fd int) int {
 	var queued int32
 	// SIOCOUTQ, tcp(7); it has the number of TIOCOUTQ.

@@ -52,8 +52,9 @@ func (i *Idleness) KeepAliveDue(c *Config, now int64) bool {
 	return i.keptAlive
 }
 
-// Ask calls unsent, for the bytes in the queues of a pair whose last byte moved at last, if the
-// answer may tell something. taken means that a slow reader has taken bytes since the last answer.
+// Ask calls unsent, which returns how many bytes the queues of the pair hold, if that may have
+// changed. last is the clock when a byte of the pair last moved. taken means that a slow reader has
+// taken bytes since the last answer.
 func (i *Idleness) Ask(c *Config, last, now int64, unsent func() int) (asked, taken bool) {
 	// Only writes after the last question can have made the queues longer. So skip the system calls
 	// for a pair that was silent since, and whose queues were empty then.
@@ -136,8 +137,8 @@ func (c *Config) SweepPeriod() time.Duration {
 	return c.Idle/4 + 1
 }
 
-// sweep looks at every relay, aborts those that have been idle for too long, and schedules the next
-// sweep for when another relay may have been.
+// sweep looks at every relay and aborts those that have been idle for too long. The next sweep
+// comes when the first of the others may have been.
 func (e *Engine) sweep() {
 	began, next := Clock(), e.config.SweepPeriod()
 	var batch [sweepBatch]*Relay
@@ -165,8 +166,8 @@ func (e *Engine) sweep() {
 	e.sweeping.Done()
 }
 
-// look checks r, and aborts it if it has been idle for too long. It returns the time until that may
-// be so.
+// look checks r, and aborts it if it has been idle for too long. It returns the time after which r
+// may be.
 func (e *Engine) look(r *Relay, now int64) (left time.Duration) {
 	idle := e.config.Idle
 	r.up.checkReset()

@@ -176,7 +176,7 @@ func (s *socket) writeReady(fd uintptr) bool {
 	return true
 }
 
-// shrink leaves what is little in a small buffer, for a wait that may be long.
+// shrink moves a short rest into a small buffer, since the wait for the reader may be long.
 func (s *socket) shrink() {
 	if s.outBuf != nil && len(*s.outBuf) > SmallBuffer && len(s.out) <= SmallBuffer {
 		small := NewBuffer(SmallBuffer)
@@ -215,15 +215,15 @@ func InheritKeepAlive(lc *net.ListenConfig) {
 // keepAlive sets what net does by default.
 func keepAlive(raw syscall.RawConn) error { return ask(raw, KeepAliveFD) }
 
-// quickAck has what has come acknowledged now. It is not a setting that stays.
+// quickAck acknowledges at once what has come so far. Later bytes may wait again.
 func quickAck(raw syscall.RawConn) {
 	control(raw, func(fd int) {
 		syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_QUICKACK, 1)
 	})
 }
 
-// unsent is how many bytes a socket has to send that its peer's system has not acknowledged, as far
-// as that is known.
+// unsent returns how many written bytes a socket's peer has not acknowledged, or 0 if that is not
+// known.
 func unsent(raw syscall.RawConn) int { return ask(raw, UnsentFD) }
 
 // wasReset reports whether a socket has been reset, as far as that is known. One in which both

@@ -27,7 +27,7 @@ type pipePool struct{}
 
 func (*pipePool) close() {}
 
-// unsent returns 1 for an unknown number of bytes that the peer has not acknowledged.
+// unsent returns 1 for a socket: its peer may not have acknowledged all that was written.
 func unsent(raw syscall.RawConn) int {
 	if raw != nil {
 		return 1
