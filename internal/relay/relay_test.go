@@ -605,6 +605,67 @@ func TestAbortAtAnyTime(t *testing.T) {
 	}
 }
 
+// Who looks for resets may find one at any time, also when the relay ends or has ended.
+func TestFailAtAnyTime(t *testing.T) {
+	for i := range 200 {
+		synctest.Test(t, func(t *testing.T) {
+			client, server, h, r := joinPipes(newEngine(t, Config{}), nil)
+			var wg sync.WaitGroup
+			for _, c := range []*proxytest.PipeConn{client, server} {
+				wg.Go(func() { c.Write([]byte("x")); c.CloseWrite(); io.Copy(io.Discard, c) })
+			}
+			for range i % 3 {
+				wg.Go(func() { r.up.sourceFailed(errReset) })
+				wg.Go(func() { r.down.sourceFailed(errReset) })
+			}
+			wg.Wait()
+			o := h.wait(t)
+			if (o.Err != nil) != (o.Failed != NoSide) || i%3 == 0 && o.Err != nil {
+				t.Errorf("%+v", o)
+			}
+			r.up.sourceFailed(errReset)
+			if len(h.over) > 0 || r.timer != nil && o.Err == nil {
+				t.Errorf("after the end it fails: %+v", o)
+			}
+			client.Close()
+			server.Close()
+		})
+	}
+}
+
+// A relay is not done while its handler hears that it is over.
+func TestDoneWaitsForOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		h := slowOver{newRecorder(nil), make(chan struct{})}
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(theirs)
+		go r.up.sourceFailed(errReset)
+		synctest.Wait()
+		client.Close()
+		server.Close()
+		synctest.Wait()
+		if len(h.done) > 0 {
+			t.Error("it is done")
+		}
+		close(h.release)
+		if o := h.wait(t); o.Err != errReset || o.Failed != Client {
+			t.Errorf("%+v", o)
+		}
+	})
+}
+
+type slowOver struct {
+	*recorder
+	release chan struct{}
+}
+
+func (h slowOver) Over(cause error) {
+	<-h.release
+	h.recorder.Over(cause)
+}
+
 // A relay is not done while its conns are being reset.
 func TestDoneWaitsForTheReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
