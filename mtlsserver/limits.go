@@ -69,18 +69,21 @@ func (l *limits) of(
 func (l *limits) take(key limitKey) *keptLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	k := l.kept[key]
-	if k == nil {
-		l.mu.Unlock()
-		m := l.make(key.user, key.app, key.limit)
-		l.mu.Lock()
-		if k = l.kept[key]; k == nil { // otherwise another call has made it meanwhile
-			k = &keptLimit{RateLimitManager: m}
-			l.kept[key] = k
+	if l.kept[key] == nil {
+		if made := l.makeUnlocked(key); l.kept[key] == nil { // else another call has made it too
+			l.kept[key] = made
 		}
 	}
+	k := l.kept[key]
 	k.refs++
 	return k
+}
+
+// makeUnlocked makes a limit. It releases mu meanwhile, and holds it again also after a panic.
+func (l *limits) makeUnlocked(key limitKey) *keptLimit {
+	l.mu.Unlock()
+	defer l.mu.Lock()
+	return &keptLimit{RateLimitManager: l.make(key.user, key.app, key.limit)}
 }
 
 // configure makes the limits of users. The caller must call done once: done(true) replaces the

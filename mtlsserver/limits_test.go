@@ -100,3 +100,27 @@ func TestReloadConfiguresLimitsIfItSucceeds(t *testing.T) {
 		t.Errorf("the limits are configured: %t, %t", configured(1), configured(2))
 	}
 }
+
+func TestNewLimitMayPanic(t *testing.T) {
+	panics := true
+	l := &limits{kept: map[limitKey]*keptLimit{},
+		make: func(_, _ string, _ Limit) lbproxy.RateLimitManager {
+			if panics {
+				panic("NewLimit")
+			}
+			return &meter{}
+		}}
+	alice := &User{Name: "alice", Limit: &Limit{Open: 1}}
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("no panic")
+			}
+		}()
+		l.of(alice, "web", nil)
+	}()
+	panics = false
+	if m, _ := l.of(alice, "web", nil); m == nil {
+		t.Error("no limit after the panic")
+	}
+}
