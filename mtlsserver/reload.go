@@ -55,8 +55,6 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 			closeAdmins(admins, old.admins)
 		}
 	}()
-	configured := s.limits.configure(c.Users, c.DefaultLimit)
-	defer func() { configured(err == nil) }()
 	proxies := map[string]*proxy{}
 	for i, conf := range c.Apps {
 		p, err := s.proxyFor(conf, m.upstreams[i], old.proxies)
