@@ -23,8 +23,9 @@ type limitKey struct {
 }
 
 type keptLimit struct {
-	lbproxy.RateLimitManager     // nil: no limit
-	refs                     int // one for each session
+	lbproxy.RateLimitManager        // nil: no limit
+	refs                     int    // sessions now
+	uses                     uint64 // sessions ever
 }
 
 // keysOf returns the keys of u's limits for an app.
@@ -75,6 +76,7 @@ func (l *limits) take(key limitKey) *keptLimit {
 	}
 	k := l.kept[key]
 	k.refs++
+	k.uses++
 	return k
 }
 
@@ -88,23 +90,21 @@ func (l *limits) makeUnlocked(key limitKey) *keptLimit {
 // forgetIdle forgets unused limits that are back in their initial state.
 func (l *limits) forgetIdle() {
 	l.mu.Lock()
-	var unused []limitKey
+	defer l.mu.Unlock()
 	for key, k := range l.kept {
-		if k.refs == 0 {
-			unused = append(unused, key)
-		}
-	}
-	l.mu.Unlock()
-	for _, key := range unused {
-		k := l.take(key)
-		idler, ok := k.RateLimitManager.(interface{ Idle() bool })
-		idle := k.RateLimitManager == nil || ok && idler.Idle()
-		l.mu.Lock()
-		if k.refs--; k.refs == 0 && idle {
+		before := k.uses
+		if k.refs == 0 && l.isIdle(k) && k.uses == before { // else it was used meanwhile
 			delete(l.kept, key)
 		}
-		l.mu.Unlock()
 	}
+}
+
+// isIdle releases mu while it asks the manager.
+func (l *limits) isIdle(k *keptLimit) bool {
+	l.mu.Unlock()
+	defer l.mu.Lock()
+	idler, ok := k.RateLimitManager.(interface{ Idle() bool })
+	return k.RateLimitManager == nil || ok && idler.Idle()
 }
 
 // manager returns a manager that keeps the limit in memory.

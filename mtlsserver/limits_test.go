@@ -85,3 +85,29 @@ func TestNewLimitMayPanic(t *testing.T) {
 		t.Error("no limit after the panic")
 	}
 }
+
+func TestLimitThatIsUsedWhileItIsAskedIsKept(t *testing.T) {
+	l := &limits{kept: map[limitKey]*keptLimit{}}
+	alice := &User{Name: "alice", Limit: &Limit{Open: 1}}
+	use := func() {
+		_, release := l.of(alice, "web", nil)
+		release()
+	}
+	l.make = func(_, _ string, _ Limit) lbproxy.RateLimitManager { return &askedMeter{asked: use} }
+	use()
+	l.forgetIdle()
+	if len(l.kept) != 1 {
+		t.Error("the limit is forgotten, with what its last connection has spent")
+	}
+}
+
+// An askedMeter calls asked in Idle, after it has found that it is idle.
+type askedMeter struct {
+	meter
+	asked func()
+}
+
+func (m *askedMeter) Idle() bool {
+	m.asked()
+	return true
+}
