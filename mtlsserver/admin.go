@@ -17,8 +17,6 @@ import (
 
 type userApp struct{ user, app string }
 
-type appUpstreamKey struct{ app, addr string }
-
 // admin checks Config.Admin and returns the token. listens maps the addresses of apps to their
 // keys.
 func (r *report) admin(listens map[string]string) (token string) {
@@ -79,7 +77,8 @@ func (c *Config) adminListens() (all []admin.Listen) {
 	return all
 }
 
-// adminsFor returns the admin servers for r's Config. It reuses those in old at the same place.
+// adminsFor returns the admin servers for r's Config. It reuses those in old at the same place. The
+// caller closes the new ones, also if there is an error.
 func (s *Server) adminsFor(
 	r *report, old map[admin.Listen]*admin.Server,
 ) (map[admin.Listen]*admin.Server, error) {
@@ -92,9 +91,8 @@ func (s *Server) adminsFor(
 		}
 		a, err := admin.Serve(at, http.HandlerFunc(s.serveAdmin))
 		if wrong, ok := errors.AsType[*admin.ListenError](err); ok {
-			closeAdmins(admins, old)
 			r.add("admin."+wrong.Field, "%v", wrong.Err)
-			return nil, r.err()
+			return admins, r.err()
 		}
 		admins[place] = a
 	}
@@ -118,13 +116,13 @@ func (s *Server) serveAdmin(w http.ResponseWriter, r *http.Request) {
 	http.Error(w, "not started yet", http.StatusServiceUnavailable)
 }
 
-// adminHandler returns the handler for c.Admin; nil if that is nil.
-func (s *Server) adminHandler(c *Config, m *materials) http.Handler {
-	if c.Admin == nil {
+// adminHandler returns the handler for the Admin of a snapshot's Config; nil if that is nil.
+func (s *Server) adminHandler(snap *snapshot) http.Handler {
+	if snap.config.Admin == nil {
 		return nil
 	}
 	opts := &admin.Options{
-		Hosts: c.Admin.Hosts, Token: m.adminToken, Recorder: &s.recorder, Logger: s.log,
+		Hosts: snap.config.Admin.Hosts, Token: snap.adminToken, Recorder: &s.recorder, Logger: s.log,
 		Info: s.adminInfo, Drain: s.drainUpstream,
 	}
 	if s.onReload != nil {
@@ -154,7 +152,7 @@ func (s *Server) AdminAddr() net.Addr {
 func (s *Server) currentApps() (apps []*lbproxy.LBProxyApp) {
 	snap := s.current.Load()
 	for _, conf := range snap.config.Apps {
-		apps = append(apps, snap.proxies[conf.ID].app)
+		apps = append(apps, snap.apps[conf.ID].proxy.app)
 	}
 	return apps
 }
@@ -201,42 +199,17 @@ func (s *Server) adminInfo() (info admin.Info) {
 }
 
 // drainUpstream drains an upstream, or ends its drain, for an administrator. The change lasts until
-// it is undone, the upstream is removed, or the process ends.
+// it is undone, the configuration agrees with it, the upstream is removed, or the process ends.
 func (s *Server) drainUpstream(app, addr string, drain bool) error {
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
-	snap := s.current.Load()
-	for i, conf := range snap.config.Apps {
-		for j, u := range conf.Upstreams {
-			if conf.ID != app || u.Addr != addr {
-				continue
-			}
-			key := appUpstreamKey{app, addr}
-			if s.drains[key] = drain; drain == u.Drain {
-				delete(s.drains, key)
-			}
-			snap.upstreams[i][j].Drain = drain
-			return snap.proxies[app].app.SetUpstreams(snap.upstreams[i])
-		}
+	a, i := s.current.Load().upstream(app, addr)
+	if i < 0 {
+		return admin.ErrNotFound
 	}
-	return admin.ErrNotFound
-}
-
-// withDrains applies the drains of administrators to an app's upstreams. The caller holds
-// reloading, as for forgetDrains.
-func (s *Server) withDrains(app string, upstreams []lbproxy.Upstream) {
-	for i, u := range upstreams {
-		if drain, ok := s.drains[appUpstreamKey{app, u.Addr}]; ok {
-			upstreams[i].Drain = drain
-		}
-	}
-}
-
-// forgetDrains forgets the drains of upstreams that are gone.
-func (s *Server) forgetDrains(snap *snapshot) {
-	now := map[appUpstreamKey]bool{}
-	for _, u := range upstreamsOf(snap.config) {
-		now[appUpstreamKey{u.app, u.Addr}] = true
-	}
-	maps.DeleteFunc(s.drains, func(key appUpstreamKey, _ bool) bool { return !now[key] })
+	a.upstreams[i].Drain = drain
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.setUpstreams(a)
+	return nil
 }

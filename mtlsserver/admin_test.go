@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -299,9 +300,15 @@ func TestDrainByAdminHoldsOverReloads(t *testing.T) {
 	}
 	post("undrain")
 	used(first)
-	if n := len(l.server.drains); n != 0 {
-		t.Errorf("%d drains are remembered, want none", n)
-	}
+	l.reload(t, l.with(func(c *Config) {}))
+	used(first)
+	post("drain")
+	l.reload(t, l.with(func(c *Config) {
+		c.Apps[0].Upstreams = slices.Clone(c.Apps[0].Upstreams)
+		c.Apps[0].Upstreams[0].Drain = true
+	}))
+	l.reload(t, l.with(func(c *Config) {})) // the configuration has taken over
+	used(first)
 	post("drain")
 	l.reload(t, l.with(func(c *Config) { c.Apps[0].Upstreams = c.Apps[0].Upstreams[1:] }))
 	l.reload(t, l.with(func(c *Config) {}))

@@ -55,7 +55,7 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	// A reload during the handshake could not judge this session, so judge it by the current
 	// snapshot. A later reload finds it in s.live.
 	snap := s.current.Load()
-	if snap.proxies[l.app] == nil { // otherwise p has the upstreams of snap or of a later one
+	if snap.apps[l.app] == nil { // otherwise p has the upstreams of snap or of a later one
 		return &Refusal{Reason: AppRemoved}
 	}
 	if err := snap.judge(l); err != nil {
@@ -63,8 +63,8 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	}
 	user := l.id.Load().User
 	c.ClientID, c.Verified = user.Name, true
-	c.RateLimit, l.release = s.limits.of(user, l.app, snap.defaultLimit)
-	if snap.logAdmissions {
+	c.RateLimit, l.release = s.limits.of(user, l.app, snap.config.DefaultLimit)
+	if snap.config.LogAdmissions {
 		s.admitted(l)
 	}
 	return nil
@@ -83,12 +83,12 @@ func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) 
 		}
 	}
 	var id *Identity // claimed by the certificate; proved once the handshake is done
-	config := app.tls.Clone()
+	config := snap.tls.Clone()
 	config.VerifyConnection = func(cs tls.ConnectionState) (err error) {
-		got, want := cs.ServerName, app.serverName
-		if got != "" && want != "" && !strings.EqualFold(got, want) {
-			err := fmt.Errorf("the client wants %.100q", got)
-			return &Refusal{Reason: WrongServerName, Err: err}
+		if name := cs.ServerName; !app.conf.serves(name) {
+			return &Refusal{
+				Reason: WrongServerName, Err: fmt.Errorf("the client wants %.100q", name),
+			}
 		}
 		id, err = snap.auth.Identify(cs, p.conf.ID)
 		return err
@@ -100,9 +100,15 @@ func (p *proxy) handshake(ctx context.Context, c *lbproxy.Conn, snap *snapshot) 
 		}
 		return nil, err
 	}
-	t.CloseNotify = app.closeNotify
+	t.CloseNotify = closeNotifies[app.conf.CloseNotify]
 	c.Client = t
 	return id, nil
+}
+
+// serves reports whether a client that asks for a server name may connect; empty asks for none.
+func (a *App) serves(name string) bool {
+	return name == "" || a.TLS == nil || a.TLS.ServerName == "" ||
+		strings.EqualFold(name, a.TLS.ServerName)
 }
 
 // handshake waits for the first byte of c's client, then for a place, and performs the TLS

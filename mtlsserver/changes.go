@@ -66,15 +66,11 @@ func (c Changes) attrs() (attrs []slog.Attr) {
 
 // changesOf compares the configurations of two snapshots.
 func changesOf(old, now *snapshot) (c Changes) {
-	was := old.config
-	if was == nil {
-		was = &Config{}
-	}
 	user := func(u User) string { return u.Name }
 	app := func(a App) string { return a.ID }
 	upstream := func(u appUpstream) string { return u.app + "/" + u.Addr }
 	certificate := func(c Certificate) string { return c.Key }
-	c.Users = diff(was.Users, now.config.Users, user)
+	c.Users = diff(old.config.Users, now.config.Users, user)
 	withoutUpstreams := func(apps []App) (all []App) {
 		for _, a := range apps {
 			a.Upstreams = nil
@@ -82,8 +78,8 @@ func changesOf(old, now *snapshot) (c Changes) {
 		}
 		return all
 	}
-	c.Apps = diff(withoutUpstreams(was.Apps), withoutUpstreams(now.config.Apps), app)
-	c.Upstreams = diff(upstreamsOf(was), upstreamsOf(now.config), upstream)
+	c.Apps = diff(withoutUpstreams(old.config.Apps), withoutUpstreams(now.config.Apps), app)
+	c.Upstreams = diff(upstreamsOf(old.config), upstreamsOf(now.config), upstream)
 	c.Certificates = diff(certificatesOf(old), certificatesOf(now), certificate)
 	return c
 }

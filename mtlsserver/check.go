@@ -61,17 +61,6 @@ func (r *report) dates(inForce []Certificate) (expired []Certificate) {
 	return expired
 }
 
-// materials are the parsed contents of a Config and of its files.
-type materials struct {
-	cas          []*x509.Certificate
-	server       tls.Certificate
-	upstreams    [][]lbproxy.Upstream // by index of Config.Apps
-	proxies      [][]netip.Prefix     // App.AcceptProxy, by the same index
-	users        listed
-	certificates []Certificate
-	adminToken   string
-}
-
 // listed implements Users for the users of a Config.
 type listed map[certKey]listedUser
 
@@ -92,19 +81,20 @@ func (l listed) Lookup(c Claim) (*User, bool) {
 }
 
 // check checks the Config together with the files that it names, and returns their contents. The
-// result is incomplete if there are problems.
-func (r *report) check() *materials {
-	c, m := r.config, &materials{users: listed{}}
-	m.server = r.pair("tls", c.TLS.Cert, c.TLS.Key, x509.ExtKeyUsageServerAuth)
-	m.cas = r.cas()
+// snapshot is incomplete if there are problems, and lacks what reload adds.
+func (r *report) check() *snapshot {
+	c := r.config
+	server := r.pair("tls", c.TLS.Cert, c.TLS.Key, x509.ExtKeyUsageServerAuth)
+	cas := r.cas()
+	n := &snapshot{config: c, tls: clientTLS(server, cas), apps: map[string]*appRules{}}
 	if len(c.Apps) == 0 {
 		r.add("apps", "none: give at least one")
 	}
 	ids, listens := map[string]string{}, map[string]string{}
-	for i, app := range c.Apps {
-		key := fmt.Sprintf("apps[%d]", i)
+	for i := range c.Apps {
+		app, key := &c.Apps[i], fmt.Sprintf("apps[%d]", i)
 		r.unique(ids, key+".id", app.ID)
-		r.positive(key, app)
+		r.positive(key, *app)
 		if app.HealthCheck != nil {
 			r.positive(key+".healthCheck", *app.HealthCheck)
 		}
@@ -115,27 +105,32 @@ func (r *report) check() *materials {
 		case n != 0:
 			r.unique(listens, key+".listen", app.Listen)
 		}
-		r.clients(key, &app, m.server.Leaf)
-		m.proxies = append(m.proxies, r.prefixes(key+".acceptProxy", app.AcceptProxy))
-		m.upstreams = append(m.upstreams, r.upstreams(key+".upstreams", app.Upstreams))
+		r.clients(key, app, server.Leaf)
+		n.apps[app.ID] = &appRules{
+			conf:        app,
+			upstreams:   r.upstreams(key+".upstreams", app.Upstreams),
+			acceptProxy: r.acceptProxy(key+".acceptProxy", app.AcceptProxy),
+		}
 	}
+	users := listed{}
 	names, serials := map[string]string{}, map[certKey]string{}
 	for i := range c.Users {
 		user, key := &c.Users[i], fmt.Sprintf("users[%d]", i)
 		r.unique(names, key+".name", user.Name)
 		r.rights(key, user, ids)
 		for j, s := range user.Serials {
-			r.serial(fmt.Sprintf("%s.serials[%d]", key, j), s, user, m, serials)
+			r.serial(fmt.Sprintf("%s.serials[%d]", key, j), s, user, cas, users, serials)
 		}
 	}
 	if c.DefaultLimit != nil {
 		r.limit("defaultLimit", *c.DefaultLimit)
 	}
-	m.adminToken = r.admin(listens)
+	n.auth = Authenticator{CAs: cas, Users: users}
+	n.adminToken = r.admin(listens)
 	r.positive("handshake", c.Handshake)
 	r.positive("", *c)
-	m.certificates = r.certs
-	return m
+	n.certificates = r.certs
+	return n
 }
 
 // clients checks an app's requirements for its clients. server is the server's certificate.
@@ -162,8 +157,9 @@ var closeNotifies = map[string]lbproxy.CloseNotify{
 	"idle": lbproxy.CloseNotifyIdle, "optional": lbproxy.CloseNotifyOptional,
 }
 
-// prefixes parses the networks in an app's AcceptProxy.
-func (r *report) prefixes(key string, texts []string) (all []netip.Prefix) {
+// acceptProxy returns the AdmitFunc for the networks in an app's AcceptProxy; nil if there are none.
+func (r *report) acceptProxy(key string, texts []string) lbproxy.AdmitFunc {
+	var trusted []netip.Prefix
 	if len(texts) == 0 && r.config.doc.Has(key) {
 		r.add(key, `none: give a network, such as "10.0.0.0/8", or remove it`)
 	}
@@ -176,10 +172,13 @@ func (r *report) prefixes(key string, texts []string) (all []netip.Prefix) {
 		case p.Bits() == 0:
 			r.add(key, "%q: want fewer than all addresses: anybody could claim to be anyone", text)
 		default:
-			all = append(all, p)
+			trusted = append(trusted, p)
 		}
 	}
-	return all
+	if len(trusted) == 0 {
+		return nil
+	}
+	return lbproxy.AcceptProxy(trusted, nil)
 }
 
 // portOf returns the port of a "host:port", or -1 if the text does not have that form. Port 0
@@ -275,10 +274,11 @@ func (r *report) cas() (cas []*x509.Certificate) {
 	return cas
 }
 
-// serial adds a certificate of a user to m.users, unless it is invalid or listed already. seen maps
+// serial adds a certificate of a user to users, unless it is invalid or listed already. seen maps
 // each certificate to the key where it was listed first.
 func (r *report) serial(
-	key string, s UserSerial, user *User, m *materials, seen map[certKey]string,
+	key string, s UserSerial, user *User, cas []*x509.Certificate, users listed,
+	seen map[certKey]string,
 ) {
 	serial, err := ParseSerial(s.Serial)
 	if err != nil {
@@ -291,8 +291,8 @@ func (r *report) serial(
 			"openssl x509 -fingerprint -sha256 prints", s.CertSHA256)
 	}
 	at := certKey{serial: serial}
-	ids := make([]string, len(m.cas))
-	for i, ca := range m.cas {
+	ids := make([]string, len(cas))
+	for i, ca := range cas {
 		ids[i] = KeyID(ca)
 	}
 	switch id, ok := parseDigest(s.CA); {
@@ -314,7 +314,7 @@ func (r *report) serial(
 		return
 	}
 	seen[at] = fmt.Sprintf("%s (%q)", key, s.Serial)
-	m.users[at] = listedUser{user, pin}
+	users[at] = listedUser{user, pin}
 }
 
 // rights checks the apps and limits of a user. The keys of ids are the ids of all apps.

@@ -117,9 +117,10 @@ func TestValidateTheCAOfASerial(t *testing.T) {
 			c.TLS.CA = test.cas
 			c.Users[0].Serials = []UserSerial{{Serial: "0xa11ce", CA: test.ca}}
 		})}
-		m, err := r.check(), r.err()
-		if _, ok := m.users[certKey{test.key, "a11ce"}]; err == nil && (test.want != "" || !ok) {
-			t.Errorf("%v, CA %q: users %v", test.cas, test.ca, m.users)
+		snap, err := r.check(), r.err()
+		users := snap.auth.Users.(listed)
+		if _, ok := users[certKey{test.key, "a11ce"}]; err == nil && (test.want != "" || !ok) {
+			t.Errorf("%v, CA %q: users %v", test.cas, test.ca, users)
 		}
 		if err != nil && (test.want == "" || !strings.HasPrefix(err.Error(), test.want) ||
 			strings.Contains(err.Error(), "\n")) {

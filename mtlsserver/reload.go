@@ -32,42 +32,35 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 	defer s.reloading.Unlock()
 	old := s.current.Load()
 	r := &report{config: c}
-	m := r.check()
+	snap := r.check()
 	r.dates(old.certificates)
-	users := s.users
-	if users == nil {
-		users = m.users
-	} else if len(c.Users) > 0 {
-		r.add("users", "the server has a store of its own (Options.Users): remove them")
+	if s.users != nil {
+		snap.auth.Users = s.users
+		if len(c.Users) > 0 {
+			r.add("users", "the server has a store of its own (Options.Users): remove them")
+		}
 	}
 	if err := r.err(); err != nil {
 		return changes, err
 	}
-	for i, app := range c.Apps {
-		s.withDrains(app.ID, m.upstreams[i])
-	}
-	admins, err := s.adminsFor(r, old.admins)
-	if err != nil {
-		return changes, err
-	}
+	snap.keepDrains(old)
+	snap.gate = gateFor(c.Handshake, old.gate)
+	snap.admin = s.adminHandler(snap)
 	defer func() {
 		if err != nil {
-			closeAdmins(admins, old.admins)
+			snap.discard(old)
 		}
 	}()
-	proxies := map[string]*proxy{}
-	for i, conf := range c.Apps {
-		p, err := s.proxyFor(conf, m.upstreams[i], old.proxies)
-		if err != nil {
-			discard(proxies, old.proxies)
+	if snap.admins, err = s.adminsFor(r, old.admins); err != nil {
+		return changes, err
+	}
+	for _, conf := range c.Apps {
+		app := snap.apps[conf.ID]
+		if app.proxy, err = s.proxyFor(app, old); err != nil {
 			return changes, fmt.Errorf("mtlsserver: app %q: %w", conf.ID, err)
 		}
-		proxies[conf.ID] = p
 	}
-	snap := newSnapshot(c, m, users, proxies, old)
-	snap.admins, snap.admin = admins, s.adminHandler(c, m)
-	if err := s.install(snap, old, m.upstreams); err != nil {
-		discard(proxies, old.proxies)
+	if err := s.install(snap, old); err != nil {
 		return changes, err
 	}
 	changes = changesOf(old, snap)
@@ -77,36 +70,25 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 
 // install makes snap the current snapshot, starts new proxies, and closes the listeners of removed
 // ones.
-func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) error {
+func (s *Server) install(snap, old *snapshot) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closing.Err() != nil {
 		return ErrServerClosed
 	}
-	// Set the upstreams before the snapshot admits anybody, and for replaced proxies too: a
-	// connection in its handshake there must not reach upstreams that c has removed.
-	byID := map[string][]lbproxy.Upstream{}
-	for i, conf := range snap.config.Apps {
-		byID[conf.ID] = upstreams[i]
-	}
-	for p := range s.proxies {
-		if now := byID[p.conf.ID]; now != nil {
-			if err := p.app.SetUpstreams(now); err != nil {
-				panic(err) // check has validated them
-			}
-		}
+	for _, app := range snap.apps {
+		s.setUpstreams(app) // before the snapshot admits anybody
 	}
 	s.current.Store(snap)
-	s.forgetDrains(snap)
-	for id, p := range snap.proxies {
-		if p != old.proxies[id] {
-			s.proxies[p] = struct{}{}
-			s.start(p)
+	for id, app := range snap.apps {
+		if app.proxy != old.proxy(id) {
+			s.proxies[app.proxy] = struct{}{}
+			s.start(app.proxy)
 		}
 	}
-	for id, p := range old.proxies {
-		if p != snap.proxies[id] {
-			p.listener.Close()
+	for id, app := range old.apps {
+		if app.proxy != snap.proxy(id) {
+			app.proxy.listener.Close()
 		}
 	}
 	// Do not wait: an old admin server may be answering the request for this reload.
@@ -114,10 +96,25 @@ func (s *Server) install(snap, old *snapshot, upstreams [][]lbproxy.Upstream) er
 	return nil
 }
 
-// discard closes the proxies that a failed reload has made.
-func discard(proxies, old map[string]*proxy) {
-	for id, p := range proxies {
-		if p != old[id] {
+// setUpstreams gives an app's upstreams to its proxy, and to those that the proxy has replaced: a
+// connection in its handshake there must not reach upstreams that are removed or drained. The
+// caller holds s.mu.
+func (s *Server) setUpstreams(app *appRules) {
+	for p := range s.proxies {
+		if p.conf.ID != app.conf.ID {
+			continue
+		}
+		if err := p.app.SetUpstreams(app.upstreams); err != nil {
+			panic(err) // check has validated them
+		}
+	}
+}
+
+// discard closes what a failed reload has made.
+func (n *snapshot) discard(old *snapshot) {
+	closeAdmins(n.admins, old.admins)
+	for id, app := range n.apps {
+		if p := app.proxy; p != nil && p != old.proxy(id) {
 			p.listener.Close()
 			p.app.Close()
 		}
@@ -154,23 +151,22 @@ func (a App) proxyOptions() App {
 }
 
 // proxyFor returns the proxy of an app: the old one if its options are the same, else a new one.
-func (s *Server) proxyFor(
-	conf App, upstreams []lbproxy.Upstream, old map[string]*proxy,
-) (*proxy, error) {
-	conf = conf.proxyOptions()
-	if p := old[conf.ID]; p != nil && reflect.DeepEqual(p.conf, conf) {
+func (s *Server) proxyFor(app *appRules, old *snapshot) (*proxy, error) {
+	conf := app.conf.proxyOptions()
+	if p := old.proxy(conf.ID); p != nil && reflect.DeepEqual(p.conf, conf) {
 		return p, nil
 	}
 	l, err := s.listen(conf, old)
 	if err != nil {
 		return nil, err
 	}
-	app, err := lbproxy.New(conf.ID, upstreams, s.recorder.Record(conf.ID, conf.options(s.log)))
+	opts := s.recorder.Record(conf.ID, conf.options(s.log))
+	lb, err := lbproxy.New(conf.ID, app.upstreams, opts)
 	if err != nil {
 		l.Close()
 		return nil, err
 	}
-	return &proxy{s, conf, app, l, make(chan struct{})}, nil
+	return &proxy{s, conf, lb, l, make(chan struct{})}, nil
 }
 
 func (a App) options(log *slog.Logger) *lbproxy.Options {
@@ -205,10 +201,10 @@ func (u *Upstream) lbproxy() lbproxy.Upstream {
 
 // listen returns a share of the port at conf's address. A port that the same app, or an app that
 // gives up the address, has bound already is shared; otherwise listen binds a new one.
-func (s *Server) listen(conf App, old map[string]*proxy) (*share, error) {
-	for id, p := range old {
-		if p.conf.Listen == conf.Listen && (id == conf.ID || portOf(conf.Listen) != 0) {
-			return p.listener.port.share(), nil
+func (s *Server) listen(conf App, old *snapshot) (*share, error) {
+	for id, app := range old.apps {
+		if app.conf.Listen == conf.Listen && (id == conf.ID || portOf(conf.Listen) != 0) {
+			return app.proxy.listener.port.share(), nil
 		}
 	}
 	return bind(s.bind, conf.ID, conf.Listen)

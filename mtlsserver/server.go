@@ -81,8 +81,7 @@ type Server struct {
 	end      func()          // ends over
 	watching sync.WaitGroup
 
-	reloading sync.Mutex              // held by reload, so that only one runs at a time
-	drains    map[appUpstreamKey]bool // set by administrators; guarded by reloading
+	reloading sync.Mutex // held by reload and drainUpstream, so that only one runs at a time
 
 	mu      sync.Mutex // guards ran and proxies; not held over I/O or hooks
 	ran     bool
@@ -110,7 +109,6 @@ func New(c *Config, opts *Options) (*Server, error) {
 		running:  make(chan struct{}),
 		proxies:  map[*proxy]struct{}{},
 		bind:     opts.Listen,
-		drains:   map[appUpstreamKey]bool{},
 		live:     map[*session]struct{}{},
 		open:     map[userApp]int{},
 		denied:   map[Reason]uint64{},
@@ -127,7 +125,7 @@ func New(c *Config, opts *Options) (*Server, error) {
 	s.lines.Write, s.lines.Dropped = s.write, s.writeDropped
 	s.closing, s.close = context.WithCancel(context.Background())
 	s.over, s.end = context.WithCancel(context.Background())
-	s.current.Store(&snapshot{})
+	s.current.Store(&snapshot{config: &Config{}})
 	if _, err := s.reload(c); err != nil {
 		return nil, err
 	}
@@ -138,8 +136,8 @@ func New(c *Config, opts *Options) (*Server, error) {
 // Addrs returns the address that each app listens on, by the app's id.
 func (s *Server) Addrs() map[string]net.Addr {
 	addrs := map[string]net.Addr{}
-	for id, p := range s.current.Load().proxies {
-		addrs[id] = p.listener.Addr()
+	for id, a := range s.current.Load().apps {
+		addrs[id] = a.proxy.listener.Addr()
 	}
 	return addrs
 }
@@ -149,8 +147,8 @@ func (s *Server) Addrs() map[string]net.Addr {
 // connections, and must not change or close them.
 func (s *Server) Apps() map[string]*lbproxy.LBProxyApp {
 	apps := map[string]*lbproxy.LBProxyApp{}
-	for id, p := range s.current.Load().proxies {
-		apps[id] = p.app
+	for id, a := range s.current.Load().apps {
+		apps[id] = a.proxy.app
 	}
 	return apps
 }
@@ -183,7 +181,8 @@ func (s *Server) Run(ctx context.Context) error {
 	case <-ctx.Done():
 	case <-s.closing.Done():
 	}
-	drain, cancel := context.WithTimeout(context.Background(), s.current.Load().drain)
+	patience := s.current.Load().drainTimeout()
+	drain, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	s.stop(func(p *proxy) { p.drain(drain) })
 	if n := s.wasReset.Load(); n > 0 {

@@ -504,11 +504,11 @@ func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 // A connection has been accepted for an app when the reload removes it.
 func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	l := newLab(t, nil)
-	snap := *l.server.current.Load()
+	addr, snap := l.addr("web"), *l.server.current.Load()
 	snap.apps = nil
 	l.server.current.Store(&snap)
 	// If Dial fails, the server has reset the connection already.
-	if c, err := net.Dial("tcp", l.addr("web")); err == nil {
+	if c, err := net.Dial("tcp", addr); err == nil {
 		defer c.Close()
 		must(t, ended(c))
 	}
@@ -518,6 +518,25 @@ func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 		}); e["reason"] != string(AppRemoved) || e["user"] != "" {
 		t.Errorf("line %v, want %s", e, AppRemoved)
 	}
+}
+
+// A reload replaces the app in the middle of a handshake, then an administrator drains an upstream.
+func TestDrainDuringAHandshakeOfAReplacedApp(t *testing.T) {
+	l := newLab(t, nil)
+	snap := *l.server.current.Load()
+	users, drained := snap.auth.Users, make(chan error, 1)
+	snap.auth.Users = lookup(func(c Claim) (*User, bool) {
+		web, db := l.web.Addr().String(), l.db.Addr().String()
+		_, err := l.server.Reload(l.with(func(c *Config) {
+			c.Apps[0].IdleTimeout = time.Minute
+			c.Apps[0].Upstreams = []Upstream{{Addr: web}, {Addr: db}}
+		}))
+		drained <- errors.Join(err, l.server.drainUpstream("web", web, true))
+		return users.Lookup(c)
+	})
+	l.server.current.Store(&snap)
+	must(t, greeted(l.dial(t, "web", &l.alice), "db"))
+	must(t, <-drained)
 }
 
 // Two reloads replace the app in the middle of a handshake. The client gets an upstream of the
@@ -538,12 +557,12 @@ func TestReloadThatReplacesTheAppDuringAHandshake(t *testing.T) {
 		reloaded <- errors.Join(errs...)
 		return users.Lookup(c)
 	})
-	before := snap.proxies["web"]
+	before := snap.proxy("web")
 	l.server.current.Store(&snap)
 	c := l.dial(t, "web", &l.alice)
 	must(t, greeted(c, "db"))
 	must(t, <-reloaded)
-	if l.server.current.Load().proxies["web"] == before {
+	if l.server.current.Load().proxy("web") == before {
 		t.Error("the app was not replaced")
 	}
 	if n := l.web.dialled.Load(); n > 0 {
@@ -1000,8 +1019,8 @@ func TestDefaults(t *testing.T) {
 	snap := newLab(t, nil).server.current.Load()
 	want := Handshake{Timeout: 10 * time.Second, MaxConcurrent: 256, MaxPerAddress: 16,
 		MaxBytes: 16 << 10}
-	if got := snap.gate.Handshake; got != want || snap.drain != 30*time.Second {
-		t.Errorf("%+v, drain %v; want %+v, 30s", got, snap.drain, want)
+	if got := snap.gate.Handshake; got != want || snap.drainTimeout() != 30*time.Second {
+		t.Errorf("%+v, drain %v; want %+v, 30s", got, snap.drainTimeout(), want)
 	}
 }
 

@@ -3,86 +3,105 @@ package mtlsserver
 import (
 	"cmp"
 	"crypto/tls"
+	"crypto/x509"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/danielepagano/lbproxy"
 	"github.com/danielepagano/lbproxy/mtlsserver/admin"
 )
 
-// A snapshot is the configuration in force. It is immutable; a reload replaces it.
+// A snapshot is a configuration with the contents of its files. Once it is in force it does not
+// change, except for upstreams; a reload replaces it.
 type snapshot struct {
-	config        *Config
-	auth          Authenticator
-	apps          map[string]*appRules
-	proxies       map[string]*proxy // by app id
-	certificates  []Certificate
-	defaultLimit  *Limit
-	logAdmissions bool
-	gate          *gate
-	drain         time.Duration
-	upstreams     [][]lbproxy.Upstream // by index of config.Apps
-	admins        map[admin.Listen]*admin.Server
-	admin         http.Handler // served by admins
+	config       *Config
+	certificates []Certificate
+	auth         Authenticator
+	tls          *tls.Config
+	apps         map[string]*appRules // by id
+	adminToken   string
+
+	// reload adds these.
+	gate   *gate
+	admins map[admin.Listen]*admin.Server
+	admin  http.Handler // served by admins; nil if config has no Admin
 }
 
-// appRules decide about connections to an app.
+// appRules are an App with its proxy, and decide about connections to it.
 type appRules struct {
-	tls         *tls.Config
-	serverName  string
-	closeNotify lbproxy.CloseNotify
-	acceptProxy lbproxy.AdmitFunc // nil: no peer is trusted to send PROXY headers
+	conf        *App
+	acceptProxy lbproxy.AdmitFunc  // nil: no peer is trusted to send PROXY headers
+	upstreams   []lbproxy.Upstream // as conf.Upstreams, but Drain; guarded by Server.reloading
+	proxy       *proxy             // added by reload
 }
 
-// newSnapshot returns the snapshot of c. It keeps old's gate, with the handshakes in progress, if
-// c has the same Handshake.
-func newSnapshot(
-	c *Config, m *materials, users Users, proxies map[string]*proxy, old *snapshot,
-) *snapshot {
-	n := &snapshot{
-		config:        c,
-		auth:          Authenticator{CAs: m.cas, Users: users},
-		apps:          map[string]*appRules{},
-		proxies:       proxies,
-		certificates:  m.certificates,
-		upstreams:     m.upstreams,
-		defaultLimit:  c.DefaultLimit,
-		logAdmissions: c.LogAdmissions,
-		gate: newGate(Handshake{
-			Timeout:       cmp.Or(c.Handshake.Timeout, 10*time.Second),
-			MaxConcurrent: cmp.Or(c.Handshake.MaxConcurrent, 256),
-			MaxPerAddress: cmp.Or(c.Handshake.MaxPerAddress, 16),
-			MaxBytes:      cmp.Or(c.Handshake.MaxBytes, 16<<10),
-		}),
-		drain: cmp.Or(c.DrainTimeout, 30*time.Second),
-	}
-	if old.gate != nil && old.gate.Handshake == n.gate.Handshake {
-		n.gate = old.gate
-	}
-	for i, app := range c.Apps {
-		rules := &appRules{tls: &tls.Config{
-			MinVersion:   tls.VersionTLS13,
-			ClientAuth:   tls.RequireAnyClientCert, // Identify verifies it at less cost
-			ClientCAs:    poolOf(m.cas...),         // helps clients choose their certificate
-			Certificates: []tls.Certificate{m.server},
+// clientTLS returns the configuration of TLS with clients, apart from VerifyConnection.
+func clientTLS(server tls.Certificate, cas []*x509.Certificate) *tls.Config {
+	return &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		ClientAuth:   tls.RequireAnyClientCert, // Identify verifies it at less cost
+		ClientCAs:    poolOf(cas...),           // helps clients choose their certificate
+		Certificates: []tls.Certificate{server},
 
-			// A ticket would keep a client authenticated after its user was removed.
-			SessionTicketsDisabled: true,
+		// A ticket would keep a client authenticated after its user was removed.
+		SessionTicketsDisabled: true,
 
-			// Small records make the first byte arrive sooner on a slow link, but on the links
-			// of a load balancer they only cost more.
-			DynamicRecordSizingDisabled: true,
-		}}
-		if app.TLS != nil {
-			rules.serverName = app.TLS.ServerName
-		}
-		rules.closeNotify = closeNotifies[app.CloseNotify]
-		if trusted := m.proxies[i]; len(trusted) > 0 {
-			rules.acceptProxy = lbproxy.AcceptProxy(trusted, nil)
-		}
-		n.apps[app.ID] = rules
+		// Small records make the first byte arrive sooner on a slow link, but on the links of a
+		// load balancer they only cost more.
+		DynamicRecordSizingDisabled: true,
 	}
-	return n
+}
+
+// gateFor returns old, with the handshakes in progress, if it is a gate with the bounds of h, else
+// a new gate.
+func gateFor(h Handshake, old *gate) *gate {
+	h = Handshake{
+		Timeout:       cmp.Or(h.Timeout, 10*time.Second),
+		MaxConcurrent: cmp.Or(h.MaxConcurrent, 256),
+		MaxPerAddress: cmp.Or(h.MaxPerAddress, 16),
+		MaxBytes:      cmp.Or(h.MaxBytes, 16<<10),
+	}
+	if old != nil && old.Handshake == h {
+		return old
+	}
+	return newGate(h)
+}
+
+func (n *snapshot) drainTimeout() time.Duration {
+	return cmp.Or(n.config.DrainTimeout, 30*time.Second)
+}
+
+// proxy returns the proxy of an app; nil if there is no such app.
+func (n *snapshot) proxy(app string) *proxy {
+	if a := n.apps[app]; a != nil {
+		return a.proxy
+	}
+	return nil
+}
+
+// upstream returns an app with the index of its upstream at addr; -1 if there is none.
+func (n *snapshot) upstream(app, addr string) (*appRules, int) {
+	a := n.apps[app]
+	if a == nil {
+		return nil, -1
+	}
+	return a, slices.IndexFunc(a.upstreams, func(u lbproxy.Upstream) bool { return u.Addr == addr })
+}
+
+// keepDrains makes upstreams keep the drain that an administrator has set: one that differs from
+// the old configuration.
+func (n *snapshot) keepDrains(old *snapshot) {
+	for id, was := range old.apps {
+		for i, u := range was.upstreams {
+			if u.Drain == was.conf.Upstreams[i].Drain {
+				continue
+			}
+			if app, j := n.upstream(id, u.Addr); j >= 0 {
+				app.upstreams[j].Drain = u.Drain
+			}
+		}
+	}
 }
 
 // judge returns an error if n does not allow l, which an earlier snapshot admitted. Otherwise it
