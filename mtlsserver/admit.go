@@ -179,66 +179,45 @@ func linger(raw net.Conn) {
 	}
 }
 
-// A failure is the error of a handshake, with the facts that distinguish failures.
-type failure struct {
-	error
-	op   string // of a net.OpError; crypto/tls uses "remote error" and "local error"
-	text string
-	cert bool // VerifyConnection has accepted the client's certificate
-}
-
-func (f *failure) is(target error) bool { return errors.Is(f.error, target) }
-
-func (f *failure) notTLS() bool {
-	_, ok := errors.AsType[tls.RecordHeaderError](f.error)
-	return ok
-}
-
-// failures map a failure to the reason of the first entry that matches. crypto/tls exports no value
-// for some errors, so they are recognized by their text; only the reason in the log depends on it.
-var failures = []struct {
-	match  func(f *failure) bool
-	reason Reason
-}{
-	{(*failure).notTLS, NotTLS},
-	{func(f *failure) bool { return f.is(lbproxy.ErrHandshakeSize) }, HandshakeTooLarge},
-	{func(f *failure) bool { return f.is(os.ErrDeadlineExceeded) }, HandshakeTimeout},
-	{func(f *failure) bool { return f.op == "remote error" || f.alertInTheClear() }, ClientAlert},
-	{func(f *failure) bool { return f.op == "local error" }, HandshakeFailed}, // broken protocol
-	{func(f *failure) bool { return f.op != "" }, ClientGone},
-	{func(f *failure) bool { return f.is(io.EOF) || f.is(io.ErrUnexpectedEOF) }, ClientGone},
-	{func(f *failure) bool { return f.cert }, NoProof},
-	{textBegins("tls: client didn't provide a certificate"), NoCertificate},
-	{textBegins("tls: failed to parse client certificate"), BadCertificate},
-	{textBegins("tls: client offered only unsupported versions"), OldTLS},
-}
-
-func textBegins(prefix string) func(*failure) bool {
-	return func(f *failure) bool { return strings.HasPrefix(f.text, prefix) }
-}
-
-// alertInTheClear reports whether the client sent an unencrypted alert, as OpenSSL does when it
-// refuses the server's certificate. crypto/tls tries to decrypt it and reports a bad MAC.
-func (f *failure) alertInTheClear() bool {
-	return f.op == "local error" && !f.cert && strings.HasSuffix(f.text, "bad record MAC")
-}
-
-// refusalOf returns the Refusal for the error of a handshake.
+// refusalOf returns the Refusal for the error of a handshake. crypto/tls exports no value for some
+// errors, so they are recognized by their text; only the reason in the log depends on it.
 func refusalOf(err error, cs tls.ConnectionState) *Refusal {
 	if refusal, ok := errors.AsType[*Refusal](err); ok { // from VerifyConnection
 		return refusal
 	}
-	f := &failure{error: err, text: err.Error(), cert: len(cs.PeerCertificates) > 0}
-	if op, ok := errors.AsType[*net.OpError](err); ok {
-		f.op = op.Op
+	op := "" // crypto/tls says "remote error" and "local error" of alerts
+	if e, ok := errors.AsType[*net.OpError](err); ok {
+		op = e.Op
 	}
-	for _, known := range failures {
-		if known.match(f) {
-			if f.alertInTheClear() {
-				err = errors.New("the client refused our certificate by an unencrypted alert")
-			}
-			return &Refusal{Reason: known.reason, Err: err}
-		}
+	_, notTLS := errors.AsType[tls.RecordHeaderError](err)
+	verified := len(cs.PeerCertificates) > 0 // VerifyConnection has accepted the certificate
+	is := func(target error) bool { return errors.Is(err, target) }
+	begins := func(prefix string) bool { return strings.HasPrefix(err.Error(), prefix) }
+	reason := HandshakeFailed
+	switch {
+	case notTLS:
+		reason = NotTLS
+	case is(lbproxy.ErrHandshakeSize):
+		reason = HandshakeTooLarge
+	case is(os.ErrDeadlineExceeded):
+		reason = HandshakeTimeout
+	case op == "remote error":
+		reason = ClientAlert
+	case op == "local error" && !verified && strings.HasSuffix(err.Error(), "bad record MAC"):
+		// OpenSSL refuses the server's certificate so, and crypto/tls tries to decrypt the alert.
+		reason = ClientAlert
+		err = errors.New("the client refused our certificate by an unencrypted alert")
+	case op == "local error": // the client broke the protocol
+	case op != "", is(io.EOF), is(io.ErrUnexpectedEOF):
+		reason = ClientGone
+	case verified:
+		reason = NoProof
+	case begins("tls: client didn't provide a certificate"):
+		reason = NoCertificate
+	case begins("tls: failed to parse client certificate"):
+		reason = BadCertificate
+	case begins("tls: client offered only unsupported versions"):
+		reason = OldTLS
 	}
-	return &Refusal{Reason: HandshakeFailed, Err: err}
+	return &Refusal{Reason: reason, Err: err}
 }
