@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"strings"
@@ -33,16 +34,19 @@ func (l *session) end(cause error) (first bool) {
 	return !l.ended.Swap(true)
 }
 
-// admit is the AdmitFunc of p's app.
-func (p *proxy) admit(ctx context.Context, c *lbproxy.Conn) error {
-	l := &session{conn: c, app: p.conf.ID}
-	c.OnDone = func(r lbproxy.Result) { p.server.done(l, r) }
-	return p.authenticate(ctx, c, l)
+// expired returns a Refusal if the client's certificate has expired.
+func (l *session) expired(now time.Time) error {
+	if now.After(l.id.Load().Expires) {
+		return &Refusal{Reason: Expired}
+	}
+	return nil
 }
 
-// authenticate performs the handshake and decides whether the client may connect.
-func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) error {
-	s := p.server
+// admit is the AdmitFunc of p's app. It performs the handshake and decides whether the client may
+// connect.
+func (p *proxy) admit(ctx context.Context, c *lbproxy.Conn) error {
+	s, l := p.server, &session{conn: c, app: p.conf.ID}
+	c.OnDone = func(r lbproxy.Result) { s.done(l, r) }
 	id, err := p.handshake(ctx, c, s.current.Load())
 	if err != nil {
 		return err
@@ -65,7 +69,7 @@ func (p *proxy) authenticate(ctx context.Context, c *lbproxy.Conn, l *session) e
 	c.ClientID, c.Verified = user.Name, true
 	c.RateLimit, l.release = s.limits.of(user, l.app, snap.config.DefaultLimit)
 	if snap.config.LogAdmissions {
-		s.admitted(l)
+		s.say(slog.LevelInfo, "admitted", append(l.attrs(), l.id.Load().attrs()...)...)
 	}
 	return nil
 }
@@ -122,9 +126,8 @@ func (g *gate) handshake(
 		return nil, &Refusal{Reason: ClientGone, Err: err}
 	}
 	v := g.wait(raw, addrOf(clientAddr(c)))
-	returned := false // remains false if the caller's Users panic or call runtime.Goexit
+	finished := false // also if the caller's Users panic or call runtime.Goexit
 	defer func() {
-		finished := err == nil && returned
 		late := errors.Is(err, os.ErrDeadlineExceeded)
 		if cut := g.leave(v, finished); cut != nil && (err == nil || late) {
 			err = cut
@@ -133,7 +136,7 @@ func (g *gate) handshake(
 		}
 	}()
 	t, err = g.handshakeInside(ctx, v, deadline, config)
-	returned = true
+	finished = err == nil
 	return t, err
 }
 

@@ -157,7 +157,7 @@ var closeNotifies = map[string]lbproxy.CloseNotify{
 	"idle": lbproxy.CloseNotifyIdle, "optional": lbproxy.CloseNotifyOptional,
 }
 
-// acceptProxy returns the AdmitFunc for the networks in an app's AcceptProxy; nil if there are none.
+// acceptProxy returns the AdmitFunc for an app's AcceptProxy; nil if it is empty.
 func (r *report) acceptProxy(key string, texts []string) lbproxy.AdmitFunc {
 	var trusted []netip.Prefix
 	if len(texts) == 0 && r.config.doc.Has(key) {

@@ -7,8 +7,8 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// limits hold the RateLimitManagers of users. A limit is made when its user connects, and kept until
-// it is unused and idle: reloads do not touch it, so an unchanged limit keeps its state.
+// limits hold the RateLimitManagers of users. A limit is made when its user connects, and kept
+// until it is unused and idle: reloads do not touch it, so an unchanged limit keeps its state.
 type limits struct {
 	make func(user, app string, l Limit) lbproxy.RateLimitManager
 

@@ -38,30 +38,32 @@ func (s *Server) writeDropped(n uint64) {
 // done logs a connection that has ended. It frees the connection's limits before it queues the
 // line.
 func (s *Server) done(l *session, r lbproxy.Result) {
-	s.countOut(l, r)
-	if l.release != nil {
-		l.release()
-	}
-	if r.End == lbproxy.EndClosed && l.id.Load() != nil {
-		s.wasReset.Add(1)
-	}
-	reason, level := reasonOf(l, r), slog.LevelInfo
 	refusal, refused := errors.AsType[*Refusal](r.Err)
+	id, reason, level := l.id.Load(), Reason(r.End), slog.LevelInfo
 	switch {
 	case refused:
-		r.Err = refusal.Err
+		reason, r.Err = refusal.Reason, refusal.Err
+	case r.End == lbproxy.EndNotAdmitted,
+		r.End == lbproxy.EndCanceled && id == nil: // after a panic in admit
+		reason, refused = HandshakeFailed, true
 	case r.End == lbproxy.EndNoUpstream,
 		r.End == lbproxy.EndDialFailed,
 		r.End == lbproxy.EndUpstreamError:
 		level = slog.LevelWarn
 	}
+	s.countOut(l, reason, refused)
+	if l.release != nil {
+		l.release()
+	}
+	if r.End == lbproxy.EndClosed && id != nil {
+		s.wasReset.Add(1)
+	}
 	attrs := append(l.attrs(),
 		slog.String("reason", string(reason)),
 		slog.Duration("duration", r.Duration))
-	id := l.id.Load()
 	if id != nil {
 		attrs = append(attrs, id.attrs()...)
-	} else if refused {
+	} else if refusal != nil {
 		attrs = append(attrs, refusal.claimed()...)
 	}
 	if id != nil && r.End != lbproxy.EndNotAdmitted {
@@ -81,12 +83,10 @@ func (s *Server) done(l *session, r lbproxy.Result) {
 }
 
 // countOut removes a session from s.live, and counts it if it was refused.
-func (s *Server) countOut(l *session, r lbproxy.Result) {
-	_, refused := errors.AsType[*Refusal](r.Err)
-	reason := reasonOf(l, r)
+func (s *Server) countOut(l *session, reason Reason, refused bool) {
 	s.liveMu.Lock()
 	defer s.liveMu.Unlock()
-	if refused || reason == HandshakeFailed { // after a panic in admit too
+	if refused {
 		s.denied[reason]++
 	}
 	if _, ok := s.live[l]; !ok {
@@ -97,23 +97,6 @@ func (s *Server) countOut(l *session, r lbproxy.Result) {
 	if s.open[at]--; s.open[at] == 0 {
 		delete(s.open, at)
 	}
-}
-
-// reasonOf returns the Reason for the end of a connection.
-func reasonOf(l *session, r lbproxy.Result) Reason {
-	if refusal, ok := errors.AsType[*Refusal](r.Err); ok {
-		return refusal.Reason
-	}
-	panicked := r.End == lbproxy.EndCanceled && l.id.Load() == nil // in admit
-	if panicked || r.End == lbproxy.EndNotAdmitted {
-		return HandshakeFailed
-	}
-	return Reason(r.End)
-}
-
-// admitted logs that a client has been admitted.
-func (s *Server) admitted(l *session) {
-	s.say(slog.LevelInfo, "admitted", append(l.attrs(), l.id.Load().attrs()...)...)
 }
 
 func (l *session) attrs() []slog.Attr {

@@ -22,32 +22,36 @@ func TestFinalLines(t *testing.T) {
 	}
 	var want []entry
 	for _, test := range []struct {
-		id           *Identity // nil: the handshake was not done
-		result       lbproxy.Result
-		level, claim string // level is empty if there is no line
+		id                   *Identity // nil: the handshake was not done
+		result               lbproxy.Result
+		level, reason, claim string // level is empty if there is no line
 	}{
-		{alice, lbproxy.Result{End: lbproxy.EndDone}, "INFO", ""},
-		{alice, lbproxy.Result{End: lbproxy.EndDone}, "INFO", ""}, // only refusals have a bound
-		{alice, lbproxy.Result{End: lbproxy.EndIdleTimeout}, "INFO", ""},
-		{alice, lbproxy.Result{End: lbproxy.EndNoUpstream}, "WARN", ""},
-		{alice, lbproxy.Result{End: lbproxy.EndDialFailed}, "WARN", ""},
-		{alice, lbproxy.Result{End: lbproxy.EndUpstreamError, Err: errors.New("x")}, "WARN", ""},
-		{nil, refused(Refusal{Reason: Expired, Claim: claim, User: "alice"}), "INFO", "alice"},
-		{nil, refused(Refusal{Reason: UnknownSerial, Claim: claim}), "INFO", ""},
-		{alice, refused(Refusal{Reason: AppRemoved}), "INFO", ""},
-		{alice, lbproxy.Result{End: lbproxy.EndCanceled, Err: &Refusal{Reason: Revoked}}, "INFO", ""},
-		{nil, lbproxy.Result{End: lbproxy.EndCanceled}, "INFO", ""}, // admit has panicked
-		{nil, lbproxy.Result{End: lbproxy.EndNotAdmitted, Err: errors.New("x")}, "INFO", ""},
-		{nil, refused(Refusal{Reason: NotTLS}), "INFO", ""},
-		{nil, refused(Refusal{Reason: NotTLS}), "", ""},
-		{nil, refused(Refusal{Reason: NotTLS}), "", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndDone}, "INFO", "done", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndDone}, "INFO", "done", ""}, // only refusals have a bound
+		{alice, lbproxy.Result{End: lbproxy.EndIdleTimeout}, "INFO", "idle-timeout", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndNoUpstream}, "WARN", "no-upstream", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndDialFailed}, "WARN", "dial-failed", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndUpstreamError, Err: errors.New("x")},
+			"WARN", "upstream-error", ""},
+		{nil, refused(Refusal{Reason: Expired, Claim: claim, User: "alice"}), "INFO", "expired", "alice"},
+		{nil, refused(Refusal{Reason: UnknownSerial, Claim: claim}), "INFO", "unknown-serial", ""},
+		{alice, refused(Refusal{Reason: AppRemoved}), "INFO", "app-removed", ""},
+		{alice, lbproxy.Result{End: lbproxy.EndCanceled, Err: &Refusal{Reason: Revoked}},
+			"INFO", "revoked", ""},
+		{nil, lbproxy.Result{End: lbproxy.EndCanceled}, // admit has panicked
+			"INFO", "handshake-failed", ""},
+		{nil, lbproxy.Result{End: lbproxy.EndNotAdmitted, Err: errors.New("x")},
+			"INFO", "handshake-failed", ""},
+		{nil, refused(Refusal{Reason: NotTLS}), "INFO", "not-tls", ""},
+		{nil, refused(Refusal{Reason: NotTLS}), "", "", ""},
+		{nil, refused(Refusal{Reason: NotTLS}), "", "", ""},
 	} {
 		c := &session{conn: &lbproxy.Conn{Client: someConn(t)}, app: "web"}
 		c.id.Store(test.id)
 		s.done(c, test.result)
 		if test.level != "" {
 			want = append(want, entry{"level": test.level, "claimed_user": test.claim,
-				"reason": string(reasonOf(c, test.result))})
+				"reason": test.reason})
 		}
 	}
 	denied := maps.Clone(s.denied)

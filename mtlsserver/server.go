@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -228,10 +229,7 @@ func (s *Server) Recheck() int { return s.sweep(s.current.Load().judge) }
 // sessions that an overlapping sweep has ended.
 func (s *Server) sweep(verdict func(*session) error) (ended int) {
 	s.liveMu.Lock()
-	live := make([]*session, 0, len(s.live))
-	for l := range maps.Keys(s.live) {
-		live = append(live, l)
-	}
+	live := slices.AppendSeq(make([]*session, 0, len(s.live)), maps.Keys(s.live))
 	s.liveMu.Unlock()
 	for _, l := range live {
 		if err := verdict(l); err != nil && l.end(err) {
@@ -254,7 +252,7 @@ func (s *Server) watch() {
 			return
 		}
 		now := time.Now().Round(0)
-		s.endExpired(now)
+		s.sweep(func(l *session) error { return l.expired(now) })
 		s.sayWithheld()
 		if tick%4 == 0 {
 			s.sampleForAdmins()
@@ -266,21 +264,6 @@ func (s *Server) watch() {
 			s.warnOfExpiry()
 			tomorrow = now.Add(24 * time.Hour)
 		}
-	}
-}
-
-// endExpired ends the sessions whose certificates have expired.
-func (s *Server) endExpired(now time.Time) {
-	var expired []*session
-	s.liveMu.Lock()
-	for l := range s.live {
-		if now.After(l.id.Load().Expires) {
-			expired = append(expired, l)
-		}
-	}
-	s.liveMu.Unlock()
-	for _, l := range expired {
-		l.end(&Refusal{Reason: Expired})
 	}
 }
 
