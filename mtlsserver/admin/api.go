@@ -60,20 +60,20 @@ func (h *handler) apiConns(w http.ResponseWriter, r *http.Request) {
 // to ignore a filter would show, or end, more connections than were meant.
 func parse(r *http.Request, want ...string) error {
 	if err := r.ParseForm(); err != nil {
-		return fmt.Errorf("%w: %w", errArgument, err)
+		return badRequest("%w", err)
 	}
 	const form = "application/x-www-form-urlencoded"
 	if kind := r.Header.Get("Content-Type"); r.ContentLength != 0 && !strings.HasPrefix(kind, form) {
-		return fmt.Errorf("%w: a body of Content-Type %.80q: want %s", errArgument, kind, form)
+		return badRequest("a body of Content-Type %.80q: want %s", kind, form)
 	}
 	for _, key := range sorted(r.Form) {
 		switch values := r.Form[key]; {
 		case !slices.Contains(want, key):
-			return fmt.Errorf("%w: unknown argument %.80q: want %s", errArgument, key, anyOf(want))
+			return badRequest("unknown argument %.80q: want %s", key, anyOf(want))
 		case len(values) > 1:
-			return fmt.Errorf("%w: %s is given %d times: give it once", errArgument, key, len(values))
+			return badRequest("%s is given %d times: give it once", key, len(values))
 		case values[0] == "":
-			return fmt.Errorf("%w: %s is empty: give a value, or leave it out", errArgument, key)
+			return badRequest("%s is empty: give a value, or leave it out", key)
 		}
 	}
 	return nil
@@ -99,8 +99,7 @@ func number(args url.Values, key string, least, otherwise, most int) (int, error
 	}
 	n, err := strconv.Atoi(args.Get(key))
 	if err != nil || n < least || n > most {
-		return otherwise, fmt.Errorf("%w: %s %.80q: want %d to %d",
-			errArgument, key, args.Get(key), least, most)
+		return otherwise, badRequest("%s %.80q: want %d to %d", key, args.Get(key), least, most)
 	}
 	return n, nil
 }
@@ -172,16 +171,20 @@ func drain(on bool) func(*handler, url.Values) (any, error) {
 		}
 		for _, key := range []string{"app", "upstream"} {
 			if !args.Has(key) {
-				return nil, fmt.Errorf("%w: %s is missing", errArgument, key)
+				return nil, badRequest("%s is missing", key)
 			}
 		}
-		return struct{}{}, h.Drain(args.Get("app"), args.Get("upstream"), on)
+		err := h.Drain(args.Get("app"), args.Get("upstream"), on)
+		if errors.Is(err, ErrNotFound) {
+			err = failure{http.StatusNotFound, err}
+		}
+		return struct{}{}, err
 	}
 }
 
 func end(h *handler, args url.Values) (any, error) {
 	if !args.Has("user") && !args.Has("upstream") && !args.Has("client") {
-		return nil, fmt.Errorf("%w: give a user, upstream or client", errArgument)
+		return nil, badRequest("give a user, upstream or client")
 	}
 	ended := 0
 	h.each(args, func(_ Conn, c *lbproxy.Conn) bool {
@@ -198,24 +201,25 @@ func reload(h *handler, _ url.Values) (any, error) {
 	}
 	changes, err := h.Reload()
 	if err != nil {
-		return nil, fmt.Errorf("%w%w", errRefused, err)
+		return nil, failure{http.StatusUnprocessableEntity, err}
 	}
 	return changes, nil
 }
 
+// A failure is an error with the status of its answer.
+type failure struct {
+	code int
+	error
+}
+
 var (
-	errArgument   = errors.New("bad request")
-	errForbidden  = errors.New("not allowed: use the Unix socket, or a bearer token")
-	errNotOffered = errors.New("this server does not offer it")
-	errRefused    = errors.New("")
+	errForbidden = failure{http.StatusForbidden,
+		errors.New("not allowed: use the Unix socket, or a bearer token")}
+	errNotOffered = failure{http.StatusNotImplemented, errors.New("this server does not offer it")}
 )
 
-var codes = map[error]int{
-	errArgument:   http.StatusBadRequest,
-	errForbidden:  http.StatusForbidden,
-	ErrNotFound:   http.StatusNotFound,
-	errRefused:    http.StatusUnprocessableEntity,
-	errNotOffered: http.StatusNotImplemented,
+func badRequest(format string, args ...any) error {
+	return failure{http.StatusBadRequest, fmt.Errorf("bad request: "+format, args...)}
 }
 
 // changing returns a handler that checks permission, makes a change, and logs it.
@@ -252,12 +256,11 @@ func (h *handler) changing(name string, c change) http.HandlerFunc {
 	}
 }
 
+// refuse answers with an error: with status 500 if it is not a failure.
 func refuse(w http.ResponseWriter, err error) {
 	code := http.StatusInternalServerError
-	for known, c := range codes {
-		if errors.Is(err, known) {
-			code = c
-		}
+	if f, ok := errors.AsType[failure](err); ok {
+		code = f.code
 	}
 	answer(w, code, map[string]string{"error": err.Error()})
 }

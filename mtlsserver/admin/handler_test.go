@@ -49,6 +49,21 @@ func changeable(apps ...*lbproxy.LBProxyApp) (http.Handler, *proxytest.Buffer) {
 	}), log
 }
 
+// The status of a failed reload does not depend on what its error wraps.
+func TestReloadThatDoesNotFindSomething(t *testing.T) {
+	h := admin.Handler(listOf(), &admin.Options{Token: token,
+		Reload: func() (any, error) { return nil, fmt.Errorf("CA: %w", admin.ErrNotFound) }})
+	for range 20 {
+		request := httptest.NewRequest("POST", "http://localhost/api/reload", nil)
+		withToken(request)
+		answer := httptest.NewRecorder()
+		h.ServeHTTP(answer, request)
+		if answer.Code != http.StatusUnprocessableEntity {
+			t.Fatalf("%d %s, want 422", answer.Code, answer.Body)
+		}
+	}
+}
+
 // awaitLine waits for a line of log that has all the texts.
 func awaitLine(t *testing.T, log *proxytest.Buffer, texts ...string) {
 	t.Helper()
