@@ -96,12 +96,12 @@ func want(t *testing.T, states string, clients ...*comer) {
 func (g *gate) empty(t *testing.T) {
 	t.Helper()
 	g.forget(time.Now().Add(g.Timeout + 1))
-	for g.known.Len() > 0 { // only newer ones push these out
-		g.rate(g.known.Front().Value.(*network), unknown)
+	for g.remembered[known].Len() > 0 { // only newer ones push these out
+		g.rate(g.remembered[known].Front().Value.(*network), unknown)
 	}
-	if len(g.networks)+g.failed.Len()+g.waiting.Len()+g.inside.Len() != 0 {
+	if len(g.networks)+g.remembered[failed].Len()+g.waiting.Len()+g.inside.Len() != 0 {
 		t.Errorf("networks %v, %d failed, %d waiting, %d inside: want none", g.networks,
-			g.failed.Len(), g.waiting.Len(), g.inside.Len())
+			g.remembered[failed].Len(), g.waiting.Len(), g.inside.Len())
 	}
 }
 
@@ -423,7 +423,8 @@ func TestRememberedNetworksAreBounded(t *testing.T) {
 				g.come(ip.String()).leave(finished)
 			}
 		}
-		if k, f := g.known.Len(), g.failed.Len(); k != maxRemembered || f != maxRemembered {
+		k, f := g.remembered[known].Len(), g.remembered[failed].Len()
+		if k != maxRemembered || f != maxRemembered {
 			t.Errorf("the gate remembers %d known and %d failed networks, want %d each", k, f,
 				maxRemembered)
 		}

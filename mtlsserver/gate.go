@@ -25,17 +25,16 @@ import (
 type gate struct {
 	Handshake // every field is set
 
-	mu       sync.Mutex
-	networks map[netip.Prefix]*network // with visits, or remembered
-	waiting  list.List                 // of *visit without a place, oldest first
-	inside   list.List                 // of *visit with a place, oldest first
-	known    list.List                 // of *network, by their last rating, oldest first
-	failed   list.List                 // of *network, by their last rating, oldest first
+	mu         sync.Mutex
+	networks   map[netip.Prefix]*network // with visits, or remembered
+	waiting    list.List                 // of *visit without a place, oldest first
+	inside     list.List                 // of *visit with a place, oldest first
+	remembered map[standing]*list.List   // of *network known or failed, the first rated first
 }
 
 const (
 	maxWaiting    = 16384
-	maxRemembered = 16384 // networks in known, and in failed
+	maxRemembered = 16384 // networks of each standing
 
 	// A turn is how long a handshake keeps its place against others of equal weight and standing.
 	// It suffices for two round trips of 200 ms.
@@ -56,11 +55,11 @@ const (
 // are the address.
 type network struct {
 	prefix   netip.Prefix
-	refs     int           // from visits, known and failed
+	visits   int
 	inside   int           // visits with a place
 	standing standing      // as rated last
 	rated    time.Time     // when
-	element  *list.Element // of known or failed; nil if n is unknown
+	element  *list.Element // of remembered, unless n is unknown
 	queue    []*visit      // near networks only: visits that have sent a byte, oldest first
 }
 
@@ -75,7 +74,8 @@ type visit struct {
 }
 
 func newGate(h Handshake) *gate {
-	return &gate{Handshake: h, networks: map[netip.Prefix]*network{}}
+	return &gate{Handshake: h, networks: map[netip.Prefix]*network{},
+		remembered: map[standing]*list.List{known: list.New(), failed: list.New()}}
 }
 
 // wait begins a visit, which the caller must end by leave.
@@ -86,13 +86,13 @@ func (g *gate) wait(raw net.Conn, from netip.Addr) *visit {
 	g.forget(time.Now())
 	v.near, v.wide = g.network(near), g.network(wide)
 	v.element = g.waiting.PushBack(v)
-	var oldest *visit
+	var losers []*visit
 	if g.waiting.Len() > maxWaiting {
-		oldest = g.waiting.Front().Value.(*visit)
-		g.drop(oldest)
+		losers = append(losers, g.waiting.Front().Value.(*visit))
+		g.drop(losers[0])
 	}
 	g.mu.Unlock()
-	oldest.wake()
+	wake(losers)
 	return v
 }
 
@@ -110,9 +110,9 @@ func (g *gate) enter(ctx context.Context, v *visit, deadline time.Time) error {
 		losers = g.promote(v.near)
 	}
 	g.mu.Unlock()
-	wakeAll(losers)
+	wake(losers)
 	select {
-	case <-v.ready:
+	case <-v.ready: // even if the deadline has passed: then it is the handshake that is late
 		return g.verdict(v)
 	default:
 	}
@@ -158,7 +158,7 @@ func (g *gate) leave(v *visit, finished bool) error {
 	g.release(v.near)
 	g.release(v.wide)
 	g.mu.Unlock()
-	wakeAll(losers)
+	wake(losers)
 	return g.verdict(v)
 }
 
@@ -260,36 +260,34 @@ func (v *visit) count(n int) {
 	}
 }
 
-// wake interrupts the goroutine of a visit that was cut. A nil v is ignored.
-func (v *visit) wake() {
-	if v == nil {
-		return
-	}
-	v.raw.SetDeadline(time.Unix(1, 0))
-	if v.placed.IsZero() { // otherwise promote has closed it
-		close(v.ready)
-	}
-}
-
-func wakeAll(visits []*visit) {
+// wake interrupts the goroutines of visits that were cut.
+func wake(visits []*visit) {
 	for _, v := range visits {
-		v.wake()
+		v.raw.SetDeadline(time.Unix(1, 0))
+		if v.placed.IsZero() { // otherwise promote has closed it
+			close(v.ready)
+		}
 	}
 }
 
-// network returns the network of a prefix and counts a reference, which release drops.
+// network returns the network of a prefix and counts a visit, which release counts out.
 func (g *gate) network(p netip.Prefix) *network {
 	n := g.networks[p]
 	if n == nil {
 		n = &network{prefix: p}
 		g.networks[p] = n
 	}
-	n.refs++
+	n.visits++
 	return n
 }
 
 func (g *gate) release(n *network) {
-	if n.refs--; n.refs == 0 {
+	n.visits--
+	g.forgetUnused(n)
+}
+
+func (g *gate) forgetUnused(n *network) {
+	if n.visits == 0 && n.standing == unknown {
 		delete(g.networks, n.prefix)
 	}
 }
@@ -307,36 +305,25 @@ func (g *gate) fail(v *visit) {
 
 // rate sets the standing of n.
 func (g *gate) rate(n *network, s standing) {
-	n.refs++ // until rate returns
-	if l := g.remembered(n.standing); l != nil {
-		l.Remove(n.element)
-		g.release(n)
+	if n.standing != unknown {
+		g.remembered[n.standing].Remove(n.element)
 	}
-	n.standing, n.rated, n.element = s, time.Now(), nil
-	if l := g.remembered(s); l != nil {
-		n.refs++
-		n.element = l.PushBack(n)
-		if l.Len() > maxRemembered {
-			g.rate(l.Front().Value.(*network), unknown)
-		}
+	n.standing, n.rated = s, time.Now()
+	if s == unknown {
+		g.forgetUnused(n)
+		return
 	}
-	g.release(n)
-}
-
-// remembered returns the networks with a standing; nil for unknown.
-func (g *gate) remembered(s standing) *list.List {
-	switch s {
-	case known:
-		return &g.known
-	case failed:
-		return &g.failed
+	l := g.remembered[s]
+	n.element = l.PushBack(n)
+	if l.Len() > maxRemembered {
+		g.rate(l.Front().Value.(*network), unknown)
 	}
-	return nil
 }
 
 // forget forgets failures older than g.Timeout.
 func (g *gate) forget(now time.Time) {
-	for e := g.failed.Front(); e != nil; e = g.failed.Front() {
+	l := g.remembered[failed]
+	for e := l.Front(); e != nil; e = l.Front() {
 		n := e.Value.(*network)
 		if now.Sub(n.rated) <= g.Timeout {
 			return

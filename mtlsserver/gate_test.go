@@ -91,3 +91,16 @@ func TestNetwork(t *testing.T) {
 		}
 	}
 }
+
+// A place that is free is given even to a client whose deadline has passed: what the log then says
+// is that its handshake was late, not that its address had too many.
+func TestFreePlaceComesBeforeTheDeadline(t *testing.T) {
+	g := newGate(Handshake{Timeout: time.Minute, MaxConcurrent: 1, MaxPerAddress: 1})
+	for range 100 {
+		v := g.wait(someConn(t), addrOf(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)}))
+		if err := g.enter(t.Context(), v, time.Now().Add(-time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		must(t, g.leave(v, true))
+	}
+}

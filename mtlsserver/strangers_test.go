@@ -143,7 +143,7 @@ func TestStrangersOfAllKindsDoNotKeepClientsOut(t *testing.T) {
 	proxytest.Eventually(t, "many strangers have lost their place", func() bool {
 		gate.mu.Lock()
 		defer gate.mu.Unlock()
-		return gate.failed.Len() > slow/4
+		return gate.remembered[failed].Len() > slow/4
 	})
 
 	near, far := come(duration)
