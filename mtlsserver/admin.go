@@ -128,7 +128,7 @@ func (s *Server) adminHandler(snap *snapshot) http.Handler {
 	if s.onReload != nil {
 		opts.Reload = func() (any, error) {
 			select { // until then, New may not have returned
-			case <-s.running:
+			case <-s.started.Done():
 			case <-s.closing.Done():
 			}
 			return s.onReload()
@@ -165,13 +165,10 @@ func (s *Server) sampleForAdmins() {
 
 // adminInfo describes the server apart from its apps.
 func (s *Server) adminInfo() (info admin.Info) {
-	select {
-	case <-s.running:
-		if s.closing.Err() != nil {
-			info.NotReady = "draining"
-		}
-	default:
+	if s.started.Err() == nil {
 		info.NotReady = "not running yet"
+	} else if s.closing.Err() != nil {
+		info.NotReady = "draining"
 	}
 	if s.sections != nil {
 		info.Sections = s.sections()

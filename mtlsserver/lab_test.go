@@ -325,7 +325,7 @@ func newLab(t testing.TB, change func(*lab)) *lab {
 	ctx, cancel := context.WithCancel(context.Background())
 	l.stop = cancel
 	go func() { l.ran <- l.server.Run(ctx) }()
-	<-l.server.running
+	<-l.server.started.Done()
 	t.Cleanup(func() {
 		l.server.Close()
 		cancel()

@@ -83,7 +83,7 @@ func (s *Server) install(snap, old *snapshot) error {
 	for id, app := range snap.apps {
 		if app.proxy != old.proxy(id) {
 			s.proxies[app.proxy] = struct{}{}
-			s.start(app.proxy)
+			s.startProxy(app.proxy)
 		}
 	}
 	for id, app := range old.apps {
@@ -210,15 +210,15 @@ func (s *Server) listen(conf App, old *snapshot) (*share, error) {
 	return bind(s.bind, conf.ID, conf.Listen)
 }
 
-// start makes p serve as soon as the server runs, until p's listener is closed and its last
+// startProxy makes p serve as soon as the server runs, until p's listener is closed and its last
 // connection has ended. The caller holds s.mu.
-func (s *Server) start(p *proxy) {
+func (s *Server) startProxy(p *proxy) {
 	if s.current.Load().admin != nil { // else nothing samples, and the recorder never forgets p.app
 		s.recorder.Track(p.app)
 	}
 	s.serving.Go(func() {
 		select {
-		case <-s.running:
+		case <-s.started.Done():
 		case <-s.closing.Done(): // Serve will close the listener and return
 		}
 		_ = p.app.Serve(p.listener, p.admit) // the error only says that p was stopped

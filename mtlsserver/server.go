@@ -72,7 +72,8 @@ type Server struct {
 	limits   limits
 	bind     func(app, addr string) (net.Listener, error)
 	current  atomic.Pointer[snapshot]
-	running  chan struct{}   // closed by Run
+	started  context.Context // ends when Run is called
+	start    func()          // ends started; called under mu
 	closing  context.Context // ends when the server is stopped
 	close    func()          // ends closing; called under mu
 	wasReset atomic.Int64    // users' connections that a drain or Close has reset
@@ -84,8 +85,7 @@ type Server struct {
 
 	reloading sync.Mutex // held by reload and drainUpstream, so that only one runs at a time
 
-	mu      sync.Mutex // guards ran and proxies; not held over I/O or hooks
-	ran     bool
+	mu      sync.Mutex          // guards proxies; not held over I/O or hooks
 	proxies map[*proxy]struct{} // current ones, and replaced ones that still have connections
 
 	liveMu sync.Mutex
@@ -107,7 +107,6 @@ func New(c *Config, opts *Options) (*Server, error) {
 		onReload: opts.Reload,
 		sections: opts.Sections,
 		limits:   limits{make: opts.NewLimit, kept: map[limitKey]*keptLimit{}},
-		running:  make(chan struct{}),
 		proxies:  map[*proxy]struct{}{},
 		bind:     opts.Listen,
 		live:     map[*session]struct{}{},
@@ -124,6 +123,7 @@ func New(c *Config, opts *Options) (*Server, error) {
 		s.bind = func(_, addr string) (net.Listener, error) { return lbproxy.Listen(addr) }
 	}
 	s.lines.Write, s.lines.Dropped = s.write, s.writeDropped
+	s.started, s.start = context.WithCancel(context.Background())
 	s.closing, s.close = context.WithCancel(context.Background())
 	s.over, s.end = context.WithCancel(context.Background())
 	s.current.Store(&snapshot{config: &Config{}})
@@ -165,10 +165,10 @@ func (s *Server) Certificates() []Certificate {
 // called only once.
 func (s *Server) Run(ctx context.Context) error {
 	s.mu.Lock()
-	ran, closed := s.ran, s.closing.Err() != nil
+	ran, closed := s.started.Err() != nil, s.closing.Err() != nil
 	if !ran && !closed {
-		s.ran = true
 		s.watching.Go(s.watch)
+		s.start()
 	}
 	s.mu.Unlock()
 	switch {
@@ -177,7 +177,6 @@ func (s *Server) Run(ctx context.Context) error {
 	case ran:
 		return errors.New("mtlsserver: Run was called before")
 	}
-	close(s.running)
 	select {
 	case <-ctx.Done():
 	case <-s.closing.Done():
