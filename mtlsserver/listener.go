@@ -1,6 +1,7 @@
 package mtlsserver
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -58,21 +59,23 @@ func (p *port) share() *share {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.shares++
-	return &share{port: p, closed: make(chan struct{})}
+	s := &share{port: p}
+	s.closed, s.close = context.WithCancel(context.Background())
+	return s
 }
 
 // A share is a listener on a port that other shares may use too.
 type share struct {
 	*port
-	once   sync.Once
-	closed chan struct{}
+	closed context.Context // ends when the share is closed
+	close  func()          // ends closed; called under mu
 }
 
 // Accept returns the next connection when it is the share's turn.
 func (s *share) Accept() (net.Conn, error) {
 	select {
 	case <-s.turn:
-	case <-s.closed:
+	case <-s.closed.Done():
 		return nil, net.ErrClosed
 	}
 	defer func() { s.turn <- struct{}{} }()
@@ -95,7 +98,7 @@ func (s *share) Accept() (net.Conn, error) {
 func (s *share) begin() (c net.Conn, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.isClosed() {
+	if s.closed.Err() != nil {
 		return nil, net.ErrClosed
 	}
 	if c, s.left = s.left, nil; c == nil {
@@ -112,7 +115,7 @@ func (s *share) end(c net.Conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.accepting = nil
-	if !s.isClosed() {
+	if s.closed.Err() == nil {
 		return true
 	}
 	if s.shares == 0 {
@@ -122,29 +125,21 @@ func (s *share) end(c net.Conn) bool {
 	return false
 }
 
-func (s *share) isClosed() bool {
-	select {
-	case <-s.closed:
-		return true
-	default:
-		return false
-	}
-}
-
 // Close ends Accept. The last share to be closed closes the socket.
 func (s *share) Close() error {
-	s.once.Do(func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		close(s.closed)
-		if s.accepting == s {
-			s.SetDeadline(time.Unix(1, 0))
-		}
-		if s.shares--; s.shares == 0 {
-			s.deadlineListener.Close()
-			reset(s.left)
-		}
-	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed.Err() != nil {
+		return nil
+	}
+	s.close()
+	if s.accepting == s {
+		s.SetDeadline(time.Unix(1, 0))
+	}
+	if s.shares--; s.shares == 0 {
+		s.deadlineListener.Close()
+		reset(s.left)
+	}
 	return nil
 }
 
