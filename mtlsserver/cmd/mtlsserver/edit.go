@@ -47,14 +47,21 @@ func edit(config string, change func(*document) error) error {
 		return err
 	}
 	next := path + ".new"
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+	create := func() (*os.File, error) {
+		return os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+	}
+	f, err := create()
 	for late := time.Now().Add(patience); errors.Is(err, fs.ErrExist) && time.Now().Before(late); {
 		time.Sleep(10 * time.Millisecond)
-		f, err = os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+		f, err = create()
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrExist):
 		return fmt.Errorf("%w: another command is editing the configuration: wait for it, "+
 			"or remove this file if that command was interrupted", err)
+	case err != nil:
+		return fmt.Errorf("%w: the new configuration is written there first: "+
+			"use a folder where this user may make that file", err)
 	}
 	err = rewrite(f, config, info, change)
 	if err = errors.Join(err, f.Close()); err == nil {

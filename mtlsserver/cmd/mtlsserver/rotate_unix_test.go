@@ -227,6 +227,11 @@ func TestRotateThatFails(t *testing.T) {
 			t.Cleanup(func() { patience = was })
 			os.WriteFile(filepath.Join(dir, "config.json.new"), nil, 0o600)
 		}, "config.json.new: file exists: another command is editing"},
+		{nil, func(dir string) { // a link to a file whose name has no room for .new
+			path, long := filepath.Join(dir, "config.json"), strings.Repeat("c", 253)
+			os.Rename(path, filepath.Join(dir, long))
+			os.Symlink(long, path)
+		}, "c.new: file name too long: the new configuration is written there first"},
 	} {
 		dir := folder(t)
 		if row.spoil != nil {
