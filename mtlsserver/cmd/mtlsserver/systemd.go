@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -41,9 +40,9 @@ func (h passedSockets) listen(app, addr string) (net.Listener, error) {
 // none.
 func (h passedSockets) unused(c *mtlsserver.Config) error {
 	used := map[int]string{}
-	ids := map[string]bool{}
+	var ids []string
 	for _, app := range c.Apps {
-		ids[app.ID] = true
+		ids = append(ids, app.ID)
 		s, ok := h.of(app.ID, app.Listen)
 		if first, twice := used[s.Descriptor]; ok && twice {
 			return fmt.Errorf("descriptor %d (%q, %v) is for both apps %q and %q: "+
@@ -61,9 +60,10 @@ func (h passedSockets) unused(c *mtlsserver.Config) error {
 	if len(all) == 0 {
 		return nil
 	}
+	slices.Sort(ids)
 	return fmt.Errorf("no app for descriptor %s: set FileDescriptorName= of its socket unit "+
 		"to one of %q that has no other, or ListenStream= to that app's listen",
-		strings.Join(all, ", "), slices.Sorted(maps.Keys(ids)))
+		strings.Join(all, ", "), ids)
 }
 
 // listensAt reports whether listening on addr, a "host:port", would make a socket at the address
