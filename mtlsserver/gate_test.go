@@ -13,7 +13,7 @@ import (
 
 func TestSlowAndSilentHandshakesDoNotKeepOthersOut(t *testing.T) {
 	t.Parallel()
-	l := newLab(t, func(l *lab) { l.config.Handshake.Timeout = 2 * time.Second })
+	l := newLab(t, nil)
 	const hostile, addresses = 500, 10
 	var silent []net.Conn
 	var slow sync.WaitGroup
@@ -63,7 +63,7 @@ func dribble(t *testing.T, c net.Conn) {
 	every := time.NewTicker(50 * time.Millisecond)
 	defer every.Stop()
 	text := []byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3} // how a long one begins
-	for late := time.Now().Add(patience); ; text = []byte{0} {
+	for late := time.Now().Add(3 * patience); ; text = []byte{0} {
 		if _, err := c.Write(text); err != nil {
 			return // a read would find what looks like an end
 		}
@@ -92,8 +92,8 @@ func TestNetwork(t *testing.T) {
 	}
 }
 
-// A place that is free is given even to a client whose deadline has passed: what the log then says
-// is that its handshake was late, not that its address had too many.
+// A client whose deadline has passed still gets a free place, so that the log says that its
+// handshake was late, not that its address had too many.
 func TestFreePlaceComesBeforeTheDeadline(t *testing.T) {
 	g := newGate(Handshake{Timeout: time.Minute, MaxConcurrent: 1, MaxPerAddress: 1})
 	for range 100 {
