@@ -7,8 +7,8 @@ import (
 	"github.com/danielepagano/lbproxy"
 )
 
-// limits hold the RateLimitManagers of users. A limit is made when its user connects, and kept
-// until it is unused and idle: reloads do not touch it, so an unchanged limit keeps its state.
+// limits hold the RateLimitManagers of users. An unchanged limit keeps its manager, and so its
+// state, over reloads.
 type limits struct {
 	make func(user, app string, l Limit) lbproxy.RateLimitManager
 
@@ -24,8 +24,9 @@ type limitKey struct {
 
 type keptLimit struct {
 	lbproxy.RateLimitManager        // nil: no limit
-	refs                     int    // sessions now
-	uses                     uint64 // sessions ever
+	refs                     int    // sessions now, and one while it is configured
+	uses                     uint64 // refs ever
+	configured               bool   // in the current configuration
 }
 
 // keysOf returns the keys of u's limits for an app.
@@ -87,7 +88,46 @@ func (l *limits) makeUnlocked(key limitKey) *keptLimit {
 	return &keptLimit{RateLimitManager: l.make(key.user, key.app, key.limit)}
 }
 
-// forgetIdle forgets unused limits that are back in their initial state.
+// configure makes the limits of users. The caller must call done once: done(true) replaces the
+// limits of the previous configuration, done(false) undoes configure.
+func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit bool)) {
+	now := map[*keptLimit]bool{}
+	for i := range users {
+		for _, app := range users[i].Apps {
+			for _, key := range keysOf(&users[i], app, defaultLimit) {
+				if k := l.take(key); now[k] {
+					l.mu.Lock()
+					k.refs--
+					l.mu.Unlock()
+				} else {
+					now[k] = true
+				}
+			}
+		}
+	}
+	return func(commit bool) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for key, k := range l.kept {
+			if !commit {
+				if now[k] {
+					k.refs--
+				}
+				continue
+			}
+			was := k.configured
+			if k.configured = now[k]; was {
+				k.refs--
+			}
+			if was && !k.configured && k.refs == 0 {
+				delete(l.kept, key)
+			}
+		}
+	}
+}
+
+// forgetIdle forgets unused limits that are back in their initial state. Without it, the limits of
+// users in Options.Users would stay for ever.
 func (l *limits) forgetIdle() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -29,23 +29,38 @@ func TestLimitsAreForgottenWhenNothingNeedsThem(t *testing.T) {
 	}
 	alice := User{Name: "alice", Apps: []string{"web", "db"}, Limit: &Limit{Open: 1},
 		AppLimits: map[string]Limit{"web": {Open: 2}}} // two limits
+	bob := User{Name: "bob", Apps: []string{"web"}, Limit: &Limit{Open: 1}}
+
+	l.configure([]User{alice}, nil)(true)
+	want("configured", 2, 2)
+	l.configure([]User{alice}, nil)(true)
+	l.forgetIdle()
+	want("configured again", 2, 2)
+	l.configure([]User{alice, bob}, nil)(false)
+	want("a reload failed", 3, 3)
+	l.forgetIdle()
+	want("and its limit is idle", 2, 3)
+	l.configure(nil, nil)(true)
+	want("alice was removed", 0, 3)
+
+	l.configure([]User{alice}, nil)(true)
 	_, first := l.of(&alice, "web", nil)
 	_, second := l.of(&alice, "web", nil)
-	want("alice has two sessions", 2, 2)
+	l.configure(nil, nil)(true)
 	l.forgetIdle()
 	first()
 	l.forgetIdle()
-	want("alice has a session", 2, 2)
+	want("alice was removed and has a session", 2, 5)
+	made[3].idle = false
 	second()
-	made[0].idle = false
 	l.forgetIdle()
-	want("one of the limits is not idle", 1, 2)
-	_, third := l.of(&alice, "db", nil) // the other one
-	third()
-	want("alice has had another session", 2, 3)
-	made[0].idle = true
+	want("one of the limits is not idle", 1, 5)
 	l.forgetIdle()
-	want("nothing needs them", 0, 3)
+	l.configure(nil, nil)(true)
+	want("still not", 1, 5)
+	made[3].idle = true
+	l.forgetIdle()
+	want("nothing needs it", 0, 5)
 }
 
 func TestLimitWithoutAManager(t *testing.T) {
@@ -59,6 +74,30 @@ func TestLimitWithoutAManager(t *testing.T) {
 	l.forgetIdle()
 	if len(l.kept) != 0 {
 		t.Errorf("%d limits are kept, want none", len(l.kept))
+	}
+}
+
+func TestReloadConfiguresLimitsIfItSucceeds(t *testing.T) {
+	l := newLab(t, func(l *lab) { l.config.Users[0].Limit = &Limit{Open: 1} })
+	configured := func(open int) bool {
+		l.server.limits.mu.Lock()
+		defer l.server.limits.mu.Unlock()
+		k := l.server.limits.kept[limitKey{"alice", "", Limit{Open: open}}]
+		return k != nil && k.configured
+	}
+	if !configured(1) {
+		t.Error("the first limit is not configured")
+	}
+	_, err := l.server.Reload(l.with(func(c *Config) {
+		c.Users[0].Limit = &Limit{Open: 2}
+		c.Apps[0].Listen = l.addr("db") // taken
+	}))
+	if err == nil || !configured(1) || configured(2) {
+		t.Errorf("reload: %v; the limits are configured: %t, %t", err, configured(1), configured(2))
+	}
+	l.reload(t, l.with(func(c *Config) { c.Users[0].Limit = &Limit{Open: 2} }))
+	if configured(1) || !configured(2) {
+		t.Errorf("the limits are configured: %t, %t", configured(1), configured(2))
 	}
 }
 

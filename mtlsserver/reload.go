@@ -51,6 +51,8 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 			snap.discard(old)
 		}
 	}()
+	configured := s.limits.configure(c.Users, c.DefaultLimit)
+	defer func() { configured(err == nil) }()
 	if snap.admins, err = s.adminsFor(r, old.admins); err != nil {
 		return changes, err
 	}

@@ -38,11 +38,10 @@ type Options struct {
 	Users Users
 
 	// NewLimit returns the manager that enforces a user's limit for one app, or for all apps
-	// together if app is empty; nil sets no bound. It is called when a user connects. The manager
-	// is kept, also by reloads that do not change the limit, until no connection uses it and its
-	// method Idle() bool returns true; one without that method is kept for good. NewLimit must be
-	// safe for concurrent use and must not call the Server. Of two managers made for one limit at
-	// the same time, one is used. If NewLimit is nil, limits are kept in memory.
+	// together if app is empty; nil sets no bound. It is called once for each limit of a
+	// configuration, and again only when the limit has changed. With Options.Users it is called
+	// when a user connects, and again after the limit was idle. It must not call the Server. If
+	// NewLimit is nil, limits are kept in memory.
 	NewLimit func(user, app string, l Limit) lbproxy.RateLimitManager
 
 	// Listen returns the listener for an app's address, at the start and when a reload has changed
