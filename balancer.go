@@ -275,26 +275,20 @@ func (b *balancer) settle(u *upstream, v verdict, err error, now time.Time) (cha
 	if v == fails {
 		u.failed++
 	}
+	wasUp := u.phase == up
 	switch {
-	case u.heapIndex < 0 || u.phase == down:
-		return false // removed or found down while it was dialed
-	case v == works && u.phase != up:
-		changed = true
+	case u.heapIndex < 0 || u.phase == down: // removed or found down while it was dialed
+	case v == works && !wasUp:
 		b.enter(u, up, nil, now)
-		u.slowStart = true
+		return true
 	case v == fails && b.failTimeout > 0:
-		changed = u.phase == up
 		b.enter(u, cooling, err, now)
-		u.until = now.Add(b.failTimeout)
-		u.coolingElem = b.cooling.PushBack(u)
-		u.slowStart = false
+		return wasUp
 	case v == unknown && u.phase == onTrial && u.dialing == 0:
 		u.phase = ready // no dial is left that could decide: the next connection is the trial
-	default:
-		return false
+		b.fix(u)
 	}
-	b.fix(u)
-	return changed
+	return false
 }
 
 // markDown records that health checks found u, which is in the current set, down because of err. It
@@ -305,8 +299,6 @@ func (b *balancer) markDown(u *upstream, err error, now time.Time) {
 		b.down++
 	}
 	b.enter(u, down, err, now)
-	u.slowStart = false
-	b.fix(u)
 	lose := u.lose
 	u.lost, u.lose = nil, nil // the next pick, once u is up again, gets a new one
 	b.mu.Unlock()
@@ -323,19 +315,22 @@ func (b *balancer) markUp(u *upstream, now time.Time) {
 		b.down--
 	}
 	b.enter(u, up, nil, now)
-	u.slowStart = true
-	b.fix(u)
 }
 
-// enter moves u to phase p because of err. The caller holds b.mu, and calls fix.
+// enter moves u to phase p, which is up, cooling or down, because of err. The caller holds b.mu.
 func (b *balancer) enter(u *upstream, p phase, err error, now time.Time) {
 	b.uncool(u)
 	from := u.phase.state()
-	u.phase, u.err = p, err
+	u.phase, u.err, u.slowStart = p, err, p == up
+	if p == cooling {
+		u.until = now.Add(b.failTimeout)
+		u.coolingElem = b.cooling.PushBack(u)
+	}
 	if p.state() != from {
 		u.since = now
 		b.tell(u, from, now)
 	}
+	b.fix(u)
 }
 
 // uncool takes u out of the queue of those that cool. The caller holds b.mu.
