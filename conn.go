@@ -92,10 +92,9 @@ type Conn struct {
 	OnDone func(Result)
 
 	mu      sync.Mutex // guards what follows; held over no I/O, hook or foreign method
-	used    bool       // Serve or ServeConn has taken it
-	session *session   // nil before and after
-	cause   *ending    // of an Abort, a Close or a refusal, from before the relay began
-	info    *ConnInfo  // after the end
+	session *session   // nil before Serve or ServeConn has taken it, and after the end
+	info    *ConnInfo  // nil before the end
+	cause   *ending    // of an Abort, a Close or a refusal; it counts until the relay begins
 
 	tls *tls.ConnectionState // of Client, until the end; the session's
 }
@@ -160,24 +159,22 @@ func (c *Conn) Abort(cause error) {
 func (c *Conn) abort(e *ending) {
 	c.mu.Lock()
 	s := c.session
-	if s != nil && s.relay != nil {
-		c.mu.Unlock()
-		s.relay.Abort(e)
-		return
-	}
-	if c.cause == nil && (s != nil || !c.used) {
+	if c.cause == nil && c.info == nil {
 		c.cause = e
 	}
-	isOnLoop := s != nil && s.loop != nil
-	var raw net.Conn
-	if s != nil && !isOnLoop {
-		raw = s.raw
-	}
-	c.mu.Unlock()
-	if isOnLoop { // or is about to go on by a relay, which looks for a cause first
+	switch {
+	case s == nil:
+		c.mu.Unlock()
+	case s.relay != nil: // which has a cause of its own
+		c.mu.Unlock()
+		s.relay.Abort(e)
+	case s.loop != nil: // or is about to go on by a relay, which looks for a cause first
+		c.mu.Unlock()
 		s.stop(e)
 		s.loop.Abort(e)
-	} else if s != nil { // also after admit has rejected it, while what admit wrote is on its way
+	default: // also after admit has rejected it, while what admit wrote is on its way
+		raw := s.raw
+		c.mu.Unlock()
 		if l, ok := relay.Underlying(raw).(interface{ SetLinger(int) error }); ok {
 			l.SetLinger(0) // first: a TLS handshake closes it when its context ends
 		}

@@ -61,10 +61,10 @@ func (a *LBProxyApp) begin(ctx context.Context, c *Conn) *session {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.used {
+	if c.session != nil || c.info != nil {
 		return nil
 	}
-	c.used, c.session = true, s
+	c.session = s
 	s.isOver = c.cause != nil // aborted before
 	return s
 }
