@@ -132,16 +132,7 @@ func (c *Conn) Info() ConnInfo {
 	case s == nil:
 		return *c.info
 	}
-	info := ConnInfo{Upstream: s.addr, Start: s.start, State: s.state}
-	if s.loop != nil {
-		info.Sent, info.Received = s.loop.Counts()
-	}
-	if s.relay != nil {
-		sent, received := s.relay.Counts()
-		info.Sent += sent
-		info.Received += received
-	}
-	return info
+	return s.info()
 }
 
 // Abort ends c with cause; nil means context.Canceled. Both sides are reset. It may be called any

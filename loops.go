@@ -393,8 +393,6 @@ func (s *session) goOn(client, server int) {
 	c.Shut, up.Shut = s.loop.Shut()
 	if e = s.startRelay(s.loop.Chunk()); e != nil {
 		relay.Reset(up)
-		sent, received := s.loop.Counts()
-		s.outcome = &relay.Outcome{Sent: sent, Received: received, Connected: true}
 		return
 	}
 	s.relay.Connect(up)

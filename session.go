@@ -34,7 +34,7 @@ type session struct {
 	unlost   func()         // ends what CloseOnDown waits for; nil: nothing
 	dialTime time.Duration  // of the attempt that succeeded
 	done     chan struct{}  // closed by Done where a goroutine waits to finish the session
-	outcome  *relay.Outcome // of what was relayed; nil before the end
+	outcome  *relay.Outcome // why it ended; nil before the end
 	result   *Result        // set by settle
 
 	attempts int32
@@ -293,12 +293,7 @@ func (s *session) giveUp(e *ending) {
 }
 
 // endBy notes why the session ends, if no relay and no loop says so.
-func (s *session) endBy(e *ending) {
-	if s.outcome == nil {
-		s.outcome = new(relay.Outcome)
-	}
-	s.outcome.Err = e
-}
+func (s *session) endBy(e *ending) { s.outcome = &relay.Outcome{Err: e} }
 
 // finding is a session's search for an upstream that answers.
 type finding struct {
@@ -456,12 +451,6 @@ func (s *session) Over(cause error) { s.stop(cause) }
 
 // Done implements relay.Handler.
 func (s *session) Done(o relay.Outcome) {
-	if s.loop != nil {
-		sent, received := s.loop.Counts()
-		o.Sent += sent
-		o.Received += received
-		o.Connected = o.Connected || s.reached
-	}
 	s.outcome = &o
 	if s.done != nil {
 		close(s.done)
@@ -540,25 +529,37 @@ func (c refusedConn) Read([]byte) (int, error) {
 	return 0, errors.New("lbproxy: a refused client cannot be read from")
 }
 
+// info describes s. The caller holds conn.mu.
+func (s *session) info() ConnInfo {
+	info := ConnInfo{Upstream: s.addr, Start: s.start, State: s.state}
+	if s.loop != nil {
+		info.Sent, info.Received = s.loop.Counts()
+	}
+	if s.relay != nil {
+		sent, received := s.relay.Counts()
+		info.Sent += sent
+		info.Received += received
+	}
+	return info
+}
+
 // settle decides what the Result is, and lets go of the connection.
 func (s *session) settle() {
 	c := s.conn
 	s.stub() // if admit has rejected it
 	end, err := s.verdict()
 	c.mu.Lock()
-	c.info = &ConnInfo{
-		Upstream: s.addr, Start: s.start, State: ConnOver,
-		Sent: s.outcome.Sent, Received: s.outcome.Received,
-	}
-	c.session = nil
+	info := s.info()
+	info.State = ConnOver
+	c.session, c.info = nil, &info
 	c.mu.Unlock()
 	s.result = &Result{
 		Conn: c, App: s.app.id, ClientID: c.ClientID, Attempts: int(s.attempts), DialTime: s.dialTime,
-		Start: s.start, Duration: time.Since(s.start), Sent: s.outcome.Sent, Received: s.outcome.Received,
+		Start: s.start, Duration: time.Since(s.start), Sent: info.Sent, Received: info.Received,
 		End: end, Err: err,
 	}
-	if s.outcome.Connected {
-		s.result.Upstream = s.addr
+	if s.outcome.Connected || s.reached {
+		s.result.Upstream = info.Upstream
 	}
 	s.stop(err)
 	c.tls = nil
