@@ -336,7 +336,7 @@ func (a *LBProxyApp) ServeConn(ctx context.Context, c *Conn) (Result, error) {
 	} else if ctx.Done() != nil {
 		defer after(ctx, func() { c.abort(&ending{EndCanceled, context.Cause(ctx)}) })()
 	}
-	s.serve(true)
+	s.serve()
 	if p := s.outcome.Panic; p != nil {
 		panic(p)
 	}

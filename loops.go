@@ -385,7 +385,7 @@ func (s *session) goOn(client, server int) {
 			e = s.finding.ending()
 			return
 		}
-		e = s.join(0, s.loop.Chunk(), false)
+		e = s.join(0, s.loop.Chunk())
 		return
 	}
 	s.reached = true

@@ -38,7 +38,7 @@ type session struct {
 	result   *Result        // set by settle
 
 	attempts int32
-	accepted bool // by Serve: it has a slot, and its end is logged
+	accepted bool // by Serve: it has a slot, its end is logged, and no caller waits for it
 	opened   bool // the RateLimit is owed an EventClose
 	keep     bool // client outlives the relay, for OnRefused
 	reached  bool // an upstream, while it was on a loop
@@ -134,7 +134,7 @@ func after(ctx context.Context, f func()) (stop func()) {
 func (s *session) handle(admit AdmitFunc) {
 	defer s.logPanic()
 	if admit == nil || s.admit(admit) {
-		s.serve(false)
+		s.serve()
 	}
 }
 
@@ -170,9 +170,9 @@ func (s *session) admit(f AdmitFunc) (ok bool) {
 	return true
 }
 
-// serve asks the RateLimitManager, connects, and starts the relay. It returns when the session is
-// over if wait is set, else when the relay has taken over.
-func (s *session) serve(wait bool) {
+// serve asks the RateLimitManager, connects, and starts the relay. It returns when the relay has
+// taken over, but for ServeConn when the session is over.
+func (s *session) serve() {
 	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
 	defer func() {
 		if e != nil {
@@ -182,17 +182,17 @@ func (s *session) serve(wait bool) {
 	s.hold()
 	s.setState(ConnDialing, "") // also while the RateLimitManager is asked
 	delay, chunk, failed := s.open()
-	if failed == nil && (wait || delay > 0 || !s.moveToLoop(chunk)) {
-		failed = s.join(delay, chunk, wait)
+	if failed == nil && (!s.accepted || delay > 0 || !s.moveToLoop(chunk)) {
+		failed = s.join(delay, chunk)
 	}
-	if e = failed; e == nil && wait {
+	if e = failed; e == nil && !s.accepted {
 		<-s.done
 		s.finish()
 	}
 }
 
 // join starts the relay and finds it a server.
-func (s *session) join(delay time.Duration, chunk int, wait bool) *ending {
+func (s *session) join(delay time.Duration, chunk int) *ending {
 	if failed := s.startRelay(chunk); failed != nil {
 		return failed
 	}
@@ -201,7 +201,7 @@ func (s *session) join(delay time.Duration, chunk int, wait bool) *ending {
 	if failed != nil {
 		return failed
 	}
-	if wait {
+	if !s.accepted {
 		s.done = make(chan struct{})
 	}
 	s.relay.Connect(server) // which asks server for the connections below it
