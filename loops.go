@@ -200,7 +200,7 @@ func isPlain(a net.Addr) bool {
 // package's own managers, which do not block.
 func isOwn(m RateLimitManager) bool {
 	switch m := m.(type) {
-	case nil, *TokenBucket, *OpenLimit, *Bandwidth:
+	case *TokenBucket, *OpenLimit, *Bandwidth:
 		return true
 	case all:
 		return !slices.ContainsFunc(m, func(m RateLimitManager) bool { return !isOwn(m) })
@@ -220,7 +220,6 @@ type dialing struct {
 	err       error            // the first that was met
 	late      time.Time        // when DialTimeout ends
 	unwatch   func() bool      // ends the wait for the upstream to be found down; nil: none
-	over      bool             // there is none, and OnRefused is to be called
 }
 
 // Next implements loop.Handler.
@@ -257,13 +256,12 @@ func (o *onLoop) Next(failed error) (loop.Target, error) {
 }
 
 // notFound ends the search f without an upstream. A session with an OnRefused leaves its loop for
-// that.
+// that, without a pick.
 func (o *onLoop) notFound(f *finding) error {
-	if o.conn.OnRefused == nil {
-		return o.conn.decide(f.ending())
+	if o.conn.OnRefused != nil {
+		return loop.ErrLeave
 	}
-	f.over = true
-	return loop.ErrLeave
+	return o.conn.decide(f.ending())
 }
 
 // resolve finds the addresses of a new pick. If there is a name to look up it returns ErrWait.
@@ -381,8 +379,8 @@ func (s *session) goOn(client, server int) {
 	c := relay.NewFileConn(client, s.raw.LocalAddr(), s.raw.RemoteAddr())
 	s.raw, s.client = c, c
 	if server < 0 {
-		if s.finding.over {
-			e = s.finding.ending()
+		if f := s.finding; f.pick.u == nil { // notFound
+			e = f.ending()
 			return
 		}
 		e = s.join(0, s.loop.Chunk())
