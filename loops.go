@@ -19,35 +19,23 @@ import (
 type loops struct {
 	wanted bool // by Options, which allow them
 	config relay.Config
-
-	mu     sync.Mutex
-	group  *loop.Group // nil: none yet
-	failed bool        // the system refused them
-	closed bool
+	once   sync.Once   // done when they have started, or never will
+	group  *loop.Group // set in once; nil: there are none
 }
 
 var newLoops = loop.NewGroup // tests make it fail
 
 // start returns the loops, or nil if there are none. The error says why, once.
-func (l *loops) start() (*loop.Group, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.group != nil || l.failed || l.closed {
-		return l.group, nil
-	}
-	g, err := newLoops(l.config, runtime.GOMAXPROCS(0))
-	l.group, l.failed = g, err != nil
-	return g, err
+func (l *loops) start() (g *loop.Group, err error) {
+	l.once.Do(func() { l.group, err = newLoops(l.config, runtime.GOMAXPROCS(0)) })
+	return l.group, err
 }
 
-// close is called when no session is left.
+// close is called once, when no session is left.
 func (l *loops) close() {
-	l.mu.Lock()
-	g := l.group
-	l.closed = true
-	l.mu.Unlock()
-	if g != nil {
-		g.Close()
+	l.once.Do(func() {}) // they no longer start
+	if l.group != nil {
+		l.group.Close()
 	}
 }
 
