@@ -489,12 +489,6 @@ func (s *session) finish() {
 		s.unlost()
 	}
 	s.settle()
-	if s.client == nil && !isSame(s.raw, s.conn.Client) {
-		s.conn.Client.Close() // admit has wrapped what it rejected
-	}
-	if !s.keep && s.client != nil && !isSame(s.raw, s.client) {
-		s.raw.Close() // admit has replaced or wrapped it
-	}
 }
 
 // reserveLastWord reports whether OnRefused is to be called for a session that ends with e. If so,
@@ -511,9 +505,6 @@ func (s *session) reserveLastWord(e *ending) bool {
 func (s *session) lastWord() {
 	defer s.app.endLastWord(s)
 	defer s.release()
-	if !isSame(s.raw, s.client) {
-		defer s.raw.Close()
-	}
 	defer relay.LastWord(s.client)
 	defer s.logPanic()
 	// In all, not for each Write: a client that reads slowly holds a place. Both deadlines, as a
@@ -546,6 +537,9 @@ func (s *session) info() ConnInfo {
 // settle decides what the Result is, and lets go of the connection.
 func (s *session) settle() {
 	c := s.conn
+	if !s.keep {
+		defer s.release()
+	}
 	s.stub() // if admit has rejected it
 	end, err := s.verdict()
 	c.mu.Lock()
@@ -563,16 +557,21 @@ func (s *session) settle() {
 	}
 	s.stop(err)
 	c.tls = nil
-	if !s.keep {
-		s.release()
-	}
-	s.result.Client = c.clientAddr() // last: the method is somebody else's
+	s.result.Client = c.clientAddr() // last: it may panic, as somebody else's method
 }
 
-// release lets go of what a Conn that is kept after the end must not hold.
+// release lets go of what a Conn that is kept after the end must not hold, and closes what the end
+// has left open.
 func (s *session) release() {
-	if t, ok := s.conn.Client.(*TLSConn); ok {
+	c := s.conn.Client
+	if t, ok := c.(*TLSConn); ok {
 		t.release()
+	}
+	switch {
+	case s.client == nil && !isSame(s.raw, c):
+		c.Close() // admit has wrapped what it rejected
+	case s.client != nil && !isSame(s.raw, s.client):
+		s.raw.Close() // admit has replaced or wrapped it
 	}
 }
 
