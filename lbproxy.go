@@ -123,18 +123,16 @@ type LBProxyApp struct {
 	slots    chan struct{}   // holds an element for each connection of Serve; nil: no bound
 	ctx      context.Context // ends with ErrAppClosed when the app has been closed
 	cancel   context.CancelCauseFunc
-	stopping chan struct{} // closed when stopped is set
-	drained  chan struct{} // closed when stopped is set and active is 0
+	stopping chan struct{} // closed under mu: no Serve and no connection is counted any more
+	drained  chan struct{} // closed when stopping is, and active is 0
 	ended    func()        // closes what connections shared, once
 
 	mu        sync.Mutex // held over no I/O, hook or foreign method
-	stopped   bool       // no Serve and no connection is counted any more
 	active    int        // calls of Serve, and connections until OnDone has returned
 	listeners map[*closeOnce]struct{}
 	sessions  list.List             // of *session, those open, oldest first; and the markers of walks
-	lastWords map[*session]struct{} // those whose OnRefused runs
 	open      int                   // sessions in it
-	accepted  uint64
+	lastWords map[*session]struct{} // those whose OnRefused runs
 	ends      map[EndReason]uint64
 	refused   uint64 // of the rate-limited: when they opened
 }
@@ -450,8 +448,7 @@ func (a *LBProxyApp) Close() error {
 // stop makes the app reject new connections and listeners, and closes its listeners.
 func (a *LBProxyApp) stop() {
 	a.mu.Lock()
-	if !a.stopped {
-		a.stopped = true
+	if !a.isStopping() {
 		close(a.stopping)
 		a.drain()
 	}
@@ -472,11 +469,11 @@ func (a *LBProxyApp) isStopping() bool {
 	}
 }
 
-// trackListener counts a call of Serve, or returns false if the app is stopped.
+// trackListener counts a call of Serve, or returns false if the app is stopping.
 func (a *LBProxyApp) trackListener(l *closeOnce) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.stopped {
+	if a.isStopping() {
 		return false
 	}
 	a.active++
@@ -491,17 +488,16 @@ func (a *LBProxyApp) untrackListener(l *closeOnce) {
 	a.leave()
 }
 
-// enter counts a connection, or returns false if the app is stopped. The caller owes one exit and
+// enter counts a connection, or returns false if the app is stopping. The caller owes one exit and
 // one leave.
 func (a *LBProxyApp) enter(s *session) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.stopped {
+	if a.isStopping() {
 		return false
 	}
 	a.active++
 	a.open++
-	a.accepted++
 	s.element = a.sessions.PushBack(s)
 	return true
 }
@@ -531,7 +527,7 @@ func (a *LBProxyApp) leave() {
 
 // drain closes drained if nothing is left. The caller holds mu.
 func (a *LBProxyApp) drain() {
-	if a.stopped && a.active == 0 {
+	if a.isStopping() && a.active == 0 {
 		close(a.drained)
 	}
 }

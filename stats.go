@@ -57,13 +57,14 @@ func (a *LBProxyApp) Stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := Stats{
-		App: a.id, Stopping: a.stopped, Open: a.open, Accepted: a.accepted,
+		App: a.id, Stopping: a.isStopping(), Open: a.open, Accepted: uint64(a.open),
 		Ends:        make(map[EndReason]uint64, len(endReasons)),
 		NotAdmitted: a.ends[EndNotAdmitted], Refused: a.refused,
 		Failed: a.ends[EndNoUpstream] + a.ends[EndDialFailed],
 	}
 	for _, end := range endReasons {
 		s.Ends[end] = a.ends[end]
+		s.Accepted += a.ends[end]
 	}
 	s.Upstreams, s.Gone = a.balancer.snapshot()
 	s.Sent, s.Received = s.Gone.Sent, s.Gone.Received
