@@ -404,13 +404,18 @@ func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
 	return c, false, err
 }
 
-// judge is p.judge for a dial of s, which fails of itself when s is over.
+// judge returns the verdict of a dial to p that returned err, and the error to report. A dial that
+// was given up since s is over, or p was found down, has no verdict.
 func (s *session) judge(p pick, err error) (verdict, error) {
-	v, err := p.judge(err)
-	if v == fails && s.over() {
-		v = unknown
+	switch {
+	case err == nil:
+		return works, nil
+	case p.lost != nil && p.lost.Err() != nil:
+		return unknown, context.Cause(p.lost)
+	case ourFault(err), s.over():
+		return unknown, err
 	}
-	return v, err
+	return fails, err
 }
 
 // dialContext returns the context of a dial, which ends when the session is over.

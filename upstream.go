@@ -349,20 +349,6 @@ const (
 	fails
 )
 
-// judge returns the verdict of a dial to p that returned err, and the error to report. A dial that
-// was given up since p was found down has no verdict: the checks have said it all.
-func (p pick) judge(err error) (verdict, error) {
-	switch {
-	case err == nil:
-		return works, nil
-	case p.lost != nil && p.lost.Err() != nil:
-		return unknown, context.Cause(p.lost)
-	case ourFault(err):
-		return unknown, err
-	}
-	return fails, err
-}
-
 // ourFault reports whether a dial's error says nothing about the upstream.
 func ourFault(err error) bool {
 	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, context.Canceled) || exhausted(err)
