@@ -195,7 +195,9 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		}
 		a.checker = newChecker(a, hc)
 	}
-	a.balancer.changes = newChanges(a)
+	if o.OnUpstream != nil {
+		a.balancer.changes = &changes{app: a, byAddr: map[string]*list.Element{}}
+	}
 	if err := a.SetUpstreams(upstreams); err != nil { // the last thing, as it begins the checks
 		return nil, err
 	}

@@ -129,25 +129,16 @@ func (c UpstreamChange) LogValue() slog.Value {
 	return slog.GroupValue(attrs...)
 }
 
-// changes calls a hook for every change of an app's upstreams, one after the other, in the order of
-// their Times. Nobody waits for the hook: while it runs, changes wait here, merged so that there is
-// at most one for each Addr.
+// changes calls Options.OnUpstream for every change of an app's upstreams, one after the other, in
+// the order of their Times. Nobody waits for the hook: while it runs, changes wait here, merged so
+// that there is at most one for each Addr.
 type changes struct {
-	app  *LBProxyApp
-	hook func(UpstreamChange)
+	app *LBProxyApp
 
 	mu      sync.Mutex // may be taken while balancer.mu is held; no other lock is taken under it
 	waiting list.List  // of UpstreamChange, the oldest in front
 	byAddr  map[string]*list.Element
 	running bool // a goroutine is in run; it goes when nothing waits
-}
-
-// newChanges returns what calls Options.OnUpstream, or nil if that is nil.
-func newChanges(a *LBProxyApp) *changes {
-	if a.opts.OnUpstream == nil {
-		return nil
-	}
-	return &changes{app: a, hook: a.opts.OnUpstream, byAddr: map[string]*list.Element{}}
 }
 
 // add queues ch and returns at once. It does nothing if c is nil.
@@ -180,14 +171,10 @@ func (c *changes) run() {
 		go c.run()     // before logging, which may block
 		c.app.logPanic("Options.OnUpstream", p, string(debug.Stack()))
 	}()
-	for {
-		ch, ok := c.next()
-		if !ok {
-			finished = true
-			return
-		}
-		c.hook(ch)
+	for ch, ok := c.next(); ok; ch, ok = c.next() {
+		c.app.opts.OnUpstream(ch)
 	}
+	finished = true
 }
 
 // next takes the oldest change. If there is none, the goroutine that asks must end.
