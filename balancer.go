@@ -204,11 +204,7 @@ func (b *balancer) acquire(s *search, now time.Time) (pick, error) {
 
 // choose returns the upstream for the next connection, which may be of rank never, or nil.
 func (b *balancer) choose(s *search) *upstream {
-	var tried map[*upstream]bool
-	if s != nil {
-		tried = s.tried
-	}
-	root := b.heap[0]
+	tried, root := s.tried, b.heap[0]
 	switch {
 	case root != b.resting && !tried[root]:
 		return root
@@ -260,7 +256,7 @@ func (b *balancer) chooseRest(s *search) *upstream {
 // errNone is acquire's error. With nothing tried, an upstream that is neither draining nor down
 // must be full.
 func (b *balancer) errNone(s *search) error {
-	if s != nil && len(s.tried) > 0 {
+	if len(s.tried) > 0 {
 		return ErrNoUpstream
 	}
 	return &noUpstream{full: len(b.heap) - b.draining - b.down, down: b.down, draining: b.draining}

@@ -1013,7 +1013,7 @@ func TestErrNoUpstreamSaysWhy(t *testing.T) {
 		{func() { f.mark("a:1", true) }, "1 down"},
 	} {
 		step.then()
-		_, err := f.balancer.acquire(nil, f.now)
+		_, err := f.balancer.acquire(new(search), f.now)
 		wantBal(t, "error", fmt.Sprint(err), "lbproxy: no upstream available: "+step.want)
 		wantBal(t, "is ErrNoUpstream", errors.Is(err, ErrNoUpstream), true)
 	}
@@ -1603,7 +1603,7 @@ func FuzzBalancer(f *testing.F) {
 }
 
 func balAcquire(b *balancer, now time.Time) *upstream {
-	p, _ := b.acquire(nil, now)
+	p, _ := b.acquire(new(search), now)
 	return p.u
 }
 

@@ -322,7 +322,7 @@ func TestPanicInHookKeepsCountsAndEventsPaired(t *testing.T) {
 			if dials > 0 { // no upstream is stuck in its trial
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				p, _ := a.balancer.acquire(nil, time.Now())
+				p, _ := a.balancer.acquire(new(search), time.Now())
 				a.balancer.settle(p.u, works, nil, time.Now())
 				a.balancer.release(p.u)
 			}
@@ -451,7 +451,7 @@ func TestPanicAfterTheDialClosesTheConn(t *testing.T) {
 		InsecureSkipVerify: true,
 		VerifyConnection:   func(tls.ConnectionState) error { panic("boom") },
 	}})
-	p, _ := a.balancer.acquire(nil, time.Now()) // so that there is something to log: it works again
+	p, _ := a.balancer.acquire(new(search), time.Now()) // so that there is something to log: it works again
 	a.balancer.settle(p.u, fails, errSick, time.Now())
 	a.balancer.release(p.u)
 	_, ours := duplex()
