@@ -451,7 +451,8 @@ func TestPanicAfterTheDialClosesTheConn(t *testing.T) {
 		InsecureSkipVerify: true,
 		VerifyConnection:   func(tls.ConnectionState) error { panic("boom") },
 	}})
-	p, _ := a.balancer.acquire(new(search), time.Now()) // so that there is something to log: it works again
+	// So that there is something to log: it works again.
+	p, _ := a.balancer.acquire(new(search), time.Now())
 	a.balancer.settle(p.u, fails, errSick, time.Now())
 	a.balancer.release(p.u)
 	_, ours := duplex()

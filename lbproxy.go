@@ -441,7 +441,10 @@ func (a *LBProxyApp) Close() error {
 	refused := slices.Collect(maps.Keys(a.lastWords))
 	a.mu.Unlock()
 	for _, s := range refused {
-		aborts.Go(func() { relay.Reset(s.client) })
+		aborts.Go(func() {
+			defer s.logPanic()
+			relay.Reset(s.client)
+		})
 	}
 	aborts.Wait()
 	return a.Shutdown(context.Background())

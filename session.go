@@ -138,7 +138,8 @@ func (s *session) handle(admit AdmitFunc) {
 	}
 }
 
-// logPanic logs a panic of the goroutine that serves s. It must be called by defer.
+// logPanic logs a panic of a hook, or of a method of the client's conn, and ends it. It must be
+// called by defer.
 func (s *session) logPanic() {
 	if p := recover(); p != nil {
 		s.app.logPanic("serving a connection", p, string(debug.Stack()))
@@ -157,9 +158,9 @@ func (s *session) admit(f AdmitFunc) (ok bool) {
 			}
 		}
 		if !ok {
+			defer s.finish() // also if a method of raw panics
 			s.endBy(s.conn.decide(e))
 			relay.Linger(s.ctx, s.raw)
-			s.finish()
 		}
 	}()
 	s.endCtx()
@@ -271,12 +272,12 @@ func (s *session) pause(d time.Duration) {
 // giveUp ends a session that is not connected, for e if there was no cause before.
 func (s *session) giveUp(e *ending) {
 	if s.relay == nil {
+		defer s.finish() // also if a method of client panics
 		e = s.conn.decide(e)
 		s.endBy(e)
 		if s.keep = s.reserveLastWord(e); !s.keep {
 			relay.Reset(s.client)
 		}
-		s.finish()
 		return
 	}
 	s.done = make(chan struct{})
@@ -457,14 +458,14 @@ func (s *session) Over(cause error) { s.stop(cause) }
 // Done implements relay.Handler.
 func (s *session) Done(o relay.Outcome) {
 	s.outcome = &o
+	if o.Panic != nil && s.accepted { // ServeConn passes it on
+		s.app.logPanic("serving a connection", o.Panic, "")
+	}
 	if s.done != nil {
 		close(s.done)
 		return
 	}
 	defer s.logPanic()
-	if o.Panic != nil {
-		s.app.logPanic("serving a connection", o.Panic, "")
-	}
 	s.finish()
 }
 
@@ -509,9 +510,9 @@ func (s *session) reserveLastWord(e *ending) bool {
 // lastWord lets OnRefused write to the client, and closes it when that has arrived.
 func (s *session) lastWord() {
 	defer s.app.endLastWord(s)
+	defer s.logPanic() // of LastWord, too
 	defer s.release()
 	defer relay.LastWord(s.client)
-	defer s.logPanic()
 	// In all, not for each Write: a client that reads slowly holds a place. Both deadlines, as a
 	// Write may begin with a TLS handshake.
 	s.client.SetDeadline(time.Now().Add(time.Second))

@@ -390,7 +390,7 @@ func (r *Relay) finish() {
 			r.close(&r.server)
 		}
 		if r.released.Load() {
-			r.client.conn.SetReadDeadline(time.Time{})
+			r.setReadDeadline(time.Time{})
 		} else {
 			r.close(&r.client)
 		}

@@ -27,10 +27,16 @@ func (r *Relay) Release(cause error) bool {
 	r.mu.Unlock()
 	if first {
 		r.handler.Over(cause)
-		r.client.conn.SetReadDeadline(time.Unix(1, 0))
+		r.setReadDeadline(time.Unix(1, 0))
 	}
 	r.releaseElsewhere()
 	return first
+}
+
+// setReadDeadline sets the read deadline of a client that outlives the relay.
+func (r *Relay) setReadDeadline(t time.Time) {
+	defer r.recoverPanic()
+	r.client.conn.SetReadDeadline(t)
 }
 
 // LastWord half-closes c and closes it when the peer has ended its own stream, at most a second
