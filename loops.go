@@ -122,22 +122,12 @@ func (l *loopListener) Close() error {
 func (a *LBProxyApp) startOnLoop(c loop.Accepted) bool {
 	s := a.begin(context.Background(), &Conn{Client: &heldConn{c.Local, c.Remote}})
 	s.accepted, s.client, s.state = true, s.raw, ConnDialing
+	s.loop = loop.NewSession(c.FD, (*onLoop)(s))
 	if !a.enter(s) {
 		a.freeSlot()
 		return false
 	}
-	s.conn.mu.Lock()
-	cause := s.conn.cause
-	if cause == nil {
-		s.loop = loop.NewSession(c.FD, (*onLoop)(s))
-		c.Start(s.loop)
-	}
-	s.conn.mu.Unlock()
-	if cause != nil {
-		loop.Reset(c.FD)
-		s.endBy(cause)
-		go s.finishOnLoop()
-	}
+	c.Start(s.loop) // if it has been aborted meanwhile, Next ends it
 	return true
 }
 
