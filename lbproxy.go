@@ -1,6 +1,7 @@
 package lbproxy
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"errors"
@@ -172,9 +173,9 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 	if plainDialer {
 		o.DialContext = (&net.Dialer{KeepAlive: -1}).DialContext // the engine sets it if it is needed
 	}
-	o.DialTimeout = orDefault(o.DialTimeout, 5*time.Second)
-	o.IdleTimeout = orDefault(o.IdleTimeout, time.Hour)
-	a.balancer.failTimeout = orDefault(o.FailTimeout, 10*time.Second)
+	o.DialTimeout = cmp.Or(o.DialTimeout, 5*time.Second)
+	o.IdleTimeout = cmp.Or(o.IdleTimeout, time.Hour)
+	a.balancer.failTimeout = cmp.Or(o.FailTimeout, 10*time.Second)
 	if o.MaxConns > 0 {
 		a.slots = make(chan struct{}, o.MaxConns)
 	}
@@ -202,13 +203,6 @@ func New(id string, upstreams []Upstream, opts *Options) (*LBProxyApp, error) {
 		return nil, err
 	}
 	return a, nil
-}
-
-func orDefault(d, def time.Duration) time.Duration {
-	if d == 0 {
-		return def
-	}
-	return d
 }
 
 // SetUpstreams replaces the upstreams. One whose Addr stays keeps its connections, counters and
