@@ -434,17 +434,17 @@ func (s *session) dialContext() (context.Context, context.CancelFunc) {
 
 // Moved implements relay.Handler: it counts n bytes from a side and asks the RateLimitManager.
 func (s *session) Moved(from relay.Side, n int) relay.Verdict {
-	e := Event{Kind: EventData, Direction: Upload, Bytes: int64(n)}
-	total := &s.upstream.sent
+	way, total := Upload, &s.upstream.sent
 	if from == relay.Server {
-		e.Direction, total = Download, &s.upstream.received
+		way, total = Download, &s.upstream.received
 	}
 	total.Add(uint64(n))
 	limit := s.conn.RateLimit
 	if limit == nil {
 		return relay.Verdict{}
 	}
-	e.App, e.ClientID = s.app.id, s.conn.ClientID
+	e := s.event(EventData)
+	e.Direction, e.Bytes = way, int64(n)
 	answer := limit.Report(s.ctx, e)
 	if answer.Exceeded {
 		return relay.Verdict{Err: answer.refusal()}

@@ -129,10 +129,7 @@ func (c *TLSConn) Handshake() error { return c.HandshakeContext(context.Backgrou
 // HandshakeContext performs the TLS handshake unless it has been performed. See
 // [tls.Conn.HandshakeContext].
 func (c *TLSConn) HandshakeContext(ctx context.Context) error {
-	if t := c.conn.Load(); t != nil {
-		return t.HandshakeContext(ctx)
-	}
-	return net.ErrClosed
+	return c.do(func(t *relay.TLS) error { return t.HandshakeContext(ctx) })
 }
 
 // ConnectionState returns what the handshake agreed on. It may be called after the end, too.
