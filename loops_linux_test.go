@@ -678,6 +678,29 @@ func TestLoopSessionsStress(t *testing.T) {
 	wantOnLoops(t, a, int64(s.Accepted))
 }
 
+// TestAbortBeforeALoopStarts aborts a session that is in Conns and whose loop has not got it yet: it
+// dials nobody.
+func TestAbortBeforeALoopStarts(t *testing.T) {
+	a, results := newAppOver(t, Options{Loops: true}, Upstream{Addr: "127.0.0.1:1"})
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK, 0)
+	proxytest.Must(t, err)
+	defer syscall.Close(fds[0])
+	s := a.begin(context.Background(), &Conn{Client: &heldConn{}})
+	s.accepted, s.client, s.state = true, s.raw, ConnDialing
+	s.loop = loop.NewSession(fds[1], (*onLoop)(s))
+	if !a.enter(s) {
+		t.Fatal("the app is stopped")
+	}
+	cause := errors.New("aborted")
+	for c := range a.Conns() {
+		c.Abort(cause)
+	}
+	a.startLoops().Start(s.loop)
+	if r := result(t, results); r.End != EndCanceled || r.Err != cause || r.Attempts != 0 {
+		t.Errorf("%+v", r)
+	}
+}
+
 // TestAbortOnTheWayFromALoop aborts a session that has chosen an upstream with TLS, and left its
 // loop for that, but has no relay yet: the dial that it owes is settled.
 func TestAbortOnTheWayFromALoop(t *testing.T) {
