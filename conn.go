@@ -125,14 +125,13 @@ func (s ConnState) String() string { return string(s) }
 func (c *Conn) Info() ConnInfo {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := c.session
 	switch {
-	case s == nil && c.info == nil:
-		return ConnInfo{}
-	case s == nil:
+	case c.session != nil:
+		return c.session.info()
+	case c.info != nil:
 		return *c.info
 	}
-	return s.info()
+	return ConnInfo{}
 }
 
 // Abort ends c with cause; nil means context.Canceled. Both sides are reset. It may be called any
