@@ -250,7 +250,7 @@ func (a *LBProxyApp) SetUpstreams(upstreams []Upstream) error {
 //
 // ctx carries c (see [ConnFromContext]). It is canceled when the connection ends or is aborted, or
 // the app is closed. An AdmitFunc may block, because it has a goroutine of its own. Once it has
-// returned, no goroutine of it may change a field of c, or read, write or close Client.
+// returned, no goroutine of it may change a field of c, or use Client, which Serve replaces then.
 //
 // Clear any deadline set on Client before returning nil: it may end the connection. To be sure that
 // a rejected client sees a message, read from Client before writing it: otherwise the client's
