@@ -212,9 +212,7 @@ func (o *onLoop) Next(failed error) (loop.Target, error) {
 		f.dialFailed(failed)
 	}
 	if f.pick.u != nil && len(f.addrs) == 0 {
-		v, err := s.judge(f.pick, f.err)
-		changed := s.app.balancer.settle(f.pick.u, v, err, time.Now())
-		if !s.next(f, changed, err) {
+		if !s.next(f, f.err) {
 			return loop.Target{}, o.notFound(f)
 		}
 	}
@@ -330,10 +328,8 @@ func (o *onLoop) Header() []byte {
 
 // Connected implements loop.Handler.
 func (o *onLoop) Connected() {
-	s, f := (*session)(o), o.finding
-	f.endWatch()
-	s.connected(f, s.app.balancer.settle(f.pick.u, works, nil, time.Now()))
-	s.finding = nil
+	o.finding.endWatch()
+	(*session)(o).connected(o.finding)
 }
 
 // Moved implements loop.Handler.
@@ -350,7 +346,6 @@ func (s *session) goOn(client, server int) {
 	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
 	defer func() {
 		if e != nil {
-			s.endFinding()
 			s.giveUp(e)
 		}
 	}()
@@ -396,18 +391,4 @@ func (s *session) finishOnLoop() {
 		s.endFinding()
 	}
 	s.finish()
-}
-
-// endFinding settles what a search that nobody goes on with owes, if there is one.
-func (s *session) endFinding() {
-	f := s.finding
-	if f == nil {
-		return
-	}
-	f.resolving.Wait()
-	f.endWatch()
-	if f.pick.u != nil {
-		s.app.balancer.settle(f.pick.u, unknown, nil, time.Now())
-	}
-	s.finding = nil
 }

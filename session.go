@@ -29,7 +29,7 @@ type session struct {
 	element *list.Element   // of app.sessions; belongs to app.mu
 
 	client   net.Conn       // what is relayed: conn.Client as admit left it
-	finding  *finding       // while it is on a loop and not connected
+	finding  *finding       // while it looks for an upstream: a pick in it is to be settled
 	upstream *upstream      // what it is counted on
 	unlost   func()         // ends what CloseOnDown waits for; nil: nothing
 	dialTime time.Duration  // of the attempt that succeeded
@@ -271,6 +271,7 @@ func (s *session) pause(d time.Duration) {
 
 // giveUp ends a session that is not connected, for e if there was no cause before.
 func (s *session) giveUp(e *ending) {
+	s.endFinding()
 	if s.relay == nil {
 		defer s.finish() // also if a method of client panics
 		e = s.conn.decide(e)
@@ -309,18 +310,17 @@ type finding struct {
 
 // connect finds an upstream that answers.
 func (s *session) connect() (net.Conn, *ending) {
-	f := s.finding
-	if f == nil {
-		f = new(finding)
+	if s.finding == nil {
+		s.finding = new(finding)
 	}
-	s.finding = nil
+	f := s.finding
 	for f.pick.u != nil || s.choose(f) {
-		server, changed, err := s.try(f.pick)
+		server, err := s.dial(f.pick)
 		if err == nil {
-			s.connected(f, changed)
+			s.connected(f)
 			return server, nil
 		}
-		if !s.next(f, changed, err) {
+		if !s.next(f, err) {
 			break
 		}
 	}
@@ -343,12 +343,14 @@ func (s *session) choose(f *finding) bool {
 	return true
 }
 
-// connected notes that the pick of f has answered, which is news if changed is set.
-func (s *session) connected(f *finding, changed bool) {
-	p := f.pick
-	s.dialTime = time.Since(f.began)
+// connected notes that the pick of f has answered.
+func (s *session) connected(f *finding) {
+	p, now := f.pick, time.Now()
+	s.dialTime = now.Sub(f.began)
+	worksAgain := s.app.balancer.settle(p.u, works, nil, now)
+	s.finding = nil
 	s.setState(ConnOpen, p.conf.Addr)
-	if changed {
+	if worksAgain {
 		s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
 	}
 	if s.app.opts.CloseOnDown && p.lost != nil {
@@ -359,11 +361,13 @@ func (s *session) connected(f *finding, changed bool) {
 }
 
 // next gives back the pick of f, whose dial has failed. It returns false if no other need be tried.
-func (s *session) next(f *finding, changed bool, err error) bool {
+func (s *session) next(f *finding, err error) bool {
 	p := f.pick
+	v, err := s.judge(p, err)
+	wasUp := s.app.balancer.settle(p.u, v, err, time.Now())
 	f.pick, s.upstream = pick{}, nil
 	s.app.balancer.release(p.u)
-	if changed {
+	if wasUp {
 		s.app.log(slog.LevelWarn, "lbproxy: upstream failed and is skipped",
 			slog.String("upstream", p.conf.Addr), slog.Duration("for", s.app.balancer.failTimeout),
 			slog.String("err", err.Error()))
@@ -371,6 +375,20 @@ func (s *session) next(f *finding, changed bool, err error) bool {
 	f.errs = append(f.errs, &DialError{App: s.app.id, Addr: p.conf.Addr, Err: err})
 	f.search.add(p.u)
 	return !exhausted(err)
+}
+
+// endFinding settles what a search that nobody goes on with owes, if there is one.
+func (s *session) endFinding() {
+	f := s.finding
+	if f == nil {
+		return
+	}
+	f.resolving.Wait()
+	f.endWatch()
+	if f.pick.u != nil {
+		s.app.balancer.settle(f.pick.u, unknown, nil, time.Now())
+	}
+	s.finding = nil
 }
 
 // ending is how a session ends for which no upstream was found.
@@ -391,26 +409,20 @@ func (s *session) setState(state ConnState, addr string) {
 	s.state, s.addr, s.undial = state, addr, nil
 }
 
-// try dials p once and tells the balancer how that went, also when the dialer panics.
-func (s *session) try(p pick) (c net.Conn, changed bool, err error) {
-	v := unknown
-	defer func() { changed = s.app.balancer.settle(p.u, v, err, time.Now()) }()
+// dial tries p once.
+func (s *session) dial(p pick) (net.Conn, error) {
 	ctx, cancel := s.dialContext()
 	defer cancel()
 	if p.lost != nil {
 		defer context.AfterFunc(p.lost, cancel)()
 	}
-	c, err = p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
-	v, err = s.judge(p, err)
-	return c, false, err
+	return p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
 }
 
-// judge returns the verdict of a dial to p that returned err, and the error to report. A dial that
-// was given up since s is over, or p was found down, has no verdict.
+// judge returns the verdict of a dial to p that failed with err, and the error to report. A dial
+// that was given up since s is over, or p was found down, has no verdict.
 func (s *session) judge(p pick, err error) (verdict, error) {
 	switch {
-	case err == nil:
-		return works, nil
 	case p.lost != nil && p.lost.Err() != nil:
 		return unknown, context.Cause(p.lost)
 	case ourFault(err), s.over():
