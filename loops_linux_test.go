@@ -585,12 +585,8 @@ func TestServeOnLoopsReturnsWhenItsListenerIsClosed(t *testing.T) {
 	go func() { ended <- a.Serve(l, nil) }()
 	c := dial(t, addr)
 	ping(t, c)
-	syscall.ForkLock.RLock() // a child that another test starts has the socket, too, until its exec
 	l.Close()
-	again, err := net.Listen("tcp", addr)
-	syscall.ForkLock.RUnlock()
-	proxytest.Must(t, err)
-	again.Close()
+	proxytest.ListenAgain(t, addr).Close()
 	if err := proxytest.Receive(t, "Serve's end", ended); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Serve: %v", err)
 	}

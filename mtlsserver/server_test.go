@@ -965,9 +965,7 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 	if _, ok := l.server.Addrs()["new"]; ok {
 		t.Error("the new app is there")
 	}
-	again, err := net.Listen("tcp", free)
-	must(t, err)
-	again.Close()
+	proxytest.ListenAgain(t, free).Close()
 }
 
 func TestLimitsAreSharedByAppsAndKeptByReloads(t *testing.T) {

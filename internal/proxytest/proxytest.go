@@ -162,6 +162,8 @@ var taken sync.Map
 // before the test listens there, or while a server is away.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
+	syscall.ForkLock.RLock() // see ListenAgain
+	defer syscall.ForkLock.RUnlock()
 	for range 1000 {
 		addr := fmt.Sprintf("127.0.0.1:%d", 11000+rand.IntN(20000))
 		if _, known := taken.LoadOrStore(addr, true); known {
@@ -174,6 +176,17 @@ func FreeAddr(t testing.TB) string {
 	}
 	t.Fatal("no port is free")
 	return ""
+}
+
+// ListenAgain listens at an address whose listener was closed before. A child that was forked before
+// the close holds the socket, too, until it calls exec. ListenAgain waits for that.
+func ListenAgain(t testing.TB, addr string) net.Listener {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	l, err := net.Listen("tcp", addr)
+	Must(t, err)
+	return l
 }
 
 // RefusingAddr returns a loopback address where nobody listens.
