@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -437,6 +438,147 @@ func proxyHeader(version int, client *Conn) []byte {
 		return h.AppendV1(nil)
 	}
 	return h.AppendV2(nil)
+}
+
+// finding is a session's search for an upstream that answers.
+type finding struct {
+	search search
+	pick   pick      // the upstream that is being tried; the zero pick: none
+	began  time.Time // to try it
+	errs   []error   // of those that were
+	none   error     // why there is no other
+
+	dialing // for a session on a loop
+}
+
+// connect finds an upstream that answers.
+func (s *session) connect() (net.Conn, *ending) {
+	if s.finding == nil {
+		s.finding = new(finding)
+	}
+	f := s.finding
+	for f.pick.u != nil || s.choose(f) {
+		server, err := s.dial(f.pick)
+		if err == nil {
+			s.connected(f)
+			return server, nil
+		}
+		if !s.next(f, err) {
+			break
+		}
+	}
+	return nil, f.ending()
+}
+
+// choose picks the next upstream to try. It returns false if there is none, or s is over.
+func (s *session) choose(f *finding) bool {
+	if s.over() {
+		return false
+	}
+	f.began = time.Now()
+	f.pick, f.none = s.app.balancer.acquire(&f.search, f.began)
+	if f.none != nil {
+		return false
+	}
+	s.upstream = f.pick.u
+	s.attempts++
+	s.setState(ConnDialing, f.pick.conf.Addr)
+	return true
+}
+
+// connected notes that the pick of f has answered.
+func (s *session) connected(f *finding) {
+	p, now := f.pick, time.Now()
+	s.dialTime = now.Sub(f.began)
+	worksAgain := s.app.balancer.settle(p.u, works, nil, now)
+	s.finding = nil
+	s.setState(ConnOpen, p.conf.Addr)
+	if worksAgain {
+		s.app.log(slog.LevelInfo, "lbproxy: upstream works again", slog.String("upstream", p.conf.Addr))
+	}
+	if s.app.opts.CloseOnDown && p.lost != nil {
+		s.unlost = after(p.lost, func() {
+			s.conn.abort(&ending{EndUpstreamError, context.Cause(p.lost)})
+		})
+	}
+}
+
+// next gives back the pick of f, whose dial has failed. It returns false if no other need be tried.
+func (s *session) next(f *finding, err error) bool {
+	p := f.pick
+	v, err := s.judge(p, err)
+	wasUp := s.app.balancer.settle(p.u, v, err, time.Now())
+	f.pick, s.upstream = pick{}, nil
+	s.app.balancer.release(p.u)
+	if wasUp {
+		s.app.log(slog.LevelWarn, "lbproxy: upstream failed and is skipped",
+			slog.String("upstream", p.conf.Addr), slog.Duration("for", s.app.balancer.failTimeout),
+			slog.String("err", err.Error()))
+	}
+	f.errs = append(f.errs, &DialError{App: s.app.id, Addr: p.conf.Addr, Err: err})
+	f.search.add(p.u)
+	return !exhausted(err)
+}
+
+// endFinding settles what a search that nobody goes on with owes, if there is one.
+func (s *session) endFinding() {
+	f := s.finding
+	if f == nil {
+		return
+	}
+	f.resolving.Wait()
+	f.endWatch()
+	if f.pick.u != nil {
+		s.app.balancer.settle(f.pick.u, unknown, nil, time.Now())
+	}
+	s.finding = nil
+}
+
+// ending is how a session ends for which no upstream was found.
+func (f *finding) ending() *ending {
+	isNotDown := func(err error) bool { return !errors.Is(err, errUpstreamDown) }
+	switch {
+	case f.errs == nil:
+		return &ending{EndNoUpstream, f.none}
+	case !slices.ContainsFunc(f.errs, isNotDown): // health checks found all of them down meanwhile
+		return &ending{EndNoUpstream, errors.Join(append([]error{f.none}, f.errs...)...)}
+	}
+	return &ending{EndDialFailed, errors.Join(f.errs...)}
+}
+
+// dial tries p once.
+func (s *session) dial(p pick) (net.Conn, error) {
+	ctx, cancel := s.dialContext()
+	defer cancel()
+	if p.lost != nil {
+		defer context.AfterFunc(p.lost, cancel)()
+	}
+	return p.conf.dial(ctx, s.app.opts.DialContext, s.conn)
+}
+
+// judge returns the verdict of a dial to p that failed with err, and the error to report. A dial
+// that was given up since s is over, or p was found down, has no verdict.
+func (s *session) judge(p pick, err error) (verdict, error) {
+	switch {
+	case p.lost != nil && p.lost.Err() != nil:
+		return unknown, context.Cause(p.lost)
+	case ourFault(err), s.over():
+		return unknown, err
+	}
+	return fails, err
+}
+
+// dialContext returns the context of a dial, which ends when the session is over.
+func (s *session) dialContext() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), s.app.opts.DialTimeout)
+	s.conn.mu.Lock()
+	s.undial = cancel
+	over := s.isOver
+	s.conn.mu.Unlock()
+	if over {
+		cancel()
+	}
+	return ctx, cancel
 }
 
 // Peers describes other apps, in other processes, that spread connections over the same upstreams.
