@@ -144,10 +144,7 @@ func (l *loop) handOver(s *Session, to *loop) {
 	l.setTimer(s, 0)
 	l.forget(s)
 	s.phase = moving
-	if !to.post(message{op: opTakeOver, s: s}) { // it has ended
-		l.own(s)
-		l.takeOver(s)
-	}
+	to.adopt(s, (*loop).takeOver)
 }
 
 // takeOver goes on with a session that another loop has handed over. No event was lost: epoll

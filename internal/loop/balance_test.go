@@ -131,7 +131,7 @@ func TestAcceptingFollowsNewSessions(t *testing.T) {
 func listeners(g *Group) (accept []*loop) {
 	for _, l := range g.loops {
 		n := make(chan int)
-		l.post(message{op: opDo, do: func() { n <- len(l.listeners) }})
+		l.post(func() { n <- len(l.listeners) })
 		if <-n > 0 {
 			accept = append(accept, l)
 		}
@@ -146,7 +146,7 @@ func sendAway(g *Group, s *Session) {
 	if to == from {
 		to = g.loops[1]
 	}
-	from.post(message{op: opDo, do: func() {
+	from.post(func() {
 		if s.loop.Load() == from && s.phase == open {
 			if s.queued {
 				from.again = slices.DeleteFunc(from.again, func(other *Session) bool { return other == s })
@@ -154,7 +154,7 @@ func sendAway(g *Group, s *Session) {
 			}
 			from.handOver(s, to)
 		}
-	}})
+	})
 }
 
 // Sessions of a busy loop continue on another loop.

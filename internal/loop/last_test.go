@@ -74,7 +74,8 @@ const lastBytes = "bye"
 func endAfterLastBytes(t *testing.T, s *Session, upstream *net.TCPConn) (unsent, segments int) {
 	t.Helper()
 	over := make(chan struct{})
-	s.post(message{op: opDo, do: func() {
+	l := s.loop.Load()
+	l.post(func() {
 		to := int(s.side[client].fd)
 		// An acknowledgement that comes before the FIN would make the system send what waits.
 		for relay.UnsentFD(to) > 0 {
@@ -86,15 +87,15 @@ func endAfterLastBytes(t *testing.T, s *Session, upstream *net.TCPConn) (unsent,
 		for !hasFIN(int(s.side[server].fd)) {
 			time.Sleep(time.Millisecond)
 		}
-		s.post(message{op: opDo, do: func() { // in the next turn, after the events
+		l.post(func() { // in the next turn, after the events
 			const siocoutqnsd = 0x894b // SIOCOUTQNSD of linux/sockios.h
 			var n int32
 			syscall.Syscall(
 				syscall.SYS_IOCTL, uintptr(to), siocoutqnsd, uintptr(unsafe.Pointer(&n)))
 			unsent, segments = int(n), int(infoOf(to).segmentsOut-before)
 			close(over)
-		}})
-	}})
+		})
+	})
 	proxytest.Receive(t, "the turn is over", over)
 	return unsent, segments
 }

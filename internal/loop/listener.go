@@ -152,12 +152,12 @@ func (a *Listener) watch() {
 // onLoop has the loop that accepts call f. It returns false if that loop has ended.
 func (a *Listener) onLoop(f func(*loop)) bool {
 	l := a.loop.Load()
-	return l.post(message{op: opDo, do: func() {
+	return l.post(func() {
 		// If a has moved, its new loop gets this message after the one that makes it listen.
 		if a.loop.Load() == l || !a.onLoop(f) {
 			f(l)
 		}
-	}})
+	})
 }
 
 // isClosed waits until a is closed, or something comes from timer.

@@ -6,7 +6,6 @@ import (
 	"container/heap"
 	"errors"
 	"os"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -34,9 +33,9 @@ type loop struct {
 	busy    busyness
 
 	mu     sync.Mutex // guards what follows; held over no system call
-	inbox  []message
-	spare  []message // is the inbox next; the loop's own
-	closed bool      // nobody reads the inbox any more
+	inbox  []func()   // what other goroutines have the loop call
+	spare  []func()   // is the inbox next; the loop's own
+	closed bool       // the inbox takes nothing more
 
 	// The fields below belong to the loop's goroutine.
 	now       int64 // clock when the batch began
@@ -57,27 +56,6 @@ type loop struct {
 	sweep     sweep
 	buf       [bufferSize]byte
 }
-
-// A message is something that another goroutine wants a loop to do.
-type message struct {
-	op  op
-	s   *Session // nil for opStop and opDo
-	err error
-	n   uint32
-	do  func()
-}
-
-type op uint8
-
-const (
-	opStop op = iota
-	opDo
-	opStart
-	opTakeOver
-	opResume
-	opCancelDial
-	opAbort
-)
 
 var (
 	past = time.Unix(1, 0)
@@ -114,7 +92,7 @@ func newLoop(config relay.Config, g *Group) (*loop, error) {
 	var err error
 	l.epfd, l.file, l.raw, err = newEpoll()
 	if err == nil {
-		ring := message{op: opDo, do: func() { l.armed = 0 }}
+		ring := func() { l.armed = 0 }
 		l.alarm = time.AfterFunc(forever, func() { l.post(ring) })
 	}
 	return l, err
@@ -145,7 +123,10 @@ func newEpoll() (int, *os.File, syscall.RawConn, error) {
 // Close ends the loops and waits for them. No session may be open, and no Listener.
 func (g *Group) Close() {
 	for _, l := range g.loops {
-		l.post(message{})
+		l.mu.Lock()
+		l.closed = true
+		l.push(func() { l.stopping = true })
+		l.mu.Unlock()
 	}
 	g.running.Wait()
 }
@@ -159,7 +140,7 @@ func (g *Group) Started() (n int64) {
 }
 
 // Start starts s on a loop.
-func (g *Group) Start(s *Session) { g.place(relay.Clock()).post(message{op: opStart, s: s}) }
+func (g *Group) Start(s *Session) { g.place(relay.Clock()).adopt(s, (*loop).start) }
 
 // own makes s one of l's.
 func (l *loop) own(s *Session) {
@@ -167,20 +148,31 @@ func (l *loop) own(s *Session) {
 	s.loop.Store(l)
 }
 
-// post gives the loop a message, and wakes it if need be. It returns false if the loop has ended.
-func (l *loop) post(m message) bool {
+// adopt makes s one of l's, and has the loop begin with it. It does both under the lock: what is
+// posted for s from then on comes after that.
+func (l *loop) adopt(s *Session, begin func(*loop, *Session)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.own(s)
+	l.push(func() { begin(l, s) })
+}
+
+// post has the loop call f, or returns false if the loop has ended.
+func (l *loop) post(f func()) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return false
 	}
-	if m.op == opStart || m.op == opTakeOver {
-		l.own(m.s) // under the lock: messages for s that are sent from now on come after this one
-	}
-	if l.inbox = append(l.inbox, m); len(l.inbox) == 1 {
+	l.push(f)
+	return true
+}
+
+// push has the loop call f, and wakes it if need be. The caller holds mu.
+func (l *loop) push(f func()) {
+	if l.inbox = append(l.inbox, f); len(l.inbox) == 1 {
 		l.file.SetReadDeadline(past) // costs less than a descriptor to write to
 	}
-	return true
 }
 
 func (l *loop) run() {
@@ -288,31 +280,10 @@ func (l *loop) receive() {
 	l.inbox = l.spare[:0]
 	if len(inbox) > 0 {
 		l.file.SetReadDeadline(time.Time{})
-		l.closed = slices.ContainsFunc(inbox, func(m message) bool { return m.op == opStop })
 	}
 	l.mu.Unlock()
-	for _, m := range inbox {
-		switch s := m.s; {
-		case m.op == opStop:
-			l.stopping = true
-		case m.op == opDo:
-			m.do()
-		case m.op == opStart:
-			l.start(s)
-		case m.op == opTakeOver:
-			l.takeOver(s)
-		case s.loop.Load() != l || s.phase == moving:
-			s.post(m) // behind the message that hands s over
-		case s.phase == over || s.phase == left:
-		case m.op == opAbort && s.phase == lingering:
-			l.end(s, s.cause)
-		case m.op == opAbort:
-			l.end(s, m.err)
-		case m.op == opResume && s.phase == waiting:
-			l.choose(s)
-		case m.op == opCancelDial && s.phase == connecting && s.dials == m.n:
-			l.dialFailed(s, m.err)
-		}
+	for _, f := range inbox {
+		f()
 	}
 	clear(inbox)
 	l.spare = inbox[:0]

@@ -103,23 +103,50 @@ func (s *Session) Shut() (atClient, atServer bool) {
 }
 
 // Abort ends s with cause, and resets both sides. It may be called at any time, and does not wait.
-func (s *Session) Abort(cause error) { s.post(message{op: opAbort, s: s, err: cause}) }
+func (s *Session) Abort(cause error) {
+	s.post(func(l *loop) {
+		if s.phase == lingering {
+			cause = s.cause
+		}
+		l.end(s, cause)
+	})
+}
 
 // Resume has the handler asked again, after ErrWait. It may be called by anybody.
-func (s *Session) Resume() { s.post(message{op: opResume, s: s}) }
+func (s *Session) Resume() {
+	s.post(func(l *loop) {
+		if s.phase == waiting {
+			l.choose(s)
+		}
+	})
+}
 
 // Dials is the number of the dial in progress, for CancelDial. It is called by the handler.
 func (s *Session) Dials() uint32 { return s.dials }
 
 // CancelDial makes a dial fail with err, if it is still in progress. It may be called by anybody.
 func (s *Session) CancelDial(n uint32, err error) {
-	s.post(message{op: opCancelDial, s: s, n: n, err: err})
+	s.post(func(l *loop) {
+		if s.phase == connecting && s.dials == n {
+			l.dialFailed(s, err)
+		}
+	})
 }
 
-func (s *Session) post(m message) {
-	if l := s.loop.Load(); l != nil {
-		l.post(m)
+// post has the loop of s call f, unless s is over or has left by then.
+func (s *Session) post(f func(*loop)) {
+	l := s.loop.Load()
+	if l == nil {
+		return
 	}
+	l.post(func() {
+		switch {
+		case s.loop.Load() != l || s.phase == moving:
+			s.post(f) // comes after takeOver
+		case s.phase != over && s.phase != left:
+			f(l)
+		}
+	})
 }
 
 func (s *Session) outcome() relay.Outcome {
