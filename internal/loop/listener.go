@@ -209,7 +209,7 @@ func (a *Listener) Accept() (Accepted, error) {
 func (c *Accepted) Start(s *Session) {
 	if l := c.near; l != nil && l == c.group.place(l.now) {
 		l.own(s)
-		l.fresh = append(l.fresh, s)
+		l.start(s)
 	} else {
 		c.group.Start(s)
 	}

@@ -47,10 +47,9 @@ type loop struct {
 	sessions  []*Session // by slot; nil: free
 	free      []int32    // slots
 	lastGen   uint32
-	again     []*Session           // have more to do, though no event will say so
+	again     []*Session           // have something to do, though no event will say so
 	over      []*Session           // are ended when the batch is done
 	closing   []int32              // descriptors, likewise: no number is used anew in a batch
-	fresh     []*Session           // are to be started
 	listeners map[int32]*listening // from which it accepts
 	timers    timers
 	sweep     sweep
@@ -199,7 +198,6 @@ func (l *loop) run() {
 		if busy {
 			l.shed()
 		}
-		l.startFresh() // before messages for them
 		l.receive()
 		l.expire()
 		l.resume()
@@ -289,15 +287,7 @@ func (l *loop) receive() {
 	l.spare = inbox[:0]
 }
 
-func (l *loop) startFresh() {
-	for i, s := range l.fresh {
-		l.fresh[i] = nil
-		l.start(s)
-	}
-	l.fresh = l.fresh[:0]
-}
-
-// later gives s another turn, behind the others.
+// later gives s a turn, behind the others.
 func (l *loop) later(s *Session) {
 	if !s.queued {
 		s.queued = true

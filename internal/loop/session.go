@@ -170,7 +170,7 @@ func (l *loop) enter(s *Session) {
 	l.sessions[s.slot] = s
 }
 
-// start begins to look for a server for s.
+// start gives s a slot, and then a turn to look for a server.
 func (l *loop) start(s *Session) {
 	l.started.Add(1)
 	l.enter(s)
@@ -178,7 +178,7 @@ func (l *loop) start(s *Session) {
 		l.end(s, err)
 		return
 	}
-	l.choose(s)
+	l.later(s)
 }
 
 // step gives s a turn.
