@@ -26,15 +26,24 @@ import (
 // An epoll descriptor of the Listener's own watches the socket, so that no loop's epoll has an
 // entry for it when it is closed.
 type Listener struct {
-	acceptor                       // that of Accept
-	loop      atomic.Pointer[loop] // the one that accepts; it alone hands the Listener on
-	epfd      int
-	drained   bool                // Accept's: the queue was empty after prepare
-	take      func(Accepted) bool // takes a connection on a loop, or leaves it to Accept
-	back      chan Accepted       // from the loop, which has stopped accepting
-	closed    chan struct{}
-	closeOnce sync.Once
-	watching  sync.WaitGroup
+	group    *Group
+	loop     atomic.Pointer[loop] // the one that is to accept; it alone hands the Listener on
+	raw      syscall.RawConn      // of the TCP listener
+	local    net.Addr             // nil: to be asked for
+	epfd     int
+	take     func(Accepted) bool // takes a connection on a loop, or leaves it to Accept
+	back     chan Accepted       // from the loop, which has stopped accepting
+	closed   chan struct{}
+	close    func() // closes closed, once
+	watching sync.WaitGroup
+
+	// These belong to Accept until it lets a loop accept, and then to the loop until it stops.
+	accept  func(uintptr) // made once
+	fd      int
+	from    netip.AddrPort
+	zone    uint32
+	errno   syscall.Errno
+	drained bool // the queue was empty after prepare
 }
 
 // Accepted is a connection that was accepted.
@@ -45,26 +54,6 @@ type Accepted struct {
 	group *Group
 	near  *loop // that has accepted it; nil: none
 	err   error // instead of all that
-}
-
-// An acceptor is what one goroutine accepts with.
-type acceptor struct {
-	raw   syscall.RawConn // of the TCP listener
-	local net.Addr        // nil: to be asked for
-	group *Group
-	near  *loop
-
-	accept func(uintptr) // made once
-	fd     int
-	from   netip.AddrPort
-	zone   uint32
-	errno  syscall.Errno
-}
-
-// listening is a loop that accepts.
-type listening struct {
-	acceptor
-	*Listener
 }
 
 const (
@@ -89,9 +78,8 @@ func (g *Group) NewListener(l *net.TCPListener, take func(Accepted) bool) (*List
 		return nil, os.NewSyscallError("epoll_create1", err)
 	}
 	a := &Listener{
-		acceptor: acceptor{raw: raw, group: g}, epfd: epfd, take: take, closed: make(chan struct{}),
-		// The loop stops accepting when it sends. Accept lets it go on when back is empty.
-		back: make(chan Accepted, 2),
+		group: g, raw: raw, epfd: epfd, take: take, closed: make(chan struct{}),
+		back: make(chan Accepted, 1), // is empty when Accept lets a loop accept, which sends once
 	}
 	if addr, ok := l.Addr().(*net.TCPAddr); ok && !addr.IP.IsUnspecified() {
 		a.local = addr
@@ -101,7 +89,8 @@ func (g *Group) NewListener(l *net.TCPListener, take func(Accepted) bool) (*List
 		syscall.Close(epfd)
 		return nil, err
 	}
-	a.acceptor.accept = a.acceptFD
+	a.accept = a.acceptFD
+	a.close = sync.OnceFunc(func() { close(a.closed) })
 	a.loop.Store(g.loops[0])
 	a.watching.Go(a.watch)
 	return a, nil
@@ -130,9 +119,13 @@ func (a *Listener) prepare(fd int) error {
 func (a *Listener) watch() {
 	t := time.NewTicker(goneTime)
 	defer t.Stop()
-	for a.raw.Control(func(uintptr) {}) == nil && !a.isClosed(t.C) {
+	for a.raw.Control(func(uintptr) {}) == nil && !a.isClosed() {
+		select {
+		case <-a.closed:
+		case <-t.C:
+		}
 	}
-	a.closeOnce.Do(func() { close(a.closed) })
+	a.close()
 	done := make(chan struct{})
 	if a.onLoop(func(l *loop) {
 		l.unlisten(a)
@@ -160,31 +153,26 @@ func (a *Listener) onLoop(f func(*loop)) bool {
 	})
 }
 
-// isClosed waits until a is closed, or something comes from timer.
-func (a *Listener) isClosed(timer <-chan time.Time) bool {
+func (a *Listener) isClosed() bool {
 	select {
 	case <-a.closed:
 		return true
-	case <-timer:
+	default:
 		return false
 	}
 }
 
 // Close makes Accept fail with net.ErrClosed.
 func (a *Listener) Close() {
-	a.closeOnce.Do(func() { close(a.closed) })
+	a.close()
 	a.watching.Wait()
 }
 
 // Accept lets the loop accept, and returns the first error, or connection that the loop could not
 // take. One goroutine may call it.
 func (a *Listener) Accept() (Accepted, error) {
-	select {
-	case c, ok := <-a.back:
-		if ok {
-			return c, c.err
-		}
-	default:
+	if a.isClosed() { // a loop may be accepting
+		return Accepted{}, net.ErrClosed
 	}
 	c, ok := a.try()
 	if ok && c.err == nil && !a.drained {
@@ -216,7 +204,7 @@ func (c *Accepted) Start(s *Session) {
 }
 
 // try accepts a connection, or returns false if there is none.
-func (a *acceptor) try() (c Accepted, ok bool) {
+func (a *Listener) try() (c Accepted, ok bool) {
 	for {
 		if a.raw.Control(a.accept) != nil {
 			return Accepted{err: net.ErrClosed}, true
@@ -232,7 +220,7 @@ func (a *acceptor) try() (c Accepted, ok bool) {
 			}
 			c = Accepted{
 				FD: a.fd, Local: a.local, Remote: net.TCPAddrFromAddrPort(a.from),
-				group: a.group, near: a.near,
+				group: a.group,
 			}
 			if c.Local != nil {
 				return c, true
@@ -252,64 +240,51 @@ func (a *acceptor) try() (c Accepted, ok bool) {
 
 // acceptFD accepts. Another process that shares the socket, as after a socket activation, may have
 // made it block. An accept that waits would hold up the loop, and the garbage collector.
-func (a *acceptor) acceptFD(fd uintptr) {
+func (a *Listener) acceptFD(fd uintptr) {
 	if relay.BlocksFD(int(fd)) {
 		syscall.SetNonblock(int(fd), true)
 	}
 	a.fd, a.from, a.zone, a.errno = relay.AcceptFD(int(fd))
 }
 
-// listen makes the loop accept from a, unless it does already, or a was closed meanwhile.
+// listen makes the loop accept from a, unless a was closed meanwhile.
 func (l *loop) listen(a *Listener) {
-	select {
-	case <-a.closed:
+	if a.isClosed() {
 		return
-	default:
 	}
-	for _, other := range l.listeners {
-		if other.Listener == a {
-			return
-		}
-	}
-	l.lastGen++
-	ev := syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: listenerEvent, Pad: int32(l.lastGen)}
+	ev := syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: listenerEvent, Pad: int32(a.epfd)}
 	if err := syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, a.epfd, &ev); err != nil {
 		a.back <- Accepted{err: os.NewSyscallError("epoll_ctl", err)}
 		return
 	}
-	on := &listening{acceptor{raw: a.raw, local: a.local, group: a.group, near: l}, a}
-	on.acceptor.accept = on.acceptFD
-	l.listeners[int32(l.lastGen)] = on
+	l.listeners[int32(a.epfd)] = a
 }
 
 // unlisten makes the loop stop accepting from a.
 func (l *loop) unlisten(a *Listener) {
-	for id, other := range l.listeners {
-		if other.Listener == a {
-			delete(l.listeners, id)
-			syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_DEL, a.epfd, &syscall.EpollEvent{})
-		}
-	}
+	delete(l.listeners, int32(a.epfd))
+	syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_DEL, a.epfd, &syscall.EpollEvent{})
 }
 
 const listenerEvent = -1 // in place of a slot and a side
 
 // acceptSome accepts, and leaves it to Accept when it meets an error or a connection is not taken.
 // If another loop gets new sessions now, it hands a to that loop instead.
-func (l *loop) acceptSome(a *listening) {
+func (l *loop) acceptSome(a *Listener) {
 	if to := l.group.keepsUp(l.now); to != nil && to != l {
-		l.unlisten(a.Listener)
+		l.unlisten(a)
 		a.loop.Store(to)
-		a.onLoop(func(l *loop) { l.listen(a.Listener) })
+		a.onLoop(func(l *loop) { l.listen(a) })
 		return
 	}
 	for range accepts {
-		c, ok := a.acceptor.try()
+		c, ok := a.try()
 		if !ok {
 			return
 		}
+		c.near = l
 		if c.err != nil || !a.take(c) {
-			l.unlisten(a.Listener)
+			l.unlisten(a)
 			c.near = nil
 			a.back <- c
 			return

@@ -47,10 +47,10 @@ type loop struct {
 	sessions  []*Session // by slot; nil: free
 	free      []int32    // slots
 	lastGen   uint32
-	again     []*Session           // have something to do, though no event will say so
-	over      []*Session           // are ended when the batch is done
-	closing   []int32              // descriptors, likewise: no number is used anew in a batch
-	listeners map[int32]*listening // from which it accepts
+	again     []*Session          // have something to do, though no event will say so
+	over      []*Session          // are ended when the batch is done
+	closing   []int32             // descriptors, likewise: no number is used anew in a batch
+	listeners map[int32]*Listener // from which it accepts, by epfd
 	timers    timers
 	sweep     sweep
 	buf       [bufferSize]byte
@@ -86,7 +86,7 @@ func NewGroup(config relay.Config, n int) (*Group, error) {
 }
 
 func newLoop(config relay.Config, g *Group) (*loop, error) {
-	l := &loop{config: config, group: g, listeners: map[int32]*listening{}}
+	l := &loop{config: config, group: g, listeners: map[int32]*Listener{}}
 	l.busy.begin(relay.Clock())
 	var err error
 	l.epfd, l.file, l.raw, err = newEpoll()
