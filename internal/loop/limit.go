@@ -83,6 +83,6 @@ func (l *loop) letGo(s *Session) {
 		}
 	}
 	l.setTimer(s, lim.next())
-	l.touch(s)
+	s.idle.last = l.now
 	l.relay(s)
 }

@@ -185,7 +185,7 @@ func (l *loop) run() {
 		return true
 	}
 	for !l.stopping {
-		if l.hasWork() {
+		if len(l.again) > 0 || l.sweep.running { // no event announces that
 			l.poll(uintptr(l.epfd))
 		} else {
 			l.wait(ready)
@@ -205,9 +205,6 @@ func (l *loop) run() {
 		l.bury()
 	}
 }
-
-// hasWork reports whether there is work that no event announces.
-func (l *loop) hasWork() bool { return len(l.again) > 0 || l.sweep.isRunning() }
 
 // wait waits for events, or for messages: the alarm posts one when the next timer is due.
 func (l *loop) wait(ready func(uintptr) bool) {

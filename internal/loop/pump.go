@@ -45,9 +45,6 @@ func (l *loop) drop(c *side) {
 	}
 }
 
-// touch notes that bytes of s have moved.
-func (l *loop) touch(s *Session) { s.idle.last = l.now }
-
 // relay moves what can be moved.
 func (l *loop) relay(s *Session) {
 	down := l.pump(s, server)
@@ -190,7 +187,7 @@ func (l *loop) flush(s *Session, i int) bool {
 // account notes that n bytes from side i were written. It returns false if that ends s.
 func (l *loop) account(s *Session, i, n int) bool {
 	s.moved[i].Add(int64(n))
-	l.touch(s)
+	s.idle.last = l.now
 	relay.NoteChunk(n, l.now)
 	v := s.handler.Moved(sides[i], n)
 	if v.Err != nil {

@@ -33,7 +33,6 @@ type Session struct {
 	failed int8  // whose side has failed; -1: neither
 	queued bool  // in loop.again
 	rests  uint8 // of a linger, so far
-	reset  bool  // end by a reset
 	linked bool  // there was a server
 
 	at    int64 // clock of the timer
@@ -322,8 +321,8 @@ func (l *loop) connected(s *Session, events uint32) {
 	}
 	l.setTimer(s, 0)
 	s.phase, s.linked = open, true
-	l.touch(s)
-	l.sweep.opened(l, s)
+	s.idle.Since, s.idle.last = l.now, l.now
+	l.sweep.include(l)
 	s.handler.Connected()
 	l.relay(s)
 }
@@ -356,10 +355,10 @@ func (l *loop) linger(s *Session) {
 	}
 }
 
-// end makes s over. Unless both streams have ended well, its sides are reset.
+// end makes s over. cause is nil if both streams have ended well.
 func (l *loop) end(s *Session, cause error) {
 	l.setTimer(s, 0)
-	s.phase, s.cause, s.reset = over, cause, cause != nil
+	s.phase, s.cause = over, cause
 	l.vacate(s)
 	for i := range s.side {
 		l.drop(&s.side[i])
@@ -367,21 +366,19 @@ func (l *loop) end(s *Session, cause error) {
 	l.over = append(l.over, s)
 }
 
-// vacate gives back the slot of s, so that events for it are nobody's.
+// vacate gives back the slot of s, so that events for it are nobody's: the sides of a session that
+// gets the slot in the same batch have other generations.
 func (l *loop) vacate(s *Session) {
-	for i := range s.side {
-		s.side[i].gen = 0
-	}
 	l.sessions[s.slot] = nil
 	l.free = append(l.free, s.slot)
 }
 
-// close closes what s has open.
+// close closes what s has open, and resets it unless both streams have ended well.
 func (s *Session) close() {
 	for i := range s.side {
 		switch fd := int(s.side[i].fd); {
 		case fd < 0:
-		case s.reset:
+		case s.cause != nil:
 			Reset(fd)
 		default:
 			relay.CloseFD(fd)
@@ -390,7 +387,7 @@ func (s *Session) close() {
 }
 
 // leave gives the descriptors of s to the handler. No event for them is left: those of this batch
-// have no generation any more.
+// are nobody's.
 func (l *loop) leave(s *Session) {
 	l.setTimer(s, 0)
 	l.forget(s)

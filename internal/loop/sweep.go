@@ -30,14 +30,6 @@ type idleState struct {
 	last int64 // clock at which bytes last moved
 }
 
-func (w *sweep) isRunning() bool { return w.running }
-
-// opened has the sweep look at s.
-func (w *sweep) opened(l *loop, s *Session) {
-	s.idle.Since = l.now
-	w.include(l)
-}
-
 // include makes sure that a sweep is due.
 func (w *sweep) include(l *loop) {
 	w.again = true
