@@ -161,7 +161,7 @@ func (l *loop) takeOver(s *Session) {
 			return
 		}
 	}
-	l.sweep.include(l)
+	l.sweepIn(forever)
 	l.later(s) // it may have more to do though no event will say so
 }
 

@@ -322,7 +322,7 @@ func (l *loop) connected(s *Session, events uint32) {
 	l.setTimer(s, 0)
 	s.phase, s.linked = open, true
 	s.idle.Since, s.idle.last = l.now, l.now
-	l.sweep.include(l)
+	l.sweepIn(forever)
 	s.handler.Connected()
 	l.relay(s)
 }

@@ -17,11 +17,9 @@ const (
 
 // A sweep looks at all sessions of a loop now and then, a few a turn, for those that are idle.
 type sweep struct {
-	next    int64 // clock of the next one; 0: there is nobody to look at
+	next    int64 // clock at which the next one is due; 0: nobody needs it
 	running bool
-	slot    int   // to be looked at next
-	left    int64 // until the first session that was looked at may be idle
-	again   bool  // somebody has to be looked at again
+	slot    int // to be looked at next
 }
 
 // idleState is what the sweep knows of a session.
@@ -30,11 +28,11 @@ type idleState struct {
 	last int64 // clock at which bytes last moved
 }
 
-// include makes sure that a sweep is due.
-func (w *sweep) include(l *loop) {
-	w.again = true
-	if w.next == 0 && (l.config.Idle > 0 || l.config.KeepAlive) {
-		w.next = l.now + int64(l.config.SweepPeriod())
+// sweepIn has a sweep begin in d, or after the longest time between two if that is shorter.
+func (l *loop) sweepIn(d time.Duration) {
+	at := l.now + int64(min(d, l.config.SweepPeriod()))
+	if w := &l.sweep; w.next == 0 || at < w.next {
+		w.next = at
 	}
 }
 
@@ -45,7 +43,7 @@ func (l *loop) sweepSome() {
 		if w.next == 0 || l.now < w.next {
 			return
 		}
-		*w = sweep{running: true, left: int64(l.config.SweepPeriod())}
+		*w = sweep{running: true}
 	}
 	for work := 0; work < sweepTurn && w.slot < len(l.sessions); w.slot++ {
 		work++
@@ -54,22 +52,24 @@ func (l *loop) sweepSome() {
 		}
 	}
 	if w.slot >= len(l.sessions) {
-		w.running, w.next = false, 0
-		if w.again {
-			w.next = l.now + max(w.left, int64(100*time.Microsecond))
+		w.running = false
+		if w.next != 0 {
+			w.next = max(w.next, l.now+int64(100*time.Microsecond))
 		}
 	}
 }
 
 // look ends s if it is idle, and says when to look again. It reports whether the system was asked.
 func (l *loop) look(s *Session) (asked bool) {
-	w, i, idle := &l.sweep, &s.idle, int64(l.config.Idle)
+	i, idle := &s.idle, l.config.Idle
 	if i.KeepAliveDue(&l.config, l.now) {
 		relay.KeepAliveFD(int(s.side[server].fd))
 		asked = true
 	}
-	w.again = w.again || idle > 0 || i.LacksKeepAlive(&l.config)
 	if idle <= 0 {
+		if i.LacksKeepAlive(&l.config) {
+			l.sweepIn(forever)
+		}
 		return asked
 	}
 	queued, taken := i.Ask(&l.config, i.last, l.now, func() int {
@@ -79,11 +79,11 @@ func (l *loop) look(s *Session) (asked bool) {
 	if taken || s.isHeld(client) || s.isHeld(server) {
 		i.last = l.now
 	}
-	left := idle - max(l.now-i.last, 0) // another loop's clock may have been later
+	left := idle - time.Duration(max(l.now-i.last, 0)) // another loop's clock may have been later
 	if left <= 0 {
 		l.end(s, l.config.IdleErr)
 		return asked
 	}
-	w.left = min(w.left, left)
+	l.sweepIn(left)
 	return asked
 }
