@@ -3,6 +3,7 @@
 package loop
 
 import (
+	"cmp"
 	"slices"
 	"sync/atomic"
 	"syscall"
@@ -92,13 +93,9 @@ func (g *Group) place(now int64) *loop {
 	if l := g.keepsUp(now); l != nil {
 		return l
 	}
-	fewest := g.loops[0]
-	for _, l := range g.loops[1:] {
-		if l.load.Load() < fewest.load.Load() {
-			fewest = l
-		}
-	}
-	return fewest
+	return slices.MinFunc(g.loops, func(a, b *loop) int {
+		return cmp.Compare(a.load.Load(), b.load.Load())
+	})
 }
 
 // keepsUp returns the first loop that keeps up; nil if there is none.
@@ -141,7 +138,6 @@ func (l *loop) shed() {
 
 // handOver gives s, which is open, to another loop.
 func (l *loop) handOver(s *Session, to *loop) {
-	l.setTimer(s, 0)
 	l.forget(s)
 	s.phase = moving
 	to.adopt(s, (*loop).takeOver)
@@ -165,8 +161,7 @@ func (l *loop) takeOver(s *Session) {
 	l.later(s) // it may have more to do though no event will say so
 }
 
-// forget takes s, whose sockets stay open, off the loop. Further events of this batch for s are
-// ignored.
+// forget takes s, whose sockets stay open, off the loop.
 func (l *loop) forget(s *Session) {
 	for i := range s.side {
 		if fd := s.side[i].fd; fd >= 0 {
@@ -174,5 +169,4 @@ func (l *loop) forget(s *Session) {
 		}
 	}
 	l.vacate(s)
-	l.load.Add(-1)
 }

@@ -313,7 +313,6 @@ func (l *loop) bury() {
 	for i, s := range l.over {
 		l.over[i] = nil
 		s.close()
-		l.load.Add(-1)
 		s.handler.Done(s.outcome())
 	}
 	l.over = l.over[:0]

@@ -357,7 +357,6 @@ func (l *loop) linger(s *Session) {
 
 // end makes s over. cause is nil if both streams have ended well.
 func (l *loop) end(s *Session, cause error) {
-	l.setTimer(s, 0)
 	s.phase, s.cause = over, cause
 	l.vacate(s)
 	for i := range s.side {
@@ -366,9 +365,11 @@ func (l *loop) end(s *Session, cause error) {
 	l.over = append(l.over, s)
 }
 
-// vacate gives back the slot of s, so that events for it are nobody's: the sides of a session that
-// gets the slot in the same batch have other generations.
+// vacate takes s off the loop. Events for it are nobody's: the sides of a session that gets the slot
+// in the same batch have other generations.
 func (l *loop) vacate(s *Session) {
+	l.load.Add(-1)
+	l.setTimer(s, 0)
 	l.sessions[s.slot] = nil
 	l.free = append(l.free, s.slot)
 }
@@ -389,7 +390,6 @@ func (s *Session) close() {
 // leave gives the descriptors of s to the handler. No event for them is left: those of this batch
 // are nobody's.
 func (l *loop) leave(s *Session) {
-	l.setTimer(s, 0)
 	l.forget(s)
 	s.phase = left
 	s.handler.Leave(int(s.side[client].fd), int(s.side[server].fd))
