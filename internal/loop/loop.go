@@ -14,12 +14,6 @@ import (
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
 
-// A Group is the loops of an app, which share the sessions.
-type Group struct {
-	loops   []*loop
-	running sync.WaitGroup
-}
-
 // A loop is a goroutine that drives many sessions. It waits by its epoll descriptor, which the
 // runtime polls like any socket: so no thread is locked, and no call blocks one.
 type loop struct {
@@ -63,28 +57,6 @@ var (
 	setNonblock    = syscall.SetNonblock // tests make it fail
 )
 
-// NewGroup starts n loops. It fails if the runtime or the system refuses what they need. Config's
-// KeepAlive holds for all sessions.
-func NewGroup(config relay.Config, n int) (*Group, error) {
-	g := &Group{}
-	var err error
-	for range n {
-		var l *loop
-		if l, err = newLoop(config, g); err != nil {
-			break
-		}
-		g.loops = append(g.loops, l)
-	}
-	for _, l := range g.loops {
-		g.running.Go(l.run)
-	}
-	if err != nil {
-		g.Close()
-		return nil, err
-	}
-	return g, nil
-}
-
 func newLoop(config relay.Config, g *Group) (*loop, error) {
 	l := &loop{config: config, group: g, listeners: map[int32]*Listener{}}
 	l.busy.begin(relay.Clock())
@@ -118,28 +90,6 @@ func newEpoll() (int, *os.File, syscall.RawConn, error) {
 	}
 	return epfd, file, raw, nil
 }
-
-// Close ends the loops and waits for them. No session may be open, and no Listener.
-func (g *Group) Close() {
-	for _, l := range g.loops {
-		l.mu.Lock()
-		l.closed = true
-		l.push(func() { l.stopping = true })
-		l.mu.Unlock()
-	}
-	g.running.Wait()
-}
-
-// Started returns how many sessions were ever started.
-func (g *Group) Started() (n int64) {
-	for _, l := range g.loops {
-		n += l.started.Load()
-	}
-	return n
-}
-
-// Start starts s on a loop.
-func (g *Group) Start(s *Session) { g.place(relay.Clock()).adopt(s, (*loop).start) }
 
 // own makes s one of l's.
 func (l *loop) own(s *Session) {

@@ -5,12 +5,87 @@ package loop
 import (
 	"cmp"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/danielepagano/lbproxy/internal/relay"
 )
+
+// A Group is the loops of an app, which share the sessions.
+type Group struct {
+	loops   []*loop
+	running sync.WaitGroup
+}
+
+// NewGroup starts n loops. It fails if the runtime or the system refuses what they need. Config's
+// KeepAlive holds for all sessions.
+func NewGroup(config relay.Config, n int) (*Group, error) {
+	g := &Group{}
+	var err error
+	for range n {
+		var l *loop
+		if l, err = newLoop(config, g); err != nil {
+			break
+		}
+		g.loops = append(g.loops, l)
+	}
+	for _, l := range g.loops {
+		g.running.Go(l.run)
+	}
+	if err != nil {
+		g.Close()
+		return nil, err
+	}
+	return g, nil
+}
+
+// Close ends the loops and waits for them. No session may be open, and no Listener.
+func (g *Group) Close() {
+	for _, l := range g.loops {
+		l.mu.Lock()
+		l.closed = true
+		l.push(func() { l.stopping = true })
+		l.mu.Unlock()
+	}
+	g.running.Wait()
+}
+
+// Started returns how many sessions were ever started.
+func (g *Group) Started() (n int64) {
+	for _, l := range g.loops {
+		n += l.started.Load()
+	}
+	return n
+}
+
+// Start starts s on a loop.
+func (g *Group) Start(s *Session) { g.place(relay.Clock()).adopt(s, (*loop).start) }
+
+// place returns the loop for a new session: the first that keeps up, or else the one with the
+// fewest sessions.
+func (g *Group) place(now int64) *loop {
+	if l := g.keepsUp(now); l != nil {
+		return l
+	}
+	return slices.MinFunc(g.loops, func(a, b *loop) int {
+		return cmp.Compare(a.load.Load(), b.load.Load())
+	})
+}
+
+// keepsUp returns the first loop that keeps up; nil if there is none.
+func (g *Group) keepsUp(now int64) *loop {
+	return g.first(func(l *loop) bool { return !l.busy.isBehind(now) })
+}
+
+// first returns the first loop for which ok is true; nil if there is none.
+func (g *Group) first(ok func(*loop) bool) *loop {
+	if i := slices.IndexFunc(g.loops, ok); i >= 0 {
+		return g.loops[i]
+	}
+	return nil
+}
 
 // How loops share the sessions.
 //
@@ -85,30 +160,6 @@ func processTime() int64 {
 	var u syscall.Rusage
 	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
 	return u.Utime.Nano() + u.Stime.Nano()
-}
-
-// place returns the loop for a new session: the first that keeps up, or else the one with the
-// fewest sessions.
-func (g *Group) place(now int64) *loop {
-	if l := g.keepsUp(now); l != nil {
-		return l
-	}
-	return slices.MinFunc(g.loops, func(a, b *loop) int {
-		return cmp.Compare(a.load.Load(), b.load.Load())
-	})
-}
-
-// keepsUp returns the first loop that keeps up; nil if there is none.
-func (g *Group) keepsUp(now int64) *loop {
-	return g.first(func(l *loop) bool { return !l.busy.isBehind(now) })
-}
-
-// first returns the first loop for which ok is true; nil if there is none.
-func (g *Group) first(ok func(*loop) bool) *loop {
-	if i := slices.IndexFunc(g.loops, ok); i >= 0 {
-		return g.loops[i]
-	}
-	return nil
 }
 
 // shed hands every second session that has something to do to a loop that is not busy, if there is
