@@ -98,7 +98,7 @@ func (g *Group) NewListener(l *net.TCPListener, take func(Accepted) bool) (*List
 
 // setOptions sets the options of a connection, or what a listener's connections inherit.
 func setOptions(fd int) error {
-	noLinger(fd)
+	setLinger(fd, noLinger)
 	if err := relay.KeepAliveFD(fd); err != nil {
 		return err
 	}
@@ -305,7 +305,7 @@ func Duplicate(c syscall.Conn) (fd int, err error) {
 			err = errBlocks
 			return
 		}
-		noLinger(int(old))
+		setLinger(int(old), noLinger)
 		n, _, errno := syscall.RawSyscall(syscall.SYS_FCNTL, old, syscall.F_DUPFD_CLOEXEC, 0)
 		if errno != 0 {
 			err = os.NewSyscallError("fcntl", errno)
@@ -318,13 +318,18 @@ func Duplicate(c syscall.Conn) (fd int, err error) {
 
 var errBlocks = errors.New("lbproxy: the socket was made to block")
 
-// noLinger takes SO_LINGER back: with a time, the close of a socket waits, and its loop with it.
-func noLinger(fd int) {
-	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{})
+var (
+	// With a time to linger, the close of a socket waits, and its loop with it.
+	noLinger     = syscall.Linger{}
+	resetOnClose = syscall.Linger{Onoff: 1}
+)
+
+func setLinger(fd int, l syscall.Linger) {
+	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &l)
 }
 
 // Reset resets and closes a socket.
 func Reset(fd int) {
-	syscall.SetsockoptLinger(fd, syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1})
+	setLinger(fd, resetOnClose)
 	relay.CloseFD(fd)
 }

@@ -42,8 +42,8 @@ type loop struct {
 	free      []int32    // slots
 	lastGen   uint32
 	again     []*Session          // have something to do, though no event will say so
-	over      []*Session          // are ended when the batch is done
-	closing   []int32             // descriptors, likewise: no number is used anew in a batch
+	over      []*Session          // are reported when the batch is done
+	closing   []int32             // descriptors, closed by then: no number is used anew in a batch
 	listeners map[int32]*Listener // from which it accepts, by epfd
 	timers    timers
 	sweep     sweep
@@ -254,7 +254,7 @@ func (l *loop) resume() {
 	l.again = l.again[:rest]
 }
 
-// bury closes the sessions that are over.
+// bury closes what is to be closed, and reports the sessions that are over.
 func (l *loop) bury() {
 	for _, fd := range l.closing {
 		relay.CloseFD(int(fd))
@@ -262,7 +262,6 @@ func (l *loop) bury() {
 	l.closing = l.closing[:0]
 	for i, s := range l.over {
 		l.over[i] = nil
-		s.close()
 		s.handler.Done(s.outcome())
 	}
 	l.over = l.over[:0]

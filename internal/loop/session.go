@@ -211,19 +211,13 @@ func (l *loop) event(s *Session, i int, events uint32) {
 	if events&syscall.EPOLLPRI != 0 {
 		c.state |= urgent
 	}
-	switch s.phase {
-	case choosing, waiting:
+	switch {
+	case s.phase == connecting && i == server:
+		l.connected(s, events)
+	case s.phase == choosing, s.phase == waiting, s.phase == connecting:
 		l.checkClient(s)
-	case connecting:
-		if i == server {
-			l.connected(s, events)
-		} else {
-			l.checkClient(s)
-		}
-	case open:
-		l.relay(s)
-	case lingering:
-		l.linger(s)
+	default:
+		l.step(s)
 	}
 }
 
@@ -355,12 +349,19 @@ func (l *loop) linger(s *Session) {
 	}
 }
 
-// end makes s over. cause is nil if both streams have ended well.
+// end makes s over, and resets its sides unless both streams have ended well.
 func (l *loop) end(s *Session, cause error) {
 	s.phase, s.cause = over, cause
 	l.vacate(s)
 	for i := range s.side {
-		l.drop(&s.side[i])
+		c := &s.side[i]
+		l.drop(c)
+		if c.fd >= 0 {
+			if cause != nil {
+				setLinger(int(c.fd), resetOnClose)
+			}
+			l.closing = append(l.closing, c.fd)
+		}
 	}
 	l.over = append(l.over, s)
 }
@@ -372,19 +373,6 @@ func (l *loop) vacate(s *Session) {
 	l.setTimer(s, 0)
 	l.sessions[s.slot] = nil
 	l.free = append(l.free, s.slot)
-}
-
-// close closes what s has open, and resets it unless both streams have ended well.
-func (s *Session) close() {
-	for i := range s.side {
-		switch fd := int(s.side[i].fd); {
-		case fd < 0:
-		case s.cause != nil:
-			Reset(fd)
-		default:
-			relay.CloseFD(fd)
-		}
-	}
 }
 
 // leave gives the descriptors of s to the handler. No event for them is left: those of this batch
