@@ -464,6 +464,30 @@ func TestSlowReaderIsNotIdle(t *testing.T) {
 	h.wait(t)
 }
 
+// A sweep that takes many turns rests for longer than it took, though a session may be idle before.
+func TestSweepsRest(t *testing.T) {
+	l, err := newLoop(relay.Config{Idle: time.Hour}, new(Group))
+	proxytest.Must(t, err)
+	defer l.file.Close()
+	const turns = 10
+	l.now = relay.Clock()
+	for range turns * sweepTurn {
+		s := NewSession(-1, nil)
+		s.phase, s.idle.last = open, l.now
+		l.enter(s)
+	}
+	l.sessions[0].idle.last -= int64(time.Hour - time.Minute)
+	l.sweep.next = l.now
+	for range turns {
+		l.now += int64(time.Second)
+		l.sweepSome()
+	}
+	const least = sweepRest * (turns - 1) * time.Second
+	if rest := time.Duration(l.sweep.next - l.now); l.sweep.running || rest != least {
+		t.Errorf("running: %v, the next one is due in %v, want %v", l.sweep.running, rest, least)
+	}
+}
+
 func TestNextTargetIsDialledWhenOneFails(t *testing.T) {
 	t.Parallel()
 	g := newGroup(t, relay.Config{})

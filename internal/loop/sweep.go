@@ -13,13 +13,18 @@ const (
 	// system about a session sweepAsk.
 	sweepTurn = 256
 	sweepAsk  = 16
+
+	// After a sweep that took several turns the loop rests this many times as long. Otherwise many
+	// sessions that become idle one by one would keep it sweeping.
+	sweepRest = 19
 )
 
 // A sweep looks at all sessions of a loop now and then, a few a turn, for those that are idle.
 type sweep struct {
 	next    int64 // clock at which the next one is due; 0: nobody needs it
 	running bool
-	slot    int // to be looked at next
+	began   int64 // clock
+	slot    int   // to be looked at next
 }
 
 // idleState is what the sweep knows of a session.
@@ -43,7 +48,7 @@ func (l *loop) sweepSome() {
 		if w.next == 0 || l.now < w.next {
 			return
 		}
-		*w = sweep{running: true}
+		*w = sweep{running: true, began: l.now}
 	}
 	for work := 0; work < sweepTurn && w.slot < len(l.sessions); w.slot++ {
 		work++
@@ -54,7 +59,8 @@ func (l *loop) sweepSome() {
 	if w.slot >= len(l.sessions) {
 		w.running = false
 		if w.next != 0 {
-			w.next = max(w.next, l.now+int64(100*time.Microsecond))
+			rest := min(sweepRest*(l.now-w.began), int64(l.config.SweepPeriod()))
+			w.next = max(w.next, l.now+rest, l.now+int64(100*time.Microsecond))
 		}
 	}
 }
