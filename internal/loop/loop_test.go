@@ -257,8 +257,8 @@ func TestResetIsPassedOnAfterTheDataBeforeIt(t *testing.T) {
 		if side == relay.Server {
 			from, to = server, client
 		}
-		// Small, so that not all is delivered at once. When it was 4 KiB, the system often waited
-		// 200 ms before it sent more, four times: almost all of the second that a session lingers.
+		// Small, so that not all is delivered at once. With 4 KiB the system often waits 200 ms before
+		// it sends more, four times: that is most of the second for which a session lingers.
 		to.SetReadBuffer(16 << 10)
 		proxytest.Must(t, pingBoth(client, server))
 		const size = 60_000

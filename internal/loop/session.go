@@ -105,7 +105,7 @@ func (s *Session) Shut() (atClient, atServer bool) {
 func (s *Session) Abort(cause error) {
 	s.post(func(l *loop) {
 		if s.phase == lingering {
-			cause = s.cause
+			cause = s.cause // the first counts
 		}
 		l.end(s, cause)
 	})
@@ -366,8 +366,8 @@ func (l *loop) end(s *Session, cause error) {
 	l.over = append(l.over, s)
 }
 
-// vacate takes s off the loop. Events for it are nobody's: the sides of a session that gets the slot
-// in the same batch have other generations.
+// vacate takes s off the loop. Events for it are nobody's: the sides of a session that gets its
+// slot meanwhile have other generations.
 func (l *loop) vacate(s *Session) {
 	l.load.Add(-1)
 	l.setTimer(s, 0)
