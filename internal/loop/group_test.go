@@ -271,8 +271,7 @@ func TestAbortDuringHandOver(t *testing.T) {
 
 // An idle session that was handed over is still looked after.
 func TestIdleTimeoutAfterHandOver(t *testing.T) {
-	t.Parallel()
-	g := newGroup(t, relay.Config{Idle: time.Second}) // so long that it is not over before a ping
+	g := newGroup(t, relay.Config{Idle: time.Hour})
 	h := &recorder{}
 	var once sync.Once
 	h.onMoved = func() { once.Do(func() { sendAway(g, h.session) }) }
@@ -281,6 +280,14 @@ func TestIdleTimeoutAfterHandOver(t *testing.T) {
 	proxytest.Eventually(t, "it is handed over", func() bool {
 		proxytest.Must(t, pingBoth(client, server))
 		return h.session.loop.Load() != first
+	})
+	l := h.session.loop.Load()
+	l.post(func() {
+		if l.sweep.next == 0 {
+			t.Error("no sweep is due")
+		}
+		h.session.idle.last -= int64(time.Hour)
+		l.sweep.next = l.now
 	})
 	if o := h.wait(t); o.Err != errIdle {
 		t.Errorf("%+v", o)
