@@ -311,7 +311,7 @@ func TestHandOverLosesNothing(t *testing.T) {
 	const size = 16 << 20
 	var ends sync.WaitGroup
 	for i, c := range []*net.TCPConn{client, server} {
-		c.SetReadBuffer(16 << 10)
+		c.SetReadBuffer(64 << 10)
 		ends.Go(func() {
 			proxytest.Pattern(i).Send(c, size)
 			c.CloseWrite()
