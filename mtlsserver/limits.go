@@ -47,6 +47,19 @@ func (l *limits) of(
 ) (m lbproxy.RateLimitManager, release func()) {
 	var each []lbproxy.RateLimitManager
 	var all []*keptLimit
+	release = func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for _, k := range all {
+			k.refs--
+		}
+	}
+	made := false // remains false if NewLimit panics
+	defer func() {
+		if !made {
+			release()
+		}
+	}()
 	for _, key := range keysOf(u, app, defaultLimit) {
 		k := l.take(key)
 		all = append(all, k)
@@ -54,16 +67,11 @@ func (l *limits) of(
 			each = append(each, k.RateLimitManager)
 		}
 	}
+	made = true
 	if each != nil {
 		m = lbproxy.All(each...)
 	}
-	return m, func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		for _, k := range all {
-			k.refs--
-		}
-	}
+	return m, release
 }
 
 // take returns the limit of a key and counts a reference. It makes the limit if there is none.
@@ -92,20 +100,7 @@ func (l *limits) makeUnlocked(key limitKey) *keptLimit {
 // limits of the previous configuration, done(false) undoes configure.
 func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit bool)) {
 	now := map[*keptLimit]bool{}
-	for i := range users {
-		for _, app := range users[i].Apps {
-			for _, key := range keysOf(&users[i], app, defaultLimit) {
-				if k := l.take(key); now[k] {
-					l.mu.Lock()
-					k.refs--
-					l.mu.Unlock()
-				} else {
-					now[k] = true
-				}
-			}
-		}
-	}
-	return func(commit bool) {
+	done = func(commit bool) {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		for key, k := range l.kept {
@@ -124,6 +119,27 @@ func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit 
 			}
 		}
 	}
+	made := false // remains false if NewLimit panics
+	defer func() {
+		if !made {
+			done(false)
+		}
+	}()
+	for i := range users {
+		for _, app := range users[i].Apps {
+			for _, key := range keysOf(&users[i], app, defaultLimit) {
+				if k := l.take(key); now[k] {
+					l.mu.Lock()
+					k.refs--
+					l.mu.Unlock()
+				} else {
+					now[k] = true
+				}
+			}
+		}
+	}
+	made = true
+	return done
 }
 
 // forgetIdle forgets unused limits that are back in their initial state. Without it, the limits of

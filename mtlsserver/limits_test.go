@@ -125,6 +125,41 @@ func TestNewLimitMayPanic(t *testing.T) {
 	}
 }
 
+// A panic of NewLimit leaves no reference to the limits that were made before it: they would be
+// kept for ever.
+func TestPanicOfNewLimitLeavesNoReferences(t *testing.T) {
+	l := &limits{kept: map[limitKey]*keptLimit{},
+		make: func(_, app string, _ Limit) lbproxy.RateLimitManager {
+			if app == "" {
+				panic("NewLimit")
+			}
+			return &meter{idle: true}
+		}}
+	alice := User{Name: "alice", Apps: []string{"web"}, Limit: &Limit{Open: 1},
+		AppLimits: map[string]Limit{"web": {Open: 2}}}
+	for name, call := range map[string]func(){
+		"of":        func() { l.of(&alice, "web", nil) },
+		"configure": func() { l.configure([]User{alice}, nil) },
+	} {
+		if panicOf(call) != "NewLimit" {
+			t.Errorf("%s: no panic", name)
+		}
+		if len(l.kept) != 1 {
+			t.Errorf("%s: limits %v, want the first", name, l.kept)
+		}
+		if l.forgetIdle(); len(l.kept) != 0 {
+			t.Errorf("%s: limits %v are still in use", name, l.kept)
+		}
+	}
+}
+
+// panicOf returns what f panics with.
+func panicOf(f func()) (v any) {
+	defer func() { v = recover() }()
+	f()
+	return nil
+}
+
 func TestLimitThatIsUsedWhileItIsAskedIsKept(t *testing.T) {
 	l := &limits{kept: map[limitKey]*keptLimit{}}
 	alice := &User{Name: "alice", Limit: &Limit{Open: 1}}
