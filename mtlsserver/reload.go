@@ -46,13 +46,14 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 	snap.keepDrains(old)
 	snap.gate = gateFor(c.Handshake, old.gate)
 	snap.admin = s.adminHandler(snap)
+	installed := false // remains false also if a hook panics
 	defer func() {
-		if err != nil {
+		if !installed {
 			snap.discard(old)
 		}
 	}()
 	configured := s.limits.configure(c.Users, c.DefaultLimit)
-	defer func() { configured(err == nil) }()
+	defer func() { configured(installed) }()
 	if snap.admins, err = s.adminsFor(r, old.admins); err != nil {
 		return changes, err
 	}
@@ -65,6 +66,7 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 	if err := s.install(snap, old); err != nil {
 		return changes, err
 	}
+	installed = true
 	changes = changesOf(old, snap)
 	changes.Ended = s.sweep(snap.judge)
 	return changes, nil

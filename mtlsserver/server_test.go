@@ -968,6 +968,36 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 	proxytest.ListenAgain(t, free).Close()
 }
 
+// Package net/http recovers a panic during the reload that an administrator asks for.
+func TestReloadThatPanicsChangesNothing(t *testing.T) {
+	limit := &Limit{Open: 1}
+	l := newLab(t, func(l *lab) { l.config.Users[0].Limit = limit })
+	free, page, bind := proxytest.FreeAddr(t), proxytest.FreeAddr(t), l.server.bind
+	l.server.bind = func(app, addr string) (net.Listener, error) {
+		if app == "bad" {
+			panic("Listen")
+		}
+		return bind(app, addr)
+	}
+	if panicOf(func() {
+		l.server.Reload(l.with(func(c *Config) {
+			c.Users[0].Limit = nil
+			c.Admin = &Admin{Listen: page}
+			c.Apps = append(c.Apps,
+				App{ID: "new", Listen: free, Upstreams: c.Apps[0].Upstreams},
+				App{ID: "bad", Listen: "127.0.0.1:0", Upstreams: c.Apps[0].Upstreams})
+		}))
+	}) != "Listen" {
+		t.Error("no panic")
+	}
+	proxytest.ListenAgain(t, free).Close()
+	proxytest.ListenAgain(t, page).Close()
+	if k := l.server.limits.kept[limitKey{"alice", "", *limit}]; k == nil || !k.configured {
+		t.Errorf("limit %v, want it configured", k)
+	}
+	l.in(t, "web", &l.alice)
+}
+
 func TestLimitsAreSharedByAppsAndKeptByReloads(t *testing.T) {
 	l := newLab(t, func(l *lab) {
 		l.config.Users[0].Apps = []string{"web", "db"}
