@@ -58,13 +58,13 @@ func (p *proxy) admit(ctx context.Context, c *lbproxy.Conn) error {
 	s.liveMu.Unlock()
 	// A reload during the handshake could not judge this session, so judge it by the current
 	// snapshot. A later reload finds it in s.live.
-	snap := s.current.Load()
-	if snap.apps[l.app] == nil { // otherwise p has the upstreams of snap or of a later one
+	if s.current.Load().apps[l.app] == nil { // otherwise p has its upstreams or those of a later one
 		return &Refusal{Reason: AppRemoved}
 	}
-	if err := snap.judge(l); err != nil {
+	if err := s.judge(l); err != nil {
 		return err
 	}
+	snap := s.current.Load()
 	user := l.id.Load().User
 	c.ClientID, c.Verified = user.Name, true
 	c.RateLimit, l.release = s.limits.of(user, l.app, snap.config.DefaultLimit)

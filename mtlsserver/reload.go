@@ -68,7 +68,7 @@ func (s *Server) reload(c *Config) (changes Changes, err error) {
 	}
 	installed = true
 	changes = changesOf(old, snap)
-	changes.Ended = s.sweep(snap.judge)
+	changes.Ended = s.sweep(s.judge)
 	return changes, nil
 }
 

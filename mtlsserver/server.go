@@ -221,7 +221,22 @@ func (s *Server) stop(end func(*proxy)) {
 
 // Recheck looks up the user of every live connection again and ends the connections that are no
 // longer allowed. It returns their number.
-func (s *Server) Recheck() int { return s.sweep(s.current.Load().judge) }
+func (s *Server) Recheck() int { return s.sweep(s.judge) }
+
+// judge returns an error if the current snapshot does not allow l. Otherwise it updates l's
+// Identity.
+func (s *Server) judge(l *session) error {
+	for {
+		snap := s.current.Load()
+		if err := snap.judge(l); err != nil {
+			return err
+		}
+		// A reload meanwhile may have judged l before snap replaced its Identity.
+		if s.current.Load() == snap {
+			return nil
+		}
+	}
+}
 
 // sweep ends the sessions for which verdict returns an error. It returns their number, without the
 // sessions that an overlapping sweep has ended.

@@ -501,6 +501,66 @@ func TestReloadBeforeTheConnectionIsRegisteredIsNotMissed(t *testing.T) {
 	}
 }
 
+// The older snapshot is still judging a connection, for its admission or for Recheck, when a reload
+// has judged it by the newer one. What the newer one says of the user and the CA holds.
+func TestReloadWhileTheOlderSnapshotJudges(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		during int // look-up of the user
+		limit  Limit
+	}{
+		{"admission", 2, Limit{Open: 2}},
+		{"Recheck", 3, Limit{Open: 1}}, // only new connections get new limits
+	} {
+		l := newLab(t, func(l *lab) { l.config.Users[0].Limit = &Limit{Open: 1} })
+		renewed := l.ca.renewed(t, func(c *x509.Certificate) {
+			c.NotAfter = time.Now().Add(20 * time.Minute)
+		})
+		file, _ := writePEM(t, l.dir, "new", tls.Certificate{Certificate: [][]byte{renewed.cert.Raw}})
+		snap := *l.server.current.Load()
+		users, lookups := snap.auth.Users, 0
+		reloaded := make(chan error, 1)
+		snap.auth.Users = lookup(func(c Claim) (*User, bool) {
+			if lookups++; lookups == test.during {
+				_, err := l.server.Reload(l.with(func(c *Config) {
+					c.TLS.CA = []string{file}
+					c.Users[0].Limit = &Limit{Open: 2}
+				}))
+				reloaded <- err
+			}
+			return users.Lookup(c)
+		})
+		l.server.current.Store(&snap)
+		l.in(t, "web", &l.alice)
+		if n := l.server.Recheck(); n != 0 {
+			t.Errorf("%s: Recheck ended %d connections", test.name, n)
+		}
+		must(t, <-reloaded)
+		l.server.liveMu.Lock()
+		for session := range l.server.live {
+			if id := session.id.Load(); !id.Expires.Equal(renewed.cert.NotAfter) {
+				t.Errorf("%s: it expires at %v, want the new CA's %v", test.name, id.Expires,
+					renewed.cert.NotAfter)
+			}
+		}
+		l.server.liveMu.Unlock()
+		l.server.limits.mu.Lock()
+		for key, k := range l.server.limits.kept {
+			want := 0
+			if key.limit == test.limit {
+				want++
+			}
+			if k.configured {
+				want++
+			}
+			if k.refs != want {
+				t.Errorf("%s: limit %v has %d references, want %d", test.name, key, k.refs, want)
+			}
+		}
+		l.server.limits.mu.Unlock()
+	}
+}
+
 // A connection has been accepted for an app when the reload removes it.
 func TestReloadThatRemovesTheAppBeforeTheHandshake(t *testing.T) {
 	l := newLab(t, nil)
