@@ -73,6 +73,22 @@ func TestSerialMayBeBoundToItsCertificate(t *testing.T) {
 }
 
 // A caller's store replaces the users of the configuration.
+// The store of a caller does not know that a reload has removed an app.
+func TestReloadThatRemovesAnAppEndsItsConnections(t *testing.T) {
+	l := newLab(t, func(l *lab) { l.config.Users[0].Apps = []string{"web", "db"} })
+	l.server.users = l.server.current.Load().auth.Users
+	web, db := l.in(t, "web", &l.alice), l.in(t, "db", &l.alice)
+	changes := l.reload(t, l.with(func(c *Config) { c.Users, c.Apps = nil, c.Apps[:1] }))
+	if changes.Ended != 1 {
+		t.Errorf("%d connections were ended, want 1", changes.Ended)
+	}
+	must(t, ended(db))
+	if e := l.log.of(t, db.LocalAddr()); e["reason"] != string(Revoked) {
+		t.Errorf("line %v, want reason %s", e, Revoked)
+	}
+	must(t, echoed(web))
+}
+
 func TestUsersOfAStore(t *testing.T) {
 	l := newLab(t, nil)
 	var removed atomic.Bool

@@ -109,7 +109,7 @@ func (n *snapshot) keepDrains(old *snapshot) {
 func (n *snapshot) judge(l *session) error {
 	was := l.id.Load()
 	id, err := n.auth.recheck(was, l.app)
-	if err != nil || id.User.Name != was.User.Name {
+	if err != nil || id.User.Name != was.User.Name || n.apps[l.app] == nil {
 		return &Refusal{Reason: Revoked}
 	}
 	l.id.Store(id)
