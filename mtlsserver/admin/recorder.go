@@ -149,6 +149,7 @@ func (r *Recorder) forget() {
 	for id, a := range r.past {
 		if !keep[id] && len(r.past) > maxGone {
 			r.of("").merge(a, false, 0)
+			r.forgetTimes(id)
 			delete(r.past, id)
 		}
 	}

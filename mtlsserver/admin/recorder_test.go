@@ -43,6 +43,38 @@ func TestPastIsBoundedAndKeepsItsSums(t *testing.T) {
 	}
 }
 
+// The durations of an id go with its name, and a connection may still add to them.
+func TestTimesAreBoundedAndKeepTheirSums(t *testing.T) {
+	r := &Recorder{}
+	const apps = 2 * maxGone
+	var late []lbproxy.Options
+	for i := range apps {
+		id := fmt.Sprint("app", i)
+		opts := r.Record(id, nil)
+		opts.OnDone(lbproxy.Result{Duration: time.Second, DialTime: time.Millisecond})
+		late = append(late, *opts)
+		r.of(id)
+	}
+	r.stats(nil, time.Now())
+	for _, opts := range late[:10] {
+		opts.OnDone(lbproxy.Result{Duration: time.Second, DialTime: time.Millisecond})
+	}
+	ids, conns, dials := 0, uint64(0), uint64(0)
+	r.times.Range(func(_, v any) bool {
+		ids++
+		conns += v.(*times).conns.counts[2].Load() // up to a second
+		dials += v.(*times).dials.counts[1].Load()
+		return true
+	})
+	if ids > maxGone+10 || conns != apps+10 || dials != apps+10 {
+		t.Errorf("%d ids with %d connections and %d dials, want %d of each", ids, conns, dials,
+			apps+10)
+	}
+	if v, ok := r.times.Load(""); !ok || v.(*times).conns.sum.Load() < int64(time.Second) {
+		t.Error("the durations of the ids without a name are lost")
+	}
+}
+
 // A removed app is kept for a minute; its counts are kept for ever.
 func TestAppsThatAreGoneAreNotKept(t *testing.T) {
 	r, now := &Recorder{}, time.Now()

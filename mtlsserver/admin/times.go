@@ -38,16 +38,23 @@ func (h *histogram) observe(d time.Duration, bounds []time.Duration) {
 	h.sum.Add(int64(d))
 }
 
+func (h *histogram) add(other *histogram) {
+	for i := range h.counts {
+		h.counts[i].Add(other.counts[i].Load())
+	}
+	h.sum.Add(other.sum.Load())
+}
+
 // Record wraps opts.OnDone, so that r records the durations of the app's dials and connections when
 // a connection has ended. It returns opts, or new Options if opts is nil. id is the app's id.
 func (r *Recorder) Record(id string, opts *lbproxy.Options) *lbproxy.Options {
 	if opts == nil {
 		opts = &lbproxy.Options{}
 	}
-	v, _ := r.times.LoadOrStore(id, &times{})
-	t := v.(*times)
+	r.timesOf(id)
 	done := opts.OnDone
 	opts.OnDone = func(result lbproxy.Result) {
+		t := r.timesOf(id) // not the first ones: forget may have moved them
 		t.conns.observe(result.Duration, connBounds[:])
 		if result.DialTime > 0 {
 			t.dials.observe(result.DialTime, dialBounds[:])
@@ -57,4 +64,24 @@ func (r *Recorder) Record(id string, opts *lbproxy.Options) *lbproxy.Options {
 		}
 	}
 	return opts
+}
+
+// timesOf returns the durations of an id, and makes them if there are none.
+func (r *Recorder) timesOf(id string) *times {
+	v, ok := r.times.Load(id)
+	if !ok {
+		v, _ = r.times.LoadOrStore(id, &times{})
+	}
+	return v.(*times)
+}
+
+// forgetTimes moves the durations of an id to the empty id.
+func (r *Recorder) forgetTimes(id string) {
+	v, ok := r.times.LoadAndDelete(id)
+	if !ok {
+		return
+	}
+	t, rest := v.(*times), r.timesOf("")
+	rest.dials.add(&t.dials)
+	rest.conns.add(&t.conns)
 }
