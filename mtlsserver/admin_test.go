@@ -259,6 +259,33 @@ func TestAdminIsThereBeforeTheAppsAndAfterThem(t *testing.T) {
 	}
 }
 
+// A copy of a Config shares its lists, so a caller easily changes the Config in force as well.
+func TestReloadOfAConfigThatWasChangedInPlace(t *testing.T) {
+	l := newLab(t, func(l *lab) {
+		l.config.Apps[0].Upstreams = append(l.config.Apps[0].Upstreams,
+			Upstream{Addr: l.db.Addr().String()})
+	})
+	drained := func() (all []bool) {
+		for _, u := range l.server.Apps()["web"].Stats().Upstreams {
+			if !u.Removed {
+				all = append(all, u.Drain)
+			}
+		}
+		return all
+	}
+	c := *l.config
+	c.Apps[0].Upstreams[1].Drain = true
+	l.reload(t, &c)
+	if got := drained(); !slices.Equal(got, []bool{false, true}) {
+		t.Errorf("drained upstreams %v, want the second", got)
+	}
+	c.Apps[0].Upstreams = c.Apps[0].Upstreams[:1]
+	l.reload(t, &c)
+	if got := drained(); !slices.Equal(got, []bool{false}) {
+		t.Errorf("drained upstreams %v, want one, not drained", got)
+	}
+}
+
 func TestDrainByAdminHoldsOverReloads(t *testing.T) {
 	second := newUpstream(t, "web", nil)
 	l := newLab(t, func(l *lab) {

@@ -91,10 +91,10 @@ func (r *report) check() *snapshot {
 		r.add("apps", "none: give at least one")
 	}
 	ids, listens := map[string]string{}, map[string]string{}
-	for i := range c.Apps {
-		app, key := &c.Apps[i], fmt.Sprintf("apps[%d]", i)
+	for i, app := range c.Apps {
+		key := fmt.Sprintf("apps[%d]", i)
 		r.unique(ids, key+".id", app.ID)
-		r.positive(key, *app)
+		r.positive(key, app)
 		if app.HealthCheck != nil {
 			r.positive(key+".healthCheck", *app.HealthCheck)
 		}
@@ -105,10 +105,12 @@ func (r *report) check() *snapshot {
 		case n != 0:
 			r.unique(listens, key+".listen", app.Listen)
 		}
-		r.clients(key, app, server.Leaf)
+		r.clients(key, &app, server.Leaf)
+		upstreams := r.upstreams(key+".upstreams", app.Upstreams)
 		n.apps[app.ID] = &appRules{
-			conf:        app,
-			upstreams:   r.upstreams(key+".upstreams", app.Upstreams),
+			conf:        &app,
+			configured:  slices.Clone(upstreams),
+			upstreams:   upstreams,
 			acceptProxy: r.acceptProxy(key+".acceptProxy", app.AcceptProxy),
 		}
 	}

@@ -30,9 +30,10 @@ type snapshot struct {
 
 // appRules are an App with its proxy, and decide about connections to it.
 type appRules struct {
-	conf        *App
+	conf        *App // a copy, as a caller may change its Config in spite of what Reload says
+	configured  []lbproxy.Upstream
 	acceptProxy lbproxy.AdmitFunc  // nil: no peer is trusted to send PROXY headers
-	upstreams   []lbproxy.Upstream // as conf.Upstreams, but Drain; guarded by Server.reloading
+	upstreams   []lbproxy.Upstream // as configured, but Drain; guarded by Server.reloading
 	proxy       *proxy             // added by reload
 }
 
@@ -94,7 +95,7 @@ func (n *snapshot) upstream(app, addr string) (*appRules, int) {
 func (n *snapshot) keepDrains(old *snapshot) {
 	for id, was := range old.apps {
 		for i, u := range was.upstreams {
-			if u.Drain == was.conf.Upstreams[i].Drain {
+			if u.Drain == was.configured[i].Drain {
 				continue
 			}
 			if app, j := n.upstream(id, u.Addr); j >= 0 {
