@@ -171,7 +171,7 @@ func (r *report) acceptProxy(key string, texts []string) lbproxy.AdmitFunc {
 		case err != nil:
 			r.add(key, `%q: want a network, such as "10.0.0.0/8", `+
 				`or "10.0.0.1/32" for one address`, text)
-		case p.Bits() == 0:
+		case p.Bits() == 0, p.Addr().Is4In6() && p.Bits() == 96: // all of IPv4
 			r.add(key, "%q: want fewer than all addresses: anybody could claim to be anyone", text)
 		default:
 			trusted = append(trusted, p)

@@ -69,6 +69,10 @@ func TestValidateFindsASingleProblem(t *testing.T) {
 		{func(c *Config) { c.TLS.CA, c.Users = []string{c.TLS.Cert}, nil },
 			`tls.ca: "` + l.config.TLS.Cert + `": not a CA's certificate`},
 		{func(c *Config) { c.AdminAnywhere = true }, "adminAnywhere: there is no admin"},
+		{func(c *Config) { c.Apps[0].AcceptProxy = []string{"::/0"} },
+			`apps[0].acceptProxy[0]: "::/0": want fewer than all addresses`},
+		{func(c *Config) { c.Apps[0].AcceptProxy = []string{"::ffff:0.0.0.0/96"} },
+			`apps[0].acceptProxy[0]: "::ffff:0.0.0.0/96": want fewer than all addresses`},
 		{func(c *Config) {
 			c.Apps[0].Listen, c.Admin = "127.0.0.1:9443", &Admin{Listen: "127.0.0.1:9443"}
 		}, `admin.listen: "127.0.0.1:9443" is already used by apps[0].listen`},
