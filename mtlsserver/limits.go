@@ -27,6 +27,7 @@ type keptLimit struct {
 	refs                     int    // sessions now, and one while it is configured
 	uses                     uint64 // refs ever
 	configured               bool   // in the current configuration
+	listed                   bool   // in any configuration
 }
 
 // keysOf returns the keys of u's limits for an app.
@@ -128,13 +129,14 @@ func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit 
 	for i := range users {
 		for _, app := range users[i].Apps {
 			for _, key := range keysOf(&users[i], app, defaultLimit) {
-				if k := l.take(key); now[k] {
-					l.mu.Lock()
+				k := l.take(key)
+				l.mu.Lock()
+				k.listed = true
+				if now[k] {
 					k.refs--
-					l.mu.Unlock()
-				} else {
-					now[k] = true
 				}
+				l.mu.Unlock()
+				now[k] = true
 			}
 		}
 	}
@@ -142,8 +144,9 @@ func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit 
 	return done
 }
 
-// forgetIdle forgets unused limits that are back in their initial state. Without it, the limits of
-// users in Options.Users would stay for ever.
+// forgetIdle forgets unused limits that are back in their initial state, and those of a past
+// configuration that cannot tell. Without it, the limits of users in Options.Users would stay for
+// ever.
 func (l *limits) forgetIdle() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -157,10 +160,13 @@ func (l *limits) forgetIdle() {
 
 // isIdle releases mu while it asks the manager.
 func (l *limits) isIdle(k *keptLimit) bool {
+	idler, ok := k.RateLimitManager.(interface{ Idle() bool })
+	if !ok {
+		return k.RateLimitManager == nil || k.listed // then its configuration is gone
+	}
 	l.mu.Unlock()
 	defer l.mu.Lock()
-	idler, ok := k.RateLimitManager.(interface{ Idle() bool })
-	return k.RateLimitManager == nil || ok && idler.Idle()
+	return idler.Idle()
 }
 
 // manager returns a manager that keeps the limit in memory.

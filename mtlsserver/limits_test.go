@@ -125,6 +125,35 @@ func TestNewLimitMayPanic(t *testing.T) {
 	}
 }
 
+// Nobody can tell whether a manager without Idle is idle. It goes with its configuration.
+func TestLimitsWithoutIdleGoWithTheirConfiguration(t *testing.T) {
+	l := &limits{kept: map[limitKey]*keptLimit{},
+		make: func(_, _ string, _ Limit) lbproxy.RateLimitManager {
+			return struct{ lbproxy.RateLimitManager }{}
+		}}
+	want := func(when string, kept int) {
+		t.Helper()
+		if l.forgetIdle(); len(l.kept) != kept {
+			t.Errorf("%s: %d limits are kept, want %d", when, len(l.kept), kept)
+		}
+	}
+	alice := User{Name: "alice", Apps: []string{"web"}, Limit: &Limit{Open: 1}}
+	l.configure([]User{alice}, nil)(false)
+	want("the reload failed", 0)
+	l.configure([]User{alice}, nil)(true)
+	_, release := l.of(&alice, "web", nil)
+	release()
+	want("configured", 1)
+	_, release = l.of(&alice, "web", nil)
+	l.configure(nil, nil)(true)
+	want("alice was removed and has a session", 1)
+	release()
+	want("nothing needs it", 0)
+	_, release = l.of(&alice, "web", nil) // alice is a user of Options.Users
+	release()
+	want("not of a configuration", 1)
+}
+
 // A panic of NewLimit leaves no reference to the limits that were made before it: they would be
 // kept for ever.
 func TestPanicOfNewLimitLeavesNoReferences(t *testing.T) {
