@@ -94,7 +94,7 @@ func (d *direction) linger() {
 		}
 		awaitArrival(d.to.raw, late, r.isHungUp)
 		if complete && !r.isHungUp() {
-			d.to.conn.Close()
+			r.close(d.to)
 		}
 	}
 	r.hangUp()

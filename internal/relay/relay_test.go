@@ -1061,6 +1061,24 @@ func TestPanicInCloseIsReported(t *testing.T) {
 	}
 }
 
+// A conn that cannot be half-closed is closed by the goroutine that has copied to it.
+func TestPanicInCloseInPlaceOfCloseWriteIsReported(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(struct{ net.Conn }{panicAtReset{theirs, "Close"}})
+		client.CloseWrite()
+		o := <-h.done
+		if o.Failed != Server || !strings.HasPrefix(fmt.Sprint(o.Panic), "Close\n\n") {
+			t.Errorf("%+v", o)
+		}
+		client.Close()
+		server.Close()
+	})
+}
+
 // A sweep resets what is idle, on a goroutine that nobody can catch a panic of.
 func TestPanicInResetOfAnIdleConnIsReported(t *testing.T) {
 	for _, where := range []string{"SetLinger", "Close"} {
