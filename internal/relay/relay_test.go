@@ -1079,6 +1079,37 @@ func TestPanicInCloseInPlaceOfCloseWriteIsReported(t *testing.T) {
 	})
 }
 
+// The timer that takes the deadline of a long half-close away has a goroutine of its own.
+func TestPanicInSetWriteDeadlineDuringAHalfClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		server, theirs := proxytest.Pipe()
+		h := newRecorder(nil)
+		r := newEngine(t, Config{}).Start(ours, h, 0)
+		r.Connect(slowHalfClose{badDeadline{theirs}})
+		client.CloseWrite()
+		time.Sleep(time.Minute)
+		server.Close()
+		if o := h.wait(t); o.Err != nil {
+			t.Errorf("%+v", o)
+		}
+		client.Close()
+	})
+}
+
+// A slowHalfClose is a layer whose half-close takes longer than the timer.
+type slowHalfClose struct{ badDeadline }
+
+func (c slowHalfClose) NetConn() net.Conn { return c.badDeadline }
+func (c slowHalfClose) CloseWrite() error {
+	time.Sleep(3 * time.Second)
+	return c.badDeadline.CloseWrite()
+}
+
+type badDeadline struct{ *proxytest.PipeConn }
+
+func (badDeadline) SetWriteDeadline(time.Time) error { panic("boom") }
+
 // A sweep resets what is idle, on a goroutine that nobody can catch a panic of.
 func TestPanicInResetOfAnIdleConnIsReported(t *testing.T) {
 	for _, where := range []string{"SetLinger", "Close"} {

@@ -44,7 +44,10 @@ func (r *Relay) setReadDeadline(t time.Time) {
 // it, and then the peer may lose the end of the stream. Nobody else may use c any more.
 func LastWord(c net.Conn) {
 	// Not every conn has deadlines.
-	late := time.AfterFunc(LingerTime, func() { reset(Underlying(c)) })
+	late := time.AfterFunc(LingerTime, func() {
+		defer ignorePanic() // c.Close below meets it as well
+		reset(Underlying(c))
+	})
 	defer late.Stop()
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(LingerTime)) // replaces a deadline of the caller

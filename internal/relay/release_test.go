@@ -71,3 +71,22 @@ func TestReleaseOfARelayThatIsOver(t *testing.T) {
 		client.Close()
 	})
 }
+
+// LastWord resets a conn that has no deadlines on a goroutine that nobody can catch a panic of.
+func TestPanicInCloseAfterTheLastWordIsTheCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, ours := proxytest.Pipe()
+		defer client.Close()
+		defer func() {
+			if p := recover(); p != "Close" {
+				t.Errorf("LastWord panics with %v, want Close", p)
+			}
+		}()
+		LastWord(lastWordPanics{panicAtReset{ours, "Close"}})
+	})
+}
+
+// A lastWordPanics ignores deadlines, and panics when it is closed.
+type lastWordPanics struct{ panicAtReset }
+
+func (lastWordPanics) SetDeadline(time.Time) error { return nil }

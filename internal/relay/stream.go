@@ -92,10 +92,17 @@ func (e *end) closeWrite() error {
 	if e.layered() {
 		// crypto/tls gives its close_notify 5 s, and breaks the stream if the peer's buffers are
 		// full for so long. This takes that deadline away.
-		defer time.AfterFunc(time.Second, func() { e.below.SetWriteDeadline(time.Time{}) }).Stop()
+		defer time.AfterFunc(time.Second, func() {
+			defer ignorePanic() // the deadline stays
+			e.below.SetWriteDeadline(time.Time{})
+		}).Stop()
 	}
 	return e.stream.closeWrite()
 }
+
+// ignorePanic ends a panic of the caller's conn on a timer's goroutine, where it would end the
+// process. Callers defer it.
+func ignorePanic() { _ = recover() }
 
 // reset closes c at once, by a reset where it is TCP. c is below all layers. The layers are left
 // alone: one of them might want to say goodbye first, and wait for its peer.
