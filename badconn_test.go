@@ -124,3 +124,29 @@ func TestServeSurvivesConnsThatPanic(t *testing.T) {
 		})
 	}
 }
+
+// TestServeSurvivesAConnThatPanicsWhenTheAppStops has a listener return a conn after the app has
+// been closed. Serve resets it on its own goroutine.
+func TestServeSurvivesAConnThatPanicsWhenTheAppStops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log proxytest.Buffer
+		a, _ := newAppOver(t, Options{Logger: textLogger(&log)}, Upstream{Addr: "u:1"})
+		client, ours := proxytest.Pipe()
+		defer client.Close()
+		l := newScriptedListener(func(closed <-chan struct{}) (net.Conn, error) {
+			<-closed
+			return badConn{ours, "Close"}, nil
+		})
+		served := make(chan error, 1)
+		go func() { served <- a.Serve(l, nil) }()
+		synctest.Wait()
+		a.Close()
+		if err := <-served; err != ErrAppClosed {
+			t.Errorf("Serve: %v", err)
+		}
+		synctest.Wait()
+		if !strings.Contains(log.String(), "boom") {
+			t.Errorf("the log lacks the panic:\n%s", log.String())
+		}
+	})
+}

@@ -332,6 +332,7 @@ func (a *LBProxyApp) serve(c net.Conn, admit AdmitFunc) bool {
 		}
 		a.freeSlot()
 	}
+	defer (&session{app: a}).logPanic() // of c's methods
 	relay.Reset(c)
 	return false
 }
