@@ -230,6 +230,41 @@ func TestYoungSessionsStay(t *testing.T) {
 	}
 }
 
+// An Abort that a loop meets while a session is on its way back to it comes after the session.
+func TestAbortOnTheWayBack(t *testing.T) {
+	g := newGroup(t, relay.Config{})
+	client, server, h := join(t, g)
+	proxytest.Must(t, pingBoth(client, server))
+	s := h.session
+	home := s.loop.Load()
+	away := g.loops[0]
+	if away == home {
+		away = g.loops[1]
+	}
+	back := make(chan bool, 1)
+	home.post(func() {
+		s.Abort(errAborted) // is in the inbox before the message that s is back
+		home.handOver(s, away)
+		sendAway(g, s)
+		late := time.Now().Add(proxytest.Patience / 2)
+		for s.loop.Load() != home && time.Now().Before(late) {
+			time.Sleep(time.Millisecond)
+		}
+		back <- s.loop.Load() == home
+	})
+	if !proxytest.Receive(t, "the way back", back) {
+		t.Fatal("the session stays away")
+	}
+	if o := h.wait(t); o.Err != errAborted {
+		t.Errorf("%+v", o)
+	}
+	held := make(chan bool, 1)
+	home.post(func() { held <- slices.Contains(home.sessions, s) })
+	if proxytest.Receive(t, "an answer", held) {
+		t.Error("the session still has a slot")
+	}
+}
+
 // TestAbortDuringHandOver aborts sessions that go back and forth between loops.
 func TestAbortDuringHandOver(t *testing.T) {
 	g := newGroup(t, relay.Config{})
