@@ -173,7 +173,7 @@ func (e *Engine) look(r *Relay, now int64) (left time.Duration) {
 	r.up.checkReset()
 	r.down.checkReset()
 	if r.idle.KeepAliveDue(&e.config, now) {
-		keepAlive(r.server.raw)
+		keepAlive(&r.server)
 	}
 	if idle <= 0 || r.condemned {
 		return e.config.SweepPeriod()

@@ -209,11 +209,11 @@ func (s *socket) opError(op, call string, errno syscall.Errno) error {
 // each, which saves each of them four system calls.
 func InheritKeepAlive(lc *net.ListenConfig) {
 	lc.KeepAlive = -1 // not on each
-	lc.Control = func(_, _ string, c syscall.RawConn) error { return keepAlive(c) }
+	lc.Control = func(_, _ string, c syscall.RawConn) error { return ask(c, KeepAliveFD) }
 }
 
 // keepAlive sets what net does by default.
-func keepAlive(raw syscall.RawConn) error { return ask(raw, KeepAliveFD) }
+func keepAlive(e *end) { ask(e.raw, KeepAliveFD) }
 
 // quickAck acknowledges at once what has come so far. Later bytes may wait again.
 func quickAck(raw syscall.RawConn) {

@@ -41,7 +41,12 @@ func readable(syscall.RawConn) bool { return false }
 
 func hasError(syscall.RawConn) bool { return false }
 
-func keepAlive(syscall.RawConn) error { return nil }
+// keepAlive sets what net does by default.
+func keepAlive(e *end) {
+	if c, ok := e.below.(*net.TCPConn); ok {
+		c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true})
+	}
+}
 
 func quickAck(syscall.RawConn) {}
 
