@@ -252,15 +252,14 @@ func ExampleUpstream_drain() {
 
 // Changes of upstreams, for an alarm or a metric.
 func ExampleOptions_onUpstream() {
-	gone := listen()
-	gone.Close() // nobody listens there any more
+	const gone = "127.0.0.1:1" // nobody listens there
 	red := startUpstream("red")
 	defer red.Close()
 	changes := make(chan lbproxy.UpstreamChange, 10)
 	app, l, stop := demoApp(&lbproxy.Options{
 		OnUpstream: func(c lbproxy.UpstreamChange) { changes <- c },
 		Logger:     slog.New(slog.DiscardHandler),
-	}, nil, lbproxy.Upstream{Addr: gone.Addr().String()},
+	}, nil, lbproxy.Upstream{Addr: gone},
 		lbproxy.Upstream{Addr: red.Addr().String()})
 	defer stop()
 
@@ -271,7 +270,7 @@ func ExampleOptions_onUpstream() {
 	fmt.Println(change.App, change.From, "to", change.To, change.Err != nil)
 	app.SetUpstreams([]lbproxy.Upstream{{Addr: red.Addr().String()}})
 	change = <-changes
-	fmt.Println(change.Addr == gone.Addr().String(), "removed:", change.Removed)
+	fmt.Println(change.Addr == gone, "removed:", change.Removed)
 	slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr { // other each time
 			if a.Key == slog.TimeKey || a.Key == "upstream" {
