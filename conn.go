@@ -165,7 +165,7 @@ func (c *Conn) abort(e *ending) {
 	default: // also after admit has rejected it, while what admit wrote is on its way
 		raw := s.raw
 		c.mu.Unlock()
-		defer s.logPanic() // of raw's methods
+		defer s.app.logConnPanic() // of raw's methods
 		defer relay.Reset(raw)
 		defer s.stop(e)
 		if l, ok := relay.Underlying(raw).(interface{ SetLinger(int) error }); ok {

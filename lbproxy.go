@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -332,7 +333,7 @@ func (a *LBProxyApp) serve(c net.Conn, admit AdmitFunc) bool {
 		}
 		a.freeSlot()
 	}
-	defer (&session{app: a}).logPanic() // of c's methods
+	defer a.logConnPanic() // of c's methods
 	relay.Reset(c)
 	return false
 }
@@ -437,7 +438,7 @@ func (a *LBProxyApp) Close() error {
 	a.mu.Unlock()
 	for _, s := range refused {
 		aborts.Go(func() {
-			defer s.logPanic()
+			defer s.app.logConnPanic()
 			relay.Reset(s.client)
 		})
 	}
@@ -566,6 +567,14 @@ func (a *LBProxyApp) log(level slog.Level, msg string, attrs ...slog.Attr) {
 	a.lines.Add(context.Background(), a.logger(), level, msg, func() []slog.Attr {
 		return append([]slog.Attr{slog.String("app", a.id)}, attrs...)
 	})
+}
+
+// logConnPanic logs a panic of a connection's hook, or of a method of its client's conn, and ends it.
+// It must be called by defer.
+func (a *LBProxyApp) logConnPanic() {
+	if p := recover(); p != nil {
+		a.logPanic("serving a connection", p, string(debug.Stack()))
+	}
 }
 
 // logPanic queues a line about a panic in a hook.

@@ -342,7 +342,7 @@ func (o *onLoop) Leave(client, server int) { go (*session)(o).goOn(client, serve
 
 // goOn serves a session that has left its loop, with a server unless that is negative.
 func (s *session) goOn(client, server int) {
-	defer s.logPanic()
+	defer s.app.logConnPanic()
 	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
 	defer func() {
 		if e != nil {
@@ -385,7 +385,7 @@ func (o *onLoop) Done(outcome relay.Outcome) {
 
 // finishOnLoop ends a session whose loop has closed it.
 func (s *session) finishOnLoop() {
-	defer s.logPanic()
+	defer s.app.logConnPanic()
 	if s.finding != nil {
 		s.stop(s.outcome.Err) // ends the lookup
 		s.endFinding()

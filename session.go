@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"reflect"
-	"runtime/debug"
 	"time"
 
 	"github.com/danielepagano/lbproxy/internal/loop"
@@ -131,17 +130,9 @@ func after(ctx context.Context, f func()) (stop func()) {
 
 // handle serves a connection that Serve accepted.
 func (s *session) handle(admit AdmitFunc) {
-	defer s.logPanic()
+	defer s.app.logConnPanic()
 	if admit == nil || s.admit(admit) {
 		s.serve()
-	}
-}
-
-// logPanic logs a panic of a hook, or of a method of the client's conn, and ends it. It must be
-// called by defer.
-func (s *session) logPanic() {
-	if p := recover(); p != nil {
-		s.app.logPanic("serving a connection", p, string(debug.Stack()))
 	}
 }
 
@@ -335,7 +326,7 @@ func (s *session) Done(o relay.Outcome) {
 		close(s.done)
 		return
 	}
-	defer s.logPanic()
+	defer s.app.logConnPanic()
 	s.finish()
 }
 
@@ -380,7 +371,7 @@ func (s *session) reserveLastWord(e *ending) bool {
 // lastWord lets OnRefused write to the client, and closes it when that has arrived.
 func (s *session) lastWord() {
 	defer s.app.endLastWord(s)
-	defer s.logPanic() // of LastWord, too
+	defer s.app.logConnPanic() // of LastWord, too
 	defer s.release()
 	defer relay.LastWord(s.client)
 	// In all, not for each Write: a client that reads slowly holds a place. Both deadlines, as a
