@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/danielepagano/lbproxy"
+	"github.com/danielepagano/lbproxy/internal/proxyproto"
 	"github.com/danielepagano/lbproxy/internal/strictjson"
 )
 
@@ -167,11 +168,12 @@ func (r *report) acceptProxy(key string, texts []string) lbproxy.AdmitFunc {
 	}
 	for i, text := range texts {
 		p, err := netip.ParsePrefix(text)
+		_, tooWide := proxyproto.NewTrust([]netip.Prefix{p}) // as lbproxy.AcceptProxy asks
 		switch key := fmt.Sprintf("%s[%d]", key, i); {
 		case err != nil:
 			r.add(key, `%q: want a network, such as "10.0.0.0/8", `+
 				`or "10.0.0.1/32" for one address`, text)
-		case p.Bits() == 0, p.Addr().Is4In6() && p.Bits() == 96: // all of IPv4
+		case tooWide != nil:
 			r.add(key, "%q: want fewer than all addresses: anybody could claim to be anyone", text)
 		default:
 			trusted = append(trusted, p)
