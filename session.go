@@ -162,7 +162,7 @@ func (s *session) admit(f AdmitFunc) (ok bool) {
 }
 
 // serve asks the RateLimitManager, connects, and starts the relay. It returns when the relay has
-// taken over, but for ServeConn when the session is over.
+// taken over; for ServeConn, which waits, when the session is over.
 func (s *session) serve() {
 	e := &ending{EndCanceled, relay.ErrPanicked} // unless the hooks return
 	defer func() {
@@ -424,7 +424,7 @@ func (s *session) settle() {
 	}
 	s.stop(err)
 	c.tls = nil
-	s.result.Client = c.clientAddr() // last: it may panic, as somebody else's method
+	s.result.Client = c.clientAddr() // last: the method is somebody else's, and may panic
 }
 
 // release lets go of what a Conn that is kept after the end must not hold, and closes what the end

@@ -78,7 +78,7 @@ func (c *Config) adminListens() (all []admin.Listen) {
 }
 
 // adminsFor returns the admin servers for r's Config. It reuses those in old at the same place. The
-// caller closes the new ones, also if there is an error.
+// caller closes the new ones, even after an error.
 func (s *Server) adminsFor(
 	r *report, old map[admin.Listen]*admin.Server,
 ) (map[admin.Listen]*admin.Server, error) {

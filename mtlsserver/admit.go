@@ -126,7 +126,7 @@ func (g *gate) handshake(
 		return nil, &Refusal{Reason: ClientGone, Err: err}
 	}
 	v := g.wait(raw, addrOf(clientAddr(c)))
-	finished := false // also if the caller's Users panic or call runtime.Goexit
+	finished := false // stays false if the caller's Users panic or call runtime.Goexit
 	defer func() {
 		late := errors.Is(err, os.ErrDeadlineExceeded)
 		if cut := g.leave(v, finished); cut != nil && (err == nil || late) {

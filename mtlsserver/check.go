@@ -87,7 +87,7 @@ func (r *report) check() *snapshot {
 	c := r.config
 	server := r.pair("tls", c.TLS.Cert, c.TLS.Key, x509.ExtKeyUsageServerAuth)
 	cas := r.cas()
-	n := &snapshot{config: c, tls: clientTLS(server, cas), apps: map[string]*appRules{}}
+	snap := &snapshot{config: c, tls: clientTLS(server, cas), apps: map[string]*appRules{}}
 	if len(c.Apps) == 0 {
 		r.add("apps", "none: give at least one")
 	}
@@ -108,7 +108,7 @@ func (r *report) check() *snapshot {
 		}
 		r.clients(key, &app, server.Leaf)
 		upstreams := r.upstreams(key+".upstreams", app.Upstreams)
-		n.apps[app.ID] = &appRules{
+		snap.apps[app.ID] = &appRules{
 			conf:        &app,
 			configured:  slices.Clone(upstreams),
 			upstreams:   upstreams,
@@ -128,12 +128,12 @@ func (r *report) check() *snapshot {
 	if c.DefaultLimit != nil {
 		r.limit("defaultLimit", *c.DefaultLimit)
 	}
-	n.auth = Authenticator{CAs: cas, Users: users}
-	n.adminToken = r.admin(listens)
+	snap.auth = Authenticator{CAs: cas, Users: users}
+	snap.adminToken = r.admin(listens)
 	r.positive("handshake", c.Handshake)
 	r.positive("", *c)
-	n.certificates = r.certs
-	return n
+	snap.certificates = r.certs
+	return snap
 }
 
 // clients checks an app's requirements for its clients. server is the server's certificate.

@@ -237,8 +237,8 @@ func (c *Config) Validate() error {
 // Certificates returns the certificates that c names and their dates. It fails as Validate does.
 func (c *Config) Certificates() ([]Certificate, error) {
 	r := &report{config: c}
-	n := r.check()
-	return n.certificates, r.err()
+	snap := r.check()
+	return snap.certificates, r.err()
 }
 
 // A Certificate describes a certificate that a Config names: the server's, a CA's, or one for

@@ -29,7 +29,7 @@ type gate struct {
 	networks   map[netip.Prefix]*network // with visits, or remembered
 	waiting    list.List                 // of *visit without a place, oldest first
 	inside     list.List                 // of *visit with a place, oldest first
-	remembered map[standing]*list.List   // of *network known or failed, the first rated first
+	remembered map[standing]*list.List   // of *network known or failed, by their last rating, oldest first
 }
 
 const (
@@ -112,7 +112,7 @@ func (g *gate) enter(ctx context.Context, v *visit, deadline time.Time) error {
 	g.mu.Unlock()
 	wake(losers)
 	select {
-	case <-v.ready: // even if the deadline has passed: then it is the handshake that is late
+	case <-v.ready: // even if the deadline has passed: the handshake will report that
 		return g.verdict(v)
 	default:
 	}

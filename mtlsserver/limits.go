@@ -80,7 +80,7 @@ func (l *limits) take(key limitKey) *keptLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.kept[key] == nil {
-		if made := l.makeUnlocked(key); l.kept[key] == nil { // else another call has made it too
+		if made := l.makeUnlocked(key); l.kept[key] == nil { // no other call has made it meanwhile
 			l.kept[key] = made
 		}
 	}
@@ -145,8 +145,8 @@ func (l *limits) configure(users []User, defaultLimit *Limit) (done func(commit 
 }
 
 // forgetIdle forgets unused limits that are back in their initial state, and those of a past
-// configuration that cannot tell. Without it, the limits of users in Options.Users would stay for
-// ever.
+// configuration whose managers have no Idle. Without it, the limits of users in Options.Users would
+// stay for ever.
 func (l *limits) forgetIdle() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -162,7 +162,7 @@ func (l *limits) forgetIdle() {
 func (l *limits) isIdle(k *keptLimit) bool {
 	idler, ok := k.RateLimitManager.(interface{ Idle() bool })
 	if !ok {
-		return k.RateLimitManager == nil || k.listed // then its configuration is gone
+		return k.RateLimitManager == nil || k.listed // unused, so its configuration is gone
 	}
 	l.mu.Unlock()
 	defer l.mu.Lock()
